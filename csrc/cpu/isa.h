@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one instruction-set level offers to the threaded code: serial functions over row or latent
+// ranges, in a table. Plain structs and pointers only, no inline functions: this header is included
+// by files compiled with AVX-512 (see isa/simd.h).
+#pragma once
+
+#include "ksae/cpu.h"
+
+namespace ksae::cpu {
+
+// How the dense scores of topk_encode are computed.
+enum class Scoring : int {
+  kFloat,   // storage widened to float32, one fused multiply-add chain over d a score
+  kDot,     // bfloat16 pairs, float32 accumulators (levels with BF16 dot instructions)
+  kScreen,  // kDot on rounded float32, survivors of the error bound rescored as kFloat would
+};
+
+// One chunk of rows on its way through topk_encode. "Candidate" m is the m-th latent that may be
+// chosen: latent m itself, or ids[m] under a mask. Candidates come in panels of the level's width.
+struct EncodeChunk {
+  const EncodeParams* p;
+  Scoring scoring;
+  const int32_t* ids;   // [M] ascending, or null: every latent
+  const int32_t* rows;  // [R] rows of x, or null: row0, row0 + 1, ...
+  int64_t M, row0, R;
+  int64_t panels;       // a group: this many panels are packed, then scored by all threads
+  int64_t sub_panels;   // panels that stay in L2 while a thread goes through its rows
+  void* x_pack;         // [tiles][d][tile_rows] float32, or [tiles][d/2][tile_rows] bf16 pairs
+  void* w_pack[2];      // [panels][d][panel_width], or bf16 pairs; groups alternate
+  float* bias;          // [M padded]
+  float* bound_w;       // kScreen: [M padded / width][3][width] |w - w^|, |w^|, bias term
+  float* bound_panel;   // kScreen: [M padded / width][2] largest |w|, largest |bias| of a panel
+  float* bound_x;       // kScreen: [R][2] factors of the first two, rounding slack included
+  float* score;         // [R][capacity] candidates that passed the gate
+  int32_t* index;       // [R][capacity] ascending
+  int32_t* count;       // [R]
+  float* tau;           // [R] the gate: a proven lower bound of the k-th score; NaN passes all
+  uint8_t* redo;        // [R] kScreen: set when the row must be scored in full
+  int64_t capacity;
+};
+
+struct Kernels {
+  int tile_rows, panel_width;
+  bool has_dot;
+  // topk_encode. `scratch` holds encode_scratch(d, capacity) bytes, one for each thread.
+  void (*encode_pack_x)(const EncodeChunk& c, int64_t tile0, int64_t tile1, void* scratch);
+  void (*encode_pack_w)(const EncodeChunk& c, int64_t group, int64_t panel);
+  void (*encode_score)(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1,
+                       void* scratch);
+  void (*encode_finish)(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch,
+                        EncodeStats* stats);
+  // The rest, over rows [row0, row1) or latents [i0, i1).
+  void (*topk)(const TopkParams& p, int64_t row0, int64_t row1, void* scratch);
+  void (*decode)(const DecodeParams& p, int64_t row0, int64_t row1);
+  void (*residual)(const ResidualParams& p, int64_t row0, int64_t row1);
+  void (*backward_values)(const DecodeBackwardValuesParams& p, int64_t row0, int64_t row1);
+  void (*backward_weight)(const DecodeBackwardWeightParams& p, const int32_t* offsets,
+                          const int32_t* order, int64_t i0, int64_t i1, float* scratch);
+  void (*latent)(const LatentParams& p, int64_t i0, int64_t i1, float* scratch, float* grad_b_dec,
+                 bool update);
+};
+
+const Kernels& plain_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& avx512bf16_kernels();
+const Kernels& kernels();  // of the current level
+
+constexpr int64_t kVectorPad = 64;  // elements past the end that a whole-vector store may touch
+size_t encode_scratch(int64_t d, int64_t capacity);
+void sort_descending(uint64_t* keys, int64_t n);
+bool is_nonzero(Dtype dtype, const void* values, int64_t i);
+
+// Bump allocator over a caller's workspace; with base = null it only counts.
+struct Arena {
+  char* base;
+  size_t used;
+  void* take(size_t bytes);
+};
+
+}  // namespace ksae::cpu

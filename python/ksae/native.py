@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bridge from torch tensors to the native CPU kernels: the one place where tensors become pointers.
+
+Each function has the name, arguments and meaning of its reference; tensors come checked, contiguous and in
+float32, bfloat16 or float16 (ops.py sees to it). Outputs and workspaces are torch's; the thread count is
+torch.get_num_threads().
+
+Environment, read once at import: KSAE_NATIVE=0 leaves the native code out, KSAE_ISA=plain|avx2|avx512|avx512bf16
+lowers the instruction set, KSAE_SCREEN=on|off decides certified screening of float32 encodes (default: on where
+the CPU has BF16 dot instructions).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_reason = ""
+screening = os.environ.get("KSAE_SCREEN", "on") != "off"
+
+if os.environ.get("KSAE_NATIVE", "1") == "0":
+    _reason = "left out by KSAE_NATIVE=0"
+else:
+    try:
+        from . import _cpu
+    except ImportError as error:
+        _reason = f"not importable: {error}"
+    else:
+        if "KSAE_ISA" in os.environ:
+            _cpu.set_isa(os.environ["KSAE_ISA"])
+
+
+def available() -> bool:
+    """Whether the native kernels can be called."""
+    return not _reason
+
+
+def reason() -> str:
+    """Why they cannot, in one line; empty if they can."""
+    return _reason
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+class _Workspace:
+    """Allocator for the native side; the memory lives as long as this object."""
+
+    def __call__(self, size: int) -> int:
+        self.memory = torch.empty(size + 64, dtype=torch.uint8)
+        return (self.memory.data_ptr() + 63) & ~63
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    N, F = x.shape
+    values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
+    _cpu.topk(
+        N, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(values), _pointer(indices), _Workspace(), torch.get_num_threads()
+    )  # fmt: skip
+    return values, indices
+
+
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    values, indices, _ = topk_encode_counted(x, W_enc, b_enc, k, b_dec, mask)
+    return values, indices
+
+
+def topk_encode_counted(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    screen: bool | None = None,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
+    """topk_encode and (rows screened, survivors rescored, rows redone); `slack` scales the bound, for tests."""
+    (N, d), F = x.shape, W_enc.shape[0]
+    values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
+    counts = _cpu.topk_encode(
+        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc), _pointer(b_dec), _pointer(mask),
+        _pointer(values), _pointer(indices), screening if screen is None else screen, slack,
+        _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return values, indices, counts
+
+
+def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    (N, k), (F, d) = values.shape, W_dec.shape
+    out = values.new_empty(N, d)
+    _cpu.sparse_decode(
+        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices), indices.element_size(),
+        _pointer(W_dec), _pointer(b_dec), _pointer(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def sparse_residual(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    (N, k), (F, d) = values.shape, W_dec.shape
+    residual = target.new_empty(N, d, dtype=torch.float32)
+    sq_error = target.new_empty(N, dtype=torch.float64)
+    _cpu.sparse_residual(
+        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices), indices.element_size(),
+        _pointer(W_dec), _pointer(b_dec), _pointer(target), _pointer(residual), _pointer(sq_error),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return residual, sq_error
+
+
+def sparse_decode_backward_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    (N, k), (F, d) = indices.shape, W_dec.shape
+    out = grad.new_empty(N, k)
+    _cpu.sparse_decode_backward_values(
+        N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(indices), indices.element_size(),
+        _pointer(W_dec), _pointer(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def sparse_decode_backward_weight(
+    grad: Tensor, values: Tensor, indices: Tensor, F: int
+) -> tuple[Tensor, Tensor]:
+    (N, d), k = grad.shape, values.shape[1]
+    grad_W, value_sum = grad.new_empty(F, d), grad.new_empty(F)
+    _cpu.sparse_decode_backward_weight(
+        N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values), _pointer(indices), indices.element_size(),
+        _pointer(grad_W), _pointer(value_sum), _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_W, value_sum
+
+
+def group_by_latent(values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    N, k = values.shape
+    offsets = values.new_empty(F + 1, dtype=torch.int32)
+    order = values.new_empty(N * k, dtype=torch.int32)
+    _cpu.group_by_latent(
+        N, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices), indices.element_size(),
+        _pointer(offsets), _pointer(order), _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return offsets, order
+
+
+def _groups(
+    values: Sequence[Tensor], offsets: Sequence[Tensor], order: Sequence[Tensor], residuals: Sequence[Tensor]
+) -> list[tuple[int, int, int, int, int]]:
+    return [
+        (_pointer(v), _pointer(f), _pointer(o), _pointer(r), v.shape[1])
+        for v, f, o, r in zip(values, offsets, order, residuals, strict=True)
+    ]
+
+
+def latent_grad_norm(
+    x: Tensor,
+    b_dec: Tensor | None,
+    values: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    scales: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    project: bool,
+) -> tuple[Tensor, Tensor]:
+    (N, d_in), (F, d_out) = x.shape, W_dec.shape
+    grad_sq = x.new_empty(F, dtype=torch.float64)
+    grad_b_dec = x.new_empty(d_in, dtype=torch.float32)
+    _cpu.latent_grad_norm(
+        N, d_in, d_out, F, _DTYPES[x.dtype], _pointer(x), _pointer(b_dec), _groups(values, offsets, order, residuals),
+        _pointer(scales), _pointer(W_enc), _pointer(b_enc), _pointer(W_dec), project, _pointer(grad_sq),
+        _pointer(grad_b_dec), _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_sq, grad_b_dec
+
+
+def latent_update(
+    x: Tensor,
+    b_dec: Tensor | None,
+    values: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    scales: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    masters: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    hyper: Tensor,
+    grad_b_dec: Tensor,
+    project: bool,
+    normalize: bool,
+) -> None:
+    (N, d_in), (F, d_out) = x.shape, W_dec.shape
+    _cpu.latent_update(
+        N, d_in, d_out, F, _DTYPES[x.dtype], _pointer(x), _pointer(b_dec), _groups(values, offsets, order, residuals),
+        _pointer(scales), _pointer(W_enc), _pointer(b_enc), _pointer(W_dec), [_pointer(t) for t in masters],
+        [_pointer(t) for t in moments], _pointer(hyper), _pointer(grad_b_dec), project, normalize,
+        _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
