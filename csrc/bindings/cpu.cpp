@@ -41,32 +41,15 @@ struct Indices {
         i32(bytes == 4 ? as<const int32_t>(p) : nullptr) {}
 };
 
+// offsets, order, values or coefficients, grads or rows, k
 using Group = std::tuple<Pointer, Pointer, Pointer, Pointer, int64_t>;
 
-LatentParams latent_params(int64_t N, int64_t d_in, int64_t d_out, int64_t F, int dtype, Pointer x,
-                           Pointer b_dec, const std::vector<Group>& from,
-                           std::vector<LatentGroup>& groups, Pointer scales, Pointer W_enc,
-                           Pointer b_enc, Pointer W_dec, bool project, Pointer grad_b_dec) {
-  for (const auto& [values, offsets, order, residual, k] : from)
-    groups.push_back({as<const void>(values), as<const int32_t>(offsets), as<const int32_t>(order),
-                      as<const float>(residual), k});
-  LatentParams p{};
-  p.N = N;
-  p.d_in = d_in;
-  p.d_out = d_out;
-  p.F = F;
-  p.dtype = Dtype(dtype);
-  p.x = as<const void>(x);
-  p.b_dec = as<const void>(b_dec);
-  p.groups = groups.data();
-  p.scales = as<const float>(scales);
-  p.n_groups = int(groups.size());
-  p.W_enc = as<void>(W_enc);
-  p.b_enc = as<void>(b_enc);
-  p.W_dec = as<void>(W_dec);
-  p.project = project;
-  p.grad_b_dec = as<float>(grad_b_dec);
-  return p;
+std::vector<RowGroup> row_groups(const std::vector<Group>& from) {
+  std::vector<RowGroup> groups;
+  for (const auto& [offsets, order, coefficients, rows, k] : from)
+    groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
+                      as<const void>(coefficients), as<const void>(rows), k});
+  return groups;
 }
 
 }  // namespace
@@ -117,13 +100,15 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("sparse_residual", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values,
                               Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec,
-                              Pointer target, Pointer residual, Pointer sq_error, int threads) {
+                              Pointer target, bool target_float, int64_t start, int64_t columns,
+                              Pointer residual, Pointer sq_error, Pointer grad_values,
+                              const py::function& allocate, int threads) {
     const Indices i(indices, index_bytes);
-    py::gil_scoped_release release;
-    sparse_residual({{N, d, F, k, Dtype(dtype), as<const void>(values), i.i64, i.i32,
-                      as<const void>(W_dec), as<const void>(b_dec), nullptr},
-                     as<const void>(target), as<float>(residual), as<double>(sq_error)},
-                    threads);
+    const ResidualParams p{{N, d, F, k, Dtype(dtype), as<const void>(values), i.i64, i.i32,
+                            as<const void>(W_dec), as<const void>(b_dec), nullptr},
+                           as<const void>(target), target_float, start, columns,
+                           as<float>(residual), as<double>(sq_error), as<float>(grad_values)};
+    with_workspace(p, allocate, threads, sparse_residual_workspace, sparse_residual);
   });
   m.def("sparse_decode_backward_values",
         [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer grad, Pointer indices,
@@ -153,31 +138,61 @@ PYBIND11_MODULE(_cpu, m) {
                         i.i32, as<int32_t>(offsets), as<int32_t>(order)};
     with_workspace(p, allocate, threads, group_by_latent_workspace, group_by_latent);
   });
-  m.def("latent_update", [](int64_t N, int64_t d_in, int64_t d_out, int64_t F, int dtype, Pointer x,
-                            Pointer b_dec, const std::vector<Group>& from, Pointer scales,
-                            Pointer W_enc, Pointer b_enc, Pointer W_dec,
-                            const std::vector<Pointer>& masters,
-                            const std::vector<Pointer>& moments, Pointer hyper, Pointer grad_b_dec,
-                            bool project, bool normalize, const py::function& allocate,
-                            int threads) {
-    std::vector<LatentGroup> groups;
-    LatentParams p = latent_params(N, d_in, d_out, F, dtype, x, b_dec, from, groups, scales, W_enc,
-                                   b_enc, W_dec, project, grad_b_dec);
-    for (size_t j = 0; j < masters.size(); ++j) p.master[j] = as<float>(masters[j]);
-    for (size_t j = 0; j < 6; ++j) p.moments[j] = as<float>(moments.at(j));
+  m.def("latent_sums", [](int64_t F, int dtype, const std::vector<Group>& from, Pointer scales,
+                          Pointer grad_b_enc, Pointer parallel, int threads) {
+    std::vector<LatentSumsGroup> groups;
+    for (const auto& [offsets, order, values, grads, k] : from)
+      groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
+                        as<const void>(values), as<const float>(grads)});
+    py::gil_scoped_release release;
+    latent_sums({F, Dtype(dtype), groups.data(), as<const float>(scales), int(groups.size()),
+                 as<float>(grad_b_enc), as<float>(parallel)},
+                threads);
+  });
+  const auto row_params = [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
+                             bool encoder, const std::vector<RowGroup>& groups, Pointer scales,
+                             Pointer centre, Pointer parallel, Pointer W) {
+    RowUpdateParams p{};
+    p.F = F;
+    p.d = d;
+    p.start = start;
+    p.columns = columns;
+    p.dtype = Dtype(dtype);
+    p.encoder = encoder;
+    p.groups = groups.data();
+    p.scales = as<const float>(scales);
+    p.n_groups = int(groups.size());
+    p.centre = as<const void>(centre);
+    p.parallel = as<float>(parallel);
+    p.W = as<void>(W);
+    return p;
+  };
+  m.def("row_update", [row_params](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
+                                   bool encoder, const std::vector<Group>& from, Pointer scales,
+                                   Pointer centre, Pointer parallel, Pointer grad_b_enc,
+                                   Pointer grad_b_dec, Pointer W, Pointer master, Pointer m,
+                                   Pointer v, Pointer hyper, bool normalize,
+                                   const py::function& allocate, int threads) {
+    const auto groups = row_groups(from);
+    RowUpdateParams p =
+        row_params(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
+    p.grad_b_enc = as<const float>(grad_b_enc);
+    p.grad_b_dec = as<float>(grad_b_dec);
+    p.master = as<float>(master);
+    p.m = as<float>(m);
+    p.v = as<float>(v);
     p.hyper = as<const float>(hyper);
     p.normalize = normalize;
-    with_workspace(p, allocate, threads, latent_workspace, latent_update);
+    with_workspace(p, allocate, threads, row_update_workspace, row_update);
   });
-  m.def("latent_grad_norm", [](int64_t N, int64_t d_in, int64_t d_out, int64_t F, int dtype,
-                               Pointer x, Pointer b_dec, const std::vector<Group>& from,
-                               Pointer scales, Pointer W_enc, Pointer b_enc, Pointer W_dec,
-                               bool project, Pointer grad_sq, Pointer grad_b_dec,
-                               const py::function& allocate, int threads) {
-    std::vector<LatentGroup> groups;
-    LatentParams p = latent_params(N, d_in, d_out, F, dtype, x, b_dec, from, groups, scales, W_enc,
-                                   b_enc, W_dec, project, grad_b_dec);
+  m.def("row_grad_sq", [row_params](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
+                                    bool encoder, const std::vector<Group>& from, Pointer scales,
+                                    Pointer centre, Pointer parallel, Pointer W, Pointer grad_sq,
+                                    const py::function& allocate, int threads) {
+    const auto groups = row_groups(from);
+    RowUpdateParams p =
+        row_params(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
     p.grad_sq = as<double>(grad_sq);
-    with_workspace(p, allocate, threads, latent_workspace, latent_grad_norm);
+    with_workspace(p, allocate, threads, row_update_workspace, row_grad_sq);
   });
 }

@@ -12,9 +12,15 @@ void sparse_decode(const DecodeParams& p, int threads) {
                   [&](int64_t row0, int64_t row1, int) { kernels().decode(p, row0, row1); });
 }
 
-void sparse_residual(const ResidualParams& p, int threads) {
-  parallel_blocks(p.decode.N, kTokenBlock, threads,
-                  [&](int64_t row0, int64_t row1, int) { kernels().residual(p, row0, row1); });
+size_t sparse_residual_workspace(const ResidualParams& p, int threads) {
+  return size_t(p.decode.d + kVectorPad) * 4 * size_t(std::max(threads, 1));
+}
+
+void sparse_residual(const ResidualParams& p, void* workspace, int threads) {
+  auto* rows = static_cast<float*>(workspace);
+  parallel_blocks(p.decode.N, kTokenBlock, threads, [&](int64_t row0, int64_t row1, int rank) {
+    kernels().residual(p, row0, row1, rows + rank * (p.decode.d + kVectorPad));
+  });
 }
 
 void sparse_decode_backward_values(const DecodeBackwardValuesParams& p, int threads) {

@@ -72,7 +72,7 @@ Plan plan(const EncodeParams& p, Scoring scoring, int64_t M, int64_t N, int thre
   c.tau = static_cast<float*>(arena.take(R * 4));
   if (screen) {
     c.bound_w = static_cast<float*>(arena.take(panels * width * 3 * 4));
-    c.bound_panel = static_cast<float*>(arena.take(panels * 2 * 4));
+    c.bound_panel = static_cast<float*>(arena.take(panels * 4 * 4));
     c.bound_x = static_cast<float*>(arena.take(R * 2 * 4));
     c.redo = static_cast<uint8_t*>(arena.take(R));
   }
@@ -98,7 +98,7 @@ void run_chunk(const EncodeChunk& c, const Plan& plan, int threads, EncodeStats*
       const int64_t n = std::min(c.panels, panels - g * c.panels);
       for (int64_t panel = rank; panel < n; panel += size) t.encode_pack_w(c, g, panel);
 #pragma omp barrier
-      t.encode_score(c, g, tile0, tile1, scratch);
+      t.encode_score(c, g, tile0, tile1, rank, size, scratch);
     }
     t.encode_finish(c, tile0 * t.tile_rows, std::min(tile1 * t.tile_rows, c.R), scratch,
                     &counters[rank]);
@@ -127,7 +127,7 @@ Layout layout(const EncodeParams& p, Arena& arena) {
 }  // namespace
 
 size_t encode_scratch(int64_t d, int64_t capacity) {
-  const int64_t bytes = (d + kVectorPad) * 4 + (capacity + kVectorPad) * 4 + capacity * 4 + 8 + capacity * 8;
+  const int64_t bytes = (d + kVectorPad) * 4 + (capacity + kVectorPad) * 4 + capacity * 4 + 8 + capacity * 16;
   return size_t(round_up(bytes, 64));
 }
 

@@ -29,7 +29,7 @@ struct EncodeChunk {
   void* w_pack[2];      // [panels][d][panel_width], or bf16 pairs; groups alternate
   float* bias;          // [M padded]
   float* bound_w;       // kScreen: [M padded / width][3][width] |w - w^|, |w^|, bias term
-  float* bound_panel;   // kScreen: [M padded / width][2] largest |w|, largest |bias| of a panel
+  float* bound_panel;   // kScreen: [M padded / width][4] the largest of these three and of |w|
   float* bound_x;       // kScreen: [R][2] factors of the first two, rounding slack included
   float* score;         // [R][capacity] candidates that passed the gate
   int32_t* index;       // [R][capacity] ascending
@@ -45,19 +45,20 @@ struct Kernels {
   // topk_encode. `scratch` holds encode_scratch(d, capacity) bytes, one for each thread.
   void (*encode_pack_x)(const EncodeChunk& c, int64_t tile0, int64_t tile1, void* scratch);
   void (*encode_pack_w)(const EncodeChunk& c, int64_t group, int64_t panel);
-  void (*encode_score)(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1,
-                       void* scratch);
+  void (*encode_score)(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, int rank,
+                       int size, void* scratch);
   void (*encode_finish)(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch,
                         EncodeStats* stats);
   // The rest, over rows [row0, row1) or latents [i0, i1).
   void (*topk)(const TopkParams& p, int64_t row0, int64_t row1, void* scratch);
   void (*decode)(const DecodeParams& p, int64_t row0, int64_t row1);
-  void (*residual)(const ResidualParams& p, int64_t row0, int64_t row1);
+  void (*residual)(const ResidualParams& p, int64_t row0, int64_t row1, float* scratch);
   void (*backward_values)(const DecodeBackwardValuesParams& p, int64_t row0, int64_t row1);
   void (*backward_weight)(const DecodeBackwardWeightParams& p, const int32_t* offsets,
                           const int32_t* order, int64_t i0, int64_t i1, float* scratch);
-  void (*latent)(const LatentParams& p, int64_t i0, int64_t i1, float* scratch, float* grad_b_dec,
-                 bool update);
+  void (*latent_sums)(const LatentSumsParams& p, int64_t i0, int64_t i1);
+  void (*row_update)(const RowUpdateParams& p, int64_t i0, int64_t i1, float* scratch,
+                     float* grad_b_dec, bool update);
 };
 
 const Kernels& plain_kernels();

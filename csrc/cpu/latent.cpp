@@ -19,42 +19,60 @@ constexpr int64_t kPartials = 128;
 int64_t latent_block(int64_t F) { return std::max<int64_t>((F + kPartials - 1) / kPartials, 16); }
 int64_t padded(int64_t d) { return d + kVectorPad; }
 
-void latent_pass(const LatentParams& p, void* workspace, int threads, bool update) {
+bool finite(const float* scales, int n) {
+  return std::all_of(scales, scales + n, [](float s) { return std::isfinite(s); });
+}
+
+struct RowWork {
+  float* partial;  // [blocks][d padded], with grad_b_dec
+  float* scratch;  // [threads][columns padded]
+};
+RowWork row_work(const RowUpdateParams& p, int threads, Arena& arena) {
+  RowWork w{};
+  const int64_t blocks = (p.F + latent_block(p.F) - 1) / latent_block(p.F);
+  if (p.grad_b_dec) w.partial = static_cast<float*>(arena.take(blocks * padded(p.d) * 4));
+  w.scratch = static_cast<float*>(arena.take(std::max(threads, 1) * padded(p.columns) * 4));
+  return w;
+}
+
+void row_pass(const RowUpdateParams& p, void* workspace, int threads, bool update) {
   Arena arena{static_cast<char*>(workspace), 0};
-  const int64_t block = latent_block(p.F), blocks = (p.F + block - 1) / block;
-  const int64_t row = padded(p.d_in), scratch = padded(p.d_out) + padded(p.d_in);
-  auto* partial = static_cast<float*>(arena.take(blocks * row * 4));
-  auto* work = static_cast<float*>(arena.take(std::max(threads, 1) * scratch * 4));
-  std::memset(p.grad_b_dec, 0, size_t(p.d_in) * 4);
-  for (int g = 0; g < p.n_groups; ++g)
-    if (!std::isfinite(p.scales[g])) return;
-  std::memset(partial, 0, size_t(blocks * row) * 4);
+  const RowWork w = row_work(p, threads, arena);
+  const int64_t block = latent_block(p.F), blocks = (p.F + block - 1) / block, row = padded(p.d);
+  if (p.grad_b_dec) std::memset(p.grad_b_dec, 0, size_t(p.d) * 4);
+  if (!finite(p.scales, p.n_groups)) return;
+  if (p.grad_b_dec) std::memset(w.partial, 0, size_t(blocks * row) * 4);
   parallel_blocks(blocks, 1, threads, [&](int64_t b0, int64_t b1, int rank) {
     for (int64_t b = b0; b < b1; ++b)
-      kernels().latent(p, b * block, std::min(p.F, (b + 1) * block), work + rank * scratch,
-                       partial + b * row, update);
+      kernels().row_update(p, b * block, std::min(p.F, (b + 1) * block),
+                           w.scratch + rank * padded(p.columns),
+                           p.grad_b_dec ? w.partial + b * row : nullptr, update);
   });
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t c = 0; c < p.d_in; ++c) p.grad_b_dec[c] += partial[b * row + c];
+  for (int64_t b = 0; p.grad_b_dec && b < blocks; ++b)
+    for (int64_t c = 0; c < p.d; ++c) p.grad_b_dec[c] += w.partial[b * row + c];
 }
 
 }  // namespace
 
-size_t latent_workspace(const LatentParams& p, int threads) {
+void latent_sums(const LatentSumsParams& p, int threads) {
+  if (!finite(p.scales, p.n_groups)) return;
+  parallel_blocks(p.F, 1024, threads,
+                  [&](int64_t i0, int64_t i1, int) { kernels().latent_sums(p, i0, i1); });
+}
+
+size_t row_update_workspace(const RowUpdateParams& p, int threads) {
   Arena arena{nullptr, 0};
-  const int64_t block = latent_block(p.F), blocks = (p.F + block - 1) / block;
-  arena.take(blocks * padded(p.d_in) * 4);
-  arena.take(std::max(threads, 1) * (padded(p.d_out) + padded(p.d_in)) * 4);
+  row_work(p, threads, arena);
   return arena.used;
 }
 
-void latent_update(const LatentParams& p, void* workspace, int threads) {
-  latent_pass(p, workspace, threads, true);
+void row_update(const RowUpdateParams& p, void* workspace, int threads) {
+  row_pass(p, workspace, threads, true);
 }
 
-void latent_grad_norm(const LatentParams& p, void* workspace, int threads) {
+void row_grad_sq(const RowUpdateParams& p, void* workspace, int threads) {
   std::memset(p.grad_sq, 0, size_t(p.F) * 8);
-  latent_pass(p, workspace, threads, false);
+  row_pass(p, workspace, threads, false);
 }
 
 size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams& p, int threads) {

@@ -11,7 +11,7 @@ namespace {
 
 size_t scratch_bytes(int64_t k) {
   const int64_t capacity = k + std::max<int64_t>(k, 256);
-  return size_t(8 * k + 2 * 4 * (capacity + kVectorPad) + 4 * capacity + 64) & ~size_t(63);
+  return size_t(16 * k + 2 * 4 * (capacity + kVectorPad) + 4 * capacity + 64) & ~size_t(63);
 }
 
 }  // namespace

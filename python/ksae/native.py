@@ -105,17 +105,40 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
 
 
 def sparse_residual(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:
-    (N, k), (F, d) = values.shape, W_dec.shape
-    residual = target.new_empty(N, d, dtype=torch.float32)
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    (N, k) = values.shape
     sq_error = target.new_empty(N, dtype=torch.float64)
+    grad_values = target.new_empty(N, k, dtype=torch.float32)
+    residual = _residual(values, indices, W_dec, b_dec, target, 0, columns, sq_error, grad_values)
+    return residual, sq_error, grad_values
+
+
+def sparse_residual_slice(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, start: int, stop: int
+) -> Tensor:
+    return _residual(values, indices, W_dec, b_dec, target, start, stop, None, None)
+
+
+def _residual(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    start: int,
+    stop: int,
+    sq_error: Tensor | None,
+    grad_values: Tensor | None,
+) -> Tensor:
+    (N, k), (F, d) = values.shape, W_dec.shape
+    residual = target.new_empty(N, stop - start, dtype=torch.float32)
     _cpu.sparse_residual(
         N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices), indices.element_size(),
-        _pointer(W_dec), _pointer(b_dec), _pointer(target), _pointer(residual), _pointer(sq_error),
-        torch.get_num_threads(),
+        _pointer(W_dec), _pointer(b_dec), _pointer(target), target.dtype == torch.float32, start, stop - start,
+        _pointer(residual), _pointer(sq_error), _pointer(grad_values), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
-    return residual, sq_error
+    return residual
 
 
 def sparse_decode_backward_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
@@ -151,61 +174,74 @@ def group_by_latent(values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Te
     return offsets, order
 
 
+def latent_sums(
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    scales: Tensor,
+) -> tuple[Tensor, Tensor]:
+    F = offsets[0].numel() - 1
+    grad_b_enc, parallel = scales.new_zeros(F), scales.new_zeros(F)
+    _cpu.latent_sums(
+        F, _DTYPES[values[0].dtype], _groups(values, offsets, order, grads), _pointer(scales), _pointer(grad_b_enc),
+        _pointer(parallel), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_b_enc, parallel
+
+
 def _groups(
-    values: Sequence[Tensor], offsets: Sequence[Tensor], order: Sequence[Tensor], residuals: Sequence[Tensor]
+    coefficients: Sequence[Tensor], offsets: Sequence[Tensor], order: Sequence[Tensor], rows: Sequence[Tensor]
 ) -> list[tuple[int, int, int, int, int]]:
     return [
-        (_pointer(v), _pointer(f), _pointer(o), _pointer(r), v.shape[1])
-        for v, f, o, r in zip(values, offsets, order, residuals, strict=True)
+        (_pointer(f), _pointer(o), _pointer(c), _pointer(r), c.shape[1])
+        for c, f, o, r in zip(coefficients, offsets, order, rows, strict=True)
     ]
 
 
-def latent_grad_norm(
-    x: Tensor,
-    b_dec: Tensor | None,
-    values: Sequence[Tensor],
+def row_grad_sq(
+    coefficients: Sequence[Tensor],
     offsets: Sequence[Tensor],
     order: Sequence[Tensor],
-    residuals: Sequence[Tensor],
+    rows: Sequence[Tensor],
     scales: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    project: bool,
-) -> tuple[Tensor, Tensor]:
-    (N, d_in), (F, d_out) = x.shape, W_dec.shape
-    grad_sq = x.new_empty(F, dtype=torch.float64)
-    grad_b_dec = x.new_empty(d_in, dtype=torch.float32)
-    _cpu.latent_grad_norm(
-        N, d_in, d_out, F, _DTYPES[x.dtype], _pointer(x), _pointer(b_dec), _groups(values, offsets, order, residuals),
-        _pointer(scales), _pointer(W_enc), _pointer(b_enc), _pointer(W_dec), project, _pointer(grad_sq),
-        _pointer(grad_b_dec), _Workspace(), torch.get_num_threads(),
+    centre: Tensor | None,
+    parallel: Tensor | None,
+    W: Tensor,
+    start: int,
+) -> Tensor:
+    F, d = W.shape
+    grad_sq = scales.new_empty(F, dtype=torch.float64)
+    _cpu.row_grad_sq(
+        F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
+        _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre), _pointer(parallel),
+        _pointer(W), _pointer(grad_sq), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
-    return grad_sq, grad_b_dec
+    return grad_sq
 
 
-def latent_update(
-    x: Tensor,
-    b_dec: Tensor | None,
-    values: Sequence[Tensor],
+def row_update(
+    coefficients: Sequence[Tensor],
     offsets: Sequence[Tensor],
     order: Sequence[Tensor],
-    residuals: Sequence[Tensor],
+    rows: Sequence[Tensor],
     scales: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    masters: Sequence[Tensor],
-    moments: Sequence[Tensor],
+    centre: Tensor | None,
+    parallel: Tensor | None,
+    grad_b_enc: Tensor | None,
+    W: Tensor,
+    master: Tensor | None,
+    m: Tensor,
+    v: Tensor,
     hyper: Tensor,
-    grad_b_dec: Tensor,
-    project: bool,
+    grad_b_dec: Tensor | None,
+    start: int,
     normalize: bool,
 ) -> None:
-    (N, d_in), (F, d_out) = x.shape, W_dec.shape
-    _cpu.latent_update(
-        N, d_in, d_out, F, _DTYPES[x.dtype], _pointer(x), _pointer(b_dec), _groups(values, offsets, order, residuals),
-        _pointer(scales), _pointer(W_enc), _pointer(b_enc), _pointer(W_dec), [_pointer(t) for t in masters],
-        [_pointer(t) for t in moments], _pointer(hyper), _pointer(grad_b_dec), project, normalize,
-        _Workspace(), torch.get_num_threads(),
+    F, d = W.shape
+    _cpu.row_update(
+        F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
+        _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre), _pointer(parallel),
+        _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W), _pointer(master), _pointer(m), _pointer(v),
+        _pointer(hyper), normalize, _Workspace(), torch.get_num_threads(),
     )  # fmt: skip

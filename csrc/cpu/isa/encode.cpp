@@ -211,18 +211,25 @@ void pack_w(const EncodeChunk& c, int64_t group, int64_t panel) {
   });
   if (c.scoring != Scoring::kScreen) return;
   float* bound = c.bound_w + at * 3 * kPanel;
-  float largest = 0, largest_bias = 0;
+  float* panel_bound = c.bound_panel + 4 * at;  // the largest of each, and of |w|
+  for (int j = 0; j < 4; ++j) panel_bound[j] = 0;
   for (int l = 0; l < kPanel; ++l) {
     const double lost = norm_bound(squares[2 * l], d), rounded = norm_bound(squares[2 * l + 1], d);
-    const float b = __builtin_fabsf(bias[l]), norm = rounded_up(lost + rounded);
     bound[l] = rounded_up(lost);
     bound[kPanel + l] = rounded_up(rounded);
-    bound[2 * kPanel + l] = (b * 0x1p-20f + float(d) * 0x1p-124f) * c.p->slack;
-    if (!(norm <= largest)) largest = norm;  // NaN stays
-    if (!(b <= largest_bias)) largest_bias = b;
+    bound[2 * kPanel + l] =
+        (__builtin_fabsf(bias[l]) * 0x1p-20f + float(d) * 0x1p-124f) * c.p->slack;
+    const float row[4] = {bound[l], bound[kPanel + l], bound[2 * kPanel + l],
+                          rounded_up(lost + rounded)};
+    for (int j = 0; j < 4; ++j)  // NaN comes in and stays
+      if (row[j] > panel_bound[j] || row[j] != row[j]) panel_bound[j] = row[j];
   }
-  c.bound_panel[2 * at] = largest;
-  c.bound_panel[2 * at + 1] = largest_bias;
+}
+
+// kScreen: the proven bound of |score - screened score| of candidate m on row r.
+KSAE_INLINE float margin(const EncodeChunk& c, int64_t r, int32_t m) {
+  const float* b = c.bound_w + (m / kPanel) * 3 * kPanel + m % kPanel;
+  return b[0] * c.bound_x[2 * r] + b[kPanel] * c.bound_x[2 * r + 1] + b[2 * kPanel];
 }
 
 // kScreen: keeps what may still win; returns tau. With too many left the row is marked.
@@ -230,17 +237,12 @@ float screen_refine(const EncodeChunk& c, int64_t r, uint32_t* keys) {
   float* score = c.score + r * c.capacity;
   int32_t* index = c.index + r * c.capacity;
   const int64_t n = c.count[r], k = c.p->k;
-  const float bx0 = c.bound_x[2 * r], bx1 = c.bound_x[2 * r + 1];
-  const auto margin = [&](int32_t m) {
-    const float* b = c.bound_w + (m / kPanel) * 3 * kPanel + m % kPanel;
-    return b[0] * bx0 + b[kPanel] * bx1 + b[2 * kPanel];
-  };
-  for (int64_t i = 0; i < n; ++i) keys[i] = order_key(score[i] - margin(index[i]));
+  for (int64_t i = 0; i < n; ++i) keys[i] = order_key(score[i] - margin(c, r, index[i]));
   const float tau = order_score(kth_key(keys, n, k));
   int64_t out = 0;
   for (int64_t i = 0; i < n; ++i) {
     // Equal stays: it may tie with the k-th score and have the smaller index.
-    if (!(score[i] + margin(index[i]) < tau)) {
+    if (!(score[i] + margin(c, r, index[i]) < tau)) {
       score[out] = score[i];
       index[out++] = index[i];
     }
@@ -249,11 +251,12 @@ float screen_refine(const EncodeChunk& c, int64_t r, uint32_t* keys) {
   return tau;
 }
 
+template <Scoring kScoring>
 void append(const EncodeChunk& c, int64_t r, int64_t m0, uint32_t hits, const float* tile,
             uint32_t* keys) {
   const int64_t full = c.capacity - kPanel - kWidth;  // room for a panel and a whole-vector store
   if (c.count[r] > full) {
-    if (c.scoring == Scoring::kScreen) {
+    if constexpr (kScoring == Scoring::kScreen) {
       c.tau[r] = screen_refine(c, r, keys);
       if (c.count[r] > full - c.p->k / 2) c.redo[r] = 1;
       if (c.redo[r]) return;
@@ -263,14 +266,25 @@ void append(const EncodeChunk& c, int64_t r, int64_t m0, uint32_t hits, const fl
       c.count[r] = int32_t(c.p->k);
     }
   }
-  float* score = c.score + r * c.capacity + c.count[r];
-  int32_t* index = c.index + r * c.capacity + c.count[r];
-  constexpr uint32_t kHalf = (1u << kWidth) - 1;
-  const int first = compress(score, hits & kHalf, load(tile));
-  compress_iota(index, hits & kHalf, int32_t(m0));
-  const int second = compress(score + first, hits >> kWidth, load(tile + kWidth));
-  compress_iota(index + first, hits >> kWidth, int32_t(m0) + kWidth);
-  c.count[r] += first + second;
+  float* score = c.score + r * c.capacity;
+  int32_t* index = c.index + r * c.capacity;
+  int32_t n = c.count[r];
+  if (__builtin_popcount(hits) > 4) {
+    constexpr uint32_t kHalf = (1u << kWidth) - 1;
+    compress_iota(index + n, hits & kHalf, int32_t(m0));
+    n += compress(score + n, hits & kHalf, load(tile));
+    compress_iota(index + n, hits >> kWidth, int32_t(m0) + kWidth);
+    n += compress(score + n, hits >> kWidth, load(tile + kWidth));
+  } else {
+    for (; hits; hits &= hits - 1) {
+      const int lane = __builtin_ctz(hits);
+      if constexpr (kScoring == Scoring::kScreen)  // the gate took the panel's largest margin
+        if (tile[lane] + margin(c, r, int32_t(m0) + lane) <= c.tau[r]) continue;
+      score[n] = tile[lane];
+      index[n++] = int32_t(m0) + lane;
+    }
+  }
+  c.count[r] = n;
 }
 
 template <Scoring kScoring>
@@ -307,57 +321,92 @@ void score_tile(const EncodeChunk& c, const float* x, const float* w, int64_t n_
     const Vec s0 = acc[r][0] + b0, s1 = acc[r][1] + b1;
     store(tile[r], s0);
     store(tile[r] + kWidth, s1);
-    if constexpr (kScoring != Scoring::kScreen) {
-      const Vec tau = splat(r < rows ? c.tau[r0 + r] : 0);
-      hits[r] = not_le(s0, tau) | not_le(s1, tau) << kWidth;
+    float tau = r < rows ? c.tau[r0 + r] : 0;
+    if constexpr (kScoring == Scoring::kScreen) {
+      if (r < rows) {
+        const float* b = c.bound_panel + 4 * at;
+        const float bx0 = c.bound_x[2 * (r0 + r)], bx1 = c.bound_x[2 * (r0 + r) + 1];
+        // Where a sum might overflow the bound proves nothing.
+        if (!(bx0 * b[3] + b[2] * 0x1p20f < 1e37f)) c.redo[r0 + r] = 1;
+        tau -= b[0] * bx0 + b[1] * bx1 + b[2];
+      }
     }
+    hits[r] = not_le(s0, splat(tau)) | not_le(s1, splat(tau)) << kWidth;
   }
-  if constexpr (kScoring == Scoring::kScreen) {
-    const float* bound = c.bound_w + at * 3 * kPanel;
-    const Vec p0 = load(bound), p1 = load(bound + kWidth), q0 = load(bound + kPanel),
-              q1 = load(bound + kPanel + kWidth), t0 = load(bound + 2 * kPanel),
-              t1 = load(bound + 2 * kPanel + kWidth);
-    for (int r = 0; r < rows; ++r) {
-      const float bx0 = c.bound_x[2 * (r0 + r)];
-      const Vec f0 = splat(bx0), f1 = splat(c.bound_x[2 * (r0 + r) + 1]);
-      const Vec tau = splat(c.tau[r0 + r]);
-      const Vec u0 = load(tile[r]) + fma(p0, f0, fma(q0, f1, t0));
-      const Vec u1 = load(tile[r] + kWidth) + fma(p1, f0, fma(q1, f1, t1));
-      hits[r] = not_le(u0, tau) | not_le(u1, tau) << kWidth;
-      // Where a sum might overflow the bound proves nothing.
-      if (!(bx0 * c.bound_panel[2 * at] + c.bound_panel[2 * at + 1] < 1e37f)) c.redo[r0 + r] = 1;
-      if (c.redo[r0 + r]) hits[r] = 0;
-    }
+  uint32_t waiting = 0;  // rows with hits
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+    if (r >= rows) break;
+    if constexpr (kScoring == Scoring::kScreen)
+      if (c.redo[r0 + r]) continue;
+    waiting |= uint32_t((hits[r] & lanes) != 0) << r;
   }
-  for (int r = 0; r < rows; ++r)
-    if (hits[r] & lanes) append(c, r0 + r, m0, hits[r] & lanes, tile[r], keys);
+  for (; waiting; waiting &= waiting - 1) {
+    const int r = __builtin_ctz(waiting);
+    append<kScoring>(c, r0 + r, m0, hits[r] & lanes, tile[r], keys);
+  }
 }
 
+// Walks through the weights that this thread will pack next, a few lines at a time, so that they
+// are in L2 when their turn comes.
+struct Ahead {
+  const char* W;
+  int64_t panel_bytes, panel, end, step, line, lines;  // panels [panel, end) by step; lines a call
+
+  Ahead(const EncodeChunk& c, int64_t group, int rank, int size, int64_t calls) {
+    const int64_t width = c.p->dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t full = c.M / kPanel, first = (group + 1) * c.panels;
+    W = static_cast<const char*>(c.p->W_enc);
+    panel_bytes = kPanel * c.p->d * width;
+    panel = first + rank;
+    end = c.ids ? 0 : (first + c.panels < full ? first + c.panels : full);
+    step = size;
+    line = 0;
+    const int64_t total = (c.panels / size + 1) * (panel_bytes / 64 + 1);
+    lines = total / (calls > 0 ? calls : 1) + 1;
+    if (lines > 64) lines = 64;
+  }
+  KSAE_INLINE void advance() {
+    if (panel >= end) return;
+    const char* from = W + panel * panel_bytes;
+    for (int64_t i = 0; i < lines; ++i, line += 64) __builtin_prefetch(from + line, 0, 2);
+    if (line >= panel_bytes) {
+      line = 0;
+      panel += step;
+    }
+  }
+};
+
 template <Scoring kScoring>
-void score_rows(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, uint32_t* keys) {
+void score_rows(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, int rank,
+                int size, uint32_t* keys) {
   const int64_t n_steps = steps(c), last = (c.M + kPanel - 1) / kPanel - group * c.panels;
   const int64_t n_panels = last < c.panels ? last : c.panels;
   const float* x = static_cast<const float*>(c.x_pack);
   const float* w = static_cast<const float*>(c.w_pack[group & 1]);
+  Ahead ahead(c, group, rank, size, (tile1 - tile0) * n_panels);
   for (int64_t sub = 0; sub < n_panels; sub += c.sub_panels) {
     const int64_t end = sub + c.sub_panels < n_panels ? sub + c.sub_panels : n_panels;
     for (int64_t tile = tile0; tile < tile1; ++tile)
-      for (int64_t panel = sub; panel < end; ++panel)
+      for (int64_t panel = sub; panel < end; ++panel) {
         score_tile<kScoring>(c, x + tile * n_steps * kTileRows, w + panel * n_steps * kPanel,
                              n_steps, group * c.panels + panel, tile * kTileRows, keys);
+        ahead.advance();
+      }
   }
 }
 
-void score(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, void* scratch) {
+void score(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, int rank, int size,
+           void* scratch) {
   uint32_t* keys = scratch_of(c, scratch).keys;
   switch (c.scoring) {
     case Scoring::kFloat:
-      return score_rows<Scoring::kFloat>(c, group, tile0, tile1, keys);
+      return score_rows<Scoring::kFloat>(c, group, tile0, tile1, rank, size, keys);
 #if defined(__AVX512BF16__)
     case Scoring::kDot:
-      return score_rows<Scoring::kDot>(c, group, tile0, tile1, keys);
+      return score_rows<Scoring::kDot>(c, group, tile0, tile1, rank, size, keys);
     case Scoring::kScreen:
-      return score_rows<Scoring::kScreen>(c, group, tile0, tile1, keys);
+      return score_rows<Scoring::kScreen>(c, group, tile0, tile1, rank, size, keys);
 #endif
     default:
       return;
@@ -365,7 +414,9 @@ void score(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, vo
 }
 
 // Float32 scores of n candidates, by the chain of score_tile<kFloat>, kWidth candidates at a time.
-void rescore(const EncodeChunk& c, const float* x, const int32_t* index, int64_t n, float* out) {
+// Meanwhile the rows of the next kWidth candidates (of `next` after the last) come from memory.
+void rescore(const EncodeChunk& c, const float* x, const int32_t* index, int64_t n,
+             const int32_t* next, float* out) {
   const int64_t d = c.p->d;
   const float* W = static_cast<const float*>(c.p->W_enc);
   for (int64_t i = 0; i < n; i += kWidth) {
@@ -376,11 +427,15 @@ void rescore(const EncodeChunk& c, const float* x, const int32_t* index, int64_t
       w[l] = W + latent_of(c, m) * d;
       bias[l] = c.bias[m];
     }
+    const int32_t* coming = i + 2 * kWidth <= n ? index + i + kWidth : next;
     Vec acc = splat(0), block[kWidth];
     for (int64_t j = 0; j < d; j += kWidth) {
       const int lanes = d - j < kWidth ? int(d - j) : kWidth;
       for (int l = 0; l < kWidth; ++l)
         block[l] = lanes == kWidth ? load(w[l] + j) : load_n(w[l] + j, lanes);
+      if (coming)
+        for (int l = 0; l < kWidth; ++l)
+          __builtin_prefetch(W + latent_of(c, coming[l]) * d + j, 0, 2);
       transpose(block);
       for (int s = 0; s < lanes; ++s) acc = fma(splat(x[j + s]), block[s], acc);
     }
@@ -405,12 +460,14 @@ int64_t fill(const EncodeChunk& c, uint64_t* sort, int64_t n, const int32_t* ind
 void finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch, EncodeStats* stats) {
   const Scratch s = scratch_of(c, scratch);
   const int64_t k = c.p->k;
+  const bool screen = c.scoring == Scoring::kScreen;
+  for (int64_t r = row0; screen && r < row1; ++r)
+    if (!c.redo[r] && c.count[r] > k) screen_refine(c, r, s.keys);
   for (int64_t r = row0; r < row1; ++r) {
     float* score = c.score + r * c.capacity;
     int32_t* index = c.index + r * c.capacity;
     const int64_t n_row = row_of(c, r);
-    if (c.scoring == Scoring::kScreen) {
-      if (!c.redo[r] && c.count[r] > k) screen_refine(c, r, s.keys);
+    if (screen) {
       ++stats->screened_rows;
       if (c.redo[r]) {
         ++stats->redone_rows;
@@ -418,7 +475,8 @@ void finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch, Enc
       }
       stats->survivors += c.count[r];
       centred_row<float>(c, n_row, s.row);
-      rescore(c, s.row, index, c.count[r], s.rescored);
+      const bool more = r + 1 < row1 && c.count[r + 1] >= kWidth;
+      rescore(c, s.row, index, c.count[r], more ? index + c.capacity : nullptr, s.rescored);
       score = s.rescored;
     }
     int64_t n = c.count[r];
@@ -433,7 +491,7 @@ void finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch, Enc
       s.sort[kept++] = sort_key(score[i], int32_t(latent_of(c, index[i])));
     }
     if (kept < k) fill(c, s.sort, kept, index);
-    sort_descending(s.sort, k);
+    sort_keys(s.sort, k, s.sort + c.capacity);
     int64_t* indices = c.p->indices + n_row * k;
     for (int64_t j = 0; j < k; ++j) indices[j] = key_index(s.sort[j]);
     with_dtype(c.p->dtype, [&](auto tag) {

@@ -15,26 +15,53 @@
 
 namespace ksae::cpu::KSAE_ISA {
 
-// The k-th largest of n keys, by bisection on its bits: 32 counting passes over L1.
+// The k-th largest of n keys, by bisection on its bits: counting passes over L1, fewer once a cut
+// with exactly k above it is found.
 inline uint32_t kth_key(const uint32_t* keys, int64_t n, int64_t k) {
-  uint32_t kth = 0;
+  uint32_t cut = 0;
   for (int bit = 31; bit >= 0; --bit) {
-    const uint32_t candidate = kth | 1u << bit;
+    const uint32_t candidate = cut | 1u << bit;
     int32_t count = 0;
     for (int64_t i = 0; i < n; ++i) count += keys[i] >= candidate;
-    if (count >= k) kth = candidate;
+    if (count >= k) cut = candidate;
+    if (count == k) break;
+  }
+  uint32_t kth = 0xffffffffu;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t key = keys[i] >= cut ? keys[i] : 0xffffffffu;
+    kth = key < kth ? key : kth;
   }
   return kth;
+}
+
+// Moves the entries that are not < least to the front, in order; returns their number. Reads and
+// writes whole vectors: the buffers are padded.
+inline int64_t keep_from(float* score, int32_t* index, int64_t n, float least) {
+  const Vec t = splat(least);
+  int64_t out = 0;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const Vec s = load(score + i);
+    uint32_t mask = not_lt(s, t);
+    if (n - i < kWidth) mask &= (1u << (n - i)) - 1;
+    compress(index + out, mask, index + i);
+    out += compress(score + out, mask, s);
+  }
+  return out;
 }
 
 // Keeps the k largest (equal: first) of n entries in their order; returns the new tau.
 inline float refine(float* score, int32_t* index, int64_t n, int64_t k, uint32_t* keys) {
   for (int64_t i = 0; i < n; ++i) keys[i] = order_key(score[i]);
   const uint32_t kth = kth_key(keys, n, k);
-  int64_t larger = 0;
+  int64_t larger = 0, equal = 0;
   for (int64_t i = 0; i < n; ++i) larger += keys[i] > kth;
-  int64_t equal = k - larger, out = 0;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < n; ++i) equal += keys[i] == kth;
+  if (larger + equal == k && kth != 0xffffffffu) {
+    keep_from(score, index, n, order_score(kth));
+    return order_score(kth);
+  }
+  equal = k - larger;
+  for (int64_t i = 0, out = 0; i < n; ++i) {
     if (keys[i] > kth || (keys[i] == kth && equal-- > 0)) {
       score[out] = score[i];
       index[out++] = index[i];
@@ -50,6 +77,18 @@ KSAE_INLINE uint64_t sort_key(float score, int32_t index) {
 }
 KSAE_INLINE float key_score(uint64_t key) { return order_score(uint32_t(key >> 32)); }
 KSAE_INLINE int32_t key_index(uint64_t key) { return int32_t(~uint32_t(key)); }
+
+// Sorts n distinct keys, largest first; `spare` holds n more. Up to 128, counting the larger ones of
+// each is branch-free and several times faster than a comparison sort.
+inline void sort_keys(uint64_t* keys, int64_t n, uint64_t* spare) {
+  if (n > 128) return sort_descending(keys, n);
+  for (int64_t i = 0; i < n; ++i) spare[i] = keys[i];
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t rank = 0;
+    for (int64_t j = 0; j < n; ++j) rank += spare[j] > spare[i];
+    keys[rank] = spare[i];
+  }
+}
 
 // Calls f with the storage type as a tag: `using T = typename decltype(tag)::type`.
 template <class T>

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Latent-major pass. For one latent, everything that training does to its two rows: values
-// gradient, dW_dec, dW_enc, db_enc, projection, Adam, unit norm. Gradients live in L1 only.
+// Latent-major passes: the tokens that chose a latent are summed into its gradient row, which lives
+// in L1 only: projection, Adam and unit norm follow at once.
 //
-// For each token n that chose latent i with v > 0 (r = scale * residual of the loss term):
-//   dv = <r_n, W_dec[i]>;  dW_dec += v r_n;  dW_enc += dv (x_n - b_dec);  db_enc += dv
-// Cost: bytes 24 a parameter (weights and two moments, read and written; + 2 for a 16-bit copy),
-// plus (d_in + d_out) elements gathered a hit, from L3 where residual and x fit. Flops 6 d a hit,
-// 12 a parameter. Sums run in token order, so bits depend on nothing else.
-// Limits: a latent is one thread's: one that every token selects is 2 N d elements of serial work.
+// Cost of row_update: bytes 24 a parameter (weight and two moments, read and written; + 2 for a
+// 16-bit copy) and d elements gathered a hit, from L2 or L3 where the table [N, d] fits; flops 2 d
+// a hit, 12 a parameter. Sums run in token order, so bits depend on nothing else.
+// Limits: a latent is one thread's: one that every token selects is N d elements of serial work.
+// Encoder and decoder are separate passes: one table in cache at a time, three streams instead of
+// six, and the decoder may be cut by columns so that a slice of the residual is all that exists.
 #include "gate.h"
 
 namespace ksae::cpu::KSAE_ISA {
@@ -43,20 +43,36 @@ void clear(float* p, int64_t n) {
   for (int64_t c = 0; c < n; ++c) p[c] = 0;
 }
 
+// acc[c] += coefficient * (row[c] - centre[c])
+template <class Row>
+KSAE_INLINE void add_row(float* acc, float coefficient, const Row* row, const Row* centre,
+                         int64_t d) {
+  const Vec a = splat(coefficient);
+  int64_t c = 0;
+  if (centre) {
+    for (; c + kWidth <= d; c += kWidth)
+      store(acc + c, fma(a, load(row + c) - load(centre + c), load(acc + c)));
+  } else {
+    for (; c + kWidth <= d; c += kWidth) store(acc + c, fma(a, load(row + c), load(acc + c)));
+  }
+  if (c < d) {
+    Vec r = load_n(row + c, int(d - c));
+    if (centre) r = r - load_n(centre + c, int(d - c));
+    store(acc + c, fma(a, r, load(acc + c)));
+  }
+}
+
 template <class T>
 void backward_weight_latents(const DecodeBackwardWeightParams& p, const int32_t* offsets,
                              const int32_t* order, int64_t i0, int64_t i1, float* acc) {
   const int64_t d = p.d;
   const T* grad = static_cast<const T*>(p.grad);
   for (int64_t i = i0; i < i1; ++i) {
-    clear(acc, d);
+    clear(acc, d + kWidth);
     float total = 0;
     for (int32_t h = offsets[i]; h < offsets[i + 1]; ++h) {
       const float v = to_float(static_cast<const T*>(p.values)[order[h]]);
-      const T* g = grad + order[h] / p.k * d;
-      const Vec a = splat(v);
-      for (int64_t c = 0; c < d; c += kWidth)
-        store(acc + c, fma(a, load_part(g, c, d), load(acc + c)));
+      add_row<T>(acc, v, grad + order[h] / p.k * d, nullptr, d);
       total += v;
     }
     T* out = static_cast<T*>(p.grad_W) + i * d;
@@ -76,8 +92,8 @@ struct Adam {
   Vec step, beta1, rest1, beta2, rest2, sqrt_bc2, eps, scale;
 };
 Adam adam_of(const float* hyper) {
-  return {splat(hyper[0]),     splat(hyper[2]), splat(1 - hyper[2]), splat(hyper[3]),
-          splat(1 - hyper[3]), splat(hyper[1]), splat(hyper[4]),     splat(hyper[5])};
+  return {splat(hyper[0]), splat(hyper[2]), splat(hyper[6]), splat(hyper[3]),
+          splat(hyper[7]), splat(hyper[1]), splat(hyper[4]), splat(hyper[5])};
 }
 KSAE_INLINE Vec adam(const Adam& a, Vec theta, Vec grad, Vec& m, Vec& v) {
   const Vec g = grad * a.scale;
@@ -86,147 +102,123 @@ KSAE_INLINE Vec adam(const Adam& a, Vec theta, Vec grad, Vec& m, Vec& v) {
   return theta - a.step * m / (sqrt(v) / a.sqrt_bc2 + a.eps);
 }
 
-// Gradients of latent i into dec [d_out] and enc [d_in]; returns db_enc.
-template <class T>
-KSAE_INLINE float gradients(const LatentParams& p, int64_t i, float* dec, float* enc) {
-  const T* w = static_cast<const T*>(p.W_dec) + i * p.d_out;
-  const T* b = static_cast<const T*>(p.b_dec);
-  float db = 0;
-  clear(dec, p.d_out);
-  clear(enc, p.d_in);
-  for (int g = 0; g < p.n_groups; ++g) {
-    const LatentGroup& group = p.groups[g];
-    const float scale = p.scales[g];
-    const T* values = static_cast<const T*>(group.values);
-    for (int32_t h = group.offsets[i]; h < group.offsets[i + 1]; ++h) {
-      const int64_t at = group.order[h], n = at / group.k;
-      if (h + 1 < group.offsets[i + 1]) {  // the next rows are gathers that nothing foresees
-        const int64_t next = group.order[h + 1] / group.k;
-        const char* r1 = reinterpret_cast<const char*>(group.residual + next * p.d_out);
-        const char* x1 =
-            reinterpret_cast<const char*>(static_cast<const T*>(p.x) + next * p.d_in);
-        for (int line = 0; line < 8; ++line) {
-          __builtin_prefetch(r1 + 64 * line);
-          __builtin_prefetch(x1 + 64 * line);
+void latent_sums(const LatentSumsParams& p, int64_t i0, int64_t i1) {
+  with_dtype(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (int64_t i = i0; i < i1; ++i) {
+      double bias = 0, parallel = 0;
+      for (int g = 0; g < p.n_groups; ++g) {
+        const LatentSumsGroup& group = p.groups[g];
+        double b = 0, w = 0;
+        for (int32_t h = group.offsets[i]; h < group.offsets[i + 1]; ++h) {
+          const double grad = group.grads[group.order[h]];
+          b += grad;
+          w += grad * to_float(static_cast<const T*>(group.values)[group.order[h]]);
         }
+        bias += p.scales[g] * b;
+        parallel += p.scales[g] * w;
       }
-      const float v = to_float(values[at]);
-      const float* r = group.residual + n * p.d_out;
-      const Vec sv = splat(scale * v);
-      const float dot = sum_over(p.d_out, [&](int64_t c, Vec acc) {
-        const Vec rc = load_part(r, c, p.d_out);
-        store(dec + c, fma(sv, rc, load(dec + c)));
-        return fma(rc, load_part(w, c, p.d_out), acc);
-      });
-      if (!(v > 0)) continue;
-      const float dv = scale * dot;
-      const T* x = static_cast<const T*>(p.x) + n * p.d_in;
-      const Vec sdv = splat(dv);
-      if (b) {
-        for (int64_t c = 0; c < p.d_in; c += kWidth) {
-          const Vec xc = load_part(x, c, p.d_in) - load_part(b, c, p.d_in);
-          store(enc + c, fma(sdv, xc, load(enc + c)));
-        }
-      } else {
-        for (int64_t c = 0; c < p.d_in; c += kWidth)
-          store(enc + c, fma(sdv, load_part(x, c, p.d_in), load(enc + c)));
-      }
-      db += dv;
+      p.grad_b_enc[i] = float(bias);
+      p.parallel[i] = float(parallel);
     }
-  }
-  return db;
+  });
 }
 
-// Adam on one row; returns the squared norm of the new row.
-template <class T>
-KSAE_INLINE float update_row(const LatentParams& p, const Adam& a, int which, void* param,
-                             int64_t at, int64_t d, const float* grad, bool has_grad) {
-  T* low = static_cast<T*>(param) + at;
-  float* theta = p.master[which] ? p.master[which] + at : reinterpret_cast<float*>(low);
-  float* m = p.moments[2 * which] + at;
-  float* v = p.moments[2 * which + 1] + at;
-  return sum_over(d, [&](int64_t c, Vec acc) {
+// The gradient of columns [start, start + columns) of row i.
+template <class T, class Coefficient, class Row>
+KSAE_INLINE void gradient_row(const RowUpdateParams& p, int64_t i, float* grad, bool update) {
+  clear(grad, p.columns + kWidth);
+  for (int g = 0; g < p.n_groups; ++g) {
+    const RowGroup& group = p.groups[g];
+    const auto* coefficients = static_cast<const Coefficient*>(group.coefficients);
+    const Row* rows = static_cast<const Row*>(group.rows);
+    for (int32_t h = group.offsets[i]; h < group.offsets[i + 1]; ++h) {
+      const int32_t at = group.order[h];
+      add_row(grad, p.scales[g] * to_float(coefficients[at]), rows + at / group.k * p.columns,
+              static_cast<const Row*>(p.centre), p.columns);
+    }
+  }
+  if (p.parallel && p.parallel[i] != 0) {
+    const T* w = static_cast<const T*>(p.W) + i * p.d;
+    if (p.start == 0 || !update) {
+      const float ww = sum_over(p.d, [&](int64_t c, Vec acc) {
+        const Vec wc = load_part(w, c, p.d);
+        return fma(wc, wc, acc);
+      });
+      const float along = ww > 0 ? p.parallel[i] / ww : 0;
+      add_row<T>(grad, -along, w + p.start, nullptr, p.columns);
+      if (update && p.columns < p.d) p.parallel[i] = along;
+    } else {
+      add_row<T>(grad, -p.parallel[i], w + p.start, nullptr, p.columns);
+    }
+  }
+}
+
+// Adam on the columns of row i.
+template <class T, bool kGrad>
+KSAE_INLINE void adam_row(const RowUpdateParams& p, const Adam& a, int64_t i, const float* grad) {
+  const int64_t at = i * p.d + p.start, d = p.columns;
+  T* low = static_cast<T*>(p.W) + at;
+  float* theta = p.master ? p.master + at : reinterpret_cast<float*>(low);
+  float *m = p.m + at, *v = p.v + at;
+  for (int64_t c = 0; c < d; c += kWidth) {
     Vec mc = load_part(m, c, d), vc = load_part(v, c, d);
-    const Vec g = has_grad ? load(grad + c) : splat(0);
-    Vec t = adam(a, load_part(theta, c, d), g, mc, vc);
+    const Vec t = adam(a, load_part(theta, c, d), kGrad ? load(grad + c) : splat(0), mc, vc);
     store_part(m, mc, c, d);
     store_part(v, vc, c, d);
     store_part(theta, t, c, d);
     if constexpr (sizeof(T) == 2) store_part(low, t, c, d);
-    if (c + kWidth > d) {  // lanes past the row: eps = 0 makes them 0 / 0
-      float lanes[kWidth] = {};
-      store_n(lanes, t, int(d - c));
-      t = load(lanes);
-    }
-    return fma(t, t, acc);
-  });
+  }
 }
 
 template <class T>
-void latents(const LatentParams& p, int64_t i0, int64_t i1, float* scratch, float* grad_b_dec,
-             bool update) {
-  float* dec = scratch;
-  float* enc = dec + p.d_out + kVectorPad;
+KSAE_INLINE void normalize_row(const RowUpdateParams& p, int64_t i) {
+  T* low = static_cast<T*>(p.W) + i * p.d;
+  float* theta = p.master ? p.master + i * p.d : reinterpret_cast<float*>(low);
+  const float squares = sum_over(p.d, [&](int64_t c, Vec acc) {
+    const Vec t = load_part(theta, c, p.d);
+    return fma(t, t, acc);
+  });
+  if (!(squares > 0)) return;
+  const Vec norm = splat(__builtin_sqrtf(squares));
+  for (int64_t c = 0; c < p.d; c += kWidth) {
+    const Vec t = load_part(theta, c, p.d) / norm;
+    store_part(theta, t, c, p.d);
+    if constexpr (sizeof(T) == 2) store_part(low, t, c, p.d);
+  }
+}
+
+template <class T>
+void update_rows(const RowUpdateParams& p, int64_t i0, int64_t i1, float* grad, float* grad_b_dec,
+                 bool update) {
   const Adam a = update ? adam_of(p.hyper) : Adam{};
   for (int64_t i = i0; i < i1; ++i) {
     bool hit = false;
     for (int g = 0; g < p.n_groups; ++g)
       hit |= p.groups[g].offsets[i] < p.groups[g].offsets[i + 1];
-    const int64_t at_dec = i * p.d_out, at_enc = i * p.d_in;
-    float db = 0;
-    if (hit) {
-      db = gradients<T>(p, i, dec, enc);
-      // The encoder path of db_dec, with W_enc as the forward used it.
-      const T* w_enc = static_cast<const T*>(p.W_enc) + at_enc;
-      const Vec s = splat(db);
-      for (int64_t c = 0; c < p.d_in; c += kWidth)
-        store(grad_b_dec + c, fma(s, load_part(w_enc, c, p.d_in), load(grad_b_dec + c)));
-      if (p.project) {
-        const float* w = p.master[2] ? p.master[2] + at_dec : static_cast<float*>(p.W_dec) + at_dec;
-        const float ww = sum_over(p.d_out, [&](int64_t c, Vec acc) {
-          const Vec wc = load_part(w, c, p.d_out);
-          return fma(wc, wc, acc);
-        });
-        const float gw = sum_over(p.d_out, [&](int64_t c, Vec acc) {
-          return fma(load(dec + c), load_part(w, c, p.d_out), acc);
-        });
-        if (ww > 0) {
-          const Vec f = splat(-gw / ww);
-          for (int64_t c = 0; c < p.d_out; c += kWidth)
-            store(dec + c, fma(f, load_part(w, c, p.d_out), load(dec + c)));
-        }
-      }
-    }
+    if (hit && p.encoder) gradient_row<T, float, T>(p, i, grad, update);
+    if (hit && !p.encoder) gradient_row<T, T, float>(p, i, grad, update);
     if (!update) {
       double squares = 0;
-      if (hit) {
-        for (int64_t c = 0; c < p.d_in; ++c) squares += double(enc[c]) * enc[c];
-        for (int64_t c = 0; c < p.d_out; ++c) squares += double(dec[c]) * dec[c];
-      }
-      p.grad_sq[i] = squares + double(db) * db;
+      for (int64_t c = 0; hit && c < p.columns; ++c) squares += double(grad[c]) * grad[c];
+      p.grad_sq[i] = squares;
       continue;
     }
-    update_row<T>(p, a, 0, p.W_enc, at_enc, p.d_in, enc, hit);
-    const float bias_grad[kWidth] = {db};
-    update_row<T>(p, a, 1, p.b_enc, i, 1, bias_grad, hit);
-    const float squares = update_row<T>(p, a, 2, p.W_dec, at_dec, p.d_out, dec, hit);
-    if (p.normalize && squares > 0) {
-      T* low = static_cast<T*>(p.W_dec) + at_dec;
-      float* theta = p.master[2] ? p.master[2] + at_dec : reinterpret_cast<float*>(low);
-      const Vec norm = splat(__builtin_sqrtf(squares));
-      for (int64_t c = 0; c < p.d_out; c += kWidth) {
-        const Vec t = load_part(theta, c, p.d_out) / norm;
-        store_part(theta, t, c, p.d_out);
-        if constexpr (sizeof(T) == 2) store_part(low, t, c, p.d_out);
-      }
+    if (hit && p.grad_b_dec)
+      add_row<T>(grad_b_dec, p.grad_b_enc[i], static_cast<const T*>(p.W) + i * p.d, nullptr, p.d);
+    if (hit) {
+      adam_row<T, true>(p, a, i, grad);
+    } else {
+      adam_row<T, false>(p, a, i, grad);
     }
+    if (p.normalize) normalize_row<T>(p, i);
   }
 }
 
-void latent(const LatentParams& p, int64_t i0, int64_t i1, float* scratch, float* grad_b_dec,
-            bool update) {
+void row_update(const RowUpdateParams& p, int64_t i0, int64_t i1, float* scratch, float* grad_b_dec,
+                bool update) {
   with_dtype(p.dtype, [&](auto tag) {
-    latents<typename decltype(tag)::type>(p, i0, i1, scratch, grad_b_dec, update);
+    update_rows<typename decltype(tag)::type>(p, i0, i1, scratch, grad_b_dec, update);
   });
 }
 
@@ -234,7 +226,8 @@ void latent(const LatentParams& p, int64_t i0, int64_t i1, float* scratch, float
 
 void latent_table(Kernels& t) {
   t.backward_weight = backward_weight;
-  t.latent = latent;
+  t.latent_sums = latent_sums;
+  t.row_update = row_update;
 }
 
 }  // namespace ksae::cpu::KSAE_ISA

@@ -10,8 +10,8 @@ template <class T>
 void topk_row(const TopkParams& p, int64_t n, void* scratch) {
   const int64_t F = p.F, k = p.k, capacity = k + (k > 256 ? k : 256);
   const T* x = static_cast<const T*>(p.x) + n * F;
-  auto* sort = static_cast<uint64_t*>(scratch);  // [k]
-  auto* score = reinterpret_cast<float*>(sort + k);
+  auto* sort = static_cast<uint64_t*>(scratch);  // [2 k]
+  auto* score = reinterpret_cast<float*>(sort + 2 * k);
   auto* index = reinterpret_cast<int32_t*>(score + capacity + kVectorPad);
   auto* keys = reinterpret_cast<uint32_t*>(index + capacity + kVectorPad);
   float tau = __builtin_nanf("");
@@ -30,7 +30,7 @@ void topk_row(const TopkParams& p, int64_t n, void* scratch) {
   }
   if (count > k) refine(score, index, count, k, keys);
   for (int64_t j = 0; j < k; ++j) sort[j] = sort_key(score[j], index[j]);
-  sort_descending(sort, k);
+  sort_keys(sort, k, sort + k);
   T* values = static_cast<T*>(p.values) + n * k;
   for (int64_t j = 0; j < k; ++j) {
     const int32_t i = key_index(sort[j]);

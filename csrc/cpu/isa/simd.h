@@ -102,15 +102,21 @@ KSAE_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 KSAE_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 KSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 KSAE_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
-// Bit l is set where not (a <= b): NaN passes.
+// Bit l is set where not (a <= b), not (a < b): NaN passes.
 KSAE_INLINE uint32_t not_le(Vec a, Vec b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
+}
+KSAE_INLINE uint32_t not_lt(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ);
 }
 // Writes the lanes of mask side by side at p (a whole vector is stored) and returns their number.
 KSAE_INLINE int compress(float* p, uint32_t mask, Vec a) {
   // Compress to a register, then store: the memory form is microcoded on Zen.
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(mask), a.v));
   return __builtin_popcount(mask);
+}
+KSAE_INLINE void compress(int32_t* p, uint32_t mask, const int32_t* from) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(__mmask16(mask), _mm512_loadu_si512(from)));
 }
 KSAE_INLINE void compress_iota(int32_t* p, uint32_t mask, int32_t base) {
   const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -156,6 +162,9 @@ KSAE_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
 KSAE_INLINE uint32_t not_le(Vec a, Vec b) {
   return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)));
 }
+KSAE_INLINE uint32_t not_lt(Vec a, Vec b) {
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)));
+}
 
 #else
 
@@ -189,6 +198,11 @@ KSAE_INLINE uint32_t not_le(Vec a, Vec b) {
   for (int l = 0; l < kWidth; ++l) mask |= uint32_t(!(a.v[l] <= b.v[l])) << l;
   return mask;
 }
+KSAE_INLINE uint32_t not_lt(Vec a, Vec b) {
+  uint32_t mask = 0;
+  for (int l = 0; l < kWidth; ++l) mask |= uint32_t(!(a.v[l] < b.v[l])) << l;
+  return mask;
+}
 
 #endif
 
@@ -199,6 +213,9 @@ KSAE_INLINE int compress(float* p, uint32_t mask, Vec a) {
   int count = 0;
   for (; mask; mask &= mask - 1) p[count++] = lanes[__builtin_ctz(mask)];
   return count;
+}
+KSAE_INLINE void compress(int32_t* p, uint32_t mask, const int32_t* from) {
+  for (; mask; mask &= mask - 1) *p++ = from[__builtin_ctz(mask)];
 }
 KSAE_INLINE void compress_iota(int32_t* p, uint32_t mask, int32_t base) {
   for (; mask; mask &= mask - 1) *p++ = base + __builtin_ctz(mask);

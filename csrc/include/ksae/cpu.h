@@ -73,13 +73,19 @@ struct DecodeParams {
 };
 void sparse_decode(const DecodeParams& p, int threads);
 
+// Residual of the reconstruction, its square, and the gradient of the values before scaling. With
+// sq_error = null only the columns are computed: a later slice of the same residual.
 struct ResidualParams {
-  DecodeParams decode;  // out is unused
-  const void* target;   // [N, d] dtype
-  float* residual;      // [N, d] reconstruction - target
-  double* sq_error;     // [N] sum over d of residual^2
+  DecodeParams decode;     // out is unused
+  const void* target;      // [N, d] decode.dtype, or float32
+  bool target_float;       // target is float32
+  int64_t start, columns;  // which columns of the residual are stored
+  float* residual;         // [N, columns] reconstruction - target
+  double* sq_error;        // [N] sum over all d of residual^2, or null
+  float* grad_values;      // [N, k] <residual_n, W_dec[index]> over all d; 0 where the value is 0
 };
-void sparse_residual(const ResidualParams& p, int threads);
+size_t sparse_residual_workspace(const ResidualParams& p, int threads);
+void sparse_residual(const ResidualParams& p, void* workspace, int threads);
 
 struct DecodeBackwardValuesParams {
   int64_t N, d, F, k;
@@ -119,35 +125,60 @@ struct GroupParams {
 size_t group_by_latent_workspace(const GroupParams& p, int threads);
 void group_by_latent(const GroupParams& p, void* workspace, int threads);
 
-// ---- latent pass: gradients, projection, Adam and unit norm of each latent, in one pass ------
-struct LatentGroup {      // one loss term: r = scale * residual
-  const void* values;     // [N, k] dtype
+// ---- latent passes: each latent's gradient row is formed, used and forgotten ------------------
+// A group is one term of the loss: its code grouped by latent, and its scale (dL/drecon = scale *
+// residual). Passes do nothing if a scale is not finite.
+struct LatentSumsGroup {
   const int32_t* offsets;  // [F + 1]
-  const int32_t* order;   // [N * k]
-  const float* residual;  // [N, d_out]
-  int64_t k;
+  const int32_t* order;    // [N * k]
+  const void* values;      // [N, k] dtype
+  const float* grads;      // [N, k] gradient of the values before scaling
 };
-struct LatentParams {
-  int64_t N, d_in, d_out, F;
+struct LatentSumsParams {
+  int64_t F;
   Dtype dtype;
-  const void* x;      // [N, d_in] dtype
-  const void* b_dec;  // [d_in] dtype or null: subtracted from x
-  const LatentGroup* groups;
+  const LatentSumsGroup* groups;
   const float* scales;  // [n_groups]
   int n_groups;
-  void* W_enc;           // [F, d_in] dtype
-  void* b_enc;           // [F] dtype
-  void* W_dec;           // [F, d_out] dtype
-  float* master[3];      // float32 [F, d_in], [F], [F, d_out] of W_enc, b_enc, W_dec; or all null
-  float* moments[6];     // float32 m and v of W_enc, b_enc, W_dec, in this order
-  const float* hyper;    // [6] lr/bc1, sqrt(bc2), beta1, beta2, eps, grad_scale
-  bool project;          // remove the decoder gradient's part along the row
-  bool normalize;        // unit decoder rows at the end
-  double* grad_sq;       // [F]: latent_grad_norm only
-  float* grad_b_dec;     // [d_in] W_enc^T db_enc with the old W_enc, without grad_scale
+  float* grad_b_enc;  // [F] sum of scale * grad
+  float* parallel;    // [F] sum of scale * value * grad = <dW_dec[i], W_dec[i]>
 };
-size_t latent_workspace(const LatentParams& p, int threads);
-void latent_update(const LatentParams& p, void* workspace, int threads);
-void latent_grad_norm(const LatentParams& p, void* workspace, int threads);
+void latent_sums(const LatentSumsParams& p, int threads);
+
+// Adam on the rows of one matrix, with gradient
+//   sum over groups and entries of scale * coefficient * (row_n - centre), less its part along W_i.
+// Encoder: coefficients are the values' gradients (float32), rows are x (dtype).
+// Decoder: coefficients are the values (dtype), rows are columns of the residual (float32).
+struct RowGroup {
+  const int32_t* offsets;    // [F + 1]
+  const int32_t* order;      // [N * k]
+  const void* coefficients;  // [N, k]
+  const void* rows;          // [N, columns]
+  int64_t k;
+};
+struct RowUpdateParams {
+  int64_t F, d;
+  int64_t start, columns;  // which columns of W are updated
+  Dtype dtype;
+  bool encoder;
+  const RowGroup* groups;
+  const float* scales;  // [n_groups]
+  int n_groups;
+  const void* centre;       // [columns] dtype or null: encoder only
+  // [F] <gradient, W_i> over all columns, or null: no projection. A slice that starts at 0 and does
+  // not span the row divides it by |W_i|^2 in place: the later slices see W half updated.
+  float* parallel;
+  const float* grad_b_enc;  // [F] with grad_b_dec
+  float* grad_b_dec;        // [d] or null: W^T grad_b_enc with W as it was
+  void* W;                  // [F, d] dtype
+  float* master;            // [F, d] float32 that W is the rounded copy of, or null
+  float *m, *v;             // [F, d] moments
+  const float* hyper;  // [8] lr/bc1, sqrt(bc2), beta1, beta2, eps, grad_scale, 1-beta1, 1-beta2
+  bool normalize;      // unit rows at the end, over all d columns
+  double* grad_sq;     // [F]: row_grad_sq only
+};
+size_t row_update_workspace(const RowUpdateParams& p, int threads);
+void row_update(const RowUpdateParams& p, void* workspace, int threads);
+void row_grad_sq(const RowUpdateParams& p, void* workspace, int threads);
 
 }  // namespace ksae::cpu

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each op must move and compute, by formula, and the ceilings of this machine, by measuring.
+
+Bytes count each tensor of an op once: read once, written once, both for what is updated in place.
+Rows that are gathered count once for each row that is touched. An op's fraction of its ceiling is
+max(bytes / copy bandwidth, flops / product rate) over the time taken; inputs that stay in a cache
+can be faster than that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+F32, I32, I64 = 4, 4, 8
+
+
+@dataclass(frozen=True)
+class Cost:
+    bytes: float = 0
+    flops: float = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def seconds(self, ceilings: Ceilings, product: float) -> float:
+        """The floor of the time, with `product` flop/s for the arithmetic."""
+        return max(self.bytes / ceilings.copy, self.flops / product)
+
+
+def touched(N: int, F: int, k: int) -> float:
+    """Expected number of latents chosen at least once if all are equally likely."""
+    return F * (1 - (1 - k / F) ** N)
+
+
+def topk(N: int, F: int, k: int, s: int = F32) -> Cost:
+    return Cost(N * F * s + N * k * (s + I64))
+
+
+def topk_encode(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
+    return Cost((N * d + F * d + F + d) * s + N * k * (s + I64), 2 * N * F * d)
+
+
+def sparse_decode(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
+    read = N * k * (s + I64) + (touched(N, F, k) * d + d) * s
+    return Cost(read + N * d * s, 2 * N * k * d)
+
+
+def sparse_residual(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
+    read = N * k * (s + I64) + (touched(N, F, k) * d + d + N * d) * s
+    return Cost(read + N * d * F32 + N * 8, 2 * N * k * d + 3 * N * d)
+
+
+def backward_values(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
+    read = N * d * s + N * k * I64 + touched(N, F, k) * d * s
+    return Cost(read + N * k * s, 2 * N * k * d)
+
+
+def backward_weight(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
+    return Cost(N * d * s + N * k * (s + I64) + (F * d + F) * s, 2 * N * k * d)
+
+
+def group_by_latent(N: int, F: int, k: int, s: int = F32) -> Cost:
+    return Cost(N * k * (s + I64) + (F + 1) * I32 + N * k * I32)
+
+
+def adam(parameters: float, s: int = F32) -> Cost:
+    """Parameter (or master) and two moments read and written, a rounded copy written."""
+    return Cost(parameters * (6 * F32 + (0 if s == F32 else s)), 12 * parameters)
+
+
+def latent_update(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
+    """Gradients of both matrices and the encoder bias, projection, Adam, unit rows."""
+    read = N * d * (s + F32) + N * k * (s + I32) + (F + 1) * I32 + d * s
+    parameters = 2 * F * d + F
+    return Cost(read, 6 * N * k * d + 6 * F * d) + adam(parameters, s)
+
+
+def train_step(N: int, d: int, F: int, k: int, s: int = F32) -> dict[str, Cost]:
+    """The fused step by phase; each phase counts its tensors once."""
+    return {
+        "topk_encode": topk_encode(N, d, F, k, s),
+        "sparse_residual": sparse_residual(N, d, F, k, s),
+        "group_by_latent": group_by_latent(N, F, k, s),
+        "latent_update": latent_update(N, d, F, k, s),
+    }
+
+
+def dense_step(N: int, d: int, F: int, k: int) -> Cost:
+    """Dense autograd: five products, N x F matrices written and read, gradients stored."""
+    matrices = 14 * N * F  # bytes of elementwise work and scatter
+    return Cost(matrices + 2 * F * d * 9 * F32, 10 * N * F * d)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """bytes/s of a large copy, read + written; flop/s of torch.mm; of our own fp32 product if there
+    is an entry to it (native.encode_product)."""
+
+    copy: float
+    mm_fp32: float
+    mm_bf16: float
+    own_fp32: float | None
+
+    def product(self, dtype: torch.dtype, screened: bool = False) -> float:
+        """What an encoder in `dtype` can hope for; a screened one computes its scores in bf16."""
+        if dtype == torch.float32 and not screened:
+            return max(self.mm_fp32, self.own_fp32 or 0)
+        return max(self.mm_bf16, self.mm_fp32)
+
+    def __str__(self) -> str:
+        own = "no entry" if self.own_fp32 is None else f"{self.own_fp32 / 1e9:.0f} GFLOP/s"
+        return (
+            f"ceilings here: copy {self.copy / 1e9:.1f} GB/s read + written, torch.mm "
+            f"{self.mm_fp32 / 1e9:.0f} GFLOP/s fp32 and {self.mm_bf16 / 1e9:.0f} bf16, "
+            f"own fp32 microkernel {own}"
+        )
+
+
+def ceilings(N: int = 2048, d: int = 768, F: int = 24576, rounds: int = 5) -> Ceilings:
+    """Measured now, the best of `rounds`: run it beside the timings it explains."""
+    from ksae import native
+
+    source = torch.randn(2**26)  # 256 MB, far beyond any cache
+    target = torch.zeros_like(source)
+    copy = 2 * source.nbytes / _best(lambda: target.copy_(source), rounds)
+    flops = 2 * N * d * F
+    x, W = torch.randn(N, d), torch.randn(F, d)
+    rates = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = x.to(dtype), W.to(dtype)
+        out = torch.zeros(N, F, dtype=dtype)
+        rates.append(flops / _best(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out), rounds))
+    own = None
+    if hasattr(native, "encode_product"):
+        own = flops / _best(lambda: native.encode_product(x, W), rounds)
+    return Ceilings(copy, *rates, own)
+
+
+def _best(call: Callable[[], object], rounds: int) -> float:
+    call()
+    taken = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process for each contestant of the step benchmark.
+
+Its memory can be measured, its environment is its own, and if it fails the others go on. The parent
+asks one process at a time for one step: steps of all contestants alternate, only one computes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+import data
+import ours
+import peers
+import torch
+from measure import peak_extra
+
+BATCHES = 4
+MEMORY_STEPS = 2
+CHECKED = 5  # the step (counted from 1) whose FVU must agree, after the first
+
+CONTESTANTS: dict[str, Callable[..., ours.Contestant]] = {
+    "ksae fp32, screened": partial(ours.Ksae, screening=True),
+    "ksae fp32": partial(ours.Ksae, screening=False),
+    "ksae bf16 weights": partial(ours.Ksae, dtype=torch.bfloat16),
+    "ksae unfused": partial(ours.Ksae, fused=False),
+    "dense torch": ours.Dense,
+    "eai-sparsify": peers.Sparsify,
+    "eai-sparsify, fused Adam": partial(peers.Sparsify, fused_adam=True),
+    "sae-lens": peers.SaeLens,
+    "dictionary-learning": peers.DictionaryLearning,
+    "overcomplete": peers.Overcomplete,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    N: int
+    d: int
+    F: int
+    k: int
+    data: str
+    lr: float
+    threads: int
+    verbose: bool
+
+
+@dataclass
+class Worker:
+    """One contestant: what it reported, and the times that `step` collects."""
+
+    name: str
+    version: str = ""
+    note: str = ""
+    failure: str | None = None
+    peak_extra: int | None = None  # bytes
+    fvu: list[float] = field(default_factory=list)  # of every step so far
+    seconds: list[float] = field(default_factory=list)  # of the timed ones
+    _process: Any = None
+    _pipe: Any = None
+
+    @staticmethod
+    def start(name: str, task: Task) -> Worker:
+        context = multiprocessing.get_context("spawn")
+        ours_, theirs = context.Pipe()
+        worker = Worker(name)
+        worker._process = context.Process(target=_serve, args=(theirs, name, task), daemon=True)
+        worker._process.start()
+        theirs.close()
+        worker._pipe = ours_
+        report = worker._receive()
+        if report is not None:
+            worker.version, worker.note = report["version"], report["note"]
+            worker.peak_extra, worker.fvu = report["peak_extra"], report["fvu"]
+        return worker
+
+    def step(self, timed: bool = True) -> None:
+        self._pipe.send("step")
+        report = self._receive()
+        if report is not None:
+            self.fvu.append(report["fvu"])
+            if timed:
+                self.seconds.append(report["seconds"])
+
+    def stop(self) -> None:
+        if self.failure is None:
+            self._pipe.send("stop")
+        self._process.join()
+
+    def _receive(self) -> dict[str, Any] | None:
+        try:
+            report = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            self.failure = f"its process ended with exit code {self._process.exitcode}"
+            return None
+        self.failure = report.get("failure")
+        return None if self.failure else report
+
+
+def _serve(pipe: Connection, name: str, task: Task) -> None:
+    if not task.verbose:
+        _silence()
+    try:
+        _run(pipe, name, task)
+    except Exception as error:
+        lines = str(error).splitlines() or traceback.format_exc().splitlines()[-3:-1]
+        pipe.send({"failure": f"{type(error).__name__}: {lines[0]}"})
+
+
+def _silence() -> None:
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+        os.dup2(nothing.fileno(), 2)
+
+
+def _run(pipe: Connection, name: str, task: Task) -> None:
+    torch.set_num_threads(task.threads)
+    start = data.initial_weights(task.F, task.d)
+    contestant = CONTESTANTS[name](start, task.k, task.lr)
+    del start
+    inputs = data.batches(task.data, task.N, task.d, BATCHES)
+    taken = 0
+
+    def step() -> tuple[float, float]:
+        nonlocal taken
+        x = inputs[taken % BATCHES]
+        taken += 1
+        begin = time.perf_counter()
+        loss = contestant.step(x)
+        seconds = time.perf_counter() - begin
+        return seconds, contestant.fvu(loss, x)
+
+    fvu = [step()[1], step()[1]]  # moments, workspaces and pools are made here
+    peaks: list[int | None] = []
+    for _ in range(MEMORY_STEPS):
+        for p in contestant.parameters():
+            p.grad = None  # gradients that a trainer keeps between steps are a cost of the step
+        x = inputs[taken % BATCHES]
+        taken += 1
+        losses: list[Any] = []
+        peaks.append(peak_extra(lambda x=x, losses=losses: losses.append(contestant.step(x))))
+        fvu.append(contestant.fvu(losses[0], x))
+    known = [p for p in peaks if p is not None]
+    pipe.send(
+        {
+            "version": contestant.version,
+            "note": contestant.note,
+            "peak_extra": max(known) if known else None,
+            "fvu": fvu,
+        }
+    )
+    while pipe.recv() == "step":
+        seconds, value = step()
+        pipe.send({"seconds": seconds, "fvu": value})

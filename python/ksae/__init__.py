@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""k-sparse autoencoders and transcoders, trained as fast as the hardware allows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from .functional import sparse_decode, topk, topk_encode
+from .modules import Output, SparseCoder, TopKSAE, Transcoder
+from .step import TrainStep
+
+if TYPE_CHECKING:
+    from .checkpoint import load
+    from .info import config
+
+try:
+    __version__ = importlib.metadata.version("ksae")
+except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Output",
+    "SparseCoder",
+    "TopKSAE",
+    "TrainStep",
+    "Transcoder",
+    "__version__",
+    "config",
+    "load",
+    "sparse_decode",
+    "topk",
+    "topk_encode",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`load` and `config` on first use: they import more than torch."""
+    if name == "load":
+        from .checkpoint import load
+
+        return load
+    if name == "config":
+        from .info import config
+
+        return config
+    raise AttributeError(f"module 'ksae' has no attribute {name!r}")

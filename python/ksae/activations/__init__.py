@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations to train on: from arrays and files, or harvested from a language model.
+
+Nothing here needs transformers but `load_model`, which imports it when called.
+"""
+
+from ksae.activations.cache import CacheSource, CacheWriter, open_cache
+from ksae.activations.contexts import Contexts, tokenize
+from ksae.activations.harvest import StreamSource, harvest
+from ksae.activations.hooks import (
+    HookPoint,
+    capture,
+    find_blocks,
+    hook_names,
+    resolve_hook,
+    splice,
+)
+from ksae.activations.models import SMOLLM2, LanguageModel, load_model, model_fingerprint
+from ksae.activations.prefetch import prefetch
+from ksae.activations.sources import ActivationSource, ArraySource, RowOrigin, open_source
+from ksae.activations.texts import PYDOC, documents
+
+__all__ = [
+    "PYDOC",
+    "SMOLLM2",
+    "ActivationSource",
+    "ArraySource",
+    "CacheSource",
+    "CacheWriter",
+    "Contexts",
+    "HookPoint",
+    "LanguageModel",
+    "RowOrigin",
+    "StreamSource",
+    "capture",
+    "documents",
+    "find_blocks",
+    "harvest",
+    "hook_names",
+    "load_model",
+    "model_fingerprint",
+    "open_cache",
+    "open_source",
+    "prefetch",
+    "resolve_hook",
+    "splice",
+    "tokenize",
+]

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a language model over contexts and keeping the activations at a hook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ksae.activations.cache import SHARD_TOKENS, CacheWriter, open_cache
+from ksae.activations.contexts import Contexts
+from ksae.activations.hooks import capture, resolve_hook
+from ksae.activations.models import model_fingerprint
+from ksae.activations.rows import FLOATS, Rows, all_finite
+from ksae.activations.shuffle import Loaded, shuffled
+from ksae.activations.sources import ActivationSource, ArraySource, RowOrigin
+from ksae.errors import UserError
+
+STREAM_BUFFER_TOKENS = 32_768
+
+
+class _Runner:
+    """A model, its hooks and the contexts, as a function from context numbers to rows."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        contexts: Contexts,
+        hook: str,
+        target_hook: str | None,
+        batch_size: int,
+        dtype: torch.dtype | None,
+        exclude_special: bool,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"harvest: batch_size must be at least 1, got {batch_size}")
+        if dtype is not None and dtype not in FLOATS:
+            raise UserError(f"harvest: dtype must be a float dtype, got {dtype}")
+        for name in (hook, target_hook):
+            if name is not None:
+                resolve_hook(model, name)
+        self.model, self.contexts, self.dtype = model, contexts, dtype
+        self.hook, self.target_hook = hook, target_hook
+        self.batch_size = batch_size
+        self.attended = contexts.attended()
+        self.used = contexts.mask(exclude_special)  # [contexts, length]
+        self.counts: Rows = self.used.sum(dim=1).numpy().astype(np.int64)  # rows per context
+        self.device = next(model.parameters()).device
+        if not self.counts.any():
+            raise UserError(
+                f"harvest: the {len(contexts)} contexts hold no token to use: nothing but padding "
+                "and special tokens"
+            )
+        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if limit is not None and contexts.ids.shape[1] > limit:
+            raise UserError(
+                f"harvest: contexts must have at most the model's {limit} positions, "
+                f"got {contexts.ids.shape[1]}"
+            )
+
+    def batches(self, numbers: Tensor) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """The rows of some contexts, a batch of contexts at a time, with the count of contexts."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            for begin in range(0, len(numbers), self.batch_size):
+                chosen = numbers[begin : begin + self.batch_size]
+                yield self._run(chosen), len(chosen)
+        finally:
+            self.model.train(training)
+
+    def _run(self, chosen: Tensor) -> dict[str, Tensor]:
+        width = int(self.contexts.lengths[chosen].max())
+        ids = self.contexts.ids[chosen, :width].long().to(self.device)
+        attended, used = self.attended[chosen, :width], self.used[chosen, :width]
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if not attended.all():
+            inputs["attention_mask"] = attended.long().to(self.device)
+        hooks = [self.hook] if self.target_hook is None else [self.hook, self.target_hook]
+        found = capture(self.model, hooks, inputs)
+        result = {"x": self._rows(found[self.hook], used, self.hook)}
+        if self.target_hook is not None:
+            result["y"] = self._rows(found[self.target_hook], used, self.target_hook)
+        where = used.nonzero()  # [rows, 2]
+        result["tokens"] = self.contexts.ids[chosen, :width][used]
+        result["contexts"] = chosen[where[:, 0]].int()
+        result["positions"] = where[:, 1].int()
+        return result
+
+    def _rows(self, activation: Tensor, used: Tensor, hook: str) -> Tensor:
+        if activation.ndim == 2 and len(activation) == used.numel():
+            activation = activation.view(*used.shape, -1)  # OPT's MLP sees a list of tokens
+        if activation.shape[:2] != used.shape:
+            raise UserError(
+                f"hook {hook}: must give activations of shape {list(used.shape)} + [d], "
+                f"got {list(activation.shape)}"
+            )
+        rows = activation.flatten(2)[used.to(activation.device)]  # [rows, d]
+        rows = rows.to("cpu", self.dtype or rows.dtype)
+        if not all_finite(rows):
+            raise UserError(
+                f"hook {hook}: the model gives non-finite activations in {rows.dtype}; load or "
+                "store it in another dtype"
+            )
+        return rows
+
+
+def harvest(
+    model: nn.Module,
+    contexts: Contexts,
+    hook: str,
+    out_dir: str | Path | None = None,
+    *,
+    target_hook: str | None = None,
+    batch_size: int = 16,
+    dtype: torch.dtype | None = None,
+    exclude_special: bool = True,
+    progress: bool = True,
+    shard_tokens: int = SHARD_TOKENS,
+    model_name: str | None = None,
+) -> ArraySource:
+    """The activations of all contexts at a hook, in memory or in a cache folder.
+
+    Args:
+        out_dir: a cache folder: written in shards, then opened memory-mapped. An unfinished one is
+            gone on with, a finished one of the same model, contexts and hook is reused, any other
+            is refused. None keeps the rows in memory.
+        target_hook: a second hook, for a transcoder's targets.
+        batch_size: contexts in one forward pass.
+        dtype: of the stored rows; by default the model's.
+        exclude_special: leave out BOS and the tokenizer's other special tokens.
+        progress: show a bar.
+        model_name: for the cache's description; by default the model's own.
+    """
+    runner = _Runner(model, contexts, hook, target_hook, batch_size, dtype, exclude_special)
+    if out_dir is None:
+        return _in_memory(runner, progress)
+    config = getattr(model, "config", None)
+    identity = {
+        "model": model_name or str(getattr(config, "name_or_path", type(model).__name__)),
+        "model_fingerprint": model_fingerprint(model),
+        "hook": hook,
+        "target_hook": target_hook,
+        "dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
+        "dataset_fingerprint": contexts.fingerprint(),
+        "exclude_special": exclude_special,
+        "tokens": int(runner.counts.sum()),
+    }
+    writer = CacheWriter(out_dir, identity, shard_tokens)
+    if not writer.complete:
+        done = writer.contexts_done
+        bar = _bar(runner, done, progress)
+        with bar:
+            for rows, count in runner.batches(torch.arange(done, len(contexts))):
+                done += count
+                writer.append(rows, done)
+                bar.update(len(rows["x"]))
+        writer.finish()
+    return open_cache(out_dir)
+
+
+def _in_memory(runner: _Runner, progress: bool) -> ArraySource:
+    total, done = int(runner.counts.sum()), 0
+    # Filled in place: collecting parts and joining them would need the memory twice.
+    columns: dict[str, Tensor] = {}
+    bar = _bar(runner, 0, progress)
+    with bar:
+        for rows, _ in runner.batches(torch.arange(len(runner.contexts))):
+            for name, part in rows.items():
+                if name not in columns:
+                    columns[name] = torch.empty(total, *part.shape[1:], dtype=part.dtype)
+                columns[name][done : done + len(part)] = part
+            done += len(rows["x"])
+            bar.update(len(rows["x"]))
+    return ArraySource(
+        [columns["x"]],
+        [columns["y"]] if "y" in columns else None,
+        name=f"activations of {runner.hook}",
+        origin=RowOrigin([columns["tokens"]], [columns["contexts"]], [columns["positions"]]),
+    )
+
+
+def _bar(runner: _Runner, contexts_done: int, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=int(runner.counts.sum()),
+        initial=int(runner.counts[:contexts_done].sum()),
+        desc=f"harvest {runner.hook}",
+        unit="tok",
+        unit_scale=True,
+        disable=not progress,
+    )
+
+
+class StreamSource(ActivationSource):
+    """Activations made while training, for more of them than a disk holds: the model runs over a
+    window of contexts drawn at random, its rows are shuffled, emitted and forgotten.
+
+    Resuming replays nothing but the window it lands in. An epoch costs a pass of the model each
+    time. Use it behind `prefetch`, so that the next window is made while the last is trained on.
+
+    Args:
+        buffer_tokens: rows of a window, held in memory. A batch of B rows shares about
+            B * length / buffer_tokens of them with any context.
+        Others as in `harvest`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        contexts: Contexts,
+        hook: str,
+        *,
+        target_hook: str | None = None,
+        batch_size: int = 16,
+        dtype: torch.dtype | None = None,
+        exclude_special: bool = True,
+        buffer_tokens: int = STREAM_BUFFER_TOKENS,
+    ) -> None:
+        if buffer_tokens < 1:
+            raise UserError(f"StreamSource: buffer_tokens must be at least 1, got {buffer_tokens}")
+        self._runner = _Runner(
+            model, contexts, hook, target_hook, batch_size, dtype, exclude_special
+        )
+        self._buffer_tokens = buffer_tokens
+        # Contexts with no row to give would be units of no rows.
+        self._contexts = np.flatnonzero(self._runner.counts)
+        self._starts = np.cumsum(self._runner.counts) - self._runner.counts
+        x, y, _ = self._load(np.array([0]))
+        self.name = f"activations of {hook}"
+        self.d_in = x.shape[1]
+        self.d_out = None if y is None else y.shape[1]
+        self.dtype = x.dtype
+        self.num_tokens: int = int(self._runner.counts.sum())
+
+    def _load(self, units: Rows) -> Loaded:
+        numbers = self._contexts[units]
+        parts = [rows for rows, _ in self._runner.batches(torch.from_numpy(numbers))]
+        x = torch.cat([rows["x"] for rows in parts])
+        y = torch.cat([rows["y"] for rows in parts]) if "y" in parts[0] else None
+        counts = self._runner.counts
+        rows = np.concatenate([self._starts[n] + np.arange(counts[n]) for n in numbers])
+        return x, y, rows
+
+    def _stream(self, batch_size: int, seed: int, start_step: int) -> Iterator[Loaded]:
+        return shuffled(
+            self._runner.counts[self._contexts],
+            self._load,
+            batch_size,
+            buffer_tokens=self._buffer_tokens,
+            seed=seed,
+            start_step=start_step,
+        )
+
+    def _ordered(self, batch_size: int) -> Iterator[Loaded]:
+        """Whole windows in order; a batch does not span two."""
+        window = self._runner.batch_size
+        for begin in range(0, len(self._contexts), window):
+            end = min(begin + window, len(self._contexts))
+            x, y, rows = self._load(np.arange(begin, end))
+            for start in range(0, len(rows), batch_size):
+                part = slice(start, start + batch_size)
+                yield x[part], None if y is None else y[part], rows[part]

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a trainer's activations come from: the protocol, and arrays in memory or on disk."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ksae.activations.files import open_tensors
+from ksae.activations.rows import FLOATS, Rows, check_finite, take
+from ksae.activations.shuffle import Loaded, check_stream, shuffled
+from ksae.errors import UserError
+
+Batch = tuple[Tensor, "Tensor | None"]  # x [N,d_in], y [N,d_out] or None
+
+BUFFER_TOKENS = 131_072  # rows of a window: 300 MB at d=576 in float32
+BLOCK_TOKENS = 512  # rows read from disk in one go: about 1 MB at d=576
+
+
+class ActivationSource(ABC):
+    """A set of activation rows. `d_out` is None where the target is the input itself (an SAE);
+    `num_tokens` is the number of rows of an epoch, None if unknown."""
+
+    name: str
+    d_in: int
+    d_out: int | None
+    dtype: torch.dtype
+    num_tokens: int | None
+
+    def batches(self, batch_size: int, *, seed: int = 0, start_step: int = 0) -> Iterator[Batch]:
+        """An endless stream of shuffled batches, epoch after epoch, all of `batch_size` rows: the
+        rows left over by an epoch are joined by the first of the next one.
+
+        Batch t depends on (data, batch_size, seed, t) only, so a run resumes with `start_step` set
+        to the number of batches it has used. A non-finite activation raises UserError.
+        """
+        check_stream(batch_size, seed, start_step)
+        step = start_step
+        for x, y, rows in self._stream(batch_size, seed, start_step):
+            self._check(x, y, rows, f" (step {step})")
+            yield x, y
+            step += 1
+
+    def sweep(self, batch_size: int) -> Iterator[Batch]:
+        """Every row once, in order; the last batch may be smaller. For evaluation."""
+        check_stream(batch_size, 0, 0)
+        for x, y, rows in self._ordered(batch_size):
+            self._check(x, y, rows, "")
+            yield x, y
+
+    def _check(self, x: Tensor, y: Tensor | None, rows: Rows, where: str) -> None:
+        check_finite(x, rows, f"{self.name}{where}")
+        if y is not None:
+            check_finite(y, rows, f"{self.name} target{where}")
+
+    @abstractmethod
+    def _stream(self, batch_size: int, seed: int, start_step: int) -> Iterator[Loaded]: ...
+
+    @abstractmethod
+    def _ordered(self, batch_size: int) -> Iterator[Loaded]: ...
+
+
+@dataclass(frozen=True)
+class RowOrigin:
+    """Which token each row came from, per shard, all [rows] int32: token id, context number and
+    position in that context."""
+
+    tokens: Sequence[Tensor]
+    contexts: Sequence[Tensor]
+    positions: Sequence[Tensor]
+
+
+class ArraySource(ActivationSource):
+    """Rows held in tensors, one a shard. Tensors in memory are shuffled by a full permutation each
+    epoch; memory-mapped ones in windows (see shuffle.py), so that reads stay nearly sequential and
+    about `buffer_tokens` rows are in memory at a time.
+
+    Args:
+        x: shards [rows, d_in], one float dtype.
+        y: shards [rows, d_out] of the targets, row for row, or None.
+        mapped: the shards are memory-mapped files.
+        origin: the token of each row, if known.
+    """
+
+    def __init__(
+        self,
+        x: Sequence[Tensor],
+        y: Sequence[Tensor] | None = None,
+        *,
+        name: str = "activations",
+        mapped: bool = False,
+        buffer_tokens: int = BUFFER_TOKENS,
+        block_tokens: int = BLOCK_TOKENS,
+        origin: RowOrigin | None = None,
+    ) -> None:
+        if buffer_tokens < 1 or block_tokens < 1:
+            raise UserError(f"{name}: buffer_tokens and block_tokens must be at least 1")
+        self.name = name
+        self.origin = origin
+        self._x = _shards(x, name)
+        self._y = None if y is None else _shards(y, f"{name} target")
+        self._starts = np.cumsum([0, *map(len, self._x)])  # [shards + 1]
+        self._in_one_piece = not mapped and len(self._x) == 1
+        self._buffer_tokens = buffer_tokens
+        self.d_in = self._x[0].shape[1]
+        self.d_out = None if self._y is None else self._y[0].shape[1]
+        self.dtype = self._x[0].dtype
+        self.num_tokens: int = int(self._starts[-1])
+        if self.num_tokens == 0:
+            raise UserError(f"{name}: must hold at least one row, got none")
+        if self._y is not None and [len(t) for t in self._y] != [len(t) for t in self._x]:
+            rows = sum(map(len, self._y))
+            raise UserError(f"{name}: target must have the {self.num_tokens} rows of x, got {rows}")
+        # A block is `block_tokens` rows in a row, never across shards.
+        self._blocks = np.concatenate(
+            [np.arange(start, stop, block_tokens) for start, stop in self._spans()]
+        )
+        self._block_rows = np.diff(np.append(self._blocks, self.num_tokens))
+
+    def gather(self, rows: Tensor) -> Batch:
+        """x and y of some rows, [len(rows), d]; `rows` int64 in [0, num_tokens)."""
+        wanted = rows.cpu().numpy().astype(np.int64)
+        y = None if self._y is None else self._gather(self._y, wanted)
+        return self._gather(self._x, wanted), y
+
+    def tokens_of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, context numbers and positions of some rows, all int32 like `rows`."""
+        origin, wanted = self._origin(), rows.cpu().numpy().astype(np.int64)
+        tokens, contexts, positions = (
+            self._gather(shards, wanted)
+            for shards in (origin.tokens, origin.contexts, origin.positions)
+        )
+        return tokens, contexts, positions
+
+    def context(self, row: int) -> tuple[list[int], int]:
+        """The stored token ids of the context around a row, and the row's index among them.
+        Excluded special tokens are not stored, so they are not among them either."""
+        origin = self._origin()
+        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
+        if not 0 <= row < self.num_tokens:
+            raise UserError(f"{self.name}: row must be in [0, {self.num_tokens}), got {row}")
+        local = row - int(self._starts[shard])
+        contexts = origin.contexts[shard].numpy()  # a context never spans shards, and they rise
+        begin = int(np.searchsorted(contexts, contexts[local], side="left"))
+        end = int(np.searchsorted(contexts, contexts[local], side="right"))
+        return origin.tokens[shard][begin:end].tolist(), local - begin
+
+    def _origin(self) -> RowOrigin:
+        if self.origin is None:
+            raise UserError(f"{self.name}: holds no token ids; harvest the activations with ksae")
+        return self.origin
+
+    def _spans(self) -> list[tuple[int, int]]:
+        return [(int(a), int(b)) for a, b in zip(self._starts[:-1], self._starts[1:], strict=True)]
+
+    def _gather(self, shards: Sequence[Tensor], rows: Rows) -> Tensor:
+        if len(shards) == 1:
+            return take(shards[0], rows)
+        out = torch.empty(len(rows), *shards[0].shape[1:], dtype=shards[0].dtype)
+        shard_of = np.searchsorted(self._starts, rows, side="right") - 1
+        for shard in np.unique(shard_of):
+            here = np.flatnonzero(shard_of == shard)
+            out[torch.from_numpy(here)] = take(shards[shard], rows[here] - self._starts[shard])
+        return out
+
+    def _slice(self, shards: Sequence[Tensor], begin: int, end: int) -> list[Tensor]:
+        """Rows begin to end, as views."""
+        return [
+            shard[max(begin - start, 0) : end - start]
+            for shard, (start, stop) in zip(shards, self._spans(), strict=True)
+            if begin < stop and end > start
+        ]
+
+    def _load_blocks(self, blocks: Rows) -> Loaded:
+        begins, ends = self._blocks[blocks], self._blocks[blocks] + self._block_rows[blocks]
+        spans = list(zip(begins.tolist(), ends.tolist(), strict=True))
+        rows = np.concatenate([np.arange(begin, end) for begin, end in spans])
+
+        def read(shards: Sequence[Tensor]) -> Tensor:
+            shard_of = (np.searchsorted(self._starts, begins, side="right") - 1).tolist()
+            return torch.cat(
+                [
+                    shards[shard][begin - self._starts[shard] : end - self._starts[shard]]
+                    for shard, (begin, end) in zip(shard_of, spans, strict=True)
+                ]
+            )
+
+        return read(self._x), None if self._y is None else read(self._y), rows
+
+    def _stream(self, batch_size: int, seed: int, start_step: int) -> Iterator[Loaded]:
+        if self._in_one_piece:
+            counts = np.array([self.num_tokens])
+            whole = (self._x[0], None if self._y is None else self._y[0])
+            load = lambda _: (*whole, np.arange(self.num_tokens))
+            buffer_tokens = self.num_tokens
+        else:
+            counts, load, buffer_tokens = self._block_rows, self._load_blocks, self._buffer_tokens
+        return shuffled(
+            counts,
+            load,
+            batch_size,
+            buffer_tokens=buffer_tokens,
+            seed=seed,
+            start_step=start_step,
+        )
+
+    def _ordered(self, batch_size: int) -> Iterator[Loaded]:
+        for begin in range(0, self.num_tokens, batch_size):
+            end = min(begin + batch_size, self.num_tokens)
+            x = torch.cat(self._slice(self._x, begin, end))
+            y = None if self._y is None else torch.cat(self._slice(self._y, begin, end))
+            yield x, y, np.arange(begin, end)
+
+
+def _shards(shards: Sequence[Tensor], name: str) -> list[Tensor]:
+    if not shards:
+        raise UserError(f"{name}: must hold at least one row, got none")
+    for shard in shards:
+        if shard.ndim != 2:
+            raise UserError(f"{name}: must have shape [N, d], got {list(shard.shape)}")
+        if shard.dtype not in FLOATS:
+            raise UserError(
+                f"{name}: must be float16, bfloat16, float32 or float64, got {shard.dtype}"
+            )
+        if shard.shape[1] != shards[0].shape[1] or shard.dtype != shards[0].dtype:
+            raise UserError(f"{name}: shards must agree in d and dtype")
+    return [shard.detach() for shard in shards]
+
+
+def open_source(
+    spec: Any, target: Any = None, *, buffer_tokens: int = BUFFER_TOKENS
+) -> ActivationSource:
+    """Activations from a tensor, an array, a file or a cache folder; sources pass through.
+
+    Args:
+        spec: a torch tensor or NumPy array [N, d_in]; the path of a .npy, .safetensors or .pt file,
+            memory-mapped, with one tensor or the keys "x" and, optionally, "y"; the path of a cache
+            folder that `harvest` wrote; or an ActivationSource.
+        target: the same for a transcoder's targets [N, d_out], row for row.
+        buffer_tokens: rows in memory at a time for data on disk.
+    """
+    from ksae.activations.cache import open_cache
+
+    if isinstance(spec, ActivationSource):
+        if target is not None:
+            raise UserError("open_source: target must be None where the source is already open")
+        return spec
+    if isinstance(spec, str | Path) and Path(spec).is_dir():
+        if target is not None:
+            raise UserError(f"{spec}: target must be None, a cache folder holds its own targets")
+        return open_cache(spec, buffer_tokens=buffer_tokens)
+    x, y, mapped, name = _open_one(spec, "activations")
+    if target is not None:
+        y, _, target_mapped, _ = _open_one(target, "target")
+        mapped = mapped or target_mapped
+    return ArraySource(
+        [x], None if y is None else [y], name=name, mapped=mapped, buffer_tokens=buffer_tokens
+    )
+
+
+def _open_one(spec: Any, what: str) -> tuple[Tensor, Tensor | None, bool, str]:
+    """x, y, whether they are memory-mapped, and a name for messages."""
+    if isinstance(spec, Tensor):
+        return spec, None, False, what
+    if isinstance(spec, np.ndarray):
+        mapped = isinstance(spec, np.memmap)
+        try:
+            return torch.from_numpy(spec), None, mapped, what
+        except TypeError:
+            raise UserError(f"{what}: must be an array of floats, got {spec.dtype}") from None
+    if isinstance(spec, str | Path):
+        path = Path(spec)
+        tensors = open_tensors(path)
+        if "x" not in tensors:
+            names = ", ".join(sorted(tensors)[:5])
+            raise UserError(f'{path}: must hold one tensor or the keys "x" and "y", got {names}')
+        return tensors["x"], tensors.get("y"), True, str(path)
+    raise UserError(f"{what}: must be a tensor, an array or a path, got {type(spec).__name__}")

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks of every op: called by each kernel and by the fake function, so the text is the
+same everywhere.
+
+Each check returns the storage type T of its op. ValueError for values and shapes, TypeError for
+dtypes; the form is `<op>: <arg> must be <expected>, got <actual>`. Nothing is allocated or written
+before a check has passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ENTRIES = 2**31 - 1  # flat positions are int32
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over tensors of `dtype` are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _text(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(str(n) for n in shape) + "]"
+
+
+def fail(op: str, arg: str, expected: str, got: object) -> ValueError:
+    """The error for a bad value, in the house's form."""
+    return ValueError(f"{op}: {arg} must be {expected}, got {got}")
+
+
+def _matrix(op: str, arg: str, t: Tensor) -> None:
+    if t.dim() != 2:
+        raise fail(op, arg, "a matrix", f"shape {_text(t.shape)}")
+    if t.dtype not in FLOATS:
+        names = ", ".join(str(f) for f in FLOATS)
+        raise TypeError(f"{op}: {arg} must be one of {names}, got {t.dtype}")
+
+
+def _like(
+    op: str, arg: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, first: Tensor
+) -> None:
+    """Shape, dtype and device of t; -1 in shape is any size."""
+    if t.dim() != len(shape) or any(
+        n != -1 and m != n for m, n in zip(t.shape, shape, strict=True)
+    ):
+        want = _text(["*" if n == -1 else n for n in shape])  # type: ignore[misc]
+        raise fail(op, arg, f"of shape {want}", _text(t.shape))
+    if t.dtype != dtype:
+        raise TypeError(f"{op}: {arg} must be {dtype}, got {t.dtype}")
+    _device(op, arg, t, first)
+
+
+def _device(op: str, arg: str, t: Tensor, first: Tensor) -> None:
+    if t.device != first.device:
+        raise fail(op, arg, f"on {first.device}", t.device)
+
+
+def _k(op: str, k: int, F: int, arg: str, t: Tensor) -> None:
+    if not 1 <= k <= F:
+        raise fail(op, "k", f"in [1, {F}] for {arg} of shape {_text(t.shape)}", k)
+
+
+def _indices(op: str, indices: Tensor, shape: Sequence[int], of: str, first: Tensor) -> None:
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: indices must be torch.int64 or torch.int32, got {indices.dtype}")
+    if indices.dim() != 2 or any(
+        n != -1 and m != n for m, n in zip(indices.shape, shape, strict=True)
+    ):
+        want = _text(["*" if n == -1 else n for n in shape])  # type: ignore[misc]
+        raise fail(op, "indices", f"of the shape of {of} {want}", _text(indices.shape))
+    _device(op, "indices", indices, first)
+
+
+def index_range(op: str, indices: Tensor, F: int) -> None:
+    """Latent numbers lie in [0, F). Read on the CPU only: on a GPU this would stop the stream."""
+    if indices.device.type == "cpu" and indices.numel():
+        low, high = (int(n) for n in indices.aminmax())
+        if low < 0 or high >= F:
+            raise fail(op, "indices", f"in [0, {F})", low if low < 0 else high)
+
+
+def topk(x: Tensor, k: int) -> torch.dtype:
+    _matrix("topk", "x", x)
+    _k("topk", k, x.shape[1], "x", x)
+    return x.dtype
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> torch.dtype:
+    op, T = "topk_encode", x.dtype
+    _matrix(op, "x", x)
+    _like(op, "W_enc", W_enc, (-1, x.shape[1]), T, x)
+    F = W_enc.shape[0]
+    _like(op, "b_enc", b_enc, (F,), T, x)
+    if b_dec is not None:
+        _like(op, "b_dec", b_dec, (x.shape[1],), T, x)
+    if mask is not None:
+        _like(op, "mask", mask, (F,), torch.bool, x)
+    _k(op, k, F, "W_enc", W_enc)
+    return T
+
+
+def sparse_decode(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+) -> torch.dtype:
+    op, T = "sparse_decode", values.dtype
+    _matrix(op, "values", values)
+    _indices(op, indices, values.shape, "values", values)
+    _like(op, "W_dec", W_dec, (-1, -1), T, values)
+    if b_dec is not None:
+        _like(op, "b_dec", b_dec, (W_dec.shape[1],), T, values)
+    return T
+
+
+def sparse_decode_backward_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> torch.dtype:
+    op, T = "sparse_decode_backward_values", grad.dtype
+    _matrix(op, "grad", grad)
+    _like(op, "W_dec", W_dec, (-1, grad.shape[1]), T, grad)
+    _indices(op, indices, (grad.shape[0], -1), "the rows of grad", grad)
+    return T
+
+
+def sparse_decode_backward_weight(
+    grad: Tensor, values: Tensor, indices: Tensor, F: int
+) -> torch.dtype:
+    op, T = "sparse_decode_backward_weight", grad.dtype
+    _matrix(op, "grad", grad)
+    _like(op, "values", values, (grad.shape[0], -1), T, grad)
+    _indices(op, indices, values.shape, "values", grad)
+    _latents(op, F, values)
+    return T
+
+
+def group_by_latent(values: Tensor, indices: Tensor, F: int) -> torch.dtype:
+    op = "group_by_latent"
+    _matrix(op, "values", values)
+    _indices(op, indices, values.shape, "values", values)
+    _latents(op, F, values)
+    return values.dtype
+
+
+def _latents(op: str, F: int, values: Tensor) -> None:
+    if not 1 <= F <= ENTRIES:
+        raise fail(op, "F", f"in [1, {ENTRIES}]", F)
+    if values.shape[0] * values.shape[1] > ENTRIES:
+        raise fail(op, "values", f"of at most {ENTRIES} entries", _text(values.shape))
+
+
+def _residual(
+    op: str, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor
+) -> torch.dtype:
+    T = values.dtype
+    _matrix(op, "values", values)
+    _indices(op, indices, values.shape, "values", values)
+    _like(op, "W_dec", W_dec, (-1, -1), T, values)
+    if b_dec is not None:
+        _like(op, "b_dec", b_dec, (W_dec.shape[1],), T, values)
+    wide = accumulator(T) if target.dtype == accumulator(T) else T
+    _like(op, "target", target, (values.shape[0], W_dec.shape[1]), wide, values)
+    return T
+
+
+def sparse_residual(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    columns: int,
+) -> torch.dtype:
+    op = "sparse_residual"
+    T = _residual(op, values, indices, W_dec, b_dec, target)
+    if not 0 <= columns <= W_dec.shape[1]:
+        raise fail(op, "columns", f"in [0, {W_dec.shape[1]}]", columns)
+    return T
+
+
+def sparse_residual_slice(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    start: int,
+    stop: int,
+) -> torch.dtype:
+    op = "sparse_residual_slice"
+    T = _residual(op, values, indices, W_dec, b_dec, target)
+    if not 0 <= start <= stop <= W_dec.shape[1]:
+        raise fail(op, "start and stop", f"ordered in [0, {W_dec.shape[1]}]", f"{start} and {stop}")
+    return T
+
+
+def _groups(
+    op: str,
+    first: tuple[str, Sequence[Tensor]],
+    second: tuple[str, Sequence[Tensor]],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    scales: Tensor,
+) -> None:
+    """One tensor a group in each list; offsets and order as group_by_latent returns them for the first list."""
+    name, tensors = first
+    if not tensors:
+        raise fail(op, name, "at least one group", "none")
+    for arg, group in (second, ("offsets", offsets), ("order", order)):
+        if len(group) != len(tensors):
+            raise fail(op, arg, f"{len(tensors)} tensors, one for each of {name}", len(group))
+    _matrix(op, f"{name}[0]", tensors[0])
+    N, F = tensors[0].shape[0], offsets[0].numel() - 1
+    for g, t in enumerate(tensors):
+        _like(op, f"{name}[{g}]", t, (N, -1), tensors[0].dtype, t)
+        _like(op, f"offsets[{g}]", offsets[g], (F + 1,), torch.int32, t)
+        _like(op, f"order[{g}]", order[g], (N * t.shape[1],), torch.int32, t)
+    _like(op, "scales", scales, (len(tensors),), accumulator(tensors[0].dtype), tensors[0])
+
+
+def latent_sums(
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    scales: Tensor,
+) -> torch.dtype:
+    op = "latent_sums"
+    _groups(op, ("values", values), ("grads", grads), offsets, order, scales)
+    T = values[0].dtype
+    for g, (v, t) in enumerate(zip(values, grads, strict=True)):
+        _like(op, f"grads[{g}]", t, v.shape, accumulator(T), v)
+    return T
+
+
+def _rows(
+    op: str,
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    scales: Tensor,
+    centre: Tensor | None,
+    parallel: Tensor | None,
+    W: Tensor,
+    start: int,
+) -> torch.dtype:
+    _groups(op, ("coefficients", coefficients), ("rows", rows), offsets, order, scales)
+    _matrix(op, "W", W)
+    T, acc = W.dtype, accumulator(W.dtype)
+    F, d = W.shape
+    encoder = rows[0].dtype == T
+    kinds = (acc, T) if encoder else (T, acc)
+    _matrix(op, "rows[0]", rows[0])
+    N, columns = rows[0].shape
+    _like(op, "offsets[0]", offsets[0], (F + 1,), torch.int32, W)
+    for g, (c, r) in enumerate(zip(coefficients, rows, strict=True)):
+        _like(op, f"coefficients[{g}]", c, (N, -1), kinds[0], W)
+        _like(op, f"rows[{g}]", r, (N, columns), kinds[1], W)
+    if not 0 <= start <= d - columns:
+        raise fail(op, "start", f"in [0, {d - columns}] for {columns} columns of {d}", start)
+    if centre is not None:
+        _like(op, "centre", centre, (columns,), rows[0].dtype, W)
+    if parallel is not None:
+        _like(op, "parallel", parallel, (F,), acc, W)
+    return T
+
+
+def row_grad_sq(
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    scales: Tensor,
+    centre: Tensor | None,
+    parallel: Tensor | None,
+    W: Tensor,
+    start: int,
+) -> torch.dtype:
+    op = "row_grad_sq"
+    return _rows(op, coefficients, offsets, order, rows, scales, centre, parallel, W, start)
+
+
+def row_update(
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    scales: Tensor,
+    centre: Tensor | None,
+    parallel: Tensor | None,
+    grad_b_enc: Tensor | None,
+    W: Tensor,
+    master: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+    hyper: Tensor,
+    grad_b_dec: Tensor | None,
+    start: int,
+    normalize: bool,
+) -> torch.dtype:
+    op = "row_update"
+    T = _rows(op, coefficients, offsets, order, rows, scales, centre, parallel, W, start)
+    acc = accumulator(T)
+    if (master is None) != (acc == T):
+        want = "None" if acc == T else "a tensor"
+        raise fail(
+            op, "master", f"{want} for {T} weights", "None" if master is None else "a tensor"
+        )
+    if (grad_b_enc is None) != (grad_b_dec is None):
+        raise fail(op, "grad_b_dec", "given with grad_b_enc", "one without the other")
+    if grad_b_dec is not None and rows[0].shape[1] != W.shape[1]:
+        raise fail(op, "rows[0]", f"{W.shape[1]} columns with grad_b_dec", rows[0].shape[1])
+    written: dict[str, Tensor] = {"W": W, "m": m, "v": v}
+    if master is not None:
+        written["master"] = master
+    for arg, t in written.items():
+        _like(op, arg, t, W.shape, T if t is W else acc, W)
+    if grad_b_enc is not None and grad_b_dec is not None:
+        _like(op, "grad_b_enc", grad_b_enc, (W.shape[0],), acc, W)
+        _like(op, "grad_b_dec", grad_b_dec, (W.shape[1],), acc, W)
+        written["grad_b_dec"] = grad_b_dec
+    if parallel is not None:
+        written["parallel"] = parallel
+    _like(op, "hyper", hyper, (8,), acc, W)
+    for arg, t in written.items():
+        if not t.is_contiguous():
+            raise fail(op, arg, "contiguous, for it is written", f"strides {_text(t.stride())}")
+    return T

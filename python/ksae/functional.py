@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public ops: any leading dimensions and strides, autograd, autocast, vmap, compile."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import ops
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[..., n] -> contiguous [N, n]."""
+    return (t.flatten(0, -2) if t.dim() > 1 else t.reshape(1, -1)).contiguous()
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row, exactly and in a fixed order.
+
+    Args:
+        x: [..., F] float32, bfloat16, float16 or float64.
+        k: in [1, F].
+
+    Returns:
+        values [..., k], x's own entries; indices [..., k] int64.
+
+    Raises:
+        ValueError: k outside [1, F]. TypeError: x is not of a floating type above.
+
+    Numerics: larger first, equal entries by the smaller index, NaN before everything, -0 equal to
+    +0; the same bits on every run and for every thread count. The gradient goes to the selected
+    entries.
+
+    Example:
+        >>> import torch, ksae
+        >>> ksae.topk(torch.tensor([1.0, 3.0, 3.0, 2.0]), 2)
+        (tensor([3., 3.]), tensor([1, 2]))
+    """
+    values, indices = ops.topk(_rows(x), k)
+    shape = (*x.shape[:-1], k)
+    return values.reshape(shape), indices.reshape(shape)
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """ReLU of the k largest pre-activations u = (x - b_dec) @ W_enc.T + b_enc, without the N x F
+    matrix.
+
+    The encoder of the TopK sparse autoencoder (arXiv 2406.04093).
+
+    Args:
+        x: [..., d] float32, bfloat16, float16 or float64; the other floating arguments are of the
+            same dtype.
+        W_enc: [F, d], one row a latent.
+        b_enc: [F].
+        k: in [1, F].
+        b_dec: [d], subtracted from x first (the difference is rounded to x's dtype).
+        mask: [F] bool; latents that are False are never preferred to a True one, and have value 0.
+
+    Returns:
+        values [..., k] >= 0, sorted by u; indices [..., k] int64. A slot whose u is <= 0 has value
+        0 and keeps its index.
+
+    Raises:
+        ValueError: shapes that do not fit, k outside [1, F]. TypeError: dtypes that differ.
+
+    Numerics: u is accumulated and compared in float32 whatever the dtype (float64 for float64);
+    order and determinism as `topk`. Gradients for x, W_enc, b_enc and b_dec flow through the slots
+    with value > 0, none through the selection. Under autocast the floating inputs are cast to the
+    autocast dtype.
+
+    Example:
+        >>> import torch, ksae
+        >>> ksae.topk_encode(torch.tensor([1.0, 2.0]), torch.eye(2), torch.zeros(2), 1)
+        (tensor([2.]), tensor([1]))
+    """
+    values, indices = ops.topk_encode(
+        _rows(x),
+        W_enc.contiguous(),
+        b_enc.contiguous(),
+        k,
+        None if b_dec is None else b_dec.contiguous(),
+        None if mask is None else mask.contiguous(),
+    )
+    shape = (*x.shape[:-1], k)
+    return values.reshape(shape), indices.reshape(shape)
+
+
+def sparse_decode(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+) -> Tensor:
+    """Sum over j of values[..., j] * W_dec[indices[..., j]], plus b_dec: the decoder of a k-sparse
+    code.
+
+    Args:
+        values: [..., k] float32, bfloat16, float16 or float64; the other floating arguments are of
+            the same dtype.
+        indices: [..., k] int64 or int32 in [0, F); repeats add up.
+        W_dec: [F, d], one row a latent.
+        b_dec: [d].
+
+    Returns:
+        [..., d].
+
+    Raises:
+        ValueError: shapes that do not fit; on the CPU also an index outside [0, F). TypeError:
+            dtypes that differ.
+
+    Numerics: accumulated in float32 (float64 for float64), rounded once. An entry with value 0 adds
+    nothing, even if its row of W_dec is not finite. Gradients for values, W_dec and b_dec, in a
+    fixed order of summation. Under autocast the floating inputs are cast to the autocast dtype.
+
+    Example:
+        >>> import torch, ksae
+        >>> ksae.sparse_decode(torch.tensor([2.0]), torch.tensor([1]), torch.eye(3))
+        tensor([0., 2., 0.])
+    """
+    if indices.shape != values.shape:
+        raise ValueError(
+            f"sparse_decode: indices must be of the shape of values {list(values.shape)},"
+            f" got {list(indices.shape)}"
+        )
+    out = ops.sparse_decode(
+        _rows(values),
+        _rows(indices),
+        W_dec.contiguous(),
+        None if b_dec is None else b_dec.contiguous(),
+    )
+    return out.reshape(*values.shape[:-1], W_dec.shape[1])  # type: ignore[no-any-return]

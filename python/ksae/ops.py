@@ -1,0 +1,420 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of ops: the only place that registers anything with torch (namespace `ksae`).
+
+An op is its meaning in reference.py, its checks in checks.py and one row at the end of this file.
+The reference is the default kernel on every device; the native function of the same name, where
+there is one, serves the CPU above it. Inputs are 2-D; kernels make them contiguous, except written
+ones, which must be. The products of `topk_encode` and `sparse_decode` are closed under
+differentiation: the gradient of each is made of the same ops, to any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, native, reference
+from .checks import accumulator
+
+_serving: dict[str, dict[str, str]] = {}
+
+
+def serving() -> dict[str, dict[str, str]]:
+    """Who serves each op: {op: {device: name}}; "default" is every device not named."""
+    return {name: dict(devices) for name, devices in _serving.items()}
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+def _contiguous(arg: Any) -> Any:
+    if isinstance(arg, Tensor):
+        return arg.contiguous()
+    if isinstance(arg, list | tuple):
+        return [_contiguous(a) for a in arg]
+    return arg
+
+
+def _kernel(
+    name: str, check: Callable[..., torch.dtype], function: Callable[..., Any], native_: bool
+) -> Callable[..., Any]:
+    """`function` behind the checks. Native leaves float64, the oracle's type, to the reference."""
+    oracle = getattr(reference, name)
+
+    def kernel(*args: Any) -> Any:
+        T = check(*args)
+        _index_range(name, args)
+        serve = oracle if torch.float64 == T else function
+        result = serve(*(map(_contiguous, args) if native_ else args))
+        if name == "row_update":  # written below autograd: tell it
+            written = [t for t in (args[6], *args[8:12], args[13]) if t is not None]
+            torch.autograd.graph.increment_version(written)
+        return result
+
+    return kernel
+
+
+def _index_range(name: str, args: tuple[Any, ...]) -> None:
+    match name:
+        case "sparse_decode" | "sparse_decode_backward_values" | "sparse_residual" | "sparse_residual_slice":
+            checks.index_range(name, args[1], args[2].shape[0])
+        case "sparse_decode_backward_weight":
+            checks.index_range(name, args[2], args[3])
+        case "group_by_latent":
+            checks.index_range(name, args[1], args[2])
+
+
+# ----------------------------------------------------------------------------------- fake functions
+
+
+def _fake_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], k)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _fake_topk(x, k)
+
+
+def _fake_sparse_decode(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+) -> Tensor:
+    return values.new_empty(values.shape[0], W_dec.shape[1])
+
+
+def _fake_backward_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    return grad.new_empty(indices.shape)
+
+
+def _fake_backward_weight(
+    grad: Tensor, values: Tensor, indices: Tensor, F: int
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(F, grad.shape[1]), grad.new_empty(F)
+
+
+def _fake_group_by_latent(values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    entries = values.shape[0] * values.shape[1]
+    return (
+        values.new_empty(F + 1, dtype=torch.int32),
+        values.new_empty(entries, dtype=torch.int32),
+    )
+
+
+def _fake_sparse_residual(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, acc = values.shape[0], accumulator(values.dtype)
+    return (
+        target.new_empty(N, columns, dtype=acc),
+        target.new_empty(N, dtype=torch.float64),
+        target.new_empty(values.shape, dtype=acc),
+    )
+
+
+def _fake_sparse_residual_slice(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, start: int, stop: int
+) -> Tensor:
+    return target.new_empty(values.shape[0], stop - start, dtype=accumulator(values.dtype))
+
+
+def _fake_latent_sums(
+    values: list[Tensor], grads: list[Tensor], offsets: list[Tensor], order: list[Tensor], scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    F = offsets[0].shape[0] - 1
+    return scales.new_empty(F), scales.new_empty(F)
+
+
+def _fake_row_grad_sq(*args: Any) -> Tensor:
+    W: Tensor = args[7]
+    return W.new_empty(W.shape[0], dtype=torch.float64)
+
+
+def _fake_row_update(*args: Any) -> None:
+    return None
+
+
+# ----------------------------------------------------------------------------------------- autograd
+# Saved are tensors only; a gradient that nobody asked for is None and its product is not formed.
+
+
+def _save_topk(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+    ctx.F = inputs[0].shape[1]
+
+
+def _backward_topk(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+    if grad is None:
+        return None, None
+    (indices,) = ctx.saved_tensors
+    return grad.new_zeros(grad.shape[0], ctx.F).scatter(1, indices, grad), None
+
+
+def _save_topk_encode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    x, W_enc, _, _, b_dec, _ = inputs
+    ctx.save_for_backward(x, W_enc, b_dec, *output)
+
+
+def _backward_topk_encode(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    x, W_enc, b_dec, values, indices = ctx.saved_tensors
+    need_x, need_W, need_b = ctx.needs_input_grad[:3]
+    need_b_dec = (
+        b_dec is not None and ctx.needs_input_grad[4]
+    )  # the dispatcher drops default arguments
+    dv = torch.where(values > 0, grad, 0)  # [N, k]: a slot at zero passes nothing
+    dx = dW_enc = db_enc = db_dec = None
+    if need_x:
+        dx = _sparse_decode(dv, indices, W_enc)
+    if need_W or need_b or need_b_dec:
+        xc = x if b_dec is None else x - b_dec  # [N, d]
+        dW_enc, db_enc = _backward_weight(xc, dv, indices, W_enc.shape[0])
+    if need_b_dec:
+        db_dec = -(W_enc.T @ db_enc)
+    return dx, dW_enc, db_enc, None, db_dec, None
+
+
+def _save_sparse_decode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3])
+    ctx.has_bias = inputs[3] is not None
+
+
+def _backward_sparse_decode(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
+    values, indices, W_dec = ctx.saved_tensors
+    need_values, _, need_W = ctx.needs_input_grad[:3]
+    need_b = ctx.has_bias and ctx.needs_input_grad[3]
+    dv = _backward_values(grad, indices, W_dec) if need_values else None
+    dW_dec = _backward_weight(grad, values, indices, W_dec.shape[0])[0] if need_W else None
+    return dv, None, dW_dec, grad.sum(0) if need_b else None
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward_backward_values(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 3
+    g, indices, W_dec = ctx.saved_tensors  # the op is <g[n], W_dec[indices[n, j]]>
+    need_g, _, need_W = ctx.needs_input_grad
+    dg = _sparse_decode(grad, indices, W_dec) if need_g else None
+    return dg, None, _backward_weight(g, grad, indices, W_dec.shape[0])[0] if need_W else None
+
+
+def _backward_backward_weight(
+    ctx: Any, grad_W: Tensor | None, grad_sum: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    g, values, indices = ctx.saved_tensors
+    dg = dv = None
+    if grad_W is not None:
+        need_g, need_values, _, _ = ctx.needs_input_grad
+        dg = _sparse_decode(values, indices, grad_W) if need_g else None
+        dv = _backward_values(g, indices, grad_W) if need_values else None
+    if grad_sum is not None:
+        from_sum = grad_sum[indices]  # [N, k]
+        dv = from_sum if dv is None else dv + from_sum
+    return dg, dv, None, None
+
+
+# --------------------------------------------------------------------------------------------- vmap
+
+
+def _fold(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """A per-row argument with its batch dimension folded into the rows: [size * N, ...]."""
+    t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return t.flatten(0, 1)
+
+
+def _by_row(op: str, rows: tuple[int, ...]) -> Callable[..., Any]:
+    """vmap rule of an op whose output rows depend on the rows of arguments `rows` alone."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        for i, dim in enumerate(in_dims):
+            if dim is not None and i not in rows:
+                arg = getattr(torch.ops.ksae, op).default._schema.arguments[i].name
+                raise ValueError(f"{op}: {arg} must be unbatched under vmap, got a batch of it")
+        size = info.batch_size
+        folded = [
+            _fold(a, in_dims[i], size).contiguous() if i in rows else a for i, a in enumerate(args)
+        ]
+        out = getattr(torch.ops.ksae, op).default(*folded)
+        if isinstance(out, Tensor):
+            return out.unflatten(0, (size, out.shape[0] // size)), 0
+        return tuple(t.unflatten(0, (size, t.shape[0] // size)) for t in out), (0,) * len(out)
+
+    return rule
+
+
+def _backward_weight_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    """A batch of weight gradients: batch b owns the latents [b*F, (b+1)*F)."""
+    size, F = info.batch_size, args[3]
+    grad, values, indices = (
+        a.expand(size, *a.shape) if dim is None else a.movedim(dim, 0)
+        for a, dim in zip(args[:3], in_dims[:3], strict=True)
+    )
+    own = F * torch.arange(size, device=indices.device)[:, None, None]
+    folded = (t.flatten(0, 1).contiguous() for t in (grad, values, indices + own))
+    grad_W, value_sum = _backward_weight(*folded, size * F)
+    return (grad_W.unflatten(0, (size, F)), value_sum.unflatten(0, (size, F))), (0, 0)
+
+
+def _refuse_vmap(op: str) -> Callable[..., Any]:
+    def refuse(*args: Any) -> Any:
+        raise NotImplementedError(f"{op}: has no meaning under vmap; call it once per batch entry")
+
+    return refuse
+
+
+# ------------------------------------------------------------------------------------- registration
+
+
+def _autocast(op: Any, device: str, cast: bool) -> Callable[..., Any]:
+    """Under autocast: cast floating inputs (not float64) if `cast`; off inside the op."""
+
+    def to(arg: Any, dtype: torch.dtype) -> Any:
+        floating = isinstance(arg, Tensor) and arg.is_floating_point()
+        return arg.to(dtype) if floating and arg.dtype != torch.float64 else arg
+
+    def kernel(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return op(*(to(a, dtype) if cast else a for a in args))
+
+    return kernel
+
+
+def _op(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    vmap: Callable[..., Any] | None = None,
+    autocast: bool = False,
+) -> Any:
+    """Register one op: kernels, shapes, gradient, vmap and autocast."""
+    qualified = f"ksae::{name}"
+    check = getattr(checks, name)
+    torch.library.define(qualified, schema)
+    op = getattr(torch.ops.ksae, name).default
+
+    default = _kernel(name, check, getattr(reference, name), native_=False)
+    torch.library.register_kernel(qualified, None, default)
+    _serving[name] = {"default": "reference"}
+    if native.available() and hasattr(native, name):
+        torch.library.register_kernel(
+            qualified, "cpu", _kernel(name, check, getattr(native, name), native_=True)
+        )
+        _serving[name]["cpu"] = "native"
+
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args)
+
+    torch.library.register_fake(qualified, checked_fake)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=save)
+    if vmap is not None:
+        torch.library.register_vmap(qualified, vmap)
+    else:
+        torch.library.impl(qualified, "FuncTorchBatched", _refuse_vmap(name))
+    for device in ("cpu", "cuda"):
+        rule = _autocast(op, device, autocast)
+        torch.library.impl(qualified, f"Autocast{device.upper()}", rule)
+    return op
+
+
+topk = _op(
+    "topk",
+    "(Tensor x, int k) -> (Tensor values, Tensor indices)",
+    fake=_fake_topk,
+    save=_save_topk,
+    backward=_backward_topk,
+    vmap=_by_row("topk", (0,)),
+)
+topk_encode = _op(
+    "topk_encode",
+    "(Tensor x, Tensor W_enc, Tensor b_enc, int k, Tensor? b_dec=None, Tensor? mask=None)"
+    " -> (Tensor values, Tensor indices)",
+    fake=_fake_topk_encode,
+    save=_save_topk_encode,
+    backward=_backward_topk_encode,
+    vmap=_by_row("topk_encode", (0,)),
+    autocast=True,
+)
+_sparse_decode = sparse_decode = _op(
+    "sparse_decode",
+    "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec=None) -> Tensor",
+    fake=_fake_sparse_decode,
+    save=_save_sparse_decode,
+    backward=_backward_sparse_decode,
+    vmap=_by_row("sparse_decode", (0, 1)),
+    autocast=True,
+)
+_backward_values = sparse_decode_backward_values = _op(
+    "sparse_decode_backward_values",
+    "(Tensor grad, Tensor indices, Tensor W_dec) -> Tensor",
+    fake=_fake_backward_values,
+    save=_save_inputs,
+    backward=_backward_backward_values,
+    vmap=_by_row("sparse_decode_backward_values", (0, 1)),
+)
+_backward_weight = sparse_decode_backward_weight = _op(
+    "sparse_decode_backward_weight",
+    "(Tensor grad, Tensor values, Tensor indices, int F) -> (Tensor, Tensor)",
+    fake=_fake_backward_weight,
+    save=_save_inputs,
+    backward=_backward_backward_weight,
+    vmap=_backward_weight_vmap,
+)
+group_by_latent = _op(
+    "group_by_latent",
+    "(Tensor values, Tensor indices, int F) -> (Tensor offsets, Tensor order)",
+    fake=_fake_group_by_latent,
+)
+sparse_residual = _op(
+    "sparse_residual",
+    "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, Tensor target, int columns)"
+    " -> (Tensor residual, Tensor sq_error, Tensor grad_values)",
+    fake=_fake_sparse_residual,
+)
+sparse_residual_slice = _op(
+    "sparse_residual_slice",
+    "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, Tensor target, int start, int stop) -> Tensor",
+    fake=_fake_sparse_residual_slice,
+)
+latent_sums = _op(
+    "latent_sums",
+    "(Tensor[] values, Tensor[] grads, Tensor[] offsets, Tensor[] order, Tensor scales)"
+    " -> (Tensor grad_b_enc, Tensor parallel)",
+    fake=_fake_latent_sums,
+)
+_ROWS = "Tensor[] coefficients, Tensor[] offsets, Tensor[] order, Tensor[] rows, Tensor scales, Tensor? centre"
+row_grad_sq = _op(
+    "row_grad_sq",
+    f"({_ROWS}, Tensor? parallel, Tensor W, int start) -> Tensor grad_sq",
+    fake=_fake_row_grad_sq,
+)
+row_update = _op(
+    "row_update",
+    f"({_ROWS}, Tensor(f!)? parallel, Tensor? grad_b_enc, Tensor(a!) W, Tensor(b!)? master, Tensor(c!) m,"
+    " Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize) -> ()",
+    fake=_fake_row_update,
+)

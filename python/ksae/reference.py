@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The meaning of every op, in plain torch, written to be read.
+
+N tokens, d width, F latents, k active latents a token. T is the storage type (float32, bfloat16,
+float16 or float64). Sums are accumulated in float32, and in float64 where T is float64. These
+functions are the default kernels on every device, the oracle of the tests and the baseline of the
+benchmarks; a faster kernel that differs from them is wrong.
+
+Selection: larger first, equal scores by the smaller index, NaN before everything, -0 equal to +0.
+An entry with value 0 contributes nothing to any product, even if the other factor is not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import accumulator
+
+
+def _largest(score: Tensor, k: int) -> Tensor:
+    """Positions [N, k] int64 of the k first columns of `score` [N, F] in the order of selection."""
+    key = torch.where(
+        score.isnan(), torch.nan, score + 0.0
+    )  # one NaN, one zero; sort puts NaN first
+    return key.sort(dim=1, descending=True, stable=True).indices[:, :k].contiguous()
+
+
+def _scaled(value: Tensor, row: Tensor) -> Tensor:
+    """value [N] times row [N, d], exactly zero where the value is zero."""
+    value = value[:, None]
+    return torch.where(value == 0, 0, value * row)
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row. x [N, F] -> values [N, k] T, indices [N, k] int64."""
+    indices = _largest(x, k)
+    return x.gather(1, indices), indices
+
+
+def topk_encode(
+    x: Tensor,  # [N, d]
+    W_enc: Tensor,  # [F, d]
+    b_enc: Tensor,  # [F]
+    k: int,
+    b_dec: Tensor | None = None,  # [d]
+    mask: Tensor | None = None,  # [F] bool, False: never selected before a True one, value 0
+) -> tuple[Tensor, Tensor]:
+    """ReLU of the k largest pre-activations a row -> values [N, k] T, indices [N, k] int64."""
+    acc = accumulator(x.dtype)
+    xc = x if b_dec is None else x - b_dec  # rounded to T
+    u = xc.to(acc) @ W_enc.to(acc).T + b_enc.to(acc)  # [N, F]
+    if mask is not None:
+        u = torch.where(mask, u, -torch.inf)
+    indices = _largest(u, k)
+    v = u.gather(1, indices)
+    return torch.where(v <= 0, 0, v).to(x.dtype), indices
+
+
+def _decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """Unrounded sum over j of values[:, j] * W_dec[indices[:, j]]: [N, d], accumulated."""
+    acc = accumulator(values.dtype)
+    out = torch.zeros(values.shape[0], W_dec.shape[1], dtype=acc, device=W_dec.device)
+    for v, i in zip(values.unbind(1), indices.unbind(1), strict=True):
+        out += _scaled(v.to(acc), W_dec[i].to(acc))
+    return out
+
+
+def sparse_decode(
+    values: Tensor,  # [N, k]
+    indices: Tensor,  # [N, k] int64 or int32
+    W_dec: Tensor,  # [F, d]
+    b_dec: Tensor | None = None,  # [d]
+) -> Tensor:
+    """Weighted sum of decoder rows, plus the bias -> [N, d] T."""
+    out = _decode(values, indices, W_dec)
+    if b_dec is not None:
+        out += b_dec
+    return out.to(values.dtype)
+
+
+def sparse_decode_backward_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    """<grad[n], W_dec[indices[n, j]]> of grad [N, d], indices [N, k], W_dec [F, d] -> [N, k] T."""
+    acc = accumulator(grad.dtype)
+    g = grad.to(acc)
+    out = torch.empty(indices.shape, dtype=grad.dtype, device=grad.device)
+    for j, i in enumerate(indices.unbind(1)):
+        out[:, j] = (g * W_dec[i].to(acc)).sum(1)
+    return out
+
+
+def sparse_decode_backward_weight(
+    grad: Tensor,  # [N, d]
+    values: Tensor,  # [N, k]
+    indices: Tensor,  # [N, k]
+    F: int,
+) -> tuple[Tensor, Tensor]:
+    """Sum of value * grad[n], and of value, over the entries of a latent -> [F, d], [F] T."""
+    acc = accumulator(grad.dtype)
+    g, v = grad.to(acc), values.to(acc)
+    grad_W = torch.zeros(F, grad.shape[1], dtype=acc, device=grad.device)
+    value_sum = torch.zeros(F, dtype=acc, device=grad.device)
+    for v_j, i in zip(v.unbind(1), indices.unbind(1), strict=True):
+        grad_W.index_add_(0, i, _scaled(v_j, g))
+        value_sum.index_add_(0, i, v_j)
+    return grad_W.to(grad.dtype), value_sum.to(grad.dtype)
+
+
+def group_by_latent(values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    """Entries [N, k] with value != 0, grouped by latent (CSC), in flat order n*k+j within a latent.
+
+    Returns offsets [F+1] int32 and order [N*k] int32: the flat positions of latent i are
+    order[offsets[i]:offsets[i+1]]; the unused tail of order is -1.
+    """
+    used = values.reshape(-1) != 0  # NaN counts
+    latent = torch.where(used, indices.reshape(-1).long(), F)
+    latent, order = latent.sort(stable=True)
+    bounds = torch.arange(F + 1, device=values.device)
+    offsets = torch.searchsorted(latent, bounds).int()
+    return offsets, torch.where(latent < F, order, -1).int()
+
+
+def _ungroup(offsets: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
+    """Inverse of group_by_latent: indices [N, k] int64, 0 for the entries that it left out."""
+    entry = torch.arange(order.numel(), dtype=torch.int32, device=order.device)
+    latent = torch.searchsorted(offsets, entry, right=True) - 1
+    spare = order.numel()  # one more slot takes the unused tail
+    indices = torch.zeros(spare + 1, dtype=torch.int64, device=order.device)
+    position = torch.where(order >= 0, order.long(), spare)
+    return indices.scatter_(0, position, latent)[:spare].reshape(shape)
+
+
+def sparse_residual(
+    values: Tensor,  # [N, k]
+    indices: Tensor,  # [N, k]
+    W_dec: Tensor,  # [F, d]
+    b_dec: Tensor | None,  # [d]
+    target: Tensor,  # [N, d] T or the accumulator's type
+    columns: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reconstruction minus target, not rounded to T: its first columns [N, columns] float32, its row sums of squares
+    [N] float64, and its products with the chosen rows of W_dec [N, k] float32: the gradient of the values before
+    scaling (0 where the value is 0)."""
+    acc = accumulator(values.dtype)
+    residual = sparse_residual_slice(values, indices, W_dec, b_dec, target, 0, W_dec.shape[1])
+    grads = sparse_decode_backward_values(residual, indices, W_dec.to(acc))
+    grads = torch.where(values == 0, 0, grads)
+    return residual[:, :columns].contiguous(), residual.double().square().sum(1), grads
+
+
+def sparse_residual_slice(
+    values: Tensor,  # [N, k]
+    indices: Tensor,  # [N, k]
+    W_dec: Tensor,  # [F, d]
+    b_dec: Tensor | None,  # [d]
+    target: Tensor,  # [N, d] T or the accumulator's type
+    start: int,
+    stop: int,
+) -> Tensor:
+    """Columns [start, stop) of the residual of `sparse_residual`: [N, stop - start] float32."""
+    recon = _decode(values, indices, W_dec[:, start:stop])
+    if b_dec is not None:
+        recon = recon + b_dec[start:stop]
+    return recon - target[:, start:stop]
+
+
+def latent_sums(
+    values: Sequence[Tensor],  # G of [N, k_g] T
+    grads: Sequence[Tensor],  # G of [N, k_g] float32, from sparse_residual
+    offsets: Sequence[Tensor],  # G of [F+1] int32, from group_by_latent
+    order: Sequence[Tensor],  # G of [N*k_g] int32
+    scales: Tensor,  # [G] float32
+) -> tuple[Tensor, Tensor]:
+    """Per latent, over groups and entries: the sum of scale * grad, which is the gradient of b_enc, and of
+    scale * value * grad, which is <dW_dec[i], W_dec[i]>: [F] float32 each. Zeros if a scale is not finite."""
+    F = offsets[0].numel() - 1
+    bias = torch.zeros(F, dtype=torch.float64, device=scales.device)
+    parallel = torch.zeros_like(bias)
+    if bool(scales.isfinite().all()):
+        for v, g, off, o, scale in zip(values, grads, offsets, order, scales, strict=True):
+            latent = _ungroup(off, o, v.shape).reshape(-1)
+            product = scale * g.double()
+            bias.index_add_(0, latent, torch.where(v == 0, 0, product).reshape(-1))
+            parallel.index_add_(0, latent, _scaled(v.double(), product).reshape(-1))
+    return bias.to(scales.dtype), parallel.to(scales.dtype)
+
+
+def _row_gradient(
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    scales: Tensor,
+    centre: Tensor | None,
+    along: Tensor | None,
+    W: Tensor,
+    start: int,
+) -> Tensor:
+    """Gradient of columns [start, start + columns) of W: [F, columns] in the accumulator's type."""
+    acc, F = scales.dtype, W.shape[0]
+    gradient = torch.zeros(F, rows[0].shape[1], dtype=acc, device=W.device)
+    for c, off, o, r, scale in zip(coefficients, offsets, order, rows, scales, strict=True):
+        row = r.to(acc) if centre is None else r.to(acc) - centre.to(acc)
+        gradient += sparse_decode_backward_weight(
+            row, scale * c.to(acc), _ungroup(off, o, c.shape), F
+        )[0]
+    if along is not None:
+        gradient -= along[:, None] * W[:, start : start + gradient.shape[1]].to(acc)
+    return gradient
+
+
+def _along(parallel: Tensor | None, W: Tensor) -> Tensor | None:
+    """Length of the gradient along each row in units of the row: parallel / |W[i]|^2, 0 for a zero row."""
+    if parallel is None:
+        return None
+    square = W.to(parallel.dtype).square().sum(1)
+    return torch.where(square > 0, parallel / square, 0)
+
+
+def row_grad_sq(
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    scales: Tensor,
+    centre: Tensor | None,
+    parallel: Tensor | None,
+    W: Tensor,
+    start: int,
+) -> Tensor:
+    """Row sums of squares of the gradient that `row_update` would apply, before grad_scale: [F] float64. Zeros if a scale
+    is not finite."""
+    if not bool(scales.isfinite().all()):
+        return torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
+    along = _along(parallel, W)
+    gradient = _row_gradient(coefficients, offsets, order, rows, scales, centre, along, W, start)
+    return gradient.double().square().sum(1)
+
+
+def row_update(
+    coefficients: Sequence[
+        Tensor
+    ],  # G of [N, k_g]: values' gradients float32 (encoder), values T (decoder)
+    offsets: Sequence[Tensor],  # G of [F+1] int32, from group_by_latent
+    order: Sequence[Tensor],  # G of [N*k_g] int32
+    rows: Sequence[
+        Tensor
+    ],  # G of [N, columns]: x T (encoder), columns of the residual float32 (decoder)
+    scales: Tensor,  # [G] float32: dL/drecon = scale * residual
+    centre: Tensor | None,  # [columns] T, subtracted from rows (encoder)
+    parallel: Tensor | None,  # [F] float32, <gradient, W[i]> over all columns, see below; None: no projection
+    grad_b_enc: Tensor | None,  # [F] float32, with grad_b_dec
+    W: Tensor,  # [F, d] T, written in columns [start, start + columns)
+    master: Tensor | None,  # [F, d] float32 where T is not float32
+    m: Tensor,  # [F, d] float32
+    v: Tensor,  # [F, d] float32
+    # [8] float32: lr/bc1, sqrt(bc2), beta1, beta2, eps, grad_scale, 1 - beta1, 1 - beta2
+    hyper: Tensor,
+    grad_b_dec: Tensor | None,  # [d] float32, written: W.T @ grad_b_enc with W as it was
+    start: int,
+    normalize: bool,
+) -> None:
+    """Gradient, projection and Adam of the rows of one matrix, in place; then, if asked, unit rows over all d columns.
+
+    gradient_i = sum over groups and entries of scale * coefficient * (row_n - centre), less parallel_i / |W_i|^2 W_i.
+    A latent without an entry has gradient 0 and still moves (dense Adam). Where the columns are a slice, the slice that
+    starts at 0 comes first and divides `parallel` by |W_i|^2 in place: later slices see W half updated. A scale that is
+    not finite writes nothing but zeros into grad_b_dec.
+    """
+    if not bool(scales.isfinite().all()):
+        if grad_b_dec is not None:
+            grad_b_dec.zero_()
+        return
+    along = _along(parallel, W) if start == 0 else parallel
+    if parallel is not None and start == 0 and rows[0].shape[1] < W.shape[1]:
+        parallel.copy_(along)
+    g = _row_gradient(coefficients, offsets, order, rows, scales, centre, along, W, start)
+    if grad_b_dec is not None and grad_b_enc is not None:
+        grad_b_dec.copy_(W.to(scales.dtype).T @ grad_b_enc)
+    theta = W if master is None else master
+    part = slice(start, start + g.shape[1])
+    # 1 - beta2 comes rounded from float64: in float32 it would be off by 1e-5
+    step, root_bc2, b1, b2, eps, grad_scale, rest1, rest2 = hyper
+    g = g * grad_scale
+    m_new = b1 * m[:, part] + rest1 * g
+    v_new = b2 * v[:, part] + rest2 * g * g
+    m[:, part], v[:, part] = m_new, v_new
+    theta[:, part] -= step * m_new / (v_new.sqrt() / root_bc2 + eps)
+    if normalize:
+        norm = theta.norm(dim=1, keepdim=True)
+        theta.div_(torch.where(norm > 0, norm, 1))
+    if master is not None:
+        W.copy_(master)

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step: gradients, projection, clipping, Adam and unit decoder rows.
+
+fused=True does it in one pass over latents, without a dense gradient; fused=False is autograd and
+torch.optim.Adam in the same order, and the oracle of the first. Adam is dense in both: a latent
+with zero gradient still moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checks import accumulator
+from .losses import total_variance
+from .modules import SparseCoder
+
+Metrics = dict[str, Tensor]
+
+
+class _Group(NamedTuple):
+    """A term of the loss: its code, grouped by latent, and the residual that its gradient is a multiple of."""
+
+    values: Tensor  # [N, k]
+    grads: Tensor  # [N, k] of the values, before scaling
+    offsets: Tensor  # [F+1]
+    order: Tensor  # [N*k]
+    residual: Tensor  # [N, columns]
+
+
+class TrainStep:
+    """A training step for any `SparseCoder`, in the order "project-clip-adam-normalize".
+
+    Gradients of the module's loss; then, if the module has normalize_decoder, the decoder gradient
+    without its component along each decoder row; then, if clip_norm is given, the global norm of
+    all gradients clipped to it; Adam (arXiv 1412.6980); then, if normalize_decoder, unit decoder
+    rows.
+
+    Args:
+        model: its parameters are updated in place, all of them, whatever their requires_grad.
+        lr: learning rate; `step.lr` may be assigned between steps.
+        betas, eps: of Adam.
+        clip_norm: largest global gradient norm; None: no clipping.
+        fused: False runs autograd and torch.optim.Adam instead.
+
+    Raises:
+        ValueError: a setting out of range, or parameters of different dtypes or devices.
+
+    Numerics: gradients, moments and update in float32 (float64 for float64 parameters). bfloat16
+    and float16 parameters have float32 masters here: a master is updated and the parameter is the
+    master rounded. Parameters written from outside between steps are taken over. A step whose loss
+    (or, if clipping, gradient norm) is not finite changes nothing and returns that loss. The fused
+    step gives the same bits on every run and, natively, for every number of threads.
+
+    Example:
+        >>> import torch, ksae
+        >>> step = ksae.TrainStep(ksae.TopKSAE(d_in=8, d_sae=32, k=4), lr=1e-3)
+        >>> sorted(step(torch.randn(64, 8)))
+        ['auxk_loss', 'dead', 'fvu', 'l0', 'loss']
+    """
+
+    order = "project-clip-adam-normalize"
+
+    def __init__(
+        self,
+        model: SparseCoder,
+        lr: float = 1e-4,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        clip_norm: float | None = None,
+        fused: bool = True,
+    ) -> None:
+        if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
+            raise ValueError(f"TrainStep: betas must be in [0, 1), got {betas}")
+        if not eps > 0:
+            raise ValueError(f"TrainStep: eps must be > 0, got {eps}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"TrainStep: clip_norm must be > 0 or None, got {clip_norm}")
+        parameters = dict(model.named_parameters())
+        first = model.W_enc
+        for name, p in parameters.items():
+            if p.dtype != first.dtype or p.device != first.device:
+                want = f"{first.dtype} on {first.device} as W_enc"
+                raise ValueError(f"TrainStep: {name} must be {want}, got {p.dtype} on {p.device}")
+        self.model, self.betas, self.eps, self.clip_norm = model, betas, eps, clip_norm
+        self.fused = fused
+        self.acc = acc = accumulator(first.dtype)
+        self.parameters = parameters
+        with torch.no_grad():
+            self.masters = (
+                {} if acc == first.dtype else {n: p.to(acc) for n, p in parameters.items()}
+            )
+        # theta is what Adam moves
+        self.theta: Mapping[str, Tensor] = self.masters or parameters
+        self.moments = {
+            n: (torch.zeros_like(p, dtype=acc), torch.zeros_like(p, dtype=acc))
+            for n, p in parameters.items()
+        }
+        self.t = torch.zeros((), dtype=torch.float64, device=first.device)  # steps taken
+        constants = torch.tensor([*betas, eps, 1 - betas[0], 1 - betas[1]], dtype=torch.float64)
+        self._constants = constants.to(first.device)
+        self._versions = self._read_versions()
+        self._optimizer = None if fused else self._torch_adam()
+        self.lr = lr
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        if not 0 <= lr < float("inf"):
+            raise ValueError(f"TrainStep: lr must be a finite number >= 0, got {lr}")
+        self._lr = float(lr)
+        if self._optimizer is not None:
+            self._optimizer.param_groups[0]["lr"] = self._lr
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Metrics:
+        """Take one step on x [..., d_in] and, for a transcoder, y [..., d_out].
+
+        Returns 0-d tensors, all from before the update: loss, fvu, auxk_loss, l0 (mean number of
+        positive values a token), dead (share of latents), and with multi_topk multi_topk_loss, with
+        clip_norm grad_norm (unclipped).
+        """
+        model = self.model
+        rows = model.rows("x", x, model.d_in).contiguous()
+        target = model.targets(x, rows, y)
+        if target is None:
+            raise ValueError("TrainStep: y must be given for a transcoder, got None")
+        self._adopt()
+        with torch.autocast(rows.device.type, enabled=False):
+            run = self._fused if self.fused else self._unfused
+            metrics = run(rows, target.contiguous())
+        self._versions = self._read_versions()
+        return metrics
+
+    # -------------------------------------------------------------------------------------------------------- fused
+
+    @torch.no_grad()
+    def _fused(self, x: Tensor, y: Tensor) -> Metrics:
+        model, acc = self.model, self.acc
+        N, F, d = x.shape[0], model.d_sae, model.d_out
+        b_dec = model.b_dec if model.centred else None
+        variance = total_variance(y)
+        denominator = variance if model.loss == "fvu" else torch.full_like(variance, y.numel())
+        inverse = 1 / denominator
+        dead = model.dead
+        dead_count = int(dead.sum()) if model.auxk_alpha > 0 else 0
+        metrics: Metrics = {}
+
+        # The residual [N, d] is the largest temporary: where it is not small beside [N, F], half of it exists at a time.
+        whole = bool(model.multi_topk or dead_count or model.skip or self.clip_norm) or 32 * d <= F
+        columns = d if whole else (d + 1) // 2
+        # With a skip connection the sparse part predicts what the linear part leaves.
+        target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
+
+        k = model.k_multi if model.multi_topk else model.k
+        wide = ops.topk_encode(x, model.W_enc, model.b_enc, k, b_dec)  # [N, k] twice, sorted
+        code = (wide[0][:, : model.k].contiguous(), wide[1][:, : model.k].contiguous())
+        decoder = (model.W_dec, model.b_dec, target)
+        group, error = self._group(code, decoder, columns)
+        metrics["loss"] = loss = error * inverse
+        metrics["fvu"] = error / variance
+        metrics["auxk_loss"] = torch.zeros_like(loss)
+        metrics["l0"] = (code[0] > 0).sum().to(acc) / N
+        metrics["dead"] = dead.to(acc).mean()
+
+        groups, scales = [group], [2 * inverse]
+        if model.multi_topk:
+            group, error = self._group(wide, decoder, d)
+            metrics["multi_topk_loss"] = error * inverse
+            loss = loss + error * inverse / 8
+            groups.append(group)
+            scales.append(inverse / 4)
+        with_bias = len(groups)  # AuxK decodes without bias and without skip
+        if dead_count:
+            k_aux = min(model.k_aux, dead_count)
+            aux = ops.topk_encode(x, model.W_enc, model.b_enc, k_aux, b_dec, dead)
+            left = -groups[0].residual  # what AuxK predicts: y - recon
+            group, error = self._group(aux, (model.W_dec, None, left), d)
+            spread = total_variance(left)
+            weight = torch.where(spread > 0, 1 / spread, 0)
+            metrics["auxk_loss"] = error * weight
+            loss = loss + model.auxk_alpha * metrics["auxk_loss"]
+            groups.append(group)
+            scales.append(2 * model.auxk_alpha * weight)
+        metrics["loss"] = loss
+
+        scale = torch.stack(scales)
+        values, grads, offsets, order, residuals = (list(t) for t in zip(*groups, strict=True))
+        grad_b_enc, parallel = ops.latent_sums(values, grads, offsets, order, scale)
+        along = parallel if model.normalize_decoder else None
+        encoder = (grads, offsets, order, [x] * len(groups))
+        small = {"b_enc": grad_b_enc, "b_dec": _column_sums(residuals[:with_bias], scale)}
+        if model.W_skip is not None:
+            pairs = zip(residuals[:with_bias], scale, strict=False)
+            products = [s * (r.T @ x.to(acc)) for r, s in pairs]
+            small["W_skip"] = sum(products[1:], products[0])
+        finite = loss.isfinite()
+        grad_scale = torch.ones_like(loss)
+        if self.clip_norm is not None:
+            square = ops.row_grad_sq(*encoder, scale, b_dec, None, model.W_enc, 0)
+            square += ops.row_grad_sq(
+                values, offsets, order, residuals, scale, None, along, model.W_dec, 0
+            )
+            total = square.sum()
+            for name, g in small.items():
+                centre = (
+                    model.W_enc.to(acc).T @ grad_b_enc if name == "b_dec" and model.centred else 0
+                )
+                total = total + (g - centre).double().square().sum()
+            norm = total.sqrt().to(acc)
+            metrics["grad_norm"] = norm
+            grad_scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
+            finite = finite & norm.isfinite()
+
+        hyper = self._hyper(grad_scale)
+        scale = torch.where(finite, scale, torch.nan)  # not finite: nothing is written
+        centre_grad = torch.empty(model.d_in, dtype=acc, device=x.device) if model.centred else None
+        centre_sums = grad_b_enc if model.centred else None
+        state = self._state("W_enc")
+        ops.row_update(
+            *encoder, scale, b_dec, None, centre_sums, *state, hyper, centre_grad, 0, False
+        )
+        state, unit = self._state("W_dec"), model.normalize_decoder
+        last = columns == d
+        ops.row_update(
+            values,
+            offsets,
+            order,
+            residuals,
+            scale,
+            None,
+            along,
+            None,
+            *state,
+            hyper,
+            None,
+            0,
+            unit and last,
+        )
+        if not last:  # the other half, from the columns of W_dec that are still as they were
+            del group, groups
+            residuals.clear()
+            residuals = [ops.sparse_residual_slice(*code, *decoder, columns, d)]
+            small["b_dec"] = torch.cat([small["b_dec"], _column_sums(residuals, scale)])
+            ops.row_update(
+                values,
+                offsets,
+                order,
+                residuals,
+                scale,
+                None,
+                along,
+                None,
+                *state,
+                hyper,
+                None,
+                columns,
+                unit,
+            )
+        if centre_grad is not None:
+            small["b_dec"] -= centre_grad
+        for name, g in small.items():
+            self._adam(name, g, hyper, finite)
+        fired = offsets[0][1:] > offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
+        since = torch.where(fired, 0, model.tokens_since_fired + N)
+        model.tokens_since_fired.copy_(torch.where(finite, since, model.tokens_since_fired))
+        self.t += finite
+        return metrics
+
+    def _group(
+        self,
+        code: tuple[Tensor, Tensor],
+        decoder: tuple[Tensor, Tensor | None, Tensor],
+        columns: int,
+    ) -> tuple[_Group, Tensor]:
+        """One term of the loss, and the sum of its squared residuals."""
+        residual, square, grads = ops.sparse_residual(*code, *decoder, columns)
+        group = _Group(code[0], grads, *ops.group_by_latent(*code, self.model.d_sae), residual)
+        return group, square.sum().to(self.acc)
+
+    def _state(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Parameter, master and moments, as row_update wants them."""
+        return self.parameters[name], self.masters.get(name), *self.moments[name]
+
+    def _hyper(self, grad_scale: Tensor) -> Tensor:
+        """The [8] numbers of `row_update`, made on the device so that no step waits for them."""
+        t = self.t + 1
+        bc1, bc2 = 1 - self.betas[0] ** t, 1 - self.betas[1] ** t
+        step = torch.stack([self._lr / bc1, bc2.sqrt()])
+        return torch.cat(
+            [step, self._constants[:3], grad_scale.double()[None], self._constants[3:]]
+        ).to(self.acc)
+
+    def _adam(self, name: str, g: Tensor, hyper: Tensor, finite: Tensor) -> None:
+        """Adam of one small parameter; keeps everything as it is unless `finite`."""
+        step, root_bc2, b1, b2, eps, grad_scale, rest1, rest2 = hyper
+        theta, (m, v) = self.theta[name], self.moments[name]
+        g = g * grad_scale
+        m_new = b1 * m + rest1 * g
+        v_new = b2 * v + rest2 * g * g
+        moved = theta - step * m_new / (v_new.sqrt() / root_bc2 + eps)
+        for old, new in ((m, m_new), (v, v_new), (theta, moved)):
+            old.copy_(torch.where(finite, new, old))
+        if self.masters:
+            self.parameters[name].copy_(theta)
+
+    # -------------------------------------------------------------------------------------- unfused
+
+    def _unfused(self, x: Tensor, y: Tensor) -> Metrics:
+        model = self.model
+        training, since = model.training, model.tokens_since_fired.clone()
+        dead = model.dead.to(self.acc).mean()
+        model.train()
+        for p in self.parameters.values():
+            p.requires_grad_(True)
+        out = model(x, y)
+        model.train(training)
+        metrics: Metrics = {
+            "loss": out.loss.detach(),
+            "fvu": out.fvu,
+            "auxk_loss": out.auxk_loss.detach(),
+            "l0": (out.values > 0).sum().to(self.acc) / x.shape[0],
+            "dead": dead,
+        }
+        if model.multi_topk:
+            metrics["multi_topk_loss"] = out.multi_topk_loss.detach()
+        finite = bool(metrics["loss"].isfinite())
+        if finite:
+            grads = torch.autograd.grad(out.loss, list(self.parameters.values()), allow_unused=True)
+            finite = self._torch_step(dict(zip(self.parameters, grads, strict=True)), metrics)
+        if not finite:
+            model.tokens_since_fired.copy_(since)
+        return metrics
+
+    @torch.no_grad()
+    def _torch_step(self, grads: Mapping[str, Tensor | None], metrics: Metrics) -> bool:
+        """Projection, clipping, torch's Adam, unit rows; False if the norm is not finite."""
+        assert self._optimizer is not None
+        W_dec = self.theta["W_dec"]
+        for name, theta in self.theta.items():
+            g = grads[name]
+            theta.grad = torch.zeros_like(theta) if g is None else g.to(self.acc)
+        try:
+            if self.model.normalize_decoder:
+                assert W_dec.grad is not None
+                w = self.model.W_dec.to(self.acc)  # the rows that the gradient was taken at
+                square = w.square().sum(1, keepdim=True)
+                along = (W_dec.grad * w).sum(1, keepdim=True)
+                W_dec.grad -= torch.where(square > 0, along / square, 0) * w
+            if self.clip_norm is not None:
+                norm = torch.nn.utils.get_total_norm(
+                    [p.grad for p in self.theta.values() if p.grad is not None]
+                )
+                metrics["grad_norm"] = norm
+                if not norm.isfinite():
+                    return False
+                torch.nn.utils.clip_grads_with_norm_(self.theta.values(), self.clip_norm, norm)
+            self._optimizer.step()
+        finally:
+            for theta in self.theta.values():
+                theta.grad = None
+        if self.model.normalize_decoder:
+            norms = W_dec.norm(dim=1, keepdim=True)
+            W_dec /= torch.where(norms > 0, norms, 1)
+        for name, master in self.masters.items():
+            self.parameters[name].copy_(master)
+        self.t += 1
+        return True
+
+    def _torch_adam(self) -> torch.optim.Adam:
+        """torch's Adam over theta, its state being our moments."""
+        thetas = list(self.theta.values())
+        optimizer = torch.optim.Adam(thetas, lr=0.0, betas=self.betas, eps=self.eps, foreach=False)
+        for name, theta in self.theta.items():
+            m, v = self.moments[name]
+            step = torch.tensor(float(self.t))
+            optimizer.state[theta] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+        return optimizer
+
+    # ---------------------------------------------------------------------------------------- state
+
+    def _read_versions(self) -> dict[str, tuple[int, int]]:
+        return {
+            n: (p.data_ptr(), -1 if p.is_inference() else p._version)
+            for n, p in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def _adopt(self) -> None:
+        """Take over parameters that somebody else has replaced or written since the last step."""
+        versions = self._read_versions()
+        current = dict(self.model.named_parameters())
+        for name, p in self.parameters.items():
+            if current.get(name) is not p:
+                raise ValueError(
+                    f"TrainStep: {name} must be the parameter that the step was made for, got a"
+                    " new one: make a new TrainStep after replacing parameters"
+                )
+        for name, master in self.masters.items():
+            if versions[name] != self._versions[name]:
+                p = self.parameters[name]
+                master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(self.acc)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Steps taken, moments and masters, by name; the same for fused and not."""
+        state = {"t": self.t}
+        for name, (m, v) in self.moments.items():
+            state |= {f"m.{name}": m, f"v.{name}": v}
+        return state | {f"master.{name}": t for name, t in self.masters.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned, for a model of the same shapes and dtype."""
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            odd = ", ".join(sorted(own.keys() ^ state.keys()))
+            raise ValueError(
+                f"TrainStep: state must have the entries of state_dict(), got a difference in {odd}"
+            )
+        for name, t in own.items():
+            if t.shape != state[name].shape:
+                want, got = list(t.shape), list(state[name].shape)
+                raise ValueError(f"TrainStep: state {name} must be of shape {want}, got {got}")
+        for name, t in own.items():
+            t.copy_(state[name])
+        for name, master in self.masters.items():
+            self.parameters[name].copy_(master)
+        self._versions = self._read_versions()
+        if self._optimizer is not None:
+            for entry in self._optimizer.state.values():
+                entry["step"].fill_(float(self.t))
+
+
+def _column_sums(residuals: list[Tensor], scale: Tensor) -> Tensor:
+    """Gradient of b_dec along the decoder path: sum over groups of scale * residual.sum(0)."""
+    sums = [s * r.sum(0) for r, s in zip(residuals, scale, strict=False)]
+    return sum(sums[1:], sums[0])

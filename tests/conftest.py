@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of all tests, and what the run says about the implementations that it exercised."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import DTYPES, Implementation, dtype_id, implementations
+
+from ksae import native
+
+_exercised: Counter[str] = Counter()
+
+
+def pytest_report_header() -> str:
+    missing = "" if native.available() else f"; native kernels: {native.reason()}"
+    return f"ksae implementations: {', '.join(implementations())}{missing}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _exercised:
+        runs = ", ".join(f"{name} ({_exercised[name]})" for name in implementations())
+        missing = "" if native.available() else f"; NOT the native kernels: {native.reason()}"
+        terminalreporter.write_line(f"implementations exercised (tests): {runs}{missing}")
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """torch.empty gives NaN or the largest integer: memory that is not written is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=implementations())
+def impl(request: pytest.FixtureRequest, poison: None) -> Iterator[Implementation]:
+    """Each implementation in turn."""
+    name: str = request.param
+    _exercised[name] += 1
+    if name == "reference":
+        yield Implementation(name)
+        return
+    from ksae import _cpu
+
+    before = _cpu.isa()
+    _cpu.set_isa(name.removeprefix("cpu-"))
+    yield Implementation(name)
+    _cpu.set_isa(before)
+
+
+@pytest.fixture(params=DTYPES, ids=dtype_id)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each storage type of the kernels."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

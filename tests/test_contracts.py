@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every op promises: opcheck, compile, second order, autocast, vmap, messages."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import NAMES, clone, integers, latent_arguments, randn
+from torch import Tensor
+from torch.library import opcheck
+
+import ksae
+from ksae import checks, native, ops, reference
+
+N, d, F, k = 6, 5, 20, 3
+
+
+def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, ...]:
+    """A call of each op; floating inputs want gradients if asked."""
+
+    def leaf(*shape: int, seed: int) -> Tensor:
+        return randn(*shape, dtype=dtype, seed=seed).requires_grad_(grad)
+
+    x, W, b, b_dec = leaf(N, d, seed=0), leaf(F, d, seed=1), leaf(F, seed=2), leaf(d, seed=3)
+    values, indices = reference.topk_encode(x.detach(), W.detach(), b.detach(), k)
+    values = values.requires_grad_(grad)
+    latent = list(latent_arguments(dtype, N=N, F=F).values())
+    return {
+        "topk": (W, k),
+        "topk_encode": (x, W, b, k, b_dec, torch.arange(F) % 2 == 0),
+        "sparse_decode": (values, indices, W, b_dec),
+        "sparse_decode_backward_values": (x, indices, W),
+        "sparse_decode_backward_weight": (x, values, indices, F),
+        "group_by_latent": (values.detach(), indices, F),
+        "sparse_residual": (values.detach(), indices, W.detach(), b_dec.detach(), x.detach()),
+        "latent_grad_norm": (*latent[:10], True),
+        "latent_update": tuple(latent),
+    }[name]
+
+
+def op(name: str) -> Any:
+    return getattr(ops, name)
+
+
+each_op = pytest.mark.parametrize("name", NAMES)
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    opcheck(op(name), arguments(name, dtype, grad=dtype != torch.bfloat16))
+
+
+@pytest.mark.parametrize("variant", ["no b_dec", "int32", "no bias", "empty"])
+def test_opcheck_of_the_other_signatures(variant: str) -> None:
+    x, W, b = (randn(*s, seed=i).requires_grad_() for i, s in enumerate([(N, d), (F, d), (F,)]))
+    values, indices = reference.topk_encode(x.detach(), W.detach(), b.detach(), k)
+    match variant:
+        case "no b_dec":
+            opcheck(ops.topk_encode, (x, W, b, k))
+        case "int32":
+            opcheck(ops.sparse_decode, (values.requires_grad_(), indices.int(), W, b[:d].detach()))
+        case "no bias":
+            opcheck(ops.sparse_decode, (values.requires_grad_(), indices, W))
+        case "empty":
+            opcheck(ops.topk_encode, (x[:0].detach().requires_grad_(), W, b, k))
+
+
+@each_op
+def test_one_signature_in_every_layer(name: str) -> None:
+    schema = [a.name for a in op(name)._schema.arguments]
+    assert schema == list(inspect.signature(getattr(reference, name)).parameters)
+    assert schema == list(inspect.signature(getattr(checks, name)).parameters)
+    if hasattr(native, name):
+        assert schema == list(inspect.signature(getattr(native, name)).parameters)
+    assert ops.serving()[name]["default"] == "reference"
+
+
+# ------------------------------------------------------------------------------------------ compile
+
+
+@each_op
+def test_compile_fullgraph(name: str) -> None:
+    """Forward and backward equal to eager; AOT without a code generator, for speed."""
+    torch.compiler.reset()
+
+    def call(args: tuple[Any, ...]) -> list[Tensor]:
+        out = op(name)(*args)
+        out = list(out) if isinstance(out, tuple) else [] if out is None else [out]
+        inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+        total = sum(((t * t).sum() for t in out if t.requires_grad), torch.zeros(()))
+        return [*out, *(torch.autograd.grad(total, inputs) if total.requires_grad else [])]
+
+    def forward(args: tuple[Any, ...]) -> Any:
+        return op(name)(*args)
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    eager, traced = arguments(name, torch.float32, True), arguments(name, torch.float32, True)
+    want = call(eager)
+    out = compiled(traced)
+    got = list(out) if isinstance(out, tuple) else [] if out is None else [out]
+    inputs = [a for a in traced if isinstance(a, Tensor) and a.requires_grad]
+    total = sum(((t * t).sum() for t in got if t.requires_grad), torch.zeros(()))
+    got += torch.autograd.grad(total, inputs) if total.requires_grad else []
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+    if name == "latent_update":  # what was written
+        for g, w in zip(traced, eager, strict=True):
+            torch.testing.assert_close(g, w)
+
+
+def test_compile_with_a_changing_batch() -> None:
+    torch.compiler.reset()
+    W, b = randn(F, d), randn(F)
+
+    def coder(x: Tensor) -> Tensor:
+        return ksae.sparse_decode(*ksae.topk_encode(x, W, b, k), W)
+
+    compiled = torch.compile(coder, fullgraph=True, dynamic=True)
+    for rows in (4, 9, 17):
+        x = randn(rows, d, seed=rows)
+        torch.testing.assert_close(compiled(x), coder(x))
+
+
+# ----------------------------------------------------------------------------------------- autograd
+
+
+def autoencoder(x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor) -> Tensor:
+    return ksae.sparse_decode(*ksae.topk_encode(x, W, b, k, b_dec), W, b_dec)
+
+
+def test_gradcheck_to_second_order() -> None:
+    t = [
+        randn(*s, seed=i).double().requires_grad_()
+        for i, s in enumerate([(3, 4), (9, 4), (9,), (4,)])
+    ]
+    assert torch.autograd.gradcheck(autoencoder, t)
+    assert torch.autograd.gradgradcheck(autoencoder, t)
+    assert torch.autograd.gradcheck(lambda W: ksae.topk(W, 4)[0], t[1])
+    assert torch.autograd.gradgradcheck(lambda W: ksae.topk(W, 4)[0].square(), t[1])
+    values = randn(3, k, seed=7).double().requires_grad_()
+    indices = torch.tensor([[0, 0, 8], [3, 2, 3], [8, 8, 8]])  # repeats
+    assert torch.autograd.gradcheck(ops.sparse_decode, (values, indices, t[1], t[3]))
+    assert torch.autograd.gradcheck(ops.sparse_decode_backward_values, (t[0], indices, t[1]))
+    assert torch.autograd.gradcheck(ops.sparse_decode_backward_weight, (t[0], values, indices, 9))
+
+
+def test_gradients_only_where_wanted() -> None:
+    """Each subset of inputs that want a gradient gets the one it gets together."""
+    shapes = [(N, d), (F, d), (F,), (d,)]
+    whole = [randn(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
+    want = torch.autograd.grad(autoencoder(*whole).square().sum(), whole)
+    for i in range(4):
+        t = [p.detach().requires_grad_(i == j) for j, p in enumerate(whole)]
+        (got,) = torch.autograd.grad(autoencoder(*t).square().sum(), [t[i]])
+        torch.testing.assert_close(got, want[i])
+
+
+def test_zero_slots_pass_no_gradient() -> None:
+    x, W = torch.ones(1, 2), torch.tensor([[1.0, 1.0], [-1.0, -1.0], [-2.0, 0.0]]).requires_grad_()
+    values, indices = ksae.topk_encode(x, W, torch.zeros(3), 3)
+    assert values.tolist() == [[2, 0, 0]] and indices.tolist() == [[0, 1, 2]]
+    values.sum().backward()
+    assert W.grad is not None and W.grad.tolist() == [[1, 1], [0, 0], [0, 0]]
+
+
+def test_indices_carry_no_gradient() -> None:
+    values, indices = ksae.topk(randn(3, 9).requires_grad_(), 2)
+    assert values.requires_grad and not indices.requires_grad
+
+
+def test_the_written_tensors_are_marked() -> None:
+    """A tensor saved for backward and then updated in place is noticed."""
+    a = arguments("latent_update", torch.float32)
+    W = a[7].requires_grad_()
+    loss = (W * W).sum()
+    versions = [t._version for t in (*a[7:10], *a[11], a[13])]
+    with torch.no_grad():
+        ops.latent_update(*a)
+    assert all(t._version > v for t, v in zip((*a[7:10], *a[11], a[13]), versions, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ----------------------------------------------------------------------------------------- autocast
+
+
+def test_autocast() -> None:
+    x, W, b = randn(N, d), randn(F, d), randn(F)
+    low = [t.bfloat16() for t in (x, W, b)]
+    with torch.autocast("cpu", torch.bfloat16):
+        values, indices = ksae.topk_encode(x, W, low[2], k)  # mixed dtypes are cast to one
+        want = ops.topk_encode(*low, k)
+        assert torch.equal(values, want[0]) and torch.equal(indices, want[1])
+        recon = ksae.sparse_decode(values.float(), indices, W)
+        assert recon.dtype == torch.bfloat16 and torch.equal(
+            recon, ops.sparse_decode(*want, low[1])
+        )
+        assert ksae.topk(W, 2)[0].dtype == torch.float32  # a selection sees what it is given
+        assert ksae.topk_encode(x.double(), W.double(), b.double(), k)[0].dtype == torch.float64
+        assert (
+            ops.latent_grad_norm(*arguments("latent_grad_norm", torch.float32))[1].dtype
+            == torch.float32
+        )
+    with torch.autocast("cpu", torch.float16):
+        assert ksae.topk_encode(x, W, b, k)[0].dtype == torch.float16
+
+
+def test_autocast_leaves_the_latent_pass_in_float32() -> None:
+    want, got = (arguments("latent_update", torch.float32) for _ in range(2))
+    ops.latent_update(*want)
+    with torch.autocast("cpu", torch.bfloat16):
+        ops.latent_update(*got)
+    assert all(
+        map(torch.equal, [*want[7:10], *want[11], want[13]], [*got[7:10], *got[11], got[13]])
+    )
+
+
+# --------------------------------------------------------------------------------------------- vmap
+
+
+def test_vmap_over_rows() -> None:
+    x, W, b = randn(4, N, d), randn(F, d), randn(F)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of its slow loop
+        values, indices = torch.vmap(lambda x: ksae.topk_encode(x, W, b, k))(x)
+        recon = torch.vmap(ksae.sparse_decode, in_dims=(0, 0, None))(values, indices, W)
+        shared = torch.vmap(ksae.sparse_decode, in_dims=(1, None, None))(
+            values.movedim(0, 1), indices[0], W
+        )
+        top = torch.vmap(lambda x: ksae.topk(x, 2)[0], in_dims=2)(x.movedim(0, 2))
+        none = torch.vmap(lambda x: ksae.topk(x, 2)[0])(x[:, :0])
+    want = ksae.topk_encode(x, W, b, k)
+    assert torch.equal(values, want[0]) and torch.equal(indices, want[1])
+    assert torch.equal(recon, ksae.sparse_decode(*want, W))
+    assert torch.equal(shared[2], ksae.sparse_decode(want[0][2], want[1][0], W))
+    assert torch.equal(top, ksae.topk(x, 2)[0]) and none.shape == (4, 0, 2)
+
+
+def test_vmap_over_gradients() -> None:
+    """is_grads_batched puts the backward under vmap."""
+    t = [randn(*s, seed=i).requires_grad_() for i, s in enumerate([(N, d), (F, d), (F,), (d,)])]
+    out = autoencoder(*t)
+    cotangents = randn(7, N, d, seed=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batched = torch.autograd.grad(out, t, cotangents, is_grads_batched=True, retain_graph=True)
+    for i, c in enumerate(cotangents):
+        for got, want in zip(
+            batched, torch.autograd.grad(out, t, c, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(got[i], want)
+
+
+def test_vmap_refuses_batched_weights() -> None:
+    x, W, b = randn(N, d), randn(2, F, d), randn(F)
+    with pytest.raises(
+        ValueError, match="topk_encode: W_enc must be unbatched under vmap, got a batch"
+    ):
+        torch.vmap(lambda W: ksae.topk_encode(x, W, b, k))(W)
+    with pytest.raises(NotImplementedError, match="group_by_latent: has no meaning under vmap"):
+        torch.vmap(lambda v: ops.group_by_latent(v, torch.zeros(N, k, dtype=torch.int64), F))(
+            randn(2, N, k)
+        )
+
+
+# ----------------------------------------------------------------------------------------- messages
+
+
+def bad(name: str, position: int, value: Any) -> tuple[str, Callable[[], Any]]:
+    args = list(arguments(name, torch.float32))
+    args[position] = value(args[position]) if callable(value) else value
+    return name, lambda: op(name)(*args)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (("topk", 1, 0), ValueError, "topk: k must be in [1, 5] for x of shape [20, 5], got 0"),
+        (("topk", 1, 6), ValueError, "topk: k must be in [1, 5] for x of shape [20, 5], got 6"),
+        (("topk", 0, lambda t: t.int()), TypeError, "topk: x must be one of torch.float32"),
+        (("topk", 0, lambda t: t[0]), ValueError, "topk: x must be a matrix, got shape [5]"),
+        (
+            ("topk_encode", 1, lambda t: t[:, 1:]),
+            ValueError,
+            "W_enc must be of shape [*, 5], got [20, 4]",
+        ),
+        (
+            ("topk_encode", 1, lambda t: t.half()),
+            TypeError,
+            "W_enc must be torch.float32, got torch.float16",
+        ),
+        (("topk_encode", 2, lambda t: t[1:]), ValueError, "b_enc must be of shape [20], got [19]"),
+        (
+            ("topk_encode", 3, 21),
+            ValueError,
+            "k must be in [1, 20] for W_enc of shape [20, 5], got 21",
+        ),
+        (("topk_encode", 4, lambda t: t[1:]), ValueError, "b_dec must be of shape [5], got [4]"),
+        (("topk_encode", 5, lambda t: t[1:]), ValueError, "mask must be of shape [20], got [19]"),
+        (
+            ("topk_encode", 5, lambda t: t.int()),
+            TypeError,
+            "mask must be torch.bool, got torch.int32",
+        ),
+        (("topk_encode", 0, lambda t: t.to("meta")), ValueError, "W_enc must be on meta, got cpu"),
+        (
+            ("sparse_decode", 1, lambda t: t[:, 1:]),
+            ValueError,
+            "indices must be of the shape of values [6, 3]",
+        ),
+        (
+            ("sparse_decode", 1, lambda t: t.short()),
+            TypeError,
+            "indices must be torch.int64 or torch.int32",
+        ),
+        (
+            ("sparse_decode", 1, lambda t: t + 20),
+            ValueError,
+            "sparse_decode: indices must be in [0, 20), got",
+        ),
+        (
+            ("sparse_decode", 1, lambda t: t - 20),
+            ValueError,
+            "sparse_decode: indices must be in [0, 20), got -",
+        ),
+        (
+            ("sparse_decode_backward_values", 0, lambda t: t[1:]),
+            ValueError,
+            "indices must be of the shape of",
+        ),
+        (
+            ("sparse_decode_backward_weight", 3, 0),
+            ValueError,
+            "F must be in [1, 2147483647], got 0",
+        ),
+        (("sparse_decode_backward_weight", 3, 1), ValueError, "indices must be in [0, 1), got"),
+        (
+            ("group_by_latent", 1, lambda t: t[:, :1]),
+            ValueError,
+            "group_by_latent: indices must be of the shape",
+        ),
+        (
+            ("sparse_residual", 4, lambda t: t[1:]),
+            ValueError,
+            "target must be of shape [6, 5], got [5, 5]",
+        ),
+        (
+            ("latent_update", 2, []),
+            ValueError,
+            "latent_update: values must be at least one group, got none",
+        ),
+        (
+            ("latent_update", 4, lambda t: t[:1]),
+            ValueError,
+            "order must be 2 tensors, one for each of values",
+        ),
+        (("latent_update", 6, lambda t: t[:1]), ValueError, "scales must be of shape [2], got [1]"),
+        (
+            ("latent_update", 7, lambda t: t.T.contiguous().T),
+            ValueError,
+            "W_enc must be contiguous, for it is",
+        ),
+        (
+            ("latent_update", 10, lambda t: [randn(2)]),
+            ValueError,
+            "masters must be 0 tensors for torch.float32",
+        ),
+        (("latent_update", 11, lambda t: t[1:]), ValueError, "moments must be 6 tensors"),
+        (
+            ("latent_update", 12, lambda t: t.double()),
+            TypeError,
+            "hyper must be torch.float32, got torch.float64",
+        ),
+    ],
+    ids=lambda p: f"{p[0]}-{p[1]}" if isinstance(p, tuple) else None,
+)
+def test_bad_arguments(call: tuple[str, int, Any], error: type[Exception], message: str) -> None:
+    """The same one-line message from the kernel and, where it needs no data, the fake."""
+    name, run = bad(*call)
+    with pytest.raises(error, match=re.escape(message)) as raised:
+        run()
+    assert str(raised.value).startswith(f"{name}: ") and "\n" not in str(raised.value)
+    if "in [0" not in message and "meta" not in message:
+        args = list(arguments(name, torch.float32))
+        args[call[1]] = call[2](args[call[1]]) if callable(call[2]) else call[2]
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
+            with pytest.raises(error, match=re.escape(message)):
+                op(name)(*fakes)
+
+
+def test_nothing_is_written_before_a_check_has_passed() -> None:
+    a = list(arguments("latent_update", torch.float32))
+    before = [clone(t) for t in a]
+    a[13] = randn(1)
+    with pytest.raises(ValueError, match="grad_b_dec"):
+        ops.latent_update(*a)
+    assert all(map(torch.equal, [*a[7:10], *a[11]], [*before[7:10], *before[11]]))
+
+
+def test_functional_messages() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"sparse_decode: indices must be of the shape of values \[2, 3\], got \[2\]",
+    ):
+        ksae.sparse_decode(randn(2, 3), torch.zeros(2, dtype=torch.int64), randn(4, 5))
+    with pytest.raises(
+        ValueError, match=r"topk: k must be in \[1, 4\] for x of shape \[6, 4\], got 5"
+    ):
+        ksae.topk(integers(2, 3, 4), 5)

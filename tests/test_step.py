@@ -1,0 +1,424 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TrainStep: fused against autograd with torch's Adam, and both against a float64 step."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from cases import Implementation, assert_close, randn
+from torch import Tensor
+
+import ksae
+from ksae.modules import SparseCoder
+
+N, D, OUT, F, K = 64, 17, 23, 97, 5
+LR = 1e-2
+METRICS = ("loss", "fvu", "auxk_loss", "l0", "dead")
+
+
+def quantised(*shape: int, seed: int) -> Tensor:
+    """Sixteenths up to 2: x - b_dec is exact in every dtype, so no selection hangs on it."""
+    return (randn(*shape, seed=seed).clamp(-2, 2) * 16).round() / 16
+
+
+def build(kind: str, dtype: torch.dtype, **settings: Any) -> SparseCoder:
+    """A model in the middle of training, in bfloat16 numbers: every dtype starts the same."""
+    torch.manual_seed(0)
+    model: SparseCoder = (
+        ksae.TopKSAE(D, F, K, **settings)
+        if kind == "sae"
+        else ksae.Transcoder(D, OUT, F, K, skip=kind == "skip", **settings)
+    )
+    with torch.no_grad():
+        model.W_enc.add_(randn(F, D, seed=1) * 0.05)
+        model.W_dec.add_(randn(*model.W_dec.shape, seed=2) * 0.05)
+        model.b_enc.copy_(randn(F, seed=3) * 0.1 - 0.3)
+        model.b_dec.copy_(quantised(*model.b_dec.shape, seed=4))
+        if model.W_skip is not None:
+            model.W_skip.copy_(randn(OUT, D, seed=5) * 0.1)
+        if model.normalize_decoder:
+            model.W_dec /= model.W_dec.norm(dim=1, keepdim=True)
+    return model.bfloat16().to(dtype)
+
+
+def batch(kind: str, seed: int = 10) -> tuple[Tensor, ...]:
+    x = quantised(N, D, seed=seed)
+    return (
+        (x,)
+        if kind == "sae"
+        else (x, quantised(N, OUT, seed=seed + 1) + 0.3 * x.mean(1, keepdim=True).round())
+    )
+
+
+def warm(step: ksae.TrainStep) -> ksae.TrainStep:
+    """Moments as after ten steps, the same in every dtype."""
+    state = step.state_dict()
+    fresh = {"t": torch.tensor(10.0)}
+    for seed, name in enumerate(sorted(step.parameters)):
+        shape = step.parameters[name].shape
+        fresh |= {
+            f"m.{name}": randn(*shape, seed=seed) * 1e-3,
+            f"v.{name}": randn(*shape, seed=seed + 50).square() * 1e-5 + 1e-6,
+        }
+    step.load_state_dict({n: fresh.get(n, t) for n, t in state.items()})
+    return step
+
+
+def results(model: SparseCoder, step: ksae.TrainStep) -> dict[str, Tensor]:
+    """Every number that a step writes."""
+    out = {n: p.detach() for n, p in model.named_parameters()}
+    return out | {n: t for n, t in step.state_dict().items() if n != "t"}
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "plain": ("sae", {"normalize_decoder": False}, {}),
+    "unit rows": ("sae", {}, {}),
+    "mse": ("sae", {"loss": "mse"}, {}),
+    "clip": ("sae", {}, {"clip_norm": 0.05}),
+    "clip, loose": ("sae", {}, {"clip_norm": 50.0}),
+    "few dead": ("sae", {"k_aux": 20, "dead": 9}, {"clip_norm": 0.05}),
+    "more dead than k_aux": ("sae", {"k_aux": 6, "dead": 2}, {}),
+    "all dead": ("sae", {"k_aux": 6, "dead": 1, "auxk_alpha": 1.0}, {}),
+    "multi": ("sae", {"multi_topk": True}, {"clip_norm": 0.05}),
+    "multi, dead": ("sae", {"multi_topk": True, "k_aux": 20, "dead": 2}, {}),
+    "transcoder": ("transcoder", {}, {"clip_norm": 0.05}),
+    "transcoder, unit rows": ("transcoder", {"normalize_decoder": True, "k_aux": 8, "dead": 3}, {}),
+    "skip": ("skip", {}, {}),
+    "skip, all": (
+        "skip",
+        {"multi_topk": True, "k_aux": 8, "dead": 3, "loss": "mse"},
+        {"clip_norm": 0.05},
+    ),
+}
+
+
+def one_step(
+    case: str, dtype: torch.dtype, fused: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Results, metrics and counts after one step from a warm state."""
+    kind, settings, options = CASES[case]
+    settings = dict(settings)
+    every = settings.pop("dead", None)
+    model = build(kind, dtype, **settings)
+    if every:
+        model.tokens_since_fired[::every] = model.dead_after + 1
+    step = warm(ksae.TrainStep(model, LR, fused=fused, **options))
+    metrics = step(*(t.to(dtype) for t in batch(kind)))
+    return results(model, step), metrics, model.tokens_since_fired
+
+
+@pytest.fixture(scope="module")
+def oracle() -> dict[str, Any]:
+    """The float64 steps, by autograd, one for each case."""
+    return {case: one_step(case, torch.float64, fused=False) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fused_in_float64_is_autograd(oracle: dict[str, Any], case: str) -> None:
+    exact, exact_metrics, exact_counts = oracle[case]
+    got, metrics, counts = one_step(case, torch.float64, fused=True)
+    assert metrics.keys() == exact_metrics.keys() and set(METRICS) <= metrics.keys()
+    for name, value in exact_metrics.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-11, atol=1e-13, msg=name)
+    for name, value in exact.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-13, msg=name)
+    assert torch.equal(counts, exact_counts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_step_has_at_most_twice_torchs_error(
+    impl: Implementation,
+    dtype: torch.dtype,
+    oracle: dict[str, Any],
+    case: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every parameter, moment and master."""
+    if not impl.native:
+        monkeypatch.setattr("ksae.step.ops", impl)
+    exact, exact_metrics, exact_counts = oracle[case]
+    plain, plain_metrics, _ = one_step(case, dtype, fused=False)
+    got, metrics, counts = one_step(case, dtype, fused=True)
+    assert got.keys() == plain.keys()
+    for name, value in got.items():
+        want = exact[name.removeprefix("master.")]
+        assert_close(f"{case}: {name}", value, plain[name], want)
+    for name, value in exact_metrics.items():
+        assert metrics[name].dtype == torch.float32
+        # a single number: plain torch may be right by luck
+        floor = 4 * torch.finfo(dtype).eps
+        assert_close(f"{case}: {name}", metrics[name], plain_metrics[name], value.double(), floor)
+    assert torch.equal(counts, exact_counts)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+def test_the_first_step_from_zero_moments(fused: bool) -> None:
+    """Adam written out: theta moves by lr g / (|g| + eps); moments (1 - b1) g, (1 - b2) g^2."""
+    model, data = build("skip", torch.float64), [t.double() for t in batch("skip")]
+    loss = model(*data).loss
+    assert loss is not None
+    parameters = dict(model.named_parameters())
+    grads = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    step = ksae.TrainStep(model, LR, betas=(0.8, 0.95), eps=1e-6, fused=fused)
+    step(*data)
+    state = step.state_dict()
+    for name, g in grads.items():
+        moved = before[name] - LR * g / (g.abs() + 1e-6)
+        torch.testing.assert_close(
+            parameters[name].detach(), moved, rtol=1e-10, atol=1e-12, msg=name
+        )
+        torch.testing.assert_close(state[f"m.{name}"], 0.2 * g, rtol=1e-10, atol=1e-15, msg=name)
+        torch.testing.assert_close(
+            state[f"v.{name}"], 0.05 * g * g, rtol=1e-10, atol=1e-18, msg=name
+        )
+    assert state["t"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_twenty_steps_stay_together(dtype: torch.dtype) -> None:
+    """Fused and unfused train to the same loss, below the first."""
+    losses = {}
+    for fused in (True, False):
+        model = build("sae", dtype, dead_after=3 * N, k_aux=8, multi_topk=True)
+        step = ksae.TrainStep(model, 5e-3, clip_norm=1.0, fused=fused)
+        losses[fused] = [float(step(randn(N, D, seed=s))["loss"]) for s in range(20)]
+    assert losses[True][-1] < 0.9 * losses[True][0]
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(losses[True], losses[False], rtol=tolerance, atol=0)
+
+
+def test_order_of_the_step() -> None:
+    """Projected gradients enter the moments; rows have unit norm after the step."""
+    model = build("sae", torch.float64)
+    step = ksae.TrainStep(model, 0.1)
+    assert step.order == "project-clip-adam-normalize"
+    rows = model.W_dec.detach().clone()
+    step(*(t.double() for t in batch("sae")))
+    torch.testing.assert_close(model.W_dec.norm(dim=1), torch.ones(F, dtype=torch.float64))
+    along = (step.moments["W_dec"][0] * rows).sum(1)
+    assert along.abs().max() < 1e-15  # the gradient in the first moment is projected
+    free = build("transcoder", torch.float64)
+    ksae.TrainStep(free, 0.1)(*(t.double() for t in batch("transcoder")))
+    assert (free.W_dec.norm(dim=1) - 1).abs().max() > 0.1
+
+
+def test_metrics_are_those_of_the_module() -> None:
+    model, (x,) = build("sae", torch.float32, k_aux=8, multi_topk=True), batch("sae")
+    model.tokens_since_fired[::4] = model.dead_after + 1
+    out = copy.deepcopy(model)(x)
+    metrics = ksae.TrainStep(model, clip_norm=1.0)(x)
+    for name in ("loss", "fvu", "auxk_loss", "multi_topk_loss"):
+        torch.testing.assert_close(metrics[name], getattr(out, name).detach(), rtol=1e-5, atol=0)
+    assert metrics["l0"] == (out.values > 0).sum() / N
+    torch.testing.assert_close(metrics["dead"], torch.tensor(25 / F))
+    assert metrics["grad_norm"] > 0 and all(t.dim() == 0 for t in metrics.values())
+
+
+# ----------------------------------------------------------------------------- what must not change
+
+
+def snapshot(model: SparseCoder, step: ksae.TrainStep) -> dict[str, Tensor]:
+    return {
+        n: t.detach().clone() for n, t in [*model.state_dict().items(), *step.state_dict().items()]
+    }
+
+
+@pytest.mark.parametrize("where", ["x", "y", "weight", "no variance", "no rows"])
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["free", "clip"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+def test_a_loss_that_is_not_finite_changes_nothing(
+    fused: bool, clip: float | None, where: str, dtype: torch.dtype
+) -> None:
+    model = build("skip", dtype, k_aux=8)
+    model.tokens_since_fired[::4] = model.dead_after + 1
+    step = warm(ksae.TrainStep(model, LR, clip_norm=clip, fused=fused))
+    x, y = batch("skip")
+    match where:
+        case "x":
+            x[3, 4] = torch.nan
+        case "y":
+            y[5, 0] = torch.inf
+        case "weight":
+            with torch.no_grad():
+                model.W_enc[4, 4] = torch.nan
+            step._adopt()
+        case "no variance":
+            y = y[:1].expand(N, OUT)
+        case "no rows":
+            x, y = x[:0], y[:0]
+    before = snapshot(model, step)
+    metrics = step(x, y)
+    assert not metrics["loss"].isfinite()
+    for name, t in snapshot(model, step).items():
+        torch.testing.assert_close(t, before[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    if where != "weight":  # and the next step is as if nothing had happened
+        good = build("skip", dtype, k_aux=8)
+        good.tokens_since_fired[::4] = good.dead_after + 1
+        other = warm(ksae.TrainStep(good, LR, clip_norm=clip, fused=fused))
+        step(*batch("skip"))
+        other(*batch("skip"))
+        assert all(map(torch.equal, results(model, step).values(), results(good, other).values()))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("kind", ["sae", "skip"])
+def test_state_dict_continues_bit_by_bit(kind: str, fused: bool, dtype: torch.dtype) -> None:
+    def run(first: int, last: int, model: SparseCoder, step: ksae.TrainStep) -> None:
+        for t in range(first, last):
+            step.lr = 1e-3 * (1 + t)
+            step(*batch(kind, seed=20 + t))
+
+    settings: dict[str, Any] = {"dead_after": 2 * N, "k_aux": 8}
+    model = build(kind, dtype, **settings)
+    step = ksae.TrainStep(model, fused=fused, clip_norm=1.0)
+    run(0, 3, model, step)
+    saved = {"model": copy.deepcopy(model.state_dict()), "step": copy.deepcopy(step.state_dict())}
+    run(3, 6, model, step)
+    for step_first in (False, True):  # whichever is loaded first
+        other = build(kind, dtype, **settings)
+        again = ksae.TrainStep(other, fused=fused, clip_norm=1.0)
+        again(*batch(kind))
+        if step_first:
+            again.load_state_dict(saved["step"])
+        other.load_state_dict(saved["model"])
+        if not step_first:
+            again.load_state_dict(saved["step"])
+        run(3, 6, other, again)
+        for name, t in snapshot(other, again).items():
+            assert torch.equal(t, snapshot(model, step)[name]), name
+
+
+def test_fused_and_unfused_share_their_state() -> None:
+    model = build("sae", torch.bfloat16)
+    fused, unfused = ksae.TrainStep(model), ksae.TrainStep(copy.deepcopy(model), fused=False)
+    fused(*batch("sae"))
+    unfused.load_state_dict(fused.state_dict())
+    assert all(map(torch.equal, fused.state_dict().values(), unfused.state_dict().values()))
+    unfused(*batch("sae"))
+    assert unfused.state_dict()["t"] == 2
+
+
+def test_masters_follow_parameters_written_from_outside() -> None:
+    model = build("sae", torch.bfloat16)
+    step = ksae.TrainStep(model, LR)
+    step(*batch("sae"))
+    master = step.masters["W_enc"].clone()
+    assert not torch.equal(master, model.W_enc.float())  # it has more digits
+    with torch.no_grad():
+        model.b_dec.fill_(1.5)
+        model.W_enc[3] = 2.0
+    step._adopt()
+    assert (step.masters["b_dec"] == 1.5).all() and (step.masters["W_enc"][3] == 2).all()
+    rest = torch.arange(F) != 3
+    assert torch.equal(step.masters["W_enc"][rest], master[rest])
+
+
+def test_small_updates_are_not_lost_in_bfloat16() -> None:
+    model = build("sae", torch.bfloat16, normalize_decoder=False)
+    step = ksae.TrainStep(model, 1e-5)
+    start = model.W_enc.detach().clone()
+    for t in range(100):
+        step(*batch("sae", seed=t % 3))
+    moved = (model.W_enc != start).float().mean()
+    assert (
+        moved > 0.1
+    )  # 1e-5 is far below half a unit of a weight near 0.25, a hundred of them are not
+
+
+def test_the_fused_step_gives_the_same_bits(
+    impl: Implementation, dtype: torch.dtype, threads: None
+) -> None:
+    """On every run, and natively for every number of threads."""
+    outcomes = []
+    for count in (1, 2, 3) if impl.native else (1, 1):
+        torch.set_num_threads(count)
+        model = build("sae", dtype, dead_after=N, k_aux=8, multi_topk=True)
+        step = ksae.TrainStep(model, LR)
+        for t in range(4):
+            step(*batch("sae", seed=t))
+        outcomes.append(snapshot(model, step))
+    for other in outcomes[1:]:
+        assert all(torch.equal(t, other[name]) for name, t in outcomes[0].items())
+
+
+def test_any_leading_dimensions_and_dtype_of_the_input() -> None:
+    models = [build("skip", torch.bfloat16) for _ in range(2)]
+    x, y = batch("skip")
+    ksae.TrainStep(models[0])(x, y)
+    ksae.TrainStep(models[1])(
+        x.reshape(4, 16, D).double(), y.bfloat16().T.contiguous().T.reshape(4, 16, OUT)
+    )
+    assert all(map(torch.equal, models[0].state_dict().values(), models[1].state_dict().values()))
+
+
+def test_the_input_is_left_alone_and_autocast_does_not_reach_the_step() -> None:
+    models = [build("sae", torch.float32) for _ in range(2)]
+    (x,) = batch("sae")
+    kept = x.clone()
+    ksae.TrainStep(models[0])(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        ksae.TrainStep(models[1])(x)
+    assert torch.equal(x, kept)
+    assert all(map(torch.equal, models[0].state_dict().values(), models[1].state_dict().values()))
+
+
+# ----------------------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "TrainStep: lr must be a finite number >= 0, got -1.0"),
+        ({"lr": float("nan")}, "TrainStep: lr must be a finite number >= 0, got nan"),
+        ({"betas": (0.9, 1.0)}, "TrainStep: betas must be in [0, 1), got (0.9, 1.0)"),
+        ({"eps": 0.0}, "TrainStep: eps must be > 0, got 0.0"),
+        ({"clip_norm": 0.0}, "TrainStep: clip_norm must be > 0 or None, got 0.0"),
+    ],
+    ids=lambda p: next(iter(p)) if isinstance(p, dict) else None,
+)
+def test_constructor_messages(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ksae.TrainStep(build("sae", torch.float32), **settings)
+
+
+def test_messages() -> None:
+    model = build("transcoder", torch.float32)
+    step = ksae.TrainStep(model)
+    x, y = batch("transcoder")
+    before = snapshot(model, step)
+    for call, message in (
+        (lambda: step(x), "TrainStep: y must be given for a transcoder, got None"),
+        (lambda: step(y, x), "Transcoder: x must be of shape [..., 17], got [64, 23]"),
+        (
+            lambda: step(x, y[1:]),
+            "Transcoder: y must be of shape [64, 23] for x of shape [64, 17], got [63, 23]",
+        ),
+        (lambda: setattr(step, "lr", -2.0), "TrainStep: lr must be a finite number >= 0, got -2.0"),
+        (
+            lambda: step.load_state_dict({}),
+            "TrainStep: state must have the entries of state_dict()",
+        ),
+        (
+            lambda: step.load_state_dict(step.state_dict() | {"m.b_enc": torch.zeros(2)}),
+            "TrainStep: state m.b_enc must be of shape [97], got [2]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+    assert all(torch.equal(t, before[n]) for n, t in snapshot(model, step).items())
+    model.W_enc = torch.nn.Parameter(model.W_enc.detach().clone())
+    with pytest.raises(
+        ValueError, match="TrainStep: W_enc must be the parameter that the step was made for"
+    ):
+        step(x, y)
+    model.b_enc = torch.nn.Parameter(model.b_enc.detach().half())
+    with pytest.raises(
+        ValueError,
+        match=r"TrainStep: b_enc must be torch.float32 on cpu as W_enc, got torch.float16",
+    ):
+        ksae.TrainStep(model)
