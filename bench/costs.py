@@ -50,8 +50,10 @@ def sparse_decode(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
 
 
 def sparse_residual(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
+    """Residual, its row sums of squares, and the gradient of the values."""
     read = N * k * (s + I64) + (touched(N, F, k) * d + d + N * d) * s
-    return Cost(read + N * d * F32 + N * 8, 2 * N * k * d + 3 * N * d)
+    written = N * d * F32 + N * 8 + N * k * F32
+    return Cost(read + written, 4 * N * k * d + 3 * N * d)
 
 
 def backward_values(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
@@ -67,16 +69,21 @@ def group_by_latent(N: int, F: int, k: int, s: int = F32) -> Cost:
     return Cost(N * k * (s + I64) + (F + 1) * I32 + N * k * I32)
 
 
+def latent_sums(N: int, F: int, k: int, s: int = F32) -> Cost:
+    return Cost(N * k * (s + F32 + I32) + (F + 1) * I32 + 2 * F * F32, 3 * N * k)
+
+
 def adam(parameters: float, s: int = F32) -> Cost:
     """Parameter (or master) and two moments read and written, a rounded copy written."""
     return Cost(parameters * (6 * F32 + (0 if s == F32 else s)), 12 * parameters)
 
 
-def latent_update(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
-    """Gradients of both matrices and the encoder bias, projection, Adam, unit rows."""
-    read = N * d * (s + F32) + N * k * (s + I32) + (F + 1) * I32 + d * s
-    parameters = 2 * F * d + F
-    return Cost(read, 6 * N * k * d + 6 * F * d) + adam(parameters, s)
+def row_update(
+    N: int, d: int, F: int, k: int, s: int = F32, *, row: int = F32, coefficient: int = F32
+) -> Cost:
+    """One matrix: gradient, projection, Adam, unit rows. `row`, `coefficient`: element sizes."""
+    read = N * d * row + N * k * (coefficient + I32) + (F + 1) * I32
+    return Cost(read, 2 * N * k * d + 6 * F * d) + adam(F * d, s)
 
 
 def train_step(N: int, d: int, F: int, k: int, s: int = F32) -> dict[str, Cost]:
@@ -85,7 +92,9 @@ def train_step(N: int, d: int, F: int, k: int, s: int = F32) -> dict[str, Cost]:
         "topk_encode": topk_encode(N, d, F, k, s),
         "sparse_residual": sparse_residual(N, d, F, k, s),
         "group_by_latent": group_by_latent(N, F, k, s),
-        "latent_update": latent_update(N, d, F, k, s),
+        "latent_sums": latent_sums(N, F, k, s),
+        "row_update W_enc": row_update(N, d, F, k, s, row=s),
+        "row_update W_dec": row_update(N, d, F, k, s, coefficient=s),
     }
 
 

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import NAMES, clone, integers, latent_arguments, randn
+from cases import (
+    NAMES,
+    clone_all,
+    integers,
+    norm_arguments,
+    randn,
+    row_arguments,
+    sums_arguments,
+    written,
+)
 from torch import Tensor
 from torch.library import opcheck
 
@@ -30,7 +39,8 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
     x, W, b, b_dec = leaf(N, d, seed=0), leaf(F, d, seed=1), leaf(F, seed=2), leaf(d, seed=3)
     values, indices = reference.topk_encode(x.detach(), W.detach(), b.detach(), k)
     values = values.requires_grad_(grad)
-    latent = list(latent_arguments(dtype, N=N, F=F).values())
+    update = row_arguments(dtype, "decoder", N=N, F=F)
+    residual = (values.detach(), indices, W.detach(), b_dec.detach(), x.detach())
     return {
         "topk": (W, k),
         "topk_encode": (x, W, b, k, b_dec, torch.arange(F) % 2 == 0),
@@ -38,9 +48,11 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
         "sparse_decode_backward_values": (x, indices, W),
         "sparse_decode_backward_weight": (x, values, indices, F),
         "group_by_latent": (values.detach(), indices, F),
-        "sparse_residual": (values.detach(), indices, W.detach(), b_dec.detach(), x.detach()),
-        "latent_grad_norm": (*latent[:10], True),
-        "latent_update": tuple(latent),
+        "sparse_residual": (*residual, 3),
+        "sparse_residual_slice": (*residual, 1, 4),
+        "latent_sums": tuple(sums_arguments(dtype, N=N, F=F).values()),
+        "row_grad_sq": tuple(norm_arguments(update)),
+        "row_update": tuple(update.values()),
     }[name]
 
 
@@ -111,7 +123,7 @@ def test_compile_fullgraph(name: str) -> None:
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
-    if name == "latent_update":  # what was written
+    if name == "row_update":  # what was written
         for g, w in zip(traced, eager, strict=True):
             torch.testing.assert_close(g, w)
 
@@ -178,15 +190,16 @@ def test_indices_carry_no_gradient() -> None:
 
 def test_the_written_tensors_are_marked() -> None:
     """A tensor saved for backward and then updated in place is noticed."""
-    a = arguments("latent_update", torch.float32)
-    W = a[7].requires_grad_()
-    loss = (W * W).sum()
-    versions = [t._version for t in (*a[7:10], *a[11], a[13])]
-    with torch.no_grad():
-        ops.latent_update(*a)
-    assert all(t._version > v for t, v in zip((*a[7:10], *a[11], a[13]), versions, strict=True))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    for side in ("encoder", "decoder"):
+        a = row_arguments(torch.bfloat16, side)
+        a["W"].requires_grad_()
+        loss = (a["W"] * a["W"]).sum()
+        versions = {name: t._version for name, t in written(a).items()}
+        with torch.no_grad():
+            ops.row_update(*a.values())
+        assert all(t._version > versions[name] for name, t in written(a).items())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 # ----------------------------------------------------------------------------------------- autocast
@@ -205,22 +218,17 @@ def test_autocast() -> None:
         )
         assert ksae.topk(W, 2)[0].dtype == torch.float32  # a selection sees what it is given
         assert ksae.topk_encode(x.double(), W.double(), b.double(), k)[0].dtype == torch.float64
-        assert (
-            ops.latent_grad_norm(*arguments("latent_grad_norm", torch.float32))[1].dtype
-            == torch.float32
-        )
     with torch.autocast("cpu", torch.float16):
         assert ksae.topk_encode(x, W, b, k)[0].dtype == torch.float16
 
 
 def test_autocast_leaves_the_latent_pass_in_float32() -> None:
-    want, got = (arguments("latent_update", torch.float32) for _ in range(2))
-    ops.latent_update(*want)
+    want, got = (row_arguments(torch.float32, "encoder") for _ in range(2))
+    ops.row_update(*want.values())
     with torch.autocast("cpu", torch.bfloat16):
-        ops.latent_update(*got)
-    assert all(
-        map(torch.equal, [*want[7:10], *want[11], want[13]], [*got[7:10], *got[11], got[13]])
-    )
+        ops.row_update(*got.values())
+        assert ops.row_grad_sq(*norm_arguments(got)).dtype == torch.float64
+    assert all(map(torch.equal, written(want).values(), written(got).values()))
 
 
 # --------------------------------------------------------------------------------------------- vmap
@@ -353,31 +361,43 @@ def bad(name: str, position: int, value: Any) -> tuple[str, Callable[[], Any]]:
             "target must be of shape [6, 5], got [5, 5]",
         ),
         (
-            ("latent_update", 2, []),
-            ValueError,
-            "latent_update: values must be at least one group, got none",
-        ),
-        (
-            ("latent_update", 4, lambda t: t[:1]),
-            ValueError,
-            "order must be 2 tensors, one for each of values",
-        ),
-        (("latent_update", 6, lambda t: t[:1]), ValueError, "scales must be of shape [2], got [1]"),
-        (
-            ("latent_update", 7, lambda t: t.T.contiguous().T),
-            ValueError,
-            "W_enc must be contiguous, for it is",
-        ),
-        (
-            ("latent_update", 10, lambda t: [randn(2)]),
-            ValueError,
-            "masters must be 0 tensors for torch.float32",
-        ),
-        (("latent_update", 11, lambda t: t[1:]), ValueError, "moments must be 6 tensors"),
-        (
-            ("latent_update", 12, lambda t: t.double()),
+            ("sparse_residual", 4, lambda t: t.half()),
             TypeError,
-            "hyper must be torch.float32, got torch.float64",
+            "target must be torch.float32",
+        ),
+        (
+            ("sparse_residual", 5, 6),
+            ValueError,
+            "sparse_residual: columns must be in [0, 5], got 6",
+        ),
+        (("sparse_residual_slice", 6, 0), ValueError, "start and stop must be ordered"),
+        (("latent_sums", 0, []), ValueError, "values must be at least one group, got none"),
+        (("latent_sums", 3, lambda t: t[:1]), ValueError, "order must be 2 tensors, one for each"),
+        (("latent_sums", 4, lambda t: t[:1]), ValueError, "scales must be of shape [2], got [1]"),
+        (("row_grad_sq", 3, lambda t: t[:1]), ValueError, "rows must be 2 tensors, one for each"),
+        (("row_grad_sq", 8, 1), ValueError, "start must be in [0, 0] for 23 columns of 23, got 1"),
+        (
+            ("row_update", 6, lambda t: t[1:]),
+            ValueError,
+            "parallel must be of shape [20], got [19]",
+        ),
+        (
+            ("row_update", 8, lambda t: t.T.contiguous().T),
+            ValueError,
+            "W must be contiguous",
+        ),
+        (("row_update", 9, randn(2)), ValueError, "master must be None for torch.float32"),
+        (
+            ("row_update", 10, lambda t: t[1:]),
+            ValueError,
+            "m must be of shape [20, 23], got [19",
+        ),
+        (("row_update", 12, lambda t: t[:6]), ValueError, "hyper must be of shape [8], got [6]"),
+        (("row_update", 12, lambda t: t.double()), TypeError, "hyper must be torch.float32, got"),
+        (
+            ("row_update", 13, randn(23)),
+            ValueError,
+            "grad_b_dec must be given with",
         ),
     ],
     ids=lambda p: f"{p[0]}-{p[1]}" if isinstance(p, tuple) else None,
@@ -388,7 +408,7 @@ def test_bad_arguments(call: tuple[str, int, Any], error: type[Exception], messa
     with pytest.raises(error, match=re.escape(message)) as raised:
         run()
     assert str(raised.value).startswith(f"{name}: ") and "\n" not in str(raised.value)
-    if "in [0" not in message and "meta" not in message:
+    if "indices must be in" not in message and "meta" not in message:
         args = list(arguments(name, torch.float32))
         args[call[1]] = call[2](args[call[1]]) if callable(call[2]) else call[2]
         with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -398,12 +418,11 @@ def test_bad_arguments(call: tuple[str, int, Any], error: type[Exception], messa
 
 
 def test_nothing_is_written_before_a_check_has_passed() -> None:
-    a = list(arguments("latent_update", torch.float32))
-    before = [clone(t) for t in a]
-    a[13] = randn(1)
-    with pytest.raises(ValueError, match="grad_b_dec"):
-        ops.latent_update(*a)
-    assert all(map(torch.equal, [*a[7:10], *a[11]], [*before[7:10], *before[11]]))
+    a = row_arguments(torch.float32, "encoder") | {"v": randn(1)}
+    before = clone_all(a)
+    with pytest.raises(ValueError, match="row_update: v must be of shape"):
+        ops.row_update(*a.values())
+    assert all(torch.equal(t, before[name]) for name, t in written(a).items())
 
 
 def test_functional_messages() -> None:

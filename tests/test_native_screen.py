@@ -11,7 +11,10 @@ from ksae import _cpu, native
 ISA = "avx512bf16"
 SCREENS = ISA in _cpu.isas()
 if not SCREENS:  # said aloud: on such a CPU there is nothing to test here, and collection shows it
-    pytest.skip("this CPU has no BF16 dot instructions: certified screening cannot run", allow_module_level=True)
+    pytest.skip(
+        "this CPU has no BF16 dot instructions: certified screening cannot run",
+        allow_module_level=True,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +45,10 @@ def problem(N=150, d=96, F=3000, seed=0):
     return torch.randn(N, d, generator=g), W, b, 0.1 * torch.randn(d, generator=g)
 
 
-@pytest.mark.parametrize("N,d,F,k", [(150, 96, 3000, 32), (1, 1, 1, 1), (14, 33, 65, 7), (100, 17, 500, 64), (29, 64, 257, 257)])
+@pytest.mark.parametrize(
+    "N,d,F,k",
+    [(150, 96, 3000, 32), (1, 1, 1, 1), (14, 33, 65, 7), (100, 17, 500, 64), (29, 64, 257, 257)],
+)
 def test_is_the_float32_path(N, d, F, k):
     x, W, b, b_dec = problem(N, d, F)
     rows, survivors, _ = assert_same(x, W, b, k, b_dec)
@@ -91,7 +97,10 @@ def test_proven_bound_holds_in_float64():
     norm = lambda t: t.double().norm(dim=1)
     g = (d + 16) * 2.0**-23
     bound = norm(x)[:, None] * (1 + g) * norm(W - W.bfloat16().float())[None]
-    bound = bound + (norm(x - x.bfloat16().float()) + g * (norm(x16) + norm(x)))[:, None] * norm(W16)[None]
+    bound = (
+        bound
+        + (norm(x - x.bfloat16().float()) + g * (norm(x16) + norm(x)))[:, None] * norm(W16)[None]
+    )
     assert ((screened.double() - exact).abs() <= bound).all()
 
 

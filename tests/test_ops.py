@@ -18,6 +18,7 @@ from cases import (
     code,
     dense_model,
     integers,
+    norm_arguments,
     randn,
     row_arguments,
     scores,
@@ -258,11 +259,10 @@ def test_row_update(
         bare = ("centre", "parallel", "grad_b_enc", "grad_b_dec")
         a |= dict.fromkeys(bare) | {"normalize": False}
     plain, exact = clone_all(a), to_float64(a)
-    norms = list(a.values())[:9]
-    got, want = impl.row_grad_sq(*norms, 0), reference.row_grad_sq(*norms, 0)
+    got, want = (i.row_grad_sq(*norm_arguments(a)) for i in (impl, reference))
     assert got.dtype == torch.float64
     eps = torch.finfo(torch.float32).eps
-    assert_close("grad_sq", got, want, reference.row_grad_sq(*list(exact.values())[:9]), eps)
+    assert_close("grad_sq", got, want, reference.row_grad_sq(*norm_arguments(exact)), eps)
 
     impl.row_update(*a.values())
     reference.row_update(*plain.values())
@@ -298,7 +298,7 @@ def test_a_scale_that_is_not_finite_writes_nothing(
     if side == "encoder":
         a["grad_b_dec"].fill_(3.0)
     before = clone_all(a)
-    assert (impl.row_grad_sq(*list(a.values())[:9]) == 0).all()
+    assert (impl.row_grad_sq(*norm_arguments(a)) == 0).all()
     impl.row_update(*a.values())
     for name, t in written(a).items():
         want = torch.zeros_like(t) if name == "grad_b_dec" else before[name]
@@ -345,7 +345,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(
         out += impl.latent_sums(*sums_arguments(dtype, N=61, F=97).values())
         for side in ("encoder", "decoder"):
             a = row_arguments(dtype, side, N=61, F=97)
-            out.append(impl.row_grad_sq(*list(a.values())[:9]))
+            out.append(impl.row_grad_sq(*norm_arguments(a)))
             impl.row_update(*a.values())
             out += written(a).values()
         results.append(out)

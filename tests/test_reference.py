@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import NAMES, SCORES, code, dense_model, latent_arguments, randn, scores, to_float64
+from cases import NAMES, SCORES, code, dense_model, randn, row_arguments, scores, to_float64
 from torch import Tensor
 
 from ksae import ops, reference
@@ -102,94 +102,89 @@ def test_gradients_are_those_of_the_dense_model(N: int) -> None:
 
 
 @pytest.mark.parametrize("centred", [True, False])
-def test_latent_gradients_are_those_of_autograd(centred: bool) -> None:
-    """Autograd of the sum over groups of scale/2 |residual|^2, in float64."""
+def test_the_latent_pass_is_autograd(centred: bool) -> None:
+    """Gradients of the sum over groups of scale/2 |residual|^2, in float64."""
     N, d, F = 11, 6, 20
     x, b_dec, y = randn(N, d).double(), randn(d, seed=1).double(), randn(N, d, seed=2).double()
-    W_enc, b_enc = (
-        randn(F, d, seed=3).double().requires_grad_(),
-        randn(F, seed=4).double().requires_grad_(),
-    )
-    W_dec = randn(F, d, seed=5).double().requires_grad_()
+    shapes = {"W_enc": (F, d), "b_enc": (F,), "W_dec": (F, d)}
+    t = {
+        n: randn(*s, seed=3 + i).double().requires_grad_()
+        for i, (n, s) in enumerate(shapes.items())
+    }
     centre = b_dec.clone().requires_grad_()
     scales = torch.tensor([0.7, 0.2], dtype=torch.float64)
-    groups, residuals, loss = [], [], torch.zeros((), dtype=torch.float64)
+    W_dec = t["W_dec"].detach()
+    loss, groups = torch.zeros((), dtype=torch.float64), []
     for k, s in zip((4, 9), scales, strict=True):
-        v, i = ops.topk_encode(x, W_enc, b_enc, k, centre if centred else None)
-        r = ops.sparse_decode(v, i, W_dec, b_dec) - y
+        v, i = ops.topk_encode(x, t["W_enc"], t["b_enc"], k, centre if centred else None)
+        r = ops.sparse_decode(v, i, t["W_dec"], b_dec) - y
         loss = loss + s / 2 * r.square().sum()
-        groups.append((v.detach(), *reference.group_by_latent(v.detach(), i, F)))
-        residuals.append(r.detach())
-    values, offsets, order = (list(t) for t in zip(*groups, strict=True))
-    wanted = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec} | (
-        {"b_dec": centre} if centred else {}
-    )
-    want = gradients(loss, wanted)
-    parameters = (W_enc.detach(), b_enc.detach(), W_dec.detach())
-    common = (x, b_dec if centred else None, values, offsets, order, residuals, scales)
-    got = reference._latent_gradients(*common, parameters[0], parameters[2])
-    for name, g in zip(("W_enc", "b_enc", "W_dec"), got, strict=False):
-        torch.testing.assert_close(g, want[name], rtol=1e-11, atol=1e-12)
-    if centred:
-        torch.testing.assert_close(-got[3], want["b_dec"], rtol=1e-11, atol=1e-12)
-    for project in (False, True):
-        square, grad_b_dec = reference.latent_grad_norm(*common, *parameters, project)
-        dW_dec = want["W_dec"]
-        if project:
-            unit = parameters[2] / parameters[2].norm(dim=1, keepdim=True)
-            dW_dec = dW_dec - (dW_dec * unit).sum(1, keepdim=True) * unit
-        exact = want["W_enc"].square().sum(1) + want["b_enc"].square() + dW_dec.square().sum(1)
-        torch.testing.assert_close(square, exact, rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(grad_b_dec, got[3])
+        residual, square, grads = reference.sparse_residual(v.detach(), i, W_dec, b_dec, y, d)
+        torch.testing.assert_close(residual, r.detach())
+        torch.testing.assert_close(square.sum(), r.detach().square().sum())
+        groups.append((v.detach(), grads, *reference.group_by_latent(v, i, F), residual))
+    values, products, offsets, order, residuals = (list(g) for g in zip(*groups, strict=True))
+    want = gradients(loss, t | ({"b_dec": centre} if centred else {}))
+
+    grad_b_enc, parallel = reference.latent_sums(values, products, offsets, order, scales)
+    torch.testing.assert_close(grad_b_enc, want["b_enc"])
+    torch.testing.assert_close(parallel, (want["W_dec"] * W_dec).sum(1))
+    middle = b_dec if centred else None
+    encoder = (products, offsets, order, [x, x], scales, middle, None, t["W_enc"].detach())
+    decoder = (values, offsets, order, residuals, scales, None, None, W_dec)
+    unit = W_dec / W_dec.norm(dim=1, keepdim=True)
+    projected = want["W_dec"] - (want["W_dec"] * unit).sum(1, keepdim=True) * unit
+    for args, gradient in (
+        (encoder, want["W_enc"]),
+        (decoder, want["W_dec"]),
+        ((*decoder[:6], parallel, W_dec), projected),
+    ):
+        square = reference.row_grad_sq(*args, 0)
+        torch.testing.assert_close(square, gradient.square().sum(1))
+        # with beta1 = 0, lr = eps and both huge, Adam steps by the gradient
+        hyper = torch.tensor([1e14, 1, 0, 0, 1e14, 1, 1, 1], dtype=torch.float64)
+        W, m, v = args[-1].clone(), torch.zeros(F, d).double(), torch.zeros(F, d).double()
+        into = torch.empty(d, dtype=torch.float64)
+        reference.row_update(*args[:-1], grad_b_enc, W, None, m, v, hyper, into, 0, False)
+        torch.testing.assert_close(m, gradient, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(v, gradient.square(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(args[-1] - W, gradient, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(into, args[-1].T @ grad_b_enc)
+        if centred and args is encoder:
+            torch.testing.assert_close(-into, want["b_dec"])
 
 
-def test_latent_update_is_torchs_adam() -> None:
-    """Three steps with the reference gradients, projected and scaled, then unit rows."""
-    a = to_float64(latent_arguments(torch.float32))
-    theta = [a[n].clone().requires_grad_() for n in ("W_enc", "b_enc", "W_dec")]
-    adam = torch.optim.Adam(theta, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, foreach=False)
-    a["moments"] = [torch.zeros_like(m) for m in a["moments"]]
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_row_update_is_torchs_adam(side: str) -> None:
+    """Three steps with scaled gradients, then unit rows."""
+    a = to_float64(row_arguments(torch.float32, side))
+    theta = a["W"].clone().requires_grad_()
+    adam = torch.optim.Adam([theta], lr=1e-2, betas=(0.9, 0.99), eps=1e-8, foreach=False)
+    a["m"].zero_()
+    a["v"].zero_()
     for t in range(1, 4):
         hyper = [1e-2 / (1 - 0.9**t), math.sqrt(1 - 0.99**t), 0.9, 0.99, 1e-8, 0.5, 0.1, 0.01]
         a["hyper"] = torch.tensor(hyper, dtype=torch.float64)
-        names = (
-            "x",
-            "b_dec",
-            "values",
-            "offsets",
-            "order",
-            "residuals",
-            "scales",
-            "W_enc",
-            "W_dec",
+        gradient = torch.zeros_like(a["W"])
+        groups = zip(
+            a["coefficients"], a["offsets"], a["order"], a["rows"], a["scales"], strict=True
         )
-        grads = list(reference._latent_gradients(*(a[n] for n in names)))
-        w = a["W_dec"]
-        used = w.square().sum(1) > 0
-        unit = torch.where(used[:, None], w / w.norm(dim=1, keepdim=True), 0)
-        grads[2] = grads[2] - (grads[2] * unit).sum(1, keepdim=True) * unit
-        for p, g in zip(theta, grads, strict=False):
-            p.grad = 0.5 * g
+        for c, off, order, rows, scale in groups:
+            for i in range(33):
+                for position in order[off[i] : off[i + 1]].tolist():
+                    row = rows[position // c.shape[1]]
+                    row = row if a["centre"] is None else row - a["centre"]
+                    gradient[i] += scale * c.flatten()[position] * row
+        if a["parallel"] is not None:
+            square = a["W"].square().sum(1, keepdim=True)
+            gradient -= torch.where(square > 0, a["parallel"][:, None] / square, 0) * a["W"]
+        theta.grad = 0.5 * gradient
         adam.step()
-        with torch.no_grad():
-            theta[2] /= theta[2].norm(dim=1, keepdim=True)
-        reference.latent_update(**a)
-        for name, p in zip(("W_enc", "b_enc", "W_dec"), theta, strict=True):
-            torch.testing.assert_close(a[name], p.detach(), rtol=1e-12, atol=1e-13)
-
-
-def test_a_scale_that_is_not_finite_writes_nothing() -> None:
-    for bad in (torch.nan, torch.inf):
-        a, before = latent_arguments(torch.bfloat16), latent_arguments(torch.bfloat16)
-        a["scales"][1] = bad
-        a["grad_b_dec"].fill_(7.0)
-        reference.latent_update(**a)
-        assert (a["grad_b_dec"] == 0).all()
-        for name in ("W_enc", "b_enc", "W_dec"):
-            assert torch.equal(a[name], before[name])
-        assert all(
-            map(torch.equal, a["moments"] + a["masters"], before["moments"] + before["masters"])
-        )
+        if a["normalize"]:
+            with torch.no_grad():
+                theta /= theta.norm(dim=1, keepdim=True)
+        reference.row_update(**a)
+        torch.testing.assert_close(a["W"], theta.detach(), rtol=1e-12, atol=1e-13)
 
 
 def test_every_op_has_a_reference() -> None:

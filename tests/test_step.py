@@ -146,7 +146,9 @@ def test_one_step_has_at_most_twice_torchs_error(
     assert got.keys() == plain.keys()
     for name, value in got.items():
         want = exact[name.removeprefix("master.")]
-        assert_close(f"{case}: {name}", value, plain[name], want)
+        # v holds squares: twice the relative error of a gradient
+        floor = (4 if name.startswith("v.") else 2) * torch.finfo(value.dtype).eps
+        assert_close(f"{case}: {name}", value, plain[name], want, floor)
     for name, value in exact_metrics.items():
         assert metrics[name].dtype == torch.float32
         # a single number: plain torch may be right by luck

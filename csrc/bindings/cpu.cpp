@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Python module ksae._cpu over ksae/cpu.h. Pointers are integers; python/ksae/native.py makes them
 // from tensors and owns every check. Kernels run without the GIL.
+#include "ksae/cpu.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include "ksae/cpu.h"
 
 namespace py = pybind11;
 using namespace ksae::cpu;
@@ -74,42 +74,59 @@ PYBIND11_MODULE(_cpu, m) {
 
   m.def("topk", [](int64_t N, int64_t F, int64_t k, int dtype, Pointer x, Pointer values,
                    Pointer indices, const py::function& allocate, int threads) {
-    const TopkParams p{N, F, k, Dtype(dtype), as<const void>(x), as<void>(values),
-                       as<int64_t>(indices)};
+    const TopkParams p{
+        N, F, k, Dtype(dtype), as<const void>(x), as<void>(values), as<int64_t>(indices)};
     with_workspace(p, allocate, threads, topk_workspace, topk);
   });
-  m.def("topk_encode", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x,
-                          Pointer W_enc, Pointer b_enc, Pointer b_dec, Pointer mask, Pointer values,
-                          Pointer indices, bool screen, float slack, const py::function& allocate,
-                          int threads) {
-    EncodeStats stats{};
-    const EncodeParams p{N, d, F, k, Dtype(dtype), as<const void>(x), as<const void>(W_enc),
-                         as<const void>(b_enc), as<const void>(b_dec), as<const uint8_t>(mask),
-                         as<void>(values), as<int64_t>(indices), screen, slack, &stats};
-    with_workspace(p, allocate, threads, topk_encode_workspace, topk_encode);
-    return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows);
-  });
-  m.def("sparse_decode", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values,
-                            Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec,
-                            Pointer out, int threads) {
-    const Indices i(indices, index_bytes);
-    py::gil_scoped_release release;
-    sparse_decode({N, d, F, k, Dtype(dtype), as<const void>(values), i.i64, i.i32,
-                   as<const void>(W_dec), as<const void>(b_dec), as<void>(out)},
-                  threads);
-  });
-  m.def("sparse_residual", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values,
-                              Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec,
-                              Pointer target, bool target_float, int64_t start, int64_t columns,
-                              Pointer residual, Pointer sq_error, Pointer grad_values,
-                              const py::function& allocate, int threads) {
-    const Indices i(indices, index_bytes);
-    const ResidualParams p{{N, d, F, k, Dtype(dtype), as<const void>(values), i.i64, i.i32,
-                            as<const void>(W_dec), as<const void>(b_dec), nullptr},
-                           as<const void>(target), target_float, start, columns,
-                           as<float>(residual), as<double>(sq_error), as<float>(grad_values)};
-    with_workspace(p, allocate, threads, sparse_residual_workspace, sparse_residual);
-  });
+  m.def("topk_encode",
+        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x, Pointer W_enc,
+           Pointer b_enc, Pointer b_dec, Pointer mask, Pointer values, Pointer indices, bool screen,
+           float slack, const py::function& allocate, int threads) {
+          EncodeStats stats{};
+          const EncodeParams p{N,
+                               d,
+                               F,
+                               k,
+                               Dtype(dtype),
+                               as<const void>(x),
+                               as<const void>(W_enc),
+                               as<const void>(b_enc),
+                               as<const void>(b_dec),
+                               as<const uint8_t>(mask),
+                               as<void>(values),
+                               as<int64_t>(indices),
+                               screen,
+                               slack,
+                               &stats};
+          with_workspace(p, allocate, threads, topk_encode_workspace, topk_encode);
+          return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows);
+        });
+  m.def("sparse_decode",
+        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values, Pointer indices,
+           int index_bytes, Pointer W_dec, Pointer b_dec, Pointer out, int threads) {
+          const Indices i(indices, index_bytes);
+          py::gil_scoped_release release;
+          sparse_decode({N, d, F, k, Dtype(dtype), as<const void>(values), i.i64, i.i32,
+                         as<const void>(W_dec), as<const void>(b_dec), as<void>(out)},
+                        threads);
+        });
+  m.def("sparse_residual",
+        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values, Pointer indices,
+           int index_bytes, Pointer W_dec, Pointer b_dec, Pointer target, bool target_float,
+           int64_t start, int64_t columns, Pointer residual, Pointer sq_error, Pointer grad_values,
+           const py::function& allocate, int threads) {
+          const Indices i(indices, index_bytes);
+          const ResidualParams p{{N, d, F, k, Dtype(dtype), as<const void>(values), i.i64, i.i32,
+                                  as<const void>(W_dec), as<const void>(b_dec), nullptr},
+                                 as<const void>(target),
+                                 target_float,
+                                 start,
+                                 columns,
+                                 as<float>(residual),
+                                 as<double>(sq_error),
+                                 as<float>(grad_values)};
+          with_workspace(p, allocate, threads, sparse_residual_workspace, sparse_residual);
+        });
   m.def("sparse_decode_backward_values",
         [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer grad, Pointer indices,
            int index_bytes, Pointer W_dec, Pointer grad_values, int threads) {
@@ -124,9 +141,17 @@ PYBIND11_MODULE(_cpu, m) {
            Pointer indices, int index_bytes, Pointer grad_W, Pointer value_sum,
            const py::function& allocate, int threads) {
           const Indices i(indices, index_bytes);
-          const DecodeBackwardWeightParams p{
-              N,     d,     F,     k, Dtype(dtype), as<const void>(grad), as<const void>(values),
-              i.i64, i.i32, as<void>(grad_W), as<void>(value_sum)};
+          const DecodeBackwardWeightParams p{N,
+                                             d,
+                                             F,
+                                             k,
+                                             Dtype(dtype),
+                                             as<const void>(grad),
+                                             as<const void>(values),
+                                             i.i64,
+                                             i.i32,
+                                             as<void>(grad_W),
+                                             as<void>(value_sum)};
           with_workspace(p, allocate, threads, sparse_decode_backward_weight_workspace,
                          sparse_decode_backward_weight);
         });
@@ -134,8 +159,15 @@ PYBIND11_MODULE(_cpu, m) {
                               Pointer indices, int index_bytes, Pointer offsets, Pointer order,
                               const py::function& allocate, int threads) {
     const Indices i(indices, index_bytes);
-    const GroupParams p{N,     F,     k, Dtype(dtype), as<const void>(values), i.i64,
-                        i.i32, as<int32_t>(offsets), as<int32_t>(order)};
+    const GroupParams p{N,
+                        F,
+                        k,
+                        Dtype(dtype),
+                        as<const void>(values),
+                        i.i64,
+                        i.i32,
+                        as<int32_t>(offsets),
+                        as<int32_t>(order)};
     with_workspace(p, allocate, threads, group_by_latent_workspace, group_by_latent);
   });
   m.def("latent_sums", [](int64_t F, int dtype, const std::vector<Group>& from, Pointer scales,
@@ -167,24 +199,24 @@ PYBIND11_MODULE(_cpu, m) {
     p.W = as<void>(W);
     return p;
   };
-  m.def("row_update", [row_params](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
-                                   bool encoder, const std::vector<Group>& from, Pointer scales,
-                                   Pointer centre, Pointer parallel, Pointer grad_b_enc,
-                                   Pointer grad_b_dec, Pointer W, Pointer master, Pointer m,
-                                   Pointer v, Pointer hyper, bool normalize,
-                                   const py::function& allocate, int threads) {
-    const auto groups = row_groups(from);
-    RowUpdateParams p =
-        row_params(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
-    p.grad_b_enc = as<const float>(grad_b_enc);
-    p.grad_b_dec = as<float>(grad_b_dec);
-    p.master = as<float>(master);
-    p.m = as<float>(m);
-    p.v = as<float>(v);
-    p.hyper = as<const float>(hyper);
-    p.normalize = normalize;
-    with_workspace(p, allocate, threads, row_update_workspace, row_update);
-  });
+  m.def("row_update",
+        [row_params](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype, bool encoder,
+                     const std::vector<Group>& from, Pointer scales, Pointer centre,
+                     Pointer parallel, Pointer grad_b_enc, Pointer grad_b_dec, Pointer W,
+                     Pointer master, Pointer m, Pointer v, Pointer hyper, bool normalize,
+                     const py::function& allocate, int threads) {
+          const auto groups = row_groups(from);
+          RowUpdateParams p =
+              row_params(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
+          p.grad_b_enc = as<const float>(grad_b_enc);
+          p.grad_b_dec = as<float>(grad_b_dec);
+          p.master = as<float>(master);
+          p.m = as<float>(m);
+          p.v = as<float>(v);
+          p.hyper = as<const float>(hyper);
+          p.normalize = normalize;
+          with_workspace(p, allocate, threads, row_update_workspace, row_update);
+        });
   m.def("row_grad_sq", [row_params](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
                                     bool encoder, const std::vector<Group>& from, Pointer scales,
                                     Pointer centre, Pointer parallel, Pointer W, Pointer grad_sq,

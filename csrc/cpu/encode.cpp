@@ -1,14 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // topk_encode, threaded part (the kernels and their mathematics: isa/encode.cpp).
 //
-// Rows go through in chunks that bound the workspace. Within a chunk the threads share W: each
-// packs its share of a group of panels, a barrier, then each scores its own rows against the group
-// while the next group's packing goes to a second buffer, so one barrier a group is enough. A
-// row's buffer has one owner and latents come in ascending order for every thread count.
+// Rows go through in chunks that bound the workspace; within a chunk each thread owns a share of
+// the rows and the threads share W. Groups of panels pass through a ring of packed copies: whoever
+// comes first packs a panel, and who has to wait packs ahead. Threads may drift apart by the length
+// of the ring, so a thread that loses its core for a while does not stop the others at once.
+// Each row meets the latents in ascending order, whatever the number of threads.
 // Rows that screening gives up on are collected and scored again in float32.
-// Tried: threads splitting F instead of rows: twice the candidate memory and a merge, no gain.
+// Tried: a barrier a group: equal on a quiet machine, ten times slower on one with other load,
+// where a thread that spins keeps the one it waits for from running. Threads splitting F instead of
+// rows: twice the candidate memory and a merge, no gain.
 #include <algorithm>
-#include <cstring>
+#include <atomic>
+#include <memory>
+#include <thread>
 #include <vector>
 
 #include "isa.h"
@@ -17,9 +22,10 @@
 namespace ksae::cpu {
 namespace {
 
-constexpr int64_t kTargetBytes = int64_t(4) << 20;  // packed rows and candidates of one chunk
-constexpr int64_t kSubPanelBytes = int64_t(400) << 10;  // packed weights that share L2 with rows
-constexpr int64_t kGroupBytes = int64_t(8) << 20;
+constexpr int64_t kChunkBytes = int64_t(3200) << 10;  // packed rows and candidates of one chunk
+constexpr int64_t kGroupBytes = int64_t(200) << 10;   // packed weights that share L2 with the rows
+constexpr int64_t kRingBytes = int64_t(1200) << 10;
+constexpr int kMaxSlots = 8;
 
 Scoring scoring_of(const EncodeParams& p) {
   if (!kernels().has_dot) return Scoring::kFloat;
@@ -48,23 +54,23 @@ Plan plan(const EncodeParams& p, Scoring scoring, int64_t M, int64_t N, int thre
   const int64_t step_bytes = scoring == Scoring::kFloat ? 4 * p.d : 2 * round_up(p.d, 2);
   const bool screen = scoring == Scoring::kScreen;
   // Enough that refining is rare; never more than all candidates and a vector's slack.
-  const int64_t wanted = screen ? std::max<int64_t>(4 * p.k + 128, 256) : p.k + std::max<int64_t>(p.k, 96);
+  const int64_t wanted =
+      screen ? std::max<int64_t>(4 * p.k + 128, 256) : p.k + std::max<int64_t>(p.k, 96);
   c.capacity = round_up(std::min(wanted, panels * width) + 2 * width, 16);
   const int64_t row_bytes = step_bytes + 8 * c.capacity;
   const int64_t unit = t.tile_rows * std::max(threads, 1);
-  int64_t rows = std::max<int64_t>(kTargetBytes * std::max(threads / 2, 1) / row_bytes, unit);
+  int64_t rows = std::max<int64_t>(kChunkBytes * std::max(threads / 2, 1) / row_bytes, unit);
   const int64_t chunks = std::max<int64_t>((N + rows - 1) / rows, 1);
   rows = round_up((N + chunks - 1) / chunks, unit);
   plan.chunk_rows = std::min(rows, round_up(std::max<int64_t>(N, 1), t.tile_rows));
   const int64_t panel_bytes = step_bytes * width;
-  c.sub_panels = std::clamp<int64_t>(kSubPanelBytes / std::max<int64_t>(panel_bytes, 1), 1, 8);
-  c.panels = std::max<int64_t>(c.sub_panels, threads);
-  c.panels = std::min(c.panels, std::max<int64_t>(kGroupBytes / std::max<int64_t>(panel_bytes, 1), c.sub_panels));
-  c.panels = std::min(c.panels, panels);
+  const int64_t group_bytes = std::max<int64_t>(panel_bytes, 1);
+  c.panels = std::clamp<int64_t>(kGroupBytes / group_bytes, 1, std::min<int64_t>(panels, 4));
+  c.slots = int(std::clamp<int64_t>(kRingBytes / (group_bytes * c.panels), 2, kMaxSlots));
 
   const int64_t R = plan.chunk_rows, tiles = (R + t.tile_rows - 1) / t.tile_rows;
   c.x_pack = arena.take(tiles * t.tile_rows * step_bytes + 64);
-  for (auto& w : c.w_pack) w = arena.take(c.panels * panel_bytes);
+  c.w_pack = arena.take(c.slots * c.panels * panel_bytes);
   c.bias = static_cast<float*>(arena.take(panels * width * 4));
   c.score = static_cast<float*>(arena.take(R * c.capacity * 4));
   c.index = static_cast<int32_t*>(arena.take(R * c.capacity * 4));
@@ -81,24 +87,89 @@ Plan plan(const EncodeParams& p, Scoring scoring, int64_t M, int64_t N, int thre
   return plan;
 }
 
+// The ring of packed groups. A panel is packed by the thread that claims it; a slot is free again
+// when every thread has finished the group that was in it.
+class Ring {
+ public:
+  Ring(const EncodeChunk& c, int64_t panels, int team)
+      : c_(c),
+        panels_(panels),
+        groups_((panels + c.panels - 1) / c.panels),
+        team_(team),
+        claimed_(new std::atomic<uint8_t>[panels]()),
+        ready_(new std::atomic<int32_t>[groups_]()),
+        finished_(new Progress[team]()) {}
+
+  int64_t groups() const { return groups_; }
+
+  // Returns when group g is packed, having packed what nobody else had claimed.
+  void prepare(int64_t g, int rank) {
+    while (!free(g)) rest();
+    while (pack_one(g, rank)) {
+    }
+    while (ready_[g].load(std::memory_order_acquire) < size(g)) {
+      bool packed = false;
+      for (int64_t next = g + 1; next < std::min(g + c_.slots, groups_) && !packed; ++next)
+        packed = free(next) && pack_one(next, rank);
+      if (!packed) rest();
+    }
+  }
+  void finish(int64_t g, int rank) {
+    finished_[rank].groups.store(g + 1, std::memory_order_release);
+  }
+
+ private:
+  struct alignas(64) Progress {
+    std::atomic<int64_t> groups{0};
+  };
+
+  int64_t size(int64_t g) const { return std::min(c_.panels, panels_ - g * c_.panels); }
+  bool free(int64_t g) const {
+    for (int t = 0; t < team_; ++t)
+      if (finished_[t].groups.load(std::memory_order_acquire) <= g - c_.slots) return false;
+    return true;
+  }
+  bool pack_one(int64_t g, int rank) {
+    for (int64_t i = 0, n = size(g); i < n; ++i) {
+      const int64_t panel = (i + rank) % n;
+      auto& claim = claimed_[g * c_.panels + panel];
+      if (claim.load(std::memory_order_relaxed) || claim.exchange(1)) continue;
+      kernels().encode_pack_w(c_, g, panel);
+      ready_[g].fetch_add(1, std::memory_order_release);
+      return true;
+    }
+    return false;
+  }
+  // The thread waited for may need this core.
+  static void rest() { std::this_thread::yield(); }
+
+  const EncodeChunk& c_;
+  const int64_t panels_, groups_;
+  const int team_;
+  std::unique_ptr<std::atomic<uint8_t>[]> claimed_;
+  std::unique_ptr<std::atomic<int32_t>[]> ready_;
+  std::unique_ptr<Progress[]> finished_;
+};
+
 void run_chunk(const EncodeChunk& c, const Plan& plan, int threads, EncodeStats* stats) {
   const Kernels& t = kernels();
   const int64_t tiles = (c.R + t.tile_rows - 1) / t.tile_rows;
   const int64_t panels = (c.M + t.panel_width - 1) / t.panel_width;
-  const int64_t groups = c.panels ? (panels + c.panels - 1) / c.panels : 0;
-  const int team = int(std::min<int64_t>(threads, std::max<int64_t>(tiles, c.panels)));
-  std::vector<EncodeStats> counters(std::max(team, 1));
+  const int team = int(std::clamp<int64_t>(std::max(tiles, c.panels), 1, std::max(threads, 1)));
+  std::vector<EncodeStats> counters(team);
+  std::unique_ptr<Ring> ring;
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     const int rank = team_rank(), size = team_size();
+#pragma omp single
+    ring = std::make_unique<Ring>(c, panels, size);
     const int64_t tile0 = tiles * rank / size, tile1 = tiles * (rank + 1) / size;
     void* scratch = plan.scratch + plan.scratch_bytes * rank;
     t.encode_pack_x(c, tile0, tile1, scratch);
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t n = std::min(c.panels, panels - g * c.panels);
-      for (int64_t panel = rank; panel < n; panel += size) t.encode_pack_w(c, g, panel);
-#pragma omp barrier
+    for (int64_t g = 0; g < ring->groups(); ++g) {
+      ring->prepare(g, rank);
       t.encode_score(c, g, tile0, tile1, rank, size, scratch);
+      ring->finish(g, rank);
     }
     t.encode_finish(c, tile0 * t.tile_rows, std::min(tile1 * t.tile_rows, c.R), scratch,
                     &counters[rank]);
@@ -127,7 +198,8 @@ Layout layout(const EncodeParams& p, Arena& arena) {
 }  // namespace
 
 size_t encode_scratch(int64_t d, int64_t capacity) {
-  const int64_t bytes = (d + kVectorPad) * 4 + (capacity + kVectorPad) * 4 + capacity * 4 + 8 + capacity * 16;
+  const int64_t bytes =
+      (d + kVectorPad) * 4 + (capacity + kVectorPad) * 4 + capacity * 4 + 8 + capacity * 16;
   return size_t(round_up(bytes, 64));
 }
 

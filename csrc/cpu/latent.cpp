@@ -79,9 +79,8 @@ size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams&
   Arena arena{nullptr, 0};
   arena.take((p.F + 1) * 4);
   arena.take(p.N * p.k * 4);
-  arena.take(group_by_latent_workspace({p.N, p.F, p.k, p.dtype, p.values, p.indices64, p.indices32,
-                                        nullptr, nullptr},
-                                       threads));
+  arena.take(group_by_latent_workspace(
+      {p.N, p.F, p.k, p.dtype, p.values, p.indices64, p.indices32, nullptr, nullptr}, threads));
   arena.take(std::max(threads, 1) * padded(p.d) * 4);
   return arena.used;
 }
@@ -91,7 +90,8 @@ void sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, void* wo
   Arena arena{static_cast<char*>(workspace), 0};
   auto* offsets = static_cast<int32_t*>(arena.take((p.F + 1) * 4));
   auto* order = static_cast<int32_t*>(arena.take(p.N * p.k * 4));
-  const GroupParams group{p.N, p.F, p.k, p.dtype, p.values, p.indices64, p.indices32, offsets, order};
+  const GroupParams group{p.N,         p.F,         p.k,     p.dtype, p.values,
+                          p.indices64, p.indices32, offsets, order};
   void* counts = arena.take(group_by_latent_workspace(group, threads));
   auto* scratch = static_cast<float*>(arena.take(std::max(threads, 1) * padded(p.d) * 4));
   group_by_latent(group, counts, threads);

@@ -209,7 +209,7 @@ def _groups(
     order: Sequence[Tensor],
     scales: Tensor,
 ) -> None:
-    """One tensor a group in each list; offsets and order as group_by_latent returns them for the first list."""
+    """One tensor a group in each list; offsets and order fit the first list."""
     name, tensors = first
     if not tensors:
         raise fail(op, name, "at least one group", "none")

@@ -47,9 +47,8 @@ def run(args: Sequence[str] | None = None) -> int:
             128 + signum
         )  # while training, the trainer's own handler stands in front of this one
 
-    if not sys.stderr.isatty():  # the bars of transformers would fill a log; ours know
+    if not sys.stderr.isatty():  # bars would fill a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         code = app(

@@ -24,5 +24,8 @@ def total_variance(y: Tensor) -> Tensor:
     """
     acc = accumulator(y.dtype)
     y = y.detach()
-    norms: Tensor = torch.linalg.vector_norm(y - y.mean(0, dtype=acc), dim=1)  # [N]
+    mean = y.mean(0, dtype=acc)  # [d]
+    # in pieces: a training step has no room for a second [N, d]
+    pieces = [torch.linalg.vector_norm(rows - mean, dim=1) for rows in torch.split(y, 512)]
+    norms = torch.cat(pieces) if pieces else mean[:0]  # [N]
     return norms.double().square().sum().to(acc)

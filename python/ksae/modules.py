@@ -39,7 +39,7 @@ def _dtype(owner: str, dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 class SparseCoder(nn.Module):
-    """The shared base of `TopKSAE` and `Transcoder`: TopK encoder, linear decoder (arXiv 2406.04093).
+    """The base of `TopKSAE` and `Transcoder`: TopK encoder, linear decoder (arXiv 2406.04093).
 
     u = (x - b_dec if centred else x) @ W_enc.T + b_enc;  values = relu(u) at the k largest u;
     recon = sum_j values_j W_dec[indices_j] + b_dec (+ x @ W_skip.T).

@@ -66,7 +66,12 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None, mask: Tensor | None = None
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     values, indices, _ = topk_encode_counted(x, W_enc, b_enc, k, b_dec, mask)
     return values, indices
@@ -94,7 +99,9 @@ def topk_encode_counted(
     return values, indices, counts
 
 
-def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+def sparse_decode(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+) -> Tensor:
     (N, k), (F, d) = values.shape, W_dec.shape
     out = values.new_empty(N, d)
     _cpu.sparse_decode(
@@ -105,7 +112,12 @@ def sparse_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor 
 
 
 def sparse_residual(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, columns: int
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    columns: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (N, k) = values.shape
     sq_error = target.new_empty(N, dtype=torch.float64)
@@ -115,7 +127,13 @@ def sparse_residual(
 
 
 def sparse_residual_slice(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, start: int, stop: int
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    start: int,
+    stop: int,
 ) -> Tensor:
     return _residual(values, indices, W_dec, b_dec, target, start, stop, None, None)
 
@@ -191,7 +209,10 @@ def latent_sums(
 
 
 def _groups(
-    coefficients: Sequence[Tensor], offsets: Sequence[Tensor], order: Sequence[Tensor], rows: Sequence[Tensor]
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
 ) -> list[tuple[int, int, int, int, int]]:
     return [
         (_pointer(f), _pointer(o), _pointer(c), _pointer(r), c.shape[1])

@@ -45,9 +45,9 @@ def _kernel(
     oracle = getattr(reference, name)
 
     def kernel(*args: Any) -> Any:
-        T = check(*args)
+        dtype = check(*args)
         _index_range(name, args)
-        serve = oracle if torch.float64 == T else function
+        serve = oracle if dtype == torch.float64 else function
         result = serve(*(map(_contiguous, args) if native_ else args))
         if name == "row_update":  # written below autograd: tell it
             written = [t for t in (args[6], *args[8:12], args[13]) if t is not None]
@@ -59,12 +59,12 @@ def _kernel(
 
 def _index_range(name: str, args: tuple[Any, ...]) -> None:
     match name:
-        case "sparse_decode" | "sparse_decode_backward_values" | "sparse_residual" | "sparse_residual_slice":
-            checks.index_range(name, args[1], args[2].shape[0])
         case "sparse_decode_backward_weight":
             checks.index_range(name, args[2], args[3])
         case "group_by_latent":
             checks.index_range(name, args[1], args[2])
+        case _ if name.startswith("sparse_"):  # (values or grad, indices, W_dec, ...)
+            checks.index_range(name, args[1], args[2].shape[0])
 
 
 # ----------------------------------------------------------------------------------- fake functions
@@ -111,7 +111,12 @@ def _fake_group_by_latent(values: Tensor, indices: Tensor, F: int) -> tuple[Tens
 
 
 def _fake_sparse_residual(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, columns: int
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    columns: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, acc = values.shape[0], accumulator(values.dtype)
     return (
@@ -122,13 +127,23 @@ def _fake_sparse_residual(
 
 
 def _fake_sparse_residual_slice(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None, target: Tensor, start: int, stop: int
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    start: int,
+    stop: int,
 ) -> Tensor:
     return target.new_empty(values.shape[0], stop - start, dtype=accumulator(values.dtype))
 
 
 def _fake_latent_sums(
-    values: list[Tensor], grads: list[Tensor], offsets: list[Tensor], order: list[Tensor], scales: Tensor
+    values: list[Tensor],
+    grads: list[Tensor],
+    offsets: list[Tensor],
+    order: list[Tensor],
+    scales: Tensor,
 ) -> tuple[Tensor, Tensor]:
     F = offsets[0].shape[0] - 1
     return scales.new_empty(F), scales.new_empty(F)
@@ -255,10 +270,14 @@ def _by_row(op: str, rows: tuple[int, ...]) -> Callable[..., Any]:
         ]
         out = getattr(torch.ops.ksae, op).default(*folded)
         if isinstance(out, Tensor):
-            return out.unflatten(0, (size, out.shape[0] // size)), 0
-        return tuple(t.unflatten(0, (size, t.shape[0] // size)) for t in out), (0,) * len(out)
+            return _unfold(out, size), 0
+        return tuple(_unfold(t, size) for t in out), (0,) * len(out)
 
     return rule
+
+
+def _unfold(t: Tensor, size: int) -> Tensor:
+    return t.reshape(size, t.shape[0] // size, *t.shape[1:])
 
 
 def _backward_weight_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -271,7 +290,7 @@ def _backward_weight_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> An
     own = F * torch.arange(size, device=indices.device)[:, None, None]
     folded = (t.flatten(0, 1).contiguous() for t in (grad, values, indices + own))
     grad_W, value_sum = _backward_weight(*folded, size * F)
-    return (grad_W.unflatten(0, (size, F)), value_sum.unflatten(0, (size, F))), (0, 0)
+    return (_unfold(grad_W, size), _unfold(value_sum, size)), (0, 0)
 
 
 def _refuse_vmap(op: str) -> Callable[..., Any]:
@@ -397,7 +416,8 @@ sparse_residual = _op(
 )
 sparse_residual_slice = _op(
     "sparse_residual_slice",
-    "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, Tensor target, int start, int stop) -> Tensor",
+    "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, Tensor target, int start,"
+    " int stop) -> Tensor",
     fake=_fake_sparse_residual_slice,
 )
 latent_sums = _op(
@@ -406,7 +426,10 @@ latent_sums = _op(
     " -> (Tensor grad_b_enc, Tensor parallel)",
     fake=_fake_latent_sums,
 )
-_ROWS = "Tensor[] coefficients, Tensor[] offsets, Tensor[] order, Tensor[] rows, Tensor scales, Tensor? centre"
+_ROWS = (
+    "Tensor[] coefficients, Tensor[] offsets, Tensor[] order, Tensor[] rows, Tensor scales,"
+    " Tensor? centre"
+)
 row_grad_sq = _op(
     "row_grad_sq",
     f"({_ROWS}, Tensor? parallel, Tensor W, int start) -> Tensor grad_sq",
@@ -414,7 +437,8 @@ row_grad_sq = _op(
 )
 row_update = _op(
     "row_update",
-    f"({_ROWS}, Tensor(f!)? parallel, Tensor? grad_b_enc, Tensor(a!) W, Tensor(b!)? master, Tensor(c!) m,"
-    " Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize) -> ()",
+    f"({_ROWS}, Tensor(f!)? parallel, Tensor? grad_b_enc, Tensor(a!) W, Tensor(b!)? master,"
+    " Tensor(c!) m, Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize)"
+    " -> ()",
     fake=_fake_row_update,
 )

@@ -140,9 +140,12 @@ def sparse_residual(
     target: Tensor,  # [N, d] T or the accumulator's type
     columns: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reconstruction minus target, not rounded to T: its first columns [N, columns] float32, its row sums of squares
-    [N] float64, and its products with the chosen rows of W_dec [N, k] float32: the gradient of the values before
-    scaling (0 where the value is 0)."""
+    """The residual, reconstruction minus target, not rounded to T.
+
+    Returns its first columns [N, columns] float32, its row sums of squares [N] float64, and its
+    products with the chosen rows of W_dec [N, k] float32, which are the gradient of the values
+    before scaling (0 where the value is 0).
+    """
     acc = accumulator(values.dtype)
     residual = sparse_residual_slice(values, indices, W_dec, b_dec, target, 0, W_dec.shape[1])
     grads = sparse_decode_backward_values(residual, indices, W_dec.to(acc))
@@ -173,8 +176,11 @@ def latent_sums(
     order: Sequence[Tensor],  # G of [N*k_g] int32
     scales: Tensor,  # [G] float32
 ) -> tuple[Tensor, Tensor]:
-    """Per latent, over groups and entries: the sum of scale * grad, which is the gradient of b_enc, and of
-    scale * value * grad, which is <dW_dec[i], W_dec[i]>: [F] float32 each. Zeros if a scale is not finite."""
+    """Two sums over the groups and entries of a latent, [F] float32 each.
+
+    Of scale * grad, which is the gradient of b_enc, and of scale * value * grad, which is
+    <dW_dec[i], W_dec[i]>. Zeros if a scale is not finite.
+    """
     F = offsets[0].numel() - 1
     bias = torch.zeros(F, dtype=torch.float64, device=scales.device)
     parallel = torch.zeros_like(bias)
@@ -183,7 +189,7 @@ def latent_sums(
             latent = _ungroup(off, o, v.shape).reshape(-1)
             product = scale * g.double()
             bias.index_add_(0, latent, torch.where(v == 0, 0, product).reshape(-1))
-            parallel.index_add_(0, latent, _scaled(v.double(), product).reshape(-1))
+            parallel.index_add_(0, latent, torch.where(v == 0, 0, v * product).reshape(-1))
     return bias.to(scales.dtype), parallel.to(scales.dtype)
 
 
@@ -212,7 +218,7 @@ def _row_gradient(
 
 
 def _along(parallel: Tensor | None, W: Tensor) -> Tensor | None:
-    """Length of the gradient along each row in units of the row: parallel / |W[i]|^2, 0 for a zero row."""
+    """The gradient along each row in units of the row: parallel / |W[i]|^2, 0 for a zero row."""
     if parallel is None:
         return None
     square = W.to(parallel.dtype).square().sum(1)
@@ -230,8 +236,10 @@ def row_grad_sq(
     W: Tensor,
     start: int,
 ) -> Tensor:
-    """Row sums of squares of the gradient that `row_update` would apply, before grad_scale: [F] float64. Zeros if a scale
-    is not finite."""
+    """Row sums of squares of the gradient of `row_update`, before grad_scale: [F] float64.
+
+    Zeros if a scale is not finite.
+    """
     if not bool(scales.isfinite().all()):
         return torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
     along = _along(parallel, W)
@@ -240,18 +248,17 @@ def row_grad_sq(
 
 
 def row_update(
-    coefficients: Sequence[
-        Tensor
-    ],  # G of [N, k_g]: values' gradients float32 (encoder), values T (decoder)
+    # G of [N, k_g]: for the encoder the values' gradients float32, for the decoder the values T
+    coefficients: Sequence[Tensor],
     offsets: Sequence[Tensor],  # G of [F+1] int32, from group_by_latent
     order: Sequence[Tensor],  # G of [N*k_g] int32
-    rows: Sequence[
-        Tensor
-    ],  # G of [N, columns]: x T (encoder), columns of the residual float32 (decoder)
+    # G of [N, columns]: for the encoder x T, for the decoder columns of the residual float32
+    rows: Sequence[Tensor],
     scales: Tensor,  # [G] float32: dL/drecon = scale * residual
     centre: Tensor | None,  # [columns] T, subtracted from rows (encoder)
-    parallel: Tensor | None,  # [F] float32, <gradient, W[i]> over all columns, see below; None: no projection
-    grad_b_enc: Tensor | None,  # [F] float32, with grad_b_dec
+    # [F] float32, <gradient, W[i]> over all columns, 0 without entries; None: no projection
+    parallel: Tensor | None,
+    grad_b_enc: Tensor | None,  # [F] float32, with grad_b_dec, 0 without entries
     W: Tensor,  # [F, d] T, written in columns [start, start + columns)
     master: Tensor | None,  # [F, d] float32 where T is not float32
     m: Tensor,  # [F, d] float32
@@ -262,19 +269,20 @@ def row_update(
     start: int,
     normalize: bool,
 ) -> None:
-    """Gradient, projection and Adam of the rows of one matrix, in place; then, if asked, unit rows over all d columns.
+    """Gradient, projection and Adam of the rows of one matrix, in place; then, if asked, unit rows.
 
-    gradient_i = sum over groups and entries of scale * coefficient * (row_n - centre), less parallel_i / |W_i|^2 W_i.
-    A latent without an entry has gradient 0 and still moves (dense Adam). Where the columns are a slice, the slice that
-    starts at 0 comes first and divides `parallel` by |W_i|^2 in place: later slices see W half updated. A scale that is
-    not finite writes nothing but zeros into grad_b_dec.
+    gradient_i = sum over groups and entries of scale * coefficient * (row_n - centre), less
+    parallel_i / |W_i|^2 W_i. W_i is the row of T that the forward used, not its master. A latent
+    without an entry has gradient 0 and still moves (dense Adam). Where the columns are a slice, the
+    slice that starts at 0 comes first and divides `parallel` by |W_i|^2 in place: later slices see
+    W half updated. A scale that is not finite writes nothing but zeros into grad_b_dec.
     """
     if not bool(scales.isfinite().all()):
         if grad_b_dec is not None:
             grad_b_dec.zero_()
         return
     along = _along(parallel, W) if start == 0 else parallel
-    if parallel is not None and start == 0 and rows[0].shape[1] < W.shape[1]:
+    if parallel is not None and along is not None and start == 0 and rows[0].shape[1] < W.shape[1]:
         parallel.copy_(along)
     g = _row_gradient(coefficients, offsets, order, rows, scales, centre, along, W, start)
     if grad_b_dec is not None and grad_b_enc is not None:

@@ -23,7 +23,7 @@ Metrics = dict[str, Tensor]
 
 
 class _Group(NamedTuple):
-    """A term of the loss: its code, grouped by latent, and the residual that its gradient is a multiple of."""
+    """A term of the loss: its code, grouped by latent, and its residual."""
 
     values: Tensor  # [N, k]
     grads: Tensor  # [N, k] of the values, before scaling
@@ -140,7 +140,7 @@ class TrainStep:
         self._versions = self._read_versions()
         return metrics
 
-    # -------------------------------------------------------------------------------------------------------- fused
+    # ---------------------------------------------------------------------------------------- fused
 
     @torch.no_grad()
     def _fused(self, x: Tensor, y: Tensor) -> Metrics:
@@ -154,7 +154,8 @@ class TrainStep:
         dead_count = int(dead.sum()) if model.auxk_alpha > 0 else 0
         metrics: Metrics = {}
 
-        # The residual [N, d] is the largest temporary: where it is not small beside [N, F], half of it exists at a time.
+        # The residual [N, d] is the largest temporary: where it is not small beside [N, F], half of
+        # it exists at a time.
         whole = bool(model.multi_topk or dead_count or model.skip or self.clip_norm) or 32 * d <= F
         columns = d if whole else (d + 1) // 2
         # With a skip connection the sparse part predicts what the linear part leaves.
@@ -283,7 +284,8 @@ class TrainStep:
     ) -> tuple[_Group, Tensor]:
         """One term of the loss, and the sum of its squared residuals."""
         residual, square, grads = ops.sparse_residual(*code, *decoder, columns)
-        group = _Group(code[0], grads, *ops.group_by_latent(*code, self.model.d_sae), residual)
+        offsets, order = ops.group_by_latent(*code, self.model.d_sae)
+        group = _Group(code[0], grads, offsets, order, residual)
         return group, square.sum().to(self.acc)
 
     def _state(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -442,4 +444,4 @@ class TrainStep:
 def _column_sums(residuals: list[Tensor], scale: Tensor) -> Tensor:
     """Gradient of b_dec along the decoder path: sum over groups of scale * residual.sum(0)."""
     sums = [s * r.sum(0) for r, s in zip(residuals, scale, strict=False)]
-    return sum(sums[1:], sums[0])
+    return torch.stack(sums).sum(0)

@@ -18,8 +18,8 @@ KSAE_INLINE int64_t index_at(const int64_t* i64, const int32_t* i32, int64_t i) 
   return i64 ? i64[i] : i32[i];
 }
 
-// f(column, lanes, accumulator) receives columns [c, end) of the decoded row vector by vector, b_dec
-// included.
+// f(column, lanes, accumulator) receives columns [c, end) of the decoded row vector by vector,
+// b_dec included.
 template <class T, class Fn>
 KSAE_INLINE void decode_row(const DecodeParams& p, int64_t n, int64_t c, int64_t end, Fn f) {
   const T* values = static_cast<const T*>(p.values) + n * p.k;

@@ -35,6 +35,10 @@ int64_t steps(const EncodeChunk& c) {
   return c.scoring == Scoring::kFloat ? c.p->d : (c.p->d + 1) / 2;
 }
 
+float* packed_group(const EncodeChunk& c, int64_t group) {
+  return static_cast<float*>(c.w_pack) + group % c.slots * c.panels * steps(c) * kPanel;
+}
+
 struct Scratch {
   float* row;       // [d + pad]
   float* rescored;  // [capacity]
@@ -133,8 +137,8 @@ void pack_x(const EncodeChunk& c, int64_t tile0, int64_t tile1, void* scratch) {
 KSAE_INLINE Vec round_pairs(const float* w, Vec& rounded, Vec& lost) {
   const Vec lo = load(w), hi = load(w + 16);
   const __m512i h = (__m512i)_mm512_cvtne2ps_pbh(hi.v, lo.v);
-  const Vec rl = {_mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(h)), 16))};
+  const Vec rl = {
+      _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(h)), 16))};
   const Vec rh = {_mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(h, 1)), 16))};
   const Vec el = lo - rl, eh = hi - rh;
@@ -194,7 +198,7 @@ void pack_rows(const EncodeChunk& c, const T* const* w, float* panel, float* squ
 void pack_w(const EncodeChunk& c, int64_t group, int64_t panel) {
   const int64_t d = c.p->d, at = group * c.panels + panel, m0 = at * kPanel;
   if (m0 >= c.M) return;
-  float* out = static_cast<float*>(c.w_pack[group & 1]) + panel * steps(c) * kPanel;
+  float* out = packed_group(c, group) + panel * steps(c) * kPanel;
   float* bias = c.bias + m0;
   float squares[2 * kPanel] = {};  // |w - w^|^2, |w^|^2
   with_dtype(c.p->dtype, [&](auto tag) {
@@ -261,8 +265,8 @@ void append(const EncodeChunk& c, int64_t r, int64_t m0, uint32_t hits, const fl
       if (c.count[r] > full - c.p->k / 2) c.redo[r] = 1;
       if (c.redo[r]) return;
     } else {
-      c.tau[r] = refine(c.score + r * c.capacity, c.index + r * c.capacity, c.count[r], c.p->k,
-                        keys);
+      c.tau[r] =
+          refine(c.score + r * c.capacity, c.index + r * c.capacity, c.count[r], c.p->k, keys);
       c.count[r] = int32_t(c.p->k);
     }
   }
@@ -314,7 +318,8 @@ void score_tile(const EncodeChunk& c, const float* x, const float* w, int64_t n_
   uint32_t hits[kTileRows];
   const int64_t m0 = at * kPanel;
   const int rows = c.R - r0 < kTileRows ? int(c.R - r0) : kTileRows;
-  const uint32_t lanes = c.M - m0 < kPanel ? (1u << (c.M - m0)) - 1 : uint32_t((uint64_t(1) << kPanel) - 1);
+  const uint32_t lanes =
+      c.M - m0 < kPanel ? (1u << (c.M - m0)) - 1 : uint32_t((uint64_t(1) << kPanel) - 1);
   const Vec b0 = load(c.bias + m0), b1 = load(c.bias + m0 + kWidth);
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
@@ -347,8 +352,8 @@ void score_tile(const EncodeChunk& c, const float* x, const float* w, int64_t n_
   }
 }
 
-// Walks through the weights that this thread will pack next, a few lines at a time, so that they
-// are in L2 when their turn comes.
+// Walks through the weights that this thread will pack next (its share, if all are in step), a few
+// lines at a time, so that they are in L2 when their turn comes.
 struct Ahead {
   const char* W;
   int64_t panel_bytes, panel, end, step, line, lines;  // panels [panel, end) by step; lines a call
@@ -383,17 +388,14 @@ void score_rows(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile
   const int64_t n_steps = steps(c), last = (c.M + kPanel - 1) / kPanel - group * c.panels;
   const int64_t n_panels = last < c.panels ? last : c.panels;
   const float* x = static_cast<const float*>(c.x_pack);
-  const float* w = static_cast<const float*>(c.w_pack[group & 1]);
+  const float* w = packed_group(c, group);
   Ahead ahead(c, group, rank, size, (tile1 - tile0) * n_panels);
-  for (int64_t sub = 0; sub < n_panels; sub += c.sub_panels) {
-    const int64_t end = sub + c.sub_panels < n_panels ? sub + c.sub_panels : n_panels;
-    for (int64_t tile = tile0; tile < tile1; ++tile)
-      for (int64_t panel = sub; panel < end; ++panel) {
-        score_tile<kScoring>(c, x + tile * n_steps * kTileRows, w + panel * n_steps * kPanel,
-                             n_steps, group * c.panels + panel, tile * kTileRows, keys);
-        ahead.advance();
-      }
-  }
+  for (int64_t tile = tile0; tile < tile1; ++tile)
+    for (int64_t panel = 0; panel < n_panels; ++panel) {
+      score_tile<kScoring>(c, x + tile * n_steps * kTileRows, w + panel * n_steps * kPanel, n_steps,
+                           group * c.panels + panel, tile * kTileRows, keys);
+      ahead.advance();
+    }
 }
 
 void score(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, int rank, int size,

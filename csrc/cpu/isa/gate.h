@@ -78,8 +78,8 @@ KSAE_INLINE uint64_t sort_key(float score, int32_t index) {
 KSAE_INLINE float key_score(uint64_t key) { return order_score(uint32_t(key >> 32)); }
 KSAE_INLINE int32_t key_index(uint64_t key) { return int32_t(~uint32_t(key)); }
 
-// Sorts n distinct keys, largest first; `spare` holds n more. Up to 128, counting the larger ones of
-// each is branch-free and several times faster than a comparison sort.
+// Sorts n distinct keys, largest first; `spare` holds n more. Up to 128, counting the larger ones
+// of each is branch-free and several times faster than a comparison sort.
 inline void sort_keys(uint64_t* keys, int64_t n, uint64_t* spare) {
   if (n > 128) return sort_descending(keys, n);
   for (int64_t i = 0; i < n; ++i) spare[i] = keys[i];

@@ -194,8 +194,7 @@ void update_rows(const RowUpdateParams& p, int64_t i0, int64_t i1, float* grad, 
   const Adam a = update ? adam_of(p.hyper) : Adam{};
   for (int64_t i = i0; i < i1; ++i) {
     bool hit = false;
-    for (int g = 0; g < p.n_groups; ++g)
-      hit |= p.groups[g].offsets[i] < p.groups[g].offsets[i + 1];
+    for (int g = 0; g < p.n_groups; ++g) hit |= p.groups[g].offsets[i] < p.groups[g].offsets[i + 1];
     if (hit && p.encoder) gradient_row<T, float, T>(p, i, grad, update);
     if (hit && !p.encoder) gradient_row<T, T, float>(p, i, grad, update);
     if (!update) {

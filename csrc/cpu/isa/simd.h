@@ -103,12 +103,8 @@ KSAE_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 KSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 KSAE_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 // Bit l is set where not (a <= b), not (a < b): NaN passes.
-KSAE_INLINE uint32_t not_le(Vec a, Vec b) {
-  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ);
-}
-KSAE_INLINE uint32_t not_lt(Vec a, Vec b) {
-  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ);
-}
+KSAE_INLINE uint32_t not_le(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
+KSAE_INLINE uint32_t not_lt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ); }
 // Writes the lanes of mask side by side at p (a whole vector is stored) and returns their number.
 KSAE_INLINE int compress(float* p, uint32_t mask, Vec a) {
   // Compress to a register, then store: the memory form is microcoded on Zen.

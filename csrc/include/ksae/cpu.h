@@ -164,7 +164,7 @@ struct RowUpdateParams {
   const RowGroup* groups;
   const float* scales;  // [n_groups]
   int n_groups;
-  const void* centre;       // [columns] dtype or null: encoder only
+  const void* centre;  // [columns] dtype or null: encoder only
   // [F] <gradient, W_i> over all columns, or null: no projection. A slice that starts at 0 and does
   // not span the row divides it by |W_i|^2 in place: the later slices see W half updated.
   float* parallel;
