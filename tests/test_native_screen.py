@@ -86,7 +86,7 @@ def test_without_the_bound_winners_are_lost():
 
 
 def test_proven_bound_holds_in_float64():
-    """|s - s^| <= m with the chain of the kernel emulated: bf16 inputs, float32 accumulators in pairs."""
+    """|s - s^| <= m with the chain of the kernel emulated: bf16 inputs, float32 accumulators."""
     x, W, _, _ = problem(40, 768, 200)
     d = x.shape[1]
     x16, W16 = x.bfloat16().double(), W.bfloat16().double()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Built only where nvcc was found. Functions raise RuntimeError with CUDA's reason, for example without a driver.
+# Built only where nvcc was found. Functions raise RuntimeError with the reason, such as no driver.
 architectures: str
 
 def runtime_version() -> int: ...

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bridge from torch tensors to the native CPU kernels: the one place where tensors become pointers.
 
-Each function has the name, arguments and meaning of its reference; tensors come checked, contiguous and in
-float32, bfloat16 or float16 (ops.py sees to it). Outputs and workspaces are torch's; the thread count is
-torch.get_num_threads().
+Each function has the name, arguments and meaning of its reference; tensors come checked, contiguous
+and in float32, bfloat16 or float16 (ops.py sees to it). Outputs and workspaces are torch's; the
+thread count is torch.get_num_threads().
 
-Environment, read once at import: KSAE_NATIVE=0 leaves the native code out, KSAE_ISA=plain|avx2|avx512|avx512bf16
-lowers the instruction set, KSAE_SCREEN=on|off decides certified screening of float32 encodes (default: on where
-the CPU has BF16 dot instructions).
+Environment, read once at import: KSAE_NATIVE=0 leaves the native code out,
+KSAE_ISA=plain|avx2|avx512|avx512bf16 lowers the instruction set, KSAE_SCREEN=off switches certified
+screening of float32 encodes off (on where the CPU has BF16 dot instructions).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     N, F = x.shape
     values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
     _cpu.topk(
-        N, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(values), _pointer(indices), _Workspace(), torch.get_num_threads()
+        N, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(values), _pointer(indices), _Workspace(),
+        torch.get_num_threads()
     )  # fmt: skip
     return values, indices
 
@@ -88,11 +89,12 @@ def topk_encode_counted(
     screen: bool | None = None,
     slack: float = 1.0,
 ) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
-    """topk_encode and (rows screened, survivors rescored, rows redone); `slack` scales the bound, for tests."""
+    """topk_encode, and rows screened, survivors, rows redone; `slack` scales the bound (tests)."""
     (N, d), F = x.shape, W_enc.shape[0]
     values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
     counts = _cpu.topk_encode(
-        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc), _pointer(b_dec), _pointer(mask),
+        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
+        _pointer(b_dec), _pointer(mask),
         _pointer(values), _pointer(indices), screening if screen is None else screen, slack,
         _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
@@ -105,7 +107,8 @@ def sparse_decode(
     (N, k), (F, d) = values.shape, W_dec.shape
     out = values.new_empty(N, d)
     _cpu.sparse_decode(
-        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices), indices.element_size(),
+        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+        indices.element_size(),
         _pointer(W_dec), _pointer(b_dec), _pointer(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -152,9 +155,12 @@ def _residual(
     (N, k), (F, d) = values.shape, W_dec.shape
     residual = target.new_empty(N, stop - start, dtype=torch.float32)
     _cpu.sparse_residual(
-        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices), indices.element_size(),
-        _pointer(W_dec), _pointer(b_dec), _pointer(target), target.dtype == torch.float32, start, stop - start,
-        _pointer(residual), _pointer(sq_error), _pointer(grad_values), _Workspace(), torch.get_num_threads(),
+        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+        indices.element_size(),
+        _pointer(W_dec), _pointer(b_dec), _pointer(target), target.dtype == torch.float32, start,
+        stop - start,
+        _pointer(residual), _pointer(sq_error), _pointer(grad_values), _Workspace(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return residual
 
@@ -175,7 +181,8 @@ def sparse_decode_backward_weight(
     (N, d), k = grad.shape, values.shape[1]
     grad_W, value_sum = grad.new_empty(F, d), grad.new_empty(F)
     _cpu.sparse_decode_backward_weight(
-        N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values), _pointer(indices), indices.element_size(),
+        N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values), _pointer(indices),
+        indices.element_size(),
         _pointer(grad_W), _pointer(value_sum), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
     return grad_W, value_sum
@@ -202,7 +209,8 @@ def latent_sums(
     F = offsets[0].numel() - 1
     grad_b_enc, parallel = scales.new_zeros(F), scales.new_zeros(F)
     _cpu.latent_sums(
-        F, _DTYPES[values[0].dtype], _groups(values, offsets, order, grads), _pointer(scales), _pointer(grad_b_enc),
+        F, _DTYPES[values[0].dtype], _groups(values, offsets, order, grads), _pointer(scales),
+        _pointer(grad_b_enc),
         _pointer(parallel), torch.get_num_threads(),
     )  # fmt: skip
     return grad_b_enc, parallel
@@ -235,7 +243,8 @@ def row_grad_sq(
     grad_sq = scales.new_empty(F, dtype=torch.float64)
     _cpu.row_grad_sq(
         F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
-        _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre), _pointer(parallel),
+        _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+        _pointer(parallel),
         _pointer(W), _pointer(grad_sq), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
     return grad_sq
@@ -262,7 +271,9 @@ def row_update(
     F, d = W.shape
     _cpu.row_update(
         F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
-        _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre), _pointer(parallel),
-        _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W), _pointer(master), _pointer(m), _pointer(v),
+        _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+        _pointer(parallel),
+        _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W), _pointer(master), _pointer(m),
+        _pointer(v),
         _pointer(hyper), normalize, _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
