@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -11,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 
 MIN_SAMPLE = 0.005  # seconds; shorter calls are repeated within a sample
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt in glibc
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,25 @@ def peak_extra(call: Callable[[], Any]) -> int | None:
     before = _high_water()
     call()
     return _high_water() - before
+
+
+@contextlib.contextmanager
+def unpooled() -> Iterator[None]:
+    """Every block from 128 KB on is mapped and unmapped by itself while this lasts.
+
+    Then resident memory is what is held; else it depends on how the C library's heap is fragmented,
+    which differs from step to step. Afterwards the limits are where the library itself ends up once
+    large blocks have been freed.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+    except OSError:
+        yield
+        return
+    yield
+    libc.mallopt(M_MMAP_THRESHOLD, 32 * 1024**2)
+    libc.mallopt(M_TRIM_THRESHOLD, 64 * 1024**2)
 
 
 def _high_water() -> int:

@@ -21,10 +21,9 @@ import data
 import ours
 import peers
 import torch
-from measure import peak_extra
+from measure import peak_extra, unpooled
 
 BATCHES = 4
-MEMORY_STEPS = 2
 CHECKED = 5  # the step (counted from 1) whose FVU must agree, after the first
 
 CONTESTANTS: dict[str, Callable[..., ours.Contestant]] = {
@@ -61,7 +60,8 @@ class Worker:
     version: str = ""
     note: str = ""
     failure: str | None = None
-    peak_extra: int | None = None  # bytes
+    peak_extra: int | None = None  # bytes held at once in a step, beyond what is there before it
+    peak_resident: int | None = None  # the same with the heap as it is, fragments included
     fvu: list[float] = field(default_factory=list)  # of every step so far
     seconds: list[float] = field(default_factory=list)  # of the timed ones
     _process: Any = None
@@ -79,7 +79,8 @@ class Worker:
         report = worker._receive()
         if report is not None:
             worker.version, worker.note = report["version"], report["note"]
-            worker.peak_extra, worker.fvu = report["peak_extra"], report["fvu"]
+            worker.peak_extra, worker.peak_resident = report["peak_extra"], report["peak_resident"]
+            worker.fvu = report["fvu"]
         return worker
 
     def step(self, timed: bool = True) -> None:
@@ -140,21 +141,27 @@ def _run(pipe: Connection, name: str, task: Task) -> None:
         return seconds, contestant.fvu(loss, x)
 
     fvu = [step()[1], step()[1]]  # moments, workspaces and pools are made here
-    peaks: list[int | None] = []
-    for _ in range(MEMORY_STEPS):
+
+    def memory_step() -> int | None:
+        nonlocal taken
         for p in contestant.parameters():
             p.grad = None  # gradients that a trainer keeps between steps are a cost of the step
         x = inputs[taken % BATCHES]
         taken += 1
         losses: list[Any] = []
-        peaks.append(peak_extra(lambda x=x, losses=losses: losses.append(contestant.step(x))))
+        peak = peak_extra(lambda: losses.append(contestant.step(x)))
         fvu.append(contestant.fvu(losses[0], x))
-    known = [p for p in peaks if p is not None]
+        return peak
+
+    peak_resident = memory_step()
+    with unpooled():
+        peak_held = memory_step()
     pipe.send(
         {
             "version": contestant.version,
             "note": contestant.note,
-            "peak_extra": max(known) if known else None,
+            "peak_extra": peak_held,
+            "peak_resident": peak_resident,
             "fvu": fvu,
         }
     )

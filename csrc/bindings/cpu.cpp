@@ -81,7 +81,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("topk_encode",
         [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x, Pointer W_enc,
            Pointer b_enc, Pointer b_dec, Pointer mask, Pointer values, Pointer indices, bool screen,
-           float slack, const py::function& allocate, int threads) {
+           float slack, bool product_only, const py::function& allocate, int threads) {
           EncodeStats stats{};
           const EncodeParams p{N,
                                d,
@@ -97,7 +97,8 @@ PYBIND11_MODULE(_cpu, m) {
                                as<int64_t>(indices),
                                screen,
                                slack,
-                               &stats};
+                               &stats,
+                               product_only};
           with_workspace(p, allocate, threads, topk_encode_workspace, topk_encode);
           return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows);
         });

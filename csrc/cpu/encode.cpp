@@ -57,7 +57,7 @@ Plan plan(const EncodeParams& p, Scoring scoring, int64_t M, int64_t N, int thre
   const int64_t wanted =
       screen ? std::max<int64_t>(4 * p.k + 128, 256) : p.k + std::max<int64_t>(p.k, 96);
   c.capacity = round_up(std::min(wanted, panels * width) + 2 * width, 16);
-  const int64_t row_bytes = step_bytes + 8 * c.capacity;
+  const int64_t row_bytes = step_bytes + (screen ? 12 : 8) * c.capacity;
   const int64_t unit = t.tile_rows * std::max(threads, 1);
   int64_t rows = std::max<int64_t>(kChunkBytes * std::max(threads / 2, 1) / row_bytes, unit);
   const int64_t chunks = std::max<int64_t>((N + rows - 1) / rows, 1);
@@ -80,7 +80,9 @@ Plan plan(const EncodeParams& p, Scoring scoring, int64_t M, int64_t N, int thre
     c.bound_w = static_cast<float*>(arena.take(panels * width * 3 * 4));
     c.bound_panel = static_cast<float*>(arena.take(panels * 4 * 4));
     c.bound_x = static_cast<float*>(arena.take(R * 2 * 4));
+    c.margin = static_cast<float*>(arena.take(R * 4));
     c.redo = static_cast<uint8_t*>(arena.take(R));
+    c.pairs = static_cast<uint32_t*>(arena.take(R * c.capacity * 4));
   }
   plan.scratch_bytes = encode_scratch(p.d, c.capacity);
   plan.scratch = static_cast<char*>(arena.take(plan.scratch_bytes * std::max(threads, 1)));
@@ -198,8 +200,7 @@ Layout layout(const EncodeParams& p, Arena& arena) {
 }  // namespace
 
 size_t encode_scratch(int64_t d, int64_t capacity) {
-  const int64_t bytes =
-      (d + kVectorPad) * 4 + (capacity + kVectorPad) * 4 + capacity * 4 + 8 + capacity * 16;
+  const int64_t bytes = (d + kVectorPad) * 4 + capacity * 4 + 8 + capacity * 16;
   return size_t(round_up(bytes, 64));
 }
 

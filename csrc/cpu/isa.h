@@ -35,7 +35,9 @@ struct EncodeChunk {
   int32_t* index;      // [R][capacity] ascending
   int32_t* count;      // [R]
   float* tau;          // [R] the gate: a proven lower bound of the k-th score; NaN passes all
+  float* margin;       // [R] kScreen: the largest bound that the row has met
   uint8_t* redo;       // [R] kScreen: set when the row must be scored in full
+  uint32_t* pairs;     // [R][capacity] kScreen: survivors in the order of rescoring
   int64_t capacity;
 };
 

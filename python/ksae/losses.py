@@ -26,6 +26,6 @@ def total_variance(y: Tensor) -> Tensor:
     y = y.detach()
     mean = y.mean(0, dtype=acc)  # [d]
     # in pieces: a training step has no room for a second [N, d]
-    pieces = [torch.linalg.vector_norm(rows - mean, dim=1) for rows in torch.split(y, 512)]
+    pieces = [torch.linalg.vector_norm(rows - mean, dim=1) for rows in torch.split(y, 1024)]
     norms = torch.cat(pieces) if pieces else mean[:0]  # [N]
     return norms.double().square().sum().to(acc)

@@ -88,17 +88,28 @@ def topk_encode_counted(
     *,
     screen: bool | None = None,
     slack: float = 1.0,
+    product_only: bool = False,
 ) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
-    """topk_encode, and rows screened, survivors, rows redone; `slack` scales the bound (tests)."""
+    """topk_encode, and rows screened, survivors, rows redone.
+
+    For tests, `slack` scales the bound; for benchmarks, `product_only` leaves out the selection and
+    the outputs unwritten.
+    """
     (N, d), F = x.shape, W_enc.shape[0]
     values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
     counts = _cpu.topk_encode(
         N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
-        _pointer(b_dec), _pointer(mask),
-        _pointer(values), _pointer(indices), screening if screen is None else screen, slack,
-        _Workspace(), torch.get_num_threads(),
+        _pointer(b_dec), _pointer(mask), _pointer(values), _pointer(indices),
+        screening if screen is None else screen, slack, product_only, _Workspace(),
+        torch.get_num_threads(),
     )  # fmt: skip
     return values, indices, counts
+
+
+def encode_product(x: Tensor, W_enc: Tensor, *, screen: bool | None = None) -> None:
+    """The product of topk_encode in its own microkernel, packing included, without selection."""
+    bias = W_enc.new_zeros(W_enc.shape[0])
+    topk_encode_counted(x, W_enc, bias, 1, screen=screen, product_only=True)
 
 
 def sparse_decode(

@@ -54,6 +54,7 @@ struct EncodeParams {
   bool screen;          // float32 only: screen in bf16 under a proven bound, rescore in float32
   float slack;          // multiplies the proven bound; 1 but in tests
   EncodeStats* stats;   // null, or counters that are added to
+  bool product_only;    // benchmarks: the product without selection; nothing is written
 };
 bool can_screen();  // the current level has BF16 dot instructions
 size_t topk_encode_workspace(const EncodeParams& p, int threads);
