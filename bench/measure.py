@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,23 +86,17 @@ def peak_extra(call: Callable[[], Any]) -> int | None:
     return _high_water() - before
 
 
-@contextlib.contextmanager
-def unpooled() -> Iterator[None]:
-    """Every block from 128 KB on is mapped and unmapped by itself while this lasts.
+def map_each_block(on: bool) -> None:
+    """Let the C library map every block from 128 KB on by itself, and unmap it when freed, or not.
 
-    Then resident memory is what is held; else it depends on how the C library's heap is fragmented,
-    which differs from step to step. Afterwards the limits are where the library itself ends up once
+    If so from the start, resident memory is what is held; else it depends on how the heap is
+    fragmented, which differs from step to step. "Not" is where the library's own limits end up once
     large blocks have been freed.
     """
-    try:
+    with contextlib.suppress(OSError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-    except OSError:
-        yield
-        return
-    yield
-    libc.mallopt(M_MMAP_THRESHOLD, 32 * 1024**2)
-    libc.mallopt(M_TRIM_THRESHOLD, 64 * 1024**2)
+        libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024 if on else 32 * 1024**2)
+        libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024 if on else 64 * 1024**2)
 
 
 def _high_water() -> int:
