@@ -22,9 +22,9 @@
 namespace ksae::cpu {
 namespace {
 
-constexpr int64_t kChunkBytes = int64_t(3200) << 10;  // packed rows and candidates of one chunk
+constexpr int64_t kChunkBytes = int64_t(2500) << 10;  // packed rows and candidates of one chunk
 constexpr int64_t kGroupBytes = int64_t(200) << 10;   // packed weights that share L2 with the rows
-constexpr int64_t kRingBytes = int64_t(1200) << 10;
+constexpr int64_t kRingBytes = int64_t(800) << 10;
 constexpr int kMaxSlots = 8;
 
 Scoring scoring_of(const EncodeParams& p) {

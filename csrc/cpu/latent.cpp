@@ -14,7 +14,7 @@ namespace ksae::cpu {
 namespace {
 
 constexpr int64_t kWeightBlock = 64;
-constexpr int64_t kPartials = 128;
+constexpr int64_t kPartials = 64;
 
 int64_t latent_block(int64_t F) { return std::max<int64_t>((F + kPartials - 1) / kPartials, 16); }
 int64_t padded(int64_t d) { return d + kVectorPad; }

@@ -24,8 +24,7 @@ def total_variance(y: Tensor) -> Tensor:
     """
     acc = accumulator(y.dtype)
     y = y.detach()
-    mean = y.mean(0, dtype=acc)  # [d]
-    # in pieces: a training step has no room for a second [N, d]
-    pieces = [torch.linalg.vector_norm(rows - mean, dim=1) for rows in torch.split(y, 1024)]
-    norms = torch.cat(pieces) if pieces else mean[:0]  # [N]
+    pieces = torch.split(y, 512)  # a training step has no room for a second [N, d]
+    mean = torch.stack([rows.sum(0, dtype=acc) for rows in pieces]).sum(0) / len(y)  # [d]
+    norms = torch.cat([torch.linalg.vector_norm(rows - mean, dim=1) for rows in pieces])  # [N]
     return norms.double().square().sum().to(acc)

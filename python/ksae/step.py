@@ -154,9 +154,10 @@ class TrainStep:
         dead_count = int(dead.sum()) if model.auxk_alpha > 0 else 0
         metrics: Metrics = {}
 
-        # The residual [N, d] is the largest temporary: where it is not small beside [N, F], half of
-        # it exists at a time.
-        whole = bool(model.multi_topk or dead_count or model.skip or self.clip_norm) or 32 * d <= F
+        # The residual [N, d] is the largest temporary. Where it is not small beside [N, F], or there
+        # is a 16-bit copy of the batch as well, half of it exists at a time.
+        small_part = (64 if self.masters else 32) * d <= F
+        whole = bool(model.multi_topk or dead_count or model.skip or self.clip_norm) or small_part
         columns = d if whole else (d + 1) // 2
         # With a skip connection the sparse part predicts what the linear part leaves.
         target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
@@ -169,7 +170,7 @@ class TrainStep:
         metrics["loss"] = loss = error * inverse
         metrics["fvu"] = error / variance
         metrics["auxk_loss"] = torch.zeros_like(loss)
-        metrics["l0"] = (code[0] > 0).sum().to(acc) / N
+        metrics["l0"] = code[0].count_nonzero().to(acc) / N
         metrics["dead"] = dead.to(acc).mean()
 
         groups, scales = [group], [2 * inverse]
@@ -266,11 +267,12 @@ class TrainStep:
                 columns,
                 unit,
             )
+        fired = offsets[0][1:] > offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
+        del residuals, values, grads, order, encoder
         if centre_grad is not None:
             small["b_dec"] -= centre_grad
         for name, g in small.items():
             self._adam(name, g, hyper, finite)
-        fired = offsets[0][1:] > offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
         since = torch.where(fired, 0, model.tokens_since_fired + N)
         model.tokens_since_fired.copy_(torch.where(finite, since, model.tokens_since_fired))
         self.t += finite

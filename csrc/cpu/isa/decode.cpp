@@ -13,6 +13,7 @@ constexpr int kSlice = 16;  // accumulators: 256 columns
 #else
 constexpr int kSlice = 8;
 #endif
+constexpr int kAhead = 4;  // rows between the prefetch and the use
 
 KSAE_INLINE int64_t index_at(const int64_t* i64, const int32_t* i32, int64_t i) {
   return i64 ? i64[i] : i32[i];
@@ -33,6 +34,12 @@ KSAE_INLINE void decode_row(const DecodeParams& p, int64_t n, int64_t c, int64_t
       const float v = to_float(values[j]);
       if (v == 0) continue;
       const T* w = W + index_at(p.indices64, p.indices32, n * p.k + j) * p.d + c;
+      if (j + kAhead < p.k) {  // rows are gathers that no hardware foresees
+        const auto* next = reinterpret_cast<const char*>(
+            W + index_at(p.indices64, p.indices32, n * p.k + j + kAhead) * p.d + c);
+        for (int64_t b = 0; b < int64_t(kSlice * kWidth * sizeof(T)); b += 64)
+          __builtin_prefetch(next + b);
+      }
       const Vec a = splat(v);
 #pragma GCC unroll 16
       for (int s = 0; s < kSlice; ++s) acc[s] = fma(a, load(w + s * kWidth), acc[s]);

@@ -134,6 +134,12 @@ KSAE_INLINE void gradient_row(const RowUpdateParams& p, int64_t i, float* grad, 
     const Row* rows = static_cast<const Row*>(group.rows);
     for (int32_t h = group.offsets[i]; h < group.offsets[i + 1]; ++h) {
       const int32_t at = group.order[h];
+      if (h + 1 < group.offsets[i + 1]) {  // the next row is a gather that no hardware foresees
+        const auto* next =
+            reinterpret_cast<const char*>(rows + group.order[h + 1] / group.k * p.columns);
+        for (int64_t b = 0; b < int64_t(p.columns * sizeof(Row)); b += 64)
+          __builtin_prefetch(next + b);
+      }
       add_row(grad, p.scales[g] * to_float(coefficients[at]), rows + at / group.k * p.columns,
               static_cast<const Row*>(p.centre), p.columns);
     }
