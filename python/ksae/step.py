@@ -154,8 +154,8 @@ class TrainStep:
         dead_count = int(dead.sum()) if model.auxk_alpha > 0 else 0
         metrics: Metrics = {}
 
-        # The residual [N, d] is the largest temporary. Where it is not small beside [N, F], or there
-        # is a 16-bit copy of the batch as well, half of it exists at a time.
+        # The residual [N, d] is the largest temporary. Where it is not small beside [N, F], or a
+        # 16-bit copy of the batch is there as well, half of it exists at a time.
         small_part = (64 if self.masters else 32) * d <= F
         whole = bool(model.multi_topk or dead_count or model.skip or self.clip_norm) or small_part
         columns = d if whole else (d + 1) // 2
