@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import nn
 
+import ksae
+from ksae import _cpu, native
 from ksae.activations import (
     SMOLLM2,
     LanguageModel,
@@ -25,6 +27,7 @@ from ksae.activations import (
     tokenize,
 )
 from ksae.errors import UserError
+from ksae.initialize import initialize_from
 
 
 def test_a_saved_model_is_loaded_by_its_folder(tmp_path: Path) -> None:
@@ -113,3 +116,25 @@ def test_smollm2(smollm2: LanguageModel) -> None:
         return float(nn.functional.cross_entropy(logits[0, :-1], targets))
 
     assert loss(clean.logits) + 2 < loss(ablated)  # a model that knows English, cut in two
+
+
+def test_screening_of_real_activations(smollm2: LanguageModel) -> None:
+    """Few survivors a row, none of the winners lost, before and after some training."""
+    data = tokenize(documents("pydoc"), smollm2.tokenizer, length=64, max_tokens=1500)
+    source = harvest(smollm2.model, data, "layers.9.resid_post", progress=False)
+    x, _ = next(source.sweep(1024))  # [1024, 576]
+    sae = ksae.TopKSAE(d_in=576, d_sae=2304, k=32)
+    initialize_from(sae, x)
+    step = ksae.TrainStep(sae, lr=2e-3)
+    for _ in range(2):
+        weights = [p.detach() for p in (sae.W_enc, sae.b_enc)]
+        values, indices, (rows, survivors, redone) = native.topk_encode_counted(
+            x, *weights, 32, sae.b_dec.detach(), screen=True
+        )
+        plain = native.topk_encode_counted(x, *weights, 32, sae.b_dec.detach(), screen=False)
+        assert torch.equal(values, plain[0]) and torch.equal(indices, plain[1])
+        assert rows == (len(x) if _cpu.can_screen() else 0)
+        assert redone <= 0.05 * len(x)
+        assert survivors <= 3 * 32 * rows
+        for _ in range(30):
+            step(x)
