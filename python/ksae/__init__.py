@@ -3,21 +3,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from .functional import sparse_decode, topk, topk_encode
 from .modules import Output, SparseCoder, TopKSAE, Transcoder
 from .step import TrainStep
+from .version import VERSION as __version__
 
 if TYPE_CHECKING:
     from .checkpoint import load
     from .info import config
-
-try:
-    __version__ = importlib.metadata.version("ksae")
-except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "Output",

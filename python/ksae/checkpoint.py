@@ -27,10 +27,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-import ksae
 from ksae import modules
 from ksae.errors import UserError
 from ksae.step import TrainStep
+from ksae.version import VERSION
 
 FORMAT = 1
 _OPTIMIZER = "optimizer"  # prefix of a checkpoint's tensors that are not the model's
@@ -224,7 +224,7 @@ def _describe(
     config = model.config()
     return {
         "format": FORMAT,
-        "version": ksae.__version__,
+        "version": VERSION,
         "kind": kind,
         "class": config.pop("class"),
         "config": config,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,12 @@ from torch import Tensor
 from ksae.activations.files import open_tensors
 from ksae.activations.sources import BUFFER_TOKENS, ArraySource, RowOrigin
 from ksae.errors import UserError, first_line
+from ksae.version import VERSION
 
 FORMAT = "ksae-activations"
 FORMAT_VERSION = 1
 META = "meta.json"
 SHARD_TOKENS = 65_536  # rows: 150 MB at d=576 in float32
-
-
-def _ksae_version() -> str:
-    try:
-        return version("ksae")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _write_file(path: Path, data: bytes) -> None:
@@ -118,7 +111,7 @@ class CacheWriter:
             self.meta: dict[str, Any] = {
                 "format": FORMAT,
                 "format_version": FORMAT_VERSION,
-                "ksae": _ksae_version(),
+                "ksae": VERSION,
                 "identity": identity,
                 "complete": False,
                 "shards": [],
