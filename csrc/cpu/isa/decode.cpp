@@ -121,7 +121,7 @@ void residual_row(const ResidualParams& p, int64_t n, float* row) {
   double total = 0;
   for (int l = 0; l < kWidth; ++l) total += lanes[l];
   p.sq_error[n] = total;
-  __builtin_memcpy(out, row + p.start, size_t(p.columns) * sizeof(float));
+  if (p.columns) __builtin_memcpy(out, row + p.start, size_t(p.columns) * sizeof(float));
   // The k rows of W_dec were just read: the values' gradient finds them in cache.
   const T* values = static_cast<const T*>(p.decode.values) + n * k;
   const T* W = static_cast<const T*>(p.decode.W_dec);
