@@ -7,7 +7,6 @@
 // for any data; NaN passes every gate. tau starts as NaN, which lets everything in.
 // Cost on random scores: k (1 + ln(F / k)) entries a row and a refine every capacity - k of them.
 // Worst case (scores ascending): every score enters.
-// Tried: nth_element instead of bisection in refine(): 1.5 us a call against 0.2.
 #pragma once
 
 #include "../isa.h"
@@ -79,7 +78,7 @@ KSAE_INLINE float key_score(uint64_t key) { return order_score(uint32_t(key >> 3
 KSAE_INLINE int32_t key_index(uint64_t key) { return int32_t(~uint32_t(key)); }
 
 // Sorts n distinct keys, largest first; `spare` holds n more. Up to 128, counting the larger ones
-// of each is branch-free and several times faster than a comparison sort.
+// of each is branch-free.
 inline void sort_keys(uint64_t* keys, int64_t n, uint64_t* spare) {
   if (n > 128) return sort_descending(keys, n);
   for (int64_t i = 0; i < n; ++i) spare[i] = keys[i];
