@@ -7,9 +7,8 @@
 // of the ring, so a thread that loses its core for a while does not stop the others at once.
 // Each row meets the latents in ascending order, whatever the number of threads.
 // Rows that screening gives up on are collected and scored again in float32.
-// Tried: a barrier a group: equal on a quiet machine, ten times slower on one with other load,
-// where a thread that spins keeps the one it waits for from running. Threads splitting F instead of
-// rows: twice the candidate memory and a merge, no gain.
+// Tried: a barrier a group: several times slower where other work shares the cores, for a thread
+// that spins keeps the one it waits for from running.
 #include <algorithm>
 #include <atomic>
 #include <memory>
