@@ -48,9 +48,9 @@ class Ksae:
         from ksae import native
         from ksae.modules import TopKSAE
         from ksae.step import TrainStep
-        from ksae.version import __version__
+        from ksae.version import VERSION
 
-        self.version = __version__
+        self.version = VERSION
         if not native.available():
             self.note = f"reference, native kernels are {native.reason()}"
         elif screening is not None:

@@ -10,6 +10,8 @@ Same cases as `ksae bench --suite ops`, at its quick shape; results are checked 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +30,10 @@ def _problems(name: str) -> dict[str, Problem]:
     return {f"{p.op}-{p.mode}": p for p in problems(Case(*QUICK[0], name, "normal"))}
 
 
-def _synced(call):
+def _synced(call: Callable[[], Any]) -> Callable[[], Any]:
     """`call`, and whatever a GPU has left to do."""
 
-    def run():
+    def run() -> Any:
         result = call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -49,7 +51,7 @@ def _synced(call):
         *(f"{op}-backward" for op in ("topk", "topk_encode", "sparse_decode")),
     ],
 )
-def bench_op(benchmark, problem, dtype, impl):
+def bench_op(benchmark: Any, problem: str, dtype: str, impl: str) -> None:
     case = _problems(dtype).get(problem)
     assert case is not None, f"{problem} has no case in bench/opcases.py"
     benchmark.group = f"{problem} {dtype}"
