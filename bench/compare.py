@@ -31,7 +31,11 @@ TELL = 0.20
 
 @dataclass(frozen=True)
 class Estimate:
-    """A row's value in one run: median over blocks, lowest and highest block."""
+    """A row's value in one run: median over blocks, lowest and highest block.
+
+    Of four blocks and more the one farthest from the median is left out: a burst of other load
+    hits one.
+    """
 
     value: float
     low: float
@@ -39,7 +43,9 @@ class Estimate:
 
     @staticmethod
     def of(blocks: Sequence[float]) -> Estimate:
-        return Estimate(statistics.median(blocks), min(blocks), max(blocks))
+        middle = statistics.median(blocks)
+        kept = sorted(blocks, key=lambda b: abs(b - middle))[: max(3, len(blocks) - 1)]
+        return Estimate(statistics.median(kept), min(kept), max(kept))
 
     @property
     def spread(self) -> float:
