@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 OPS = {
     "topk",
     "topk_encode",
+    "grad_topk_encode",
     "sparse_decode",
     "sparse_decode_backward_values",
     "sparse_decode_backward_weight",

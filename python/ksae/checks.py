@@ -9,12 +9,14 @@ before a check has passed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MODES = ("additive", "multiplicative", "signed")  # of the score of grad_topk_encode
 ENTRIES = 2**31 - 1  # flat positions are int32
 
 
@@ -107,6 +109,39 @@ def topk_encode(
     if mask is not None:
         _like(op, "mask", mask, (F,), torch.bool, x)
     _k(op, k, F, "W_enc", W_enc)
+    return T
+
+
+def score(op: str, beta: float, mode: str) -> None:
+    """beta and mode of a gradient-aware score."""
+    if mode not in MODES:
+        raise fail(op, "mode", f"one of {', '.join(MODES)}", repr(mode))
+    if not (math.isfinite(beta) and beta >= 0):
+        raise fail(op, "beta", "a finite number >= 0", beta)
+
+
+def grad_topk_encode(
+    x: Tensor,
+    grad: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    k: int,
+    beta: float,
+    mode: str = "additive",
+    b_dec: Tensor | None = None,
+) -> torch.dtype:
+    op, T = "grad_topk_encode", x.dtype
+    _matrix(op, "x", x)
+    _like(op, "W_enc", W_enc, (-1, x.shape[1]), T, x)
+    F = W_enc.shape[0]
+    _like(op, "b_enc", b_enc, (F,), T, x)
+    _like(op, "W_dec", W_dec, (F, -1), T, x)
+    _like(op, "grad", grad, (x.shape[0], W_dec.shape[1]), T, x)
+    if b_dec is not None:
+        _like(op, "b_dec", b_dec, (x.shape[1],), T, x)
+    _k(op, k, F, "W_enc", W_enc)
+    score(op, beta, mode)
     return T
 
 

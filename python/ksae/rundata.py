@@ -70,14 +70,7 @@ def _open_files(config: DataConfig) -> RunData:
             f"train: {source.name} must have more than {held} rows to hold out "
             f"data.holdout = {config.holdout}, got {rows}"
         )
-    return RunData(_part(source, 0, rows - held), _part(source, rows - held, rows))
-
-
-def _part(source: ArraySource, begin: int, end: int) -> ArraySource:
-    """Some rows in a row, without copying them."""
-    x = source._slice(source._x, begin, end)
-    y = None if source._y is None else source._slice(source._y, begin, end)
-    return ArraySource(x, y, name=source.name, mapped=not source._in_one_piece)
+    return RunData(source.part(0, rows - held), source.part(rows - held, rows))
 
 
 def _harvest(config: DataConfig, progress: bool) -> RunData:
