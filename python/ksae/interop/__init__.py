@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ksae shares with other libraries: their classes on its kernels, and their files."""
