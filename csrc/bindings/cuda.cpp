@@ -130,4 +130,20 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                check(sparse_decode_backward_values(p, as<CUstream_st>(stream)),
                      sizes("sparse_decode_backward_values", N, d, F, k));
              });
+  module.def("group_by_latent", [](int64_t N, int64_t F, int64_t k, int dtype, Pointer values,
+                                   Pointer indices, int index_bytes, Pointer offsets, Pointer order,
+                                   const py::function& allocate, Pointer stream) {
+    const GroupParams p{N,
+                        F,
+                        k,
+                        Dtype(dtype),
+                        as<const void>(values),
+                        index_bytes == 8 ? as<const int64_t>(indices) : nullptr,
+                        index_bytes == 4 ? as<const int32_t>(indices) : nullptr,
+                        as<int32_t>(offsets),
+                        as<int32_t>(order)};
+    void* workspace = as<void>(allocate(group_by_latent_workspace(p)).cast<Pointer>());
+    check(group_by_latent(p, workspace, as<CUstream_st>(stream)),
+          sizes("group_by_latent", N, 0, F, k));
+  });
 }

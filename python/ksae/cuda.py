@@ -167,3 +167,15 @@ class Kernels:
                 indices.element_size(), _pointer(W_dec), _pointer(out), _stream(grad),
             )  # fmt: skip
         return out
+
+    def group_by_latent(self, values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
+        N, k = values.shape
+        offsets = values.new_empty(F + 1, dtype=torch.int32)
+        order = values.new_empty(N * k, dtype=torch.int32)
+        with _guard(values):
+            self.module.group_by_latent(
+                N, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+                indices.element_size(), _pointer(offsets), _pointer(order),
+                _Workspace(values.device), _stream(values),
+            )  # fmt: skip
+        return offsets, order

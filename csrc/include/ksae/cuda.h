@@ -85,4 +85,17 @@ struct DecodeBackwardValuesParams {
 };
 cudaError_t sparse_decode_backward_values(const DecodeBackwardValuesParams& p, cudaStream_t stream);
 
+// ---- group_by_latent: tokens grouped by latent (CSC), stable ---------------------------------
+struct GroupParams {
+  int64_t N, F, k;
+  Dtype dtype;
+  const void* values;        // [N, k] entries equal to 0 are left out
+  const int64_t* indices64;  // [N, k]
+  const int32_t* indices32;  // [N, k]
+  int32_t* offsets;          // [F + 1]
+  int32_t* order;            // [N * k] positions n * k + j by latent; unused tail is -1
+};
+size_t group_by_latent_workspace(const GroupParams& p);
+cudaError_t group_by_latent(const GroupParams& p, void* workspace, cudaStream_t stream);
+
 }  // namespace ksae::cuda
