@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import DTYPES, Implementation, dtype_id, implementations
+from emulation import build
 
 from ksae import native
 
@@ -64,3 +65,15 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated() -> build.Emulator:
+    """ksae._cuda, executed on the host."""
+    return build.cuda()
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels() -> build.Emulator:
+    """The test kernels of the emulator itself."""
+    return build.kernels()
