@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .functional import grad_topk_encode, sparse_decode, topk, topk_encode
+from .gradtopk import GradTopKSAE, GradTopKTranscoder
 from .modules import Output, SparseCoder, TopKSAE, Transcoder
 from .step import TrainStep
 from .version import VERSION as __version__
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .info import config
 
 __all__ = [
+    "GradTopKSAE",
+    "GradTopKTranscoder",
     "Output",
     "SparseCoder",
     "TopKSAE",

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ksae import modules
+from ksae import gradtopk, modules
 from ksae.errors import UserError
 from ksae.step import TrainStep
 from ksae.version import VERSION
@@ -285,7 +285,8 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> No
 
 
 def _build(path: Path, header: dict[str, Any]) -> modules.SparseCoder:
-    kind = getattr(modules, str(header["class"]), None)
+    name = str(header["class"])
+    kind = getattr(modules, name, None) or getattr(gradtopk, name, None)
     if not (isinstance(kind, type) and issubclass(kind, modules.SparseCoder)):
         raise UserError(f"load: {path} must hold a class of ksae.modules, got {header['class']!r}")
     try:

@@ -121,12 +121,16 @@ class TrainStep:
         if self._optimizer is not None:
             self._optimizer.param_groups[0]["lr"] = self._lr
 
-    def __call__(self, x: Tensor, y: Tensor | None = None) -> Metrics:
-        """Take one step on x [..., d_in] and, for a transcoder, y [..., d_out].
+    def __call__(
+        self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None
+    ) -> Metrics:
+        """Take one step on x [..., d_in], for a transcoder y [..., d_out], and for a module that
+        selects by it the downstream gradient grad [..., d_out].
 
         Returns 0-d tensors, all from before the update: loss, fvu, auxk_loss, l0 (mean number of
         positive values a token), dead (share of latents), and with multi_topk multi_topk_loss, with
-        clip_norm grad_norm (unclipped).
+        clip_norm grad_norm (unclipped), with grad nonfinite_grad_rows: how many rows of it had an
+        entry that is not finite and were selected by u.
         """
         model = self.model
         rows = model.rows("x", x, model.d_in).contiguous()
@@ -134,16 +138,28 @@ class TrainStep:
         if target is None:
             raise ValueError("TrainStep: y must be given for a transcoder, got None")
         self._adopt()
+        buffers = model.named_buffers()
+        running = [(b, b.clone()) for name, b in buffers if name != "tokens_since_fired"]
         with torch.autocast(rows.device.type, enabled=False):
-            run = self._fused if self.fused else self._unfused
-            metrics = run(rows, target.contiguous())
+            scaled = model.gradients(x, grad, training=True)  # [N, d_out]
+            if self.fused:
+                metrics, finite = self._fused(rows, target.contiguous(), scaled)
+            else:
+                for buffer, old in running:  # the module's forward counts the batch itself
+                    buffer.copy_(old)
+                flat = None if grad is None else grad.reshape(-1, model.d_out)
+                metrics, finite = self._unfused(rows, target.contiguous(), flat)
+        for buffer, old in running:
+            buffer.copy_(torch.where(finite, buffer, old))
+        if scaled is not None:
+            metrics["nonfinite_grad_rows"] = (~scaled.isfinite().all(1)).sum()
         self._versions = self._read_versions()
         return metrics
 
     # ---------------------------------------------------------------------------------------- fused
 
     @torch.no_grad()
-    def _fused(self, x: Tensor, y: Tensor) -> Metrics:
+    def _fused(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
         model, acc = self.model, self.acc
         N, F, d = x.shape[0], model.d_sae, model.d_out
         b_dec = model.b_dec if model.centred else None
@@ -163,7 +179,7 @@ class TrainStep:
         target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
 
         k = model.k_multi if model.multi_topk else model.k
-        wide = ops.topk_encode(x, model.W_enc, model.b_enc, k, b_dec)  # [N, k] twice, sorted
+        wide = model.select(x, k, grad)  # [N, k] twice, sorted
         code = (wide[0][:, : model.k].contiguous(), wide[1][:, : model.k].contiguous())
         decoder = (model.W_dec, model.b_dec, target)
         group, error = self._group(code, decoder, columns)
@@ -276,7 +292,7 @@ class TrainStep:
         since = torch.where(fired, 0, model.tokens_since_fired + N)
         model.tokens_since_fired.copy_(torch.where(finite, since, model.tokens_since_fired))
         self.t += finite
-        return metrics
+        return metrics, finite
 
     def _group(
         self,
@@ -318,14 +334,14 @@ class TrainStep:
 
     # -------------------------------------------------------------------------------------- unfused
 
-    def _unfused(self, x: Tensor, y: Tensor) -> Metrics:
+    def _unfused(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
         model = self.model
         training, since = model.training, model.tokens_since_fired.clone()
         dead = model.dead.to(self.acc).mean()
         model.train()
         for p in self.parameters.values():
             p.requires_grad_(True)
-        out = model(x, y)
+        out = model(x, y, grad=grad)
         model.train(training)
         metrics: Metrics = {
             "loss": out.loss.detach(),
@@ -342,7 +358,7 @@ class TrainStep:
             finite = self._torch_step(dict(zip(self.parameters, grads, strict=True)), metrics)
         if not finite:
             model.tokens_since_fired.copy_(since)
-        return metrics
+        return metrics, torch.tensor(finite, device=x.device)
 
     @torch.no_grad()
     def _torch_step(self, grads: Mapping[str, Tensor | None], metrics: Metrics) -> bool:
