@@ -9,7 +9,7 @@
    running threshold; exact on any data. The grid is fixed and leaves at once with nothing to do.
 5. pick: sorts the buffer of each row by key and writes the first k.
 
-The count is the proof: at least k scores reach the guess, so no score below it is a winner. Keys are
+The count is the proof: at least k scores reach the guess, so none below it wins. Keys are
 unique, so the order of appending does not matter and the same input gives the same bits. All three
 products are one function with one tile shape, so a score does not depend on the path taken.
 
