@@ -55,6 +55,8 @@ def download(name: str | os.PathLike[str], revision: str | None = None) -> Path:
         files = hub.HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:  # its errors are of many classes, of several libraries
         raise UserError(f"load: cannot list {repo} on the Hub: {first_line(error)}") from None
+    for file in files:
+        _check_inside(file)
     folder = inner if inner not in files else str(PurePosixPath(inner).parent)
     folder = "" if folder == "." else folder
     wanted = [f for f in files if f.endswith(_KINDS) and _parent(f) == folder]
@@ -64,7 +66,6 @@ def download(name: str | os.PathLike[str], revision: str | None = None) -> Path:
         raise UserError(f"load: {repo} has no weights file in {folder or 'its top folder'}")
     local = {}
     for file in wanted:
-        _check_inside(file)
         try:
             local[file] = Path(hub.hf_hub_download(repo, file, revision=revision))
         except Exception as error:

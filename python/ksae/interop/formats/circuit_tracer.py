@@ -75,7 +75,7 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
         tensors["W_skip"] = coder.W_skip
     if coder.threshold is not None:
         tensors[THRESHOLD] = coder.threshold
-    file: Path = path / kept.get("file", "layer_0.safetensors")
+    file: Path = path / Path(kept.get("file", "layer_0.safetensors")).name
     write_tensors(file, tensors)
     write_yaml(path / "config.yaml", config)
     return file
