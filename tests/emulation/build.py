@@ -9,8 +9,9 @@
     emulator.step_limit(10**6)               # turns and atomics of one launch
 
 `cuda` takes `edit={"select.cu": (old, new)}`: the same module with one text replaced in a copy of a
-source, which must occur exactly once. `sanitize="address,undefined"` builds for a process that has
-the sanitizers preloaded. A kernel that the emulator rejects raises RuntimeError out of the call.
+source, which must occur exactly once. KSAE_SANITIZE=address,undefined in the environment builds for
+a process that has the sanitizers' libraries preloaded. A kernel that the emulator rejects raises
+RuntimeError out of the call.
 
 Modules are kept in the temporary folder under a hash of all that went into them. In tests use the
 fixtures `emulated` (ksae._cuda) and `emulated_kernels` of conftest.py.
@@ -65,28 +66,18 @@ class Emulator:
         self._library.ksae_emulation_step_limit(ctypes.c_uint64(steps))
 
 
-def cuda(*, edit: Mapping[str, tuple[str, str]] | None = None, sanitize: str = "") -> Emulator:
-    return Emulator(build_cuda(edit=edit, sanitize=sanitize), "_cuda")
-
-
-def kernels(sanitize: str = "") -> Emulator:
-    return Emulator(build_kernels(sanitize), "kernels")
-
-
-def build_cuda(*, edit: Mapping[str, tuple[str, str]] | None = None, sanitize: str = "") -> Path:
-    """Path of ksae._cuda, emulated."""
+def cuda(edit: Mapping[str, tuple[str, str]] | None = None) -> Emulator:
     csrc = ROOT / "csrc"
     sources = [*sorted((csrc / "cuda").glob("*.cu")), csrc / "bindings" / "cuda.cpp"]
-    return _build("_cuda", sources, edit or {}, sanitize)
+    return Emulator(_build("_cuda", sources, edit or {}), "_cuda")
 
 
-def build_kernels(sanitize: str = "") -> Path:
-    return _build("kernels", [HERE / "kernels.cu", HERE / "kernels_module.cpp"], {}, sanitize)
+def kernels() -> Emulator:
+    sources = [HERE / "kernels.cu", HERE / "kernels_module.cpp"]
+    return Emulator(_build("kernels", sources, {}), "kernels")
 
 
-def _build(
-    name: str, sources: Sequence[Path], edit: Mapping[str, tuple[str, str]], sanitize: str
-) -> Path:
+def _build(name: str, sources: Sequence[Path], edit: Mapping[str, tuple[str, str]]) -> Path:
     headers = [*(ROOT / "csrc" / "include").rglob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h")]
     headers += HERE.glob("*.h")
     texts = {path: path.read_text() for path in sorted({*sources, *EMULATOR, *headers})}
@@ -97,7 +88,7 @@ def _build(
         texts[path] = texts[path].replace(old, new)
     flags = [*FLAGS, f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     link = ["-shared"]
-    if sanitize:
+    if sanitize := os.environ.get("KSAE_SANITIZE"):
         # vptr checks need type information that pybind11's hidden types do not share.
         options = [f"-fsanitize={sanitize}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
         flags += [*options, "-fno-omit-frame-pointer"]
