@@ -4,9 +4,12 @@
 #include "ksae/cuda.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #ifndef KSAE_CUDA_MODULE
 #define KSAE_CUDA_MODULE _cuda
@@ -56,6 +59,36 @@ DecodeParams decode_params(int64_t N, int64_t d, int64_t F, int64_t k, int dtype
           as<const void>(b_dec),
           as<void>(out)};
 }
+
+// offsets, order, values or coefficients, grads or rows, k, N * k
+using Group = std::tuple<Pointer, Pointer, Pointer, Pointer, int64_t, int64_t>;
+
+// The arguments of row_update and row_grad_sq; no call is longer than its parameters live.
+struct Rows {
+  std::vector<RowGroup> groups;
+  RowUpdateParams p{};
+
+  Rows(int64_t F, int64_t d, int64_t start, int64_t columns, int dtype, bool encoder,
+       const std::vector<Group>& from, Pointer scales, Pointer centre, Pointer parallel,
+       Pointer W) {
+    for (const auto& [offsets, order, coefficients, rows, k, entries] : from)
+      groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
+                        as<const void>(coefficients), as<const void>(rows), k, entries});
+    p.F = F;
+    p.d = d;
+    p.start = start;
+    p.columns = columns;
+    p.dtype = Dtype(dtype);
+    p.encoder = encoder;
+    p.groups = groups.data();
+    p.n_groups = static_cast<int>(groups.size());
+    p.scales = as<const float>(scales);
+    p.centre = as<const void>(centre);
+    p.parallel = as<float>(parallel);
+    p.W = as<void>(W);
+  }
+  Rows(const Rows&) = delete;
+};
 
 }  // namespace
 
@@ -146,4 +179,65 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
     check(group_by_latent(p, workspace, as<CUstream_st>(stream)),
           sizes("group_by_latent", N, 0, F, k));
   });
+  module.def("latent_sums", [](int64_t F, int dtype, const std::vector<Group>& from, Pointer scales,
+                               Pointer grad_b_enc, Pointer parallel, Pointer stream) {
+    std::vector<LatentSumsGroup> groups;
+    for (const auto& [offsets, order, values, grads, k, entries] : from)
+      groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
+                        as<const void>(values), as<const float>(grads)});
+    const LatentSumsParams p{F,
+                             Dtype(dtype),
+                             groups.data(),
+                             as<const float>(scales),
+                             static_cast<int>(groups.size()),
+                             as<float>(grad_b_enc),
+                             as<float>(parallel)};
+    check(latent_sums(p, as<CUstream_st>(stream)), sizes("latent_sums", 0, 0, F, 0));
+  });
+  module.def("row_grad_sq", [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
+                               bool encoder, const std::vector<Group>& groups, Pointer scales,
+                               Pointer centre, Pointer parallel, Pointer W, Pointer grad_sq,
+                               const py::function& allocate, Pointer stream) {
+    Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
+    r.p.grad_sq = as<double>(grad_sq);
+    void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());
+    check(row_grad_sq(r.p, workspace, as<CUstream_st>(stream)), sizes("row_grad_sq", 0, d, F, 0));
+  });
+  module.def(
+      "row_update",
+      [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype, bool encoder,
+         const std::vector<Group>& groups, Pointer scales, Pointer centre, Pointer parallel,
+         Pointer grad_b_enc, Pointer grad_b_dec, Pointer W, Pointer master, Pointer m, Pointer v,
+         Pointer hyper, bool normalize, const py::function& allocate, Pointer stream) {
+        Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
+        r.p.grad_b_enc = as<const float>(grad_b_enc);
+        r.p.grad_b_dec = as<float>(grad_b_dec);
+        r.p.master = as<float>(master);
+        r.p.m = as<float>(m);
+        r.p.v = as<float>(v);
+        r.p.hyper = as<const float>(hyper);
+        r.p.normalize = normalize;
+        void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());
+        check(row_update(r.p, workspace, as<CUstream_st>(stream)), sizes("row_update", 0, d, F, 0));
+      });
+  module.def("sparse_decode_backward_weight",
+             [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer grad, Pointer values,
+                Pointer offsets, Pointer order, Pointer grad_W, Pointer value_sum,
+                const py::function& allocate, Pointer stream) {
+               const DecodeBackwardWeightParams p{N,
+                                                  d,
+                                                  F,
+                                                  k,
+                                                  Dtype(dtype),
+                                                  as<const void>(grad),
+                                                  as<const void>(values),
+                                                  as<const int32_t>(offsets),
+                                                  as<const int32_t>(order),
+                                                  as<void>(grad_W),
+                                                  as<void>(value_sum)};
+               const size_t bytes = sparse_decode_backward_weight_workspace(p);
+               void* workspace = as<void>(allocate(bytes).cast<Pointer>());
+               check(sparse_decode_backward_weight(p, workspace, as<CUstream_st>(stream)),
+                     sizes("sparse_decode_backward_weight", N, d, F, k));
+             });
 }

@@ -61,7 +61,7 @@ __device__ __forceinline__ float target_at(const ResidualParams& p, const T*, in
 
 // residual = false: out of DecodeParams. True: columns [start, start + columns) of the residual.
 template <class T, bool kResidual>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     decode_kernel(ResidualParams p, int64_t first, int64_t slices, bool aligned) {
   const DecodeParams& q = p.decode;
   const int64_t at = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
@@ -95,7 +95,7 @@ __device__ __forceinline__ float dot(const R* row, const T* w, int64_t d, bool a
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     residual_kernel(ResidualParams p, float* rows, bool aligned) {
   KSAE_SHARED_BYTES(shared);
   const DecodeParams& q = p.decode;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     backward_values_kernel(DecodeBackwardValuesParams p, bool aligned) {
   const int64_t at = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (at >= p.N * p.k) return;

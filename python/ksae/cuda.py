@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -36,6 +37,18 @@ class _Workspace:
     def __call__(self, size: int) -> int:
         self.memory = torch.empty(size + 256, dtype=torch.uint8, device=self.device)
         return (self.memory.data_ptr() + 255) & ~255
+
+
+def _groups(
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
+) -> list[tuple[int, int, int, int, int, int]]:
+    return [
+        (_pointer(f), _pointer(o), _pointer(c), _pointer(r), c.shape[1], c.numel())
+        for c, f, o, r in zip(coefficients, offsets, order, rows, strict=True)
+    ]
 
 
 def _guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -179,3 +192,86 @@ class Kernels:
                 _Workspace(values.device), _stream(values),
             )  # fmt: skip
         return offsets, order
+
+    def sparse_decode_backward_weight(
+        self, grad: Tensor, values: Tensor, indices: Tensor, F: int
+    ) -> tuple[Tensor, Tensor]:
+        (N, d), k = grad.shape, values.shape[1]
+        grad_W, value_sum = grad.new_empty(F, d), grad.new_empty(F)
+        offsets, order = self.group_by_latent(values, indices, F)
+        with _guard(grad):
+            self.module.sparse_decode_backward_weight(
+                N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values),
+                _pointer(offsets), _pointer(order), _pointer(grad_W), _pointer(value_sum),
+                _Workspace(grad.device), _stream(grad),
+            )  # fmt: skip
+        return grad_W, value_sum
+
+    def latent_sums(
+        self,
+        values: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        scales: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        F = offsets[0].numel() - 1
+        grad_b_enc, parallel = scales.new_empty(F), scales.new_empty(F)
+        with _guard(scales):
+            self.module.latent_sums(
+                F, _DTYPES[values[0].dtype], _groups(values, offsets, order, grads),
+                _pointer(scales), _pointer(grad_b_enc), _pointer(parallel), _stream(scales),
+            )  # fmt: skip
+        return grad_b_enc, parallel
+
+    def row_grad_sq(
+        self,
+        coefficients: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        scales: Tensor,
+        centre: Tensor | None,
+        parallel: Tensor | None,
+        W: Tensor,
+        start: int,
+    ) -> Tensor:
+        F, d = W.shape
+        grad_sq = scales.new_empty(F, dtype=torch.float64)
+        with _guard(W):
+            self.module.row_grad_sq(
+                F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
+                _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+                _pointer(parallel), _pointer(W), _pointer(grad_sq), _Workspace(W.device),
+                _stream(W),
+            )  # fmt: skip
+        return grad_sq
+
+    def row_update(
+        self,
+        coefficients: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        scales: Tensor,
+        centre: Tensor | None,
+        parallel: Tensor | None,
+        grad_b_enc: Tensor | None,
+        W: Tensor,
+        master: Tensor | None,
+        m: Tensor,
+        v: Tensor,
+        hyper: Tensor,
+        grad_b_dec: Tensor | None,
+        start: int,
+        normalize: bool,
+    ) -> None:
+        F, d = W.shape
+        with _guard(W):
+            self.module.row_update(
+                F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
+                _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+                _pointer(parallel), _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W),
+                _pointer(master), _pointer(m), _pointer(v), _pointer(hyper), normalize,
+                _Workspace(W.device), _stream(W),
+            )  # fmt: skip

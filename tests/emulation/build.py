@@ -9,11 +9,12 @@
     emulator.step_limit(10**6)               # turns and atomics of one launch
 
 `cuda` takes `edit={"select.cu": (old, new)}`: the same module with one text replaced in a copy of a
-source, which must occur exactly once. `sanitize="address,undefined"` builds for a process that has
-the sanitizers preloaded. A kernel that the emulator rejects raises RuntimeError out of the call.
+source, which must occur exactly once. KSAE_SANITIZE=address,undefined in the environment builds for
+a process that has the sanitizers' libraries preloaded. A kernel that the emulator rejects raises
+RuntimeError out of the call.
 
-Modules are kept in the temporary folder under a hash of all that went into them. In tests use the
-fixtures `emulated` (ksae._cuda) and `emulated_kernels` of conftest.py.
+Objects and modules are kept in the temporary folder under a hash of what went into them. Tests use
+the fixtures `emulated` (ksae._cuda) and `emulated_kernels` of conftest.py.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ import ctypes
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -65,28 +65,18 @@ class Emulator:
         self._library.ksae_emulation_step_limit(ctypes.c_uint64(steps))
 
 
-def cuda(*, edit: Mapping[str, tuple[str, str]] | None = None, sanitize: str = "") -> Emulator:
-    return Emulator(build_cuda(edit=edit, sanitize=sanitize), "_cuda")
-
-
-def kernels(sanitize: str = "") -> Emulator:
-    return Emulator(build_kernels(sanitize), "kernels")
-
-
-def build_cuda(*, edit: Mapping[str, tuple[str, str]] | None = None, sanitize: str = "") -> Path:
-    """Path of ksae._cuda, emulated."""
+def cuda(edit: Mapping[str, tuple[str, str]] | None = None) -> Emulator:
     csrc = ROOT / "csrc"
     sources = [*sorted((csrc / "cuda").glob("*.cu")), csrc / "bindings" / "cuda.cpp"]
-    return _build("_cuda", sources, edit or {}, sanitize)
+    return Emulator(_build("_cuda", sources, edit or {}), "_cuda")
 
 
-def build_kernels(sanitize: str = "") -> Path:
-    return _build("kernels", [HERE / "kernels.cu", HERE / "kernels_module.cpp"], {}, sanitize)
+def kernels() -> Emulator:
+    sources = [HERE / "kernels.cu", HERE / "kernels_module.cpp"]
+    return Emulator(_build("kernels", sources, {}), "kernels")
 
 
-def _build(
-    name: str, sources: Sequence[Path], edit: Mapping[str, tuple[str, str]], sanitize: str
-) -> Path:
+def _build(name: str, sources: Sequence[Path], edit: Mapping[str, tuple[str, str]]) -> Path:
     headers = [*(ROOT / "csrc" / "include").rglob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h")]
     headers += HERE.glob("*.h")
     texts = {path: path.read_text() for path in sorted({*sources, *EMULATOR, *headers})}
@@ -97,45 +87,48 @@ def _build(
         texts[path] = texts[path].replace(old, new)
     flags = [*FLAGS, f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
     link = ["-shared"]
-    if sanitize:
+    if sanitize := os.environ.get("KSAE_SANITIZE"):
         # vptr checks need type information that pybind11's hidden types do not share.
         options = [f"-fsanitize={sanitize}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
         flags += [*options, "-fno-omit-frame-pointer"]
         link += options
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True)
-    key = hashlib.sha256(repr((flags, version.stdout, pybind11.__version__)).encode())
-    for path, text in texts.items():
-        key.update(f"{path.relative_to(ROOT)}\0{text}\0".encode())
+    shared = [version.stdout, pybind11.__version__, *flags, *(texts[p] for p in sorted(headers))]
+    objects = {path: f"{_hash([*shared, texts[path]])}.o" for path in [*sources, *EMULATOR]}
     cache = Path(tempfile.gettempdir()) / f"ksae-emulation-{os.getuid()}"
-    folder = cache / key.hexdigest()[:16]
-    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target = cache / _hash(objects.values()) / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if target.exists():
         return target
     cache.mkdir(mode=0o700, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=cache))
-    try:
-        for path, text in texts.items():  # a copy: edits, and one folder for all includes
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        scratch = Path(folder)
+        for path, text in texts.items():
             copy = scratch / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_text(text)
-        emulation = scratch / HERE.relative_to(ROOT)
-        flags += [f"-I{emulation}", f"-I{scratch}/csrc/include", f"-I{scratch}/csrc/cuda"]
-        objects = [scratch / f"{i}.o" for i in range(len(sources) + len(EMULATOR))]
-        jobs = [
-            [*flags, "-x", "c++", "-c", str(scratch / path.relative_to(ROOT)), "-o", str(out)]
-            for path, out in zip([*sources, *EMULATOR], objects, strict=True)
-        ]
+        flags += [f"-I{scratch / HERE.relative_to(ROOT)}"]
+        flags += [f"-I{scratch}/csrc/include", f"-I{scratch}/csrc/cuda"]
+
+        def compile(path: Path) -> None:
+            out = scratch / objects[path]
+            if not (cache / out.name).exists():
+                source = scratch / path.relative_to(ROOT)
+                _run([*flags, "-x", "c++", "-c", str(source), "-o", str(out)])
+                out.replace(cache / out.name)
+
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(_compile, jobs))
-        _compile([*link, *map(str, objects), "-o", str(scratch / target.name)])
-        folder.mkdir(exist_ok=True)
+            list(pool.map(compile, objects))
+        _run([*link, *(str(cache / o) for o in objects.values()), "-o", str(scratch / target.name)])
+        target.parent.mkdir(exist_ok=True)
         (scratch / target.name).replace(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
-def _compile(arguments: list[str]) -> None:
+def _hash(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _run(arguments: list[str]) -> None:
     done = subprocess.run([COMPILER, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{COMPILER} failed:\n{done.stderr[-6000:]}")

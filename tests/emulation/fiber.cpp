@@ -3,7 +3,6 @@
 
 #include <sys/mman.h>
 
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -11,7 +10,6 @@
 namespace ksae::emulation {
 namespace {
 
-constexpr uint64_t kCanary = 0x6b736165737461ull;
 Fiber* starting = nullptr;
 
 }  // namespace
@@ -48,6 +46,7 @@ Fiber::Fiber() {
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   stack_ = static_cast<unsigned char*>(memory);
+  mprotect(stack_, 4096, PROT_NONE);  // a stack that overflows stops at once
 }
 
 Fiber::~Fiber() { munmap(stack_, kStackBytes); }
@@ -58,7 +57,6 @@ void Fiber::start(void (*entry)()) {
   ASAN_UNPOISON_MEMORY_REGION(stack_, kStackBytes);  // frames of a kernel that was given up
   fake_ = nullptr;
 #endif
-  std::memcpy(stack_, &kCanary, sizeof kCanary);
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(stack_ + kStackBytes);
   *--top = nullptr;  // the ABI: on entry the stack pointer is 8 off a multiple of 16
@@ -117,7 +115,5 @@ void Fiber::finish() {
   leave(true);
   std::abort();
 }
-
-bool Fiber::overflowed() const { return std::memcmp(stack_, &kCanary, sizeof kCanary) != 0; }
 
 }  // namespace ksae::emulation

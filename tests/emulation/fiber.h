@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -37,8 +36,6 @@ class Fiber {
   // On the fiber: back to the host.
   void suspend() { leave(false); }
   [[noreturn]] void finish();
-  // Whether the stack ran over its end.
-  bool overflowed() const;
 
  private:
   void leave(bool forever);

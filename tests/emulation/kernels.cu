@@ -182,6 +182,7 @@ __global__ void divergent_barrier_kernel() {
 __global__ void wrong_mask_kernel(int* out) {
   if (threadIdx.x < 16) out[threadIdx.x] = __shfl_sync(kAll, 1, 0);  // names lanes that do not come
   if (threadIdx.x >= 16) out[threadIdx.x] = __shfl_sync(0xffff0000u, 1, 16);
+  __syncthreads();
 }
 
 __global__ void outside_mask_kernel(int* out) {
@@ -215,12 +216,6 @@ __global__ void spin_kernel(unsigned* counter) {
 __global__ void shared_overrun_kernel(int n) {
   KSAE_SHARED_BYTES(arena);
   reinterpret_cast<int*>(arena)[n + threadIdx.x] = 1;
-}
-
-__global__ void deep_stack_kernel(float* out) {
-  volatile float large[40000];
-  for (int i = 0; i < 40000; i++) large[i] = float(i);
-  *out = large[int(threadIdx.x)];
 }
 
 }  // namespace
@@ -316,10 +311,6 @@ cudaError_t spin(unsigned* counter) {
 }
 cudaError_t shared_overrun(int n) {
   KSAE_LAUNCH(shared_overrun_kernel, 1, 1, n * sizeof(int), nullptr, n);
-  return cudaGetLastError();
-}
-cudaError_t deep_stack(float* out) {
-  KSAE_LAUNCH(deep_stack_kernel, 1, 1, 0, nullptr, out);
   return cudaGetLastError();
 }
 

@@ -29,6 +29,5 @@ cudaError_t mixed_operations(int* out);
 cudaError_t deadlock();
 cudaError_t spin(unsigned* counter);
 cudaError_t shared_overrun(int n);
-cudaError_t deep_stack(float* out);
 
 }  // namespace emulation_tests

@@ -54,6 +54,5 @@ PYBIND11_MODULE(kernels, module) {
   ADD(deadlock);
   ADD(spin);
   ADD(shared_overrun);
-  ADD(deep_stack);
 #undef ADD
 }

@@ -228,14 +228,24 @@ void check_guard(const Block& block) {
 }
 
 void deadlock(const Block& block) {
-  std::string who;
-  unsigned count = 0;
+  // How many wait where, and the first of them.
+  std::vector<std::pair<const Thread*, unsigned>> places;
   for (const Thread* t : block.threads) {
     if (t->done) continue;
-    if (count++ < 6) who += (who.empty() ? "" : ", ") + text(*t);
+    const auto place = std::find_if(places.begin(), places.end(), [t](const auto& p) {
+      return text(p.first->site) == text(t->site);
+    });
+    if (place == places.end()) {
+      places.emplace_back(t, 1);
+    } else {
+      place->second++;
+    }
   }
-  throw error(block, "deadlock of " + std::to_string(count) + " threads: " + who +
-                         (count > 6 ? ", ..." : ""));
+  std::string who;
+  for (const auto& [thread, count] : places) {
+    who += (who.empty() ? "" : ", ") + std::to_string(count) + " from " + text(*thread);
+  }
+  throw error(block, "deadlock of " + std::to_string(block.live) + " threads: " + who);
 }
 
 // One turn of one thread of the block.
@@ -250,7 +260,6 @@ void turn(Block& block) {
   thread->fiber->resume();
   current = nullptr;
   if (grid->error) std::rethrow_exception(grid->error);
-  if (thread->fiber->overflowed()) throw error(block, "a thread used more than its stack");
   if (thread->done) retire(block, *thread);
 }
 

@@ -98,4 +98,75 @@ struct GroupParams {
 size_t group_by_latent_workspace(const GroupParams& p);
 cudaError_t group_by_latent(const GroupParams& p, void* workspace, cudaStream_t stream);
 
+// ---- latent passes: each latent's gradient row is formed, used and forgotten ------------------
+// A group is one term of the loss: its code grouped by latent, and its scale (dL/drecon = scale *
+// residual); at most four. Passes do nothing if a scale is not finite. Arrays of groups lie in host
+// memory; everything else is on the device.
+struct LatentSumsGroup {
+  const int32_t* offsets;  // [F + 1]
+  const int32_t* order;    // [N * k]
+  const void* values;      // [N, k] dtype
+  const float* grads;      // [N, k] gradient of the values before scaling
+};
+struct LatentSumsParams {
+  int64_t F;
+  Dtype dtype;
+  const LatentSumsGroup* groups;
+  const float* scales;  // [n_groups]
+  int n_groups;
+  float* grad_b_enc;  // [F] sum of scale * grad
+  float* parallel;    // [F] sum of scale * value * grad = <dW_dec[i], W_dec[i]>
+};
+cudaError_t latent_sums(const LatentSumsParams& p, cudaStream_t stream);
+
+// As ksae::cpu::RowUpdateParams: Adam on the rows of one matrix, with gradient
+//   sum over groups and entries of scale * coefficient * (row_n - centre), less its part along W_i.
+// Encoder: coefficients are the values' gradients (float32), rows are x (dtype).
+// Decoder: coefficients are the values (dtype), rows are columns of the residual (float32).
+struct RowGroup {
+  const int32_t* offsets;    // [F + 1]
+  const int32_t* order;      // [N * k]
+  const void* coefficients;  // [N, k]
+  const void* rows;          // [N, columns]
+  int64_t k;
+  int64_t entries;  // N * k
+};
+struct RowUpdateParams {
+  int64_t F, d;
+  int64_t start, columns;  // which columns of W are updated
+  Dtype dtype;
+  bool encoder;
+  const RowGroup* groups;
+  const float* scales;  // [n_groups]
+  int n_groups;
+  const void* centre;       // [columns] dtype or null: encoder only
+  float* parallel;          // [F] or null; divided by |W_i|^2 by a slice that starts at 0
+  const float* grad_b_enc;  // [F] with grad_b_dec
+  float* grad_b_dec;        // [d] or null: W^T grad_b_enc with W as it was
+  void* W;                  // [F, d] dtype
+  float* master;            // [F, d] float32 that W is the rounded copy of, or null
+  float *m, *v;             // [F, d] moments
+  const float* hyper;  // [8] lr/bc1, sqrt(bc2), beta1, beta2, eps, grad_scale, 1-beta1, 1-beta2
+  bool normalize;      // unit rows at the end, over all d columns
+  double* grad_sq;     // [F]: row_grad_sq only
+};
+size_t row_update_workspace(const RowUpdateParams& p);
+cudaError_t row_update(const RowUpdateParams& p, void* workspace, cudaStream_t stream);
+cudaError_t row_grad_sq(const RowUpdateParams& p, void* workspace, cudaStream_t stream);
+
+// The gradient alone, from a code that group_by_latent has grouped.
+struct DecodeBackwardWeightParams {
+  int64_t N, d, F, k;
+  Dtype dtype;
+  const void* grad;        // [N, d]
+  const void* values;      // [N, k]
+  const int32_t* offsets;  // [F + 1]
+  const int32_t* order;    // [N * k]
+  void* grad_W;            // [F, d] sum of value * grad_n over the entries of a latent
+  void* value_sum;         // [F] sum of value
+};
+size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams& p);
+cudaError_t sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, void* workspace,
+                                          cudaStream_t stream);
+
 }  // namespace ksae::cuda
