@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps python/ksae and kernels/ into one package and asks CMake for the native modules.
+"""Maps python/ksae, kernels/ and bench/ into one package and asks CMake for the native modules.
 
 Metadata is in pyproject.toml; sources, flags and architectures are in CMakeLists.txt. Environment:
   KSAE_CUDA=0|1     leave the CUDA module out | demand it (default: built when nvcc is found)
@@ -85,9 +85,11 @@ class BuildExt(build_ext):
 
 
 setup(
-    packages=[*find_packages("python"), "ksae.kernels"],
-    package_dir={"ksae": "python/ksae", "ksae.kernels": "kernels"},
+    # A working tree may have ksae.bench as a link.
+    packages=[*find_packages("python", exclude=["ksae.bench*"]), "ksae.kernels", "ksae.bench"],
+    package_dir={"ksae": "python/ksae", "ksae.kernels": "kernels", "ksae.bench": "bench"},
     package_data={"ksae": ["py.typed", "*.pyi"]},
+    exclude_package_data={"ksae.bench": ["*.md", "results/**", "pytest/*", "cache/*"]},
     # Both are declared: with one, an editable install would lose the other.
     ext_modules=[Extension(name, []) for name in ["ksae._cpu", *(["ksae._cuda"] if NVCC else [])]],
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt},

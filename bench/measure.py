@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing, memory and the description of the machine, shared by the scripts of this folder."""
+"""Timing, memory and the description of the machine, shared by all suites.
+
+KSAE_BENCH_SLOW=op:share makes every timed call of that op of ksae take (1 + share) times as long;
+it exists for the test of `ksae bench --compare`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import ctypes
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -19,7 +24,11 @@ from typing import Any
 
 import torch
 
-MIN_SAMPLE = 0.005  # seconds; shorter calls are repeated within a sample
+# Seconds; shorter calls are repeated within a sample. Well below a scheduler's time slice, so that
+# where the machine does other things as well most samples are whole.
+MIN_SAMPLE = 0.0003
+LONG = 0.1  # seconds; one idle call is enough before such a one
+FAR = 8  # times the fastest
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt in glibc
 
@@ -43,29 +52,62 @@ class Times:
         return Times(median, q1, q3, len(samples))
 
 
-def interleave(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
-    """Time each of `ways` once a round, in an order that rotates, after two idle calls.
+def slow_share(op: str) -> float:
+    """By how much KSAE_BENCH_SLOW slows the calls of `op`."""
+    named, _, share = os.environ.get("KSAE_BENCH_SLOW", "").partition(":")
+    return float(share) if named == op and share else 0.0
 
+
+def timed(call: Callable[[], Any], repeat: int = 1, slow: float = 0.0) -> float:
+    """Seconds of one call, the mean of `repeat`; a GPU's work is waited for."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else None
+    if wait:
+        wait()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    if wait:
+        wait()
+    end = time.perf_counter()
+    if slow:
+        until = end + slow * (end - start)
+        while end < until:  # busy, as a slower kernel would be
+            end = time.perf_counter()
+    return (end - start) / repeat
+
+
+def interleave(
+    ways: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    *,
+    most: int = 100,
+    least: int = 3,
+    slow: Mapping[str, float] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each of `ways`, once a round in an order that rotates, after two idle calls.
+
+    Rounds end after `seconds` (but not before `least`) or after `most`. Ways that take more than
+    FAR times as long as the fastest take part in the first round and in every sixteenth.
     Calls shorter than MIN_SAMPLE are repeated: their inputs are hot in the cache if they fit.
     """
-    repeats = {}
+    end = time.perf_counter() + seconds
+    slow = slow or {}
+    taken: dict[str, float] = {}
     for name, call in ways.items():
-        call()
-        start = time.perf_counter()
-        call()
-        taken = time.perf_counter() - start
-        repeats[name] = max(1, round(MIN_SAMPLE / max(taken, 1e-7)))
+        first = timed(call)
+        taken[name] = first if first > LONG else timed(call)
+    far = FAR * min(taken.values(), default=0)
+    repeats = {name: max(1, round(MIN_SAMPLE / max(t, 1e-7))) for name, t in taken.items()}
     samples: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
-    for round_ in range(rounds):
+    for round_ in range(most):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
-            call, repeat = ways[name], repeats[name]
-            start = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            samples[name].append((time.perf_counter() - start) / repeat)
-    return {name: Times.of(taken) for name, taken in samples.items()}
+            if round_ % 16 == 0 or taken[name] <= far:
+                samples[name].append(timed(ways[name], repeats[name], slow.get(name, 0.0)))
+        if round_ + 1 >= least and time.perf_counter() > end:
+            break
+    return samples
 
 
 def peak_extra(call: Callable[[], Any]) -> int | None:
@@ -136,7 +178,8 @@ def revision() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -177,10 +220,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str | None, record: Mapping[str, Any]) -> None:
-    if path is not None:
-        Path(path).write_text(json.dumps(record, indent=1, default=_plain) + "\n")
-        print(f"written to {path}")
+def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Whole or not at all: written to another name, then renamed."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1, default=_plain) + "\n")
+    partial.replace(path)
 
 
 def _plain(value: Any) -> Any:

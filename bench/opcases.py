@@ -1,124 +1,320 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of the op benchmark, and those of torch's ways that take more than a line."""
+"""What each op is timed on: its arguments, its cost, and torch's ways of doing it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-import data
 import torch
 from torch import Tensor
+from torch.nn import functional as nn
 
-from ksae import native, ops
+from ksae import ops
 
-HYPER = [1e-3, 1.0, 0.9, 0.999, 1e-8, 1.0, 0.1, 0.001]  # as row_update takes them
+from . import costs, data
+from .costs import Cost
+
+HYPER = [1e-2, 0.001**0.5, 0.9, 0.999, 1e-8, 1.0, 0.1, 0.001]  # as row_update takes them, step 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Call = Callable[[], Any]
+
+
+@dataclass
+class Problem:
+    """One op at one shape.
+
+    `make(module)` gives the call of ksae.reference or ksae.ops, with state of its own; `torchs` are
+    torch's ways by name, each with the same result; parts are not rivals: nothing compares them.
+    """
+
+    op: str
+    mode: str
+    cost: Cost
+    make: Callable[[Any], Call]
+    torchs: dict[str, Call] = field(default_factory=dict)
+    parts: dict[str, Call] = field(default_factory=dict)
+    check: Callable[[Any], list[Tensor]] = lambda result: [result]
+    dense_product: bool = False  # flops at the rate of a product, not of a gather
 
 
 class Case:
     """One shape and dtype: a batch, weights, and the code of the batch."""
 
     def __init__(
-        self, N: int, d: int, F: int, k: int, name: str, dtype: torch.dtype, kind: str
+        self, N: int, d: int, F: int, k: int, name: str, kind: str, device: str = "cpu"
     ) -> None:
-        self.N, self.d, self.F, self.k, self.name, self.dtype = N, d, F, k, name, dtype
-        weights = data.initial_weights(F, d)
-        self.x = data.batches(kind, N, d, 1)[0].to(dtype)
-        self.W = weights["W_enc"].to(dtype)
-        self.b_enc, self.b_dec = weights["b_enc"].to(dtype), weights["b_dec"].to(dtype)
-        self.grad = torch.randn(N, d).to(dtype)
+        self.N, self.d, self.F, self.k, self.name = N, d, F, k, name
+        self.dtype = DTYPES[name]
+        start = {n: t.to(device, self.dtype) for n, t in data.initial_weights(F, d).items()}
+        self.W, self.b_enc, self.b_dec = start["W_enc"], start["b_enc"], start["b_dec"]
+        self.x = data.batches(kind, N, d, 1)[0].to(device, self.dtype)
+        generator = torch.Generator().manual_seed(2)
+        self.grad = torch.randn(N, d, generator=generator).to(device, self.dtype)
         self.values, self.indices = ops.topk_encode(self.x, self.W, self.b_enc, k, self.b_dec)
         # torch accumulates some of its ways in the storage dtype
-        self.tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-        self.can_screen = False
-        if native.available():
-            from ksae import _cpu
+        self.tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        self.residual, _, self.grads = ops.sparse_residual(
+            self.values, self.indices, self.W, self.b_dec, self.x, d
+        )
+        self.offsets, self.order = ops.group_by_latent(self.values, self.indices, F)
+        self.scale = 2 / self.x.float().square().sum().reshape(1)  # [1]
 
-            self.can_screen = _cpu.can_screen()
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"N": self.N, "d": self.d, "F": self.F, "k": self.k}
+
+    def __str__(self) -> str:
+        return f"N={self.N} d={self.d} F={self.F} k={self.k} {self.name}"
 
     def dense_code(self) -> Tensor:
         """[N, F]"""
-        code = torch.zeros(self.N, self.F, dtype=self.dtype)
-        return code.scatter_(1, self.indices, self.values)
+        code = self.values.new_zeros(self.N, self.F)
+        dense: Tensor = code.scatter_(1, self.indices, self.values)
+        return dense
+
+    def scores(self) -> Tensor:
+        """[N, F], as torch stores them."""
+        return nn.linear(self.x - self.b_dec, self.W, self.b_enc)
 
     def index_add(self) -> tuple[Tensor, Tensor]:
         """Gradient of the decoder and sum of the values, as one writes them in torch."""
         contributions = self.values[:, :, None] * self.grad[:, None, :]  # [N, k, d]
         flat = self.indices.reshape(-1)
-        grad_W = torch.zeros(self.F, self.d, dtype=self.dtype)
+        grad_W = torch.zeros_like(self.W)
         grad_W.index_add_(0, flat, contributions.reshape(-1, self.d))
-        value_sum = torch.zeros(self.F, dtype=self.dtype)
+        value_sum = self.values.new_zeros(self.F)
         return grad_W, value_sum.index_add_(0, flat, self.values.reshape(-1))
 
     def sort_by_latent(self) -> tuple[Tensor, Tensor]:
         """Offsets and order of the entries with a value; the others count for a latent F."""
         latent = torch.where(self.values != 0, self.indices, self.F).reshape(-1)
         sorted_, order = latent.sort(stable=True)
-        bounds = torch.arange(self.F + 1)
+        bounds = torch.arange(self.F + 1, device=latent.device)
         return torch.searchsorted(sorted_, bounds), order
 
 
-Way = Callable[[], Tensor]
+def problems(case: Case, modes: tuple[str, ...] = ("forward", "backward")) -> Iterator[Problem]:
+    """All ops at one shape and dtype, made one after the other."""
+    if "forward" in modes:
+        yield from _forward(case)
+        yield from _step_ops(case)
+    if "backward" in modes:
+        yield from _backward(case)
 
 
-def latent_pass(case: Case) -> tuple[Way, Way, Callable[[], None]]:
-    """The same update of W_enc, b_enc and W_dec by ksae and by torch, and torch's fused Adam alone.
-
-    Each has parameters and moments of its own; the first two return their W_dec.
-    """
-    residual, _, grads = ops.sparse_residual(
-        case.values, case.indices, case.W, case.b_dec, case.x, case.d
+def _forward(case: Case) -> Iterator[Problem]:
+    N, d, F, k, s = case.N, case.d, case.F, case.k, case.dtype.itemsize
+    x, W, b_enc, b_dec = case.x, case.W, case.b_enc, case.b_dec
+    values, indices, grad = case.values, case.indices, case.grad
+    u = case.scores()  # [N, F]
+    yield Problem(
+        "topk",
+        "forward",
+        costs.topk(N, F, k, s),
+        lambda impl: partial(impl.topk, u, k),
+        {"torch.topk": lambda: u.topk(k)},
+        check=lambda r: [r[0]],
     )
-    scale = torch.tensor([2 / float(case.x.square().sum())])
-    return _ours(case, residual, grads, scale), *_torchs(case, residual, scale)
+    yield Problem(
+        "topk_encode",
+        "forward",
+        costs.topk_encode(N, d, F, k, s),
+        lambda impl: partial(impl.topk_encode, x, W, b_enc, k, b_dec),
+        {"F.linear + topk": lambda: case.scores().topk(k)},
+        {"F.linear alone": case.scores},
+        check=lambda r: [r[0].relu()],
+        dense_product=True,
+    )
+    yield Problem(
+        "sparse_decode",
+        "forward",
+        costs.sparse_decode(N, d, F, k, s),
+        lambda impl: partial(impl.sparse_decode, values, indices, W, b_dec),
+        {
+            "embedding_bag": lambda: (
+                b_dec + nn.embedding_bag(indices, W, per_sample_weights=values, mode="sum")
+            ),
+            "dense matmul": lambda: b_dec + case.dense_code() @ W,
+        },
+    )
+    yield Problem(
+        "sparse_decode_backward_values",
+        "forward",
+        costs.backward_values(N, d, F, k, s),
+        lambda impl: partial(impl.sparse_decode_backward_values, grad, indices, W),
+        {
+            "gather + bmm": lambda: torch.bmm(W[indices], grad[:, :, None])[:, :, 0],
+            "dense matmul": lambda: (grad @ W.T).gather(1, indices),
+        },
+    )
+    yield Problem(
+        "sparse_decode_backward_weight",
+        "forward",
+        costs.backward_weight(N, d, F, k, s),
+        lambda impl: partial(impl.sparse_decode_backward_weight, grad, values, indices, F),
+        {"index_add_": case.index_add, "dense matmul": lambda: (case.dense_code().T @ grad,)},
+        check=lambda r: [r[0]],
+    )
 
 
-def _ours(case: Case, residual: Tensor, grads: Tensor, scale: Tensor) -> Way:
-    W_enc, W_dec = case.W.clone(), case.W.clone()
-    moments = [torch.zeros_like(W_enc) for _ in range(4)]
-    b_enc, m, v = case.b_enc.clone(), torch.zeros(case.F), torch.zeros(case.F)
-    hyper = torch.tensor(HYPER)
-    hyper[1] = HYPER[7] ** 0.5  # of the first step, as torch's
-    hyper[0] = HYPER[0] / HYPER[6]
-    grad_b_dec = torch.empty(case.d)
-    offsets, order = ([t] for t in ops.group_by_latent(case.values, case.indices, case.F))
+def _step_ops(case: Case) -> Iterator[Problem]:
+    """What only the fused training step calls."""
+    N, d, F, k, s = case.N, case.d, case.F, case.k, case.dtype.itemsize
+    values, indices, grads = case.values, case.indices, case.grads
+    code = (values, indices, case.W, case.b_dec, case.x)
+    lists = ([case.offsets], [case.order])
+    encoder = ([grads], *lists, [case.x], case.scale, case.b_dec)
+    yield Problem(
+        "group_by_latent",
+        "forward",
+        costs.group_by_latent(N, F, k, s),
+        lambda impl: partial(impl.group_by_latent, values, indices, F),
+        {"stable sort": case.sort_by_latent},
+        check=lambda r: [r[0]],
+    )
+    yield Problem(
+        "sparse_residual",
+        "forward",
+        costs.sparse_residual(N, d, F, k, s),
+        lambda impl: partial(impl.sparse_residual, *code, d),
+        check=list,
+    )
+    yield Problem(
+        "sparse_residual_slice",
+        "forward",
+        costs.residual_slice(N, d, F, k, d // 2, s),
+        lambda impl: partial(impl.sparse_residual_slice, *code, 0, d // 2),
+    )
+    yield Problem(
+        "latent_sums",
+        "forward",
+        costs.latent_sums(N, F, k, s),
+        lambda impl: partial(impl.latent_sums, [values], [grads], *lists, case.scale),
+        check=list,
+    )
+    yield Problem(
+        "row_grad_sq",
+        "forward",
+        costs.row_grad_sq(N, d, F, k, s),
+        lambda impl: partial(impl.row_grad_sq, *encoder, None, case.W, 0),
+    )
+    along = ops.latent_sums([values], [grads], *lists, case.scale)[1]
+    decoder = ([values], *lists, [case.residual], case.scale, None)
+    yield Problem(
+        "row_update",
+        "forward",
+        costs.row_update(N, d, F, k, s, coefficient=s),
+        lambda impl: _update(case, impl, decoder, along),
+        {"index_add_, fused Adam": _torch_update(case)} if s == 4 else {},
+    )
+
+
+def _update(case: Case, impl: Any, lists: tuple[Any, ...], along: Tensor) -> Call:
+    """The decoder's update on weights and moments of its own."""
+    W = case.W.clone()
+    master = None if case.dtype == torch.float32 else W.float()
+    m, v = (torch.zeros_like(W, dtype=torch.float32) for _ in range(2))
+    hyper = torch.tensor(HYPER, device=W.device)
 
     def call() -> Tensor:
-        grad_b_enc, along = ops.latent_sums([case.values], [grads], offsets, order, scale)
-        state = (W_enc, None, moments[0], moments[1], hyper, grad_b_dec)
-        encoder = ([grads], offsets, order, [case.x], scale, case.b_dec, None)
-        ops.row_update(*encoder, grad_b_enc, *state, 0, False)
-        state = (W_dec, None, moments[2], moments[3], hyper, None)
-        decoder = ([case.values], offsets, order, [residual], scale, None, along)
-        ops.row_update(*decoder, None, *state, 0, True)
-        m.lerp_(grad_b_enc, HYPER[6])  # b_enc is one small vector
-        v.mul_(HYPER[3]).addcmul_(grad_b_enc, grad_b_enc, value=HYPER[7])
-        b_enc.addcdiv_(m, v.sqrt() / hyper[1] + HYPER[4], value=-float(hyper[0]))
-        return W_dec
+        impl.row_update(*lists, along, None, W, master, m, v, hyper, None, 0, True)
+        return W
 
     return call
 
 
-def _torchs(case: Case, residual: Tensor, scale: Tensor) -> tuple[Way, Callable[[], None]]:
+def _torch_update(case: Case) -> Call:
+    """The same in torch: index_add_, projection, Adam(fused=True), unit rows."""
     flat = case.indices.reshape(-1)
-    x = case.x - case.b_dec
-    W_enc, b_enc, W_dec = (torch.nn.Parameter(t.clone()) for t in (case.W, case.b_enc, case.W))
-    adam = torch.optim.Adam([W_enc, b_enc, W_dec], lr=HYPER[0], fused=True)
-
-    def summed(coefficients: Tensor, rows: Tensor) -> Tensor:
-        contributions = coefficients[:, :, None] * rows[:, None, :]  # [N, k, d]
-        total = torch.zeros(case.F, case.d)
-        return total.index_add_(0, flat, contributions.reshape(-1, case.d))
+    state: list[Any] = []
 
     def call() -> Tensor:
-        grad = scale * residual
-        dv = torch.bmm(case.W[case.indices], grad[:, :, None])[:, :, 0]  # [N, k]
-        dv = torch.where(case.values > 0, dv, 0)
-        W_enc.grad = summed(dv, x)
-        b_enc.grad = torch.zeros(case.F).index_add_(0, flat, dv.reshape(-1))
-        W_dec.grad = summed(case.values, grad)
-        W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+        if not state:  # made at the first call: most of the time nobody asks
+            W = torch.nn.Parameter(case.W.clone())
+            state.extend([W, torch.optim.Adam([W], lr=1e-3, fused=True)])
+        W, adam = state
+        rows = case.values[:, :, None] * (case.scale * case.residual)[:, None, :]  # [N, k, d]
+        W.grad = torch.zeros_like(W).index_add_(0, flat, rows.reshape(-1, case.d))
+        W.grad -= (W.grad * W).sum(1, keepdim=True) * W
         adam.step()
-        W_dec.div_(W_dec.norm(dim=1, keepdim=True))
-        return W_dec.detach()
+        with torch.no_grad():
+            W.div_(W.norm(dim=1, keepdim=True))
+        result: Tensor = W.detach()
+        return result
 
-    return call, adam.step
+    return call
+
+
+def _backward(case: Case) -> Iterator[Problem]:
+    """Autograd of the three ops that users call, from the same output gradients."""
+    N, d, F, k, s = case.N, case.d, case.F, case.k, case.dtype.itemsize
+    u = case.scores()
+    yield Problem(
+        "topk",
+        "backward",
+        costs.topk_backward(N, F, k, s),
+        _autograd(lambda impl, a: impl.topk(a, k)[0], u),
+        {"torch.topk": _autograd(lambda _, a: a.topk(k)[0], u)(None)},
+        check=lambda r: [r[0].sort(1).values],  # of equal scores torch takes others
+    )
+
+    def encode(impl: Any, x: Tensor, W: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+        out: Tensor = impl.topk_encode(x, W, b_enc, k, b_dec)[0]
+        return out
+
+    def linear(_: Any, x: Tensor, W: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+        return nn.linear(x - b_dec, W, b_enc).topk(k)[0].relu()
+
+    inputs = (case.x, case.W, case.b_enc, case.b_dec)
+    yield Problem(
+        "topk_encode",
+        "backward",
+        costs.topk_encode_backward(N, d, F, k, s),
+        _autograd(encode, *inputs),
+        {"F.linear + topk": _autograd(linear, *inputs)(None)},
+        # of scores that round alike they take others, which moves single rows of the gradient
+        check=lambda r: [g.norm() for g in r],
+    )
+
+    def decode(impl: Any, values: Tensor, W: Tensor, b_dec: Tensor) -> Tensor:
+        out: Tensor = impl.sparse_decode(values, case.indices, W, b_dec)
+        return out
+
+    def bag(_: Any, values: Tensor, W: Tensor, b_dec: Tensor) -> Tensor:
+        return b_dec + nn.embedding_bag(case.indices, W, per_sample_weights=values, mode="sum")
+
+    inputs_ = (case.values, case.W, case.b_dec)
+    yield Problem(
+        "sparse_decode",
+        "backward",
+        costs.backward_values(N, d, F, k, s) + costs.backward_weight(N, d, F, k, s),
+        _autograd(decode, *inputs_),
+        {"embedding_bag": _autograd(bag, *inputs_)(None)},
+        check=list,
+    )
+
+
+def _autograd(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[Any], Call]:
+    """make(module): gradients of `function` for its inputs, of a graph built at the first call."""
+
+    def make(impl: Any) -> Call:
+        graph: list[Any] = []
+
+        def call() -> tuple[Tensor, ...]:
+            if not graph:
+                leaves = [t.detach().clone().requires_grad_() for t in inputs]
+                with torch.enable_grad():
+                    out = function(impl, *leaves)
+                generator = torch.Generator().manual_seed(3)
+                grad = torch.randn(out.shape, generator=generator).to(out)
+                graph.extend([out, leaves, grad])
+            out, leaves, grad = graph
+            grads: tuple[Tensor, ...] = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+            return grads
+
+        return call
+
+    return make

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-from data import Weights, total_variance
 from torch import Tensor
+
+from .data import Weights, total_variance
 
 
 class Contestant(Protocol):
@@ -53,9 +54,9 @@ class Ksae:
         elif screening is not None:
             from ksae import _cpu
 
-            if screening and not _cpu.can_screen():
-                raise RuntimeError("this CPU has no BF16 dot instructions to screen with")
             native.screening = screening  # each contestant has a process of its own
+            if screening and not _cpu.can_screen():
+                self.note = "no BF16 dot instructions to screen with"
         F, d = start["W_enc"].shape
         self.model = ksae.TopKSAE(d, F, k, dtype=dtype)
         with torch.no_grad():
@@ -80,27 +81,36 @@ class Ksae:
 class Dense:
     """What one writes in plain torch: dense code, autograd, the fused Adam of torch."""
 
-    note = "F.linear, topk, scatter, matmul, fused Adam"
+    note: str = "F.linear, topk, scatter, matmul, fused Adam"
 
-    def __init__(self, start: Weights, k: int, lr: float) -> None:
-        self.version = torch.__version__
+    def __init__(self, start: Weights, k: int, lr: float, *, compiled: bool = False) -> None:
+        self.version: str = str(torch.__version__)
         self.k = k
+        if compiled:
+            self.note += "; forward and backward through torch.compile"
+            self._loss = torch.compile(self._loss, fullgraph=True)  # type: ignore[method-assign]
         self.theta = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
         self.optimizer = torch.optim.Adam(self.theta.values(), lr=lr, fused=True)
 
-    def step(self, x: Tensor) -> Tensor:
-        W_enc, b_enc, W_dec, b_dec = self.theta.values()
+    def _loss(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
+    ) -> Tensor:
         u = torch.nn.functional.linear(x - b_dec, W_enc, b_enc)  # [N, F]
         values, indices = u.topk(self.k, sorted=False)  # [N, k]
         code = torch.zeros_like(u).scatter(1, indices, values.relu())  # [N, F]
         error = (code @ W_dec + b_dec - x).square().sum()
-        loss = error / (x - x.mean(0)).square().sum()
-        loss.backward()
+        return error / (x - x.mean(0)).square().sum()
+
+    def step(self, x: Tensor) -> Tensor:
+        loss = self._loss(x, *self.theta.values())
+        loss.backward()  # type: ignore[no-untyped-call]
+        W_dec = self.theta["W_dec"]
         with torch.no_grad():
+            assert W_dec.grad is not None
             W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
             self.optimizer.step()
             self.optimizer.zero_grad()
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
         return loss.detach()
 
     def fvu(self, loss: Tensor, x: Tensor) -> float:

@@ -17,9 +17,10 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from data import Weights, total_variance
-from ours import per_token
 from torch import Tensor
+
+from .data import Weights, total_variance
+from .ours import per_token
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 MANY = 10**9  # steps or tokens of a run that no benchmark reaches the end of
@@ -42,12 +43,12 @@ class Sparsify:
         self.version = metadata.version("eai-sparsify")
         self.note = "eager decoder, " + ("fused Adam" if fused_adam else "Adam")
         F, d = start["W_enc"].shape
-        self.model = SparseCoder(d, SparseCoderConfig(num_latents=F, k=k))
+        self.model: Any = SparseCoder(d, SparseCoderConfig(num_latents=F, k=k))
         names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
         names |= {"W_dec": "W_dec", "b_dec": "b_dec"}
         _copy(dict(self.model.named_parameters()), {p: start[w] for p, w in names.items()})
-        options = {"fused": True} if fused_adam else {}
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr, **options)
+        fused = True if fused_adam else None  # None: torch's own choice
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr, fused=fused)
         self.since_fired = torch.zeros(F, dtype=torch.long)
         self.did_fire = torch.zeros(F, dtype=torch.bool)
 
@@ -62,13 +63,14 @@ class Sparsify:
         self.since_fired += x.shape[0]
         self.since_fired[self.did_fire] = 0
         self.did_fire.zero_()
-        return out.fvu.detach()
+        loss: Tensor = out.fvu.detach()
+        return loss
 
     def fvu(self, loss: Tensor, x: Tensor) -> float:
         return float(loss)
 
     def parameters(self) -> Iterable[Tensor]:
-        return self.model.parameters()
+        return list(self.model.parameters())
 
     def weights(self) -> Weights:
         self.model.set_decoder_norm_to_unit_norm()  # as its trainer does before it uses them
@@ -88,7 +90,7 @@ class SaeLens:
         self.version = metadata.version("sae-lens")
         self.note = "scales by decoder norm, clips"
         F, d = start["W_enc"].shape
-        self.model = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=F, k=k))
+        self.model: torch.nn.Module = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=F, k=k))
         transposed = {**start, "W_enc": start["W_enc"].T}
         _copy(dict(self.model.named_parameters()), transposed)
         config = SAETrainerConfig(
@@ -105,7 +107,7 @@ class SaeLens:
         return per_token(float(loss), x)
 
     def parameters(self) -> Iterable[Tensor]:
-        return self.model.parameters()
+        return list(self.model.parameters())
 
     def weights(self) -> Weights:
         """With the decoder norms folded in: it selects and decodes as if they were 1."""
@@ -150,13 +152,13 @@ class DictionaryLearning:
 
     def step(self, x: Tensor) -> float:
         self.t += 1  # its step 0 would replace b_dec
-        return self.trainer.update(self.t, x)
+        return float(self.trainer.update(self.t, x))
 
     def fvu(self, loss: float, x: Tensor) -> float:
         return per_token(loss, x)
 
     def parameters(self) -> Iterable[Tensor]:
-        return self.trainer.ae.parameters()
+        return list(self.trainer.ae.parameters())
 
     def weights(self) -> Weights:
         ae = self.trainer.ae
@@ -169,7 +171,7 @@ def _without_torchvision() -> str:
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):  # RuntimeError: built for another torch
-        stand_in = types.ModuleType("torchvision")
+        stand_in: Any = types.ModuleType("torchvision")
         stand_in.transforms = types.ModuleType("torchvision.transforms")
         sys.modules["torchvision"] = stand_in
         return ", no torchvision"
@@ -187,7 +189,7 @@ class Overcomplete:
         if start["b_dec"].any():
             raise ValueError("overcomplete has no b_dec: it cannot start from these weights")
         F, d = start["W_enc"].shape
-        self.model = TopKSAE(d, nb_concepts=F, top_k=k)
+        self.model: torch.nn.Module = TopKSAE(d, nb_concepts=F, top_k=k)
         values = {
             "encoder.final_block.0.weight": start["W_enc"],
             "encoder.final_block.0.bias": start["b_enc"],
@@ -211,7 +213,7 @@ class Overcomplete:
         return float(loss) * x.numel() / total_variance(x)
 
     def parameters(self) -> Iterable[Tensor]:
-        return self.model.parameters()
+        return list(self.model.parameters())
 
     def weights(self) -> Weights:
         p = {name: t.detach() for name, t in self.model.named_parameters()}

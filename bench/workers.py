@@ -7,8 +7,11 @@ asks one process at a time for one step: steps of all contestants alternate, onl
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
+import shutil
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -17,27 +20,46 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-import data
-import ours
-import peers
 import torch
-from measure import map_each_block, peak_extra
+
+from . import data, ours, peers
+from .measure import map_each_block, peak_extra, slow_share
 
 BATCHES = 4
 CHECKED = 5  # the step (counted from 1) whose FVU must agree, after the first
 
+OP = "train_step"  # as KSAE_BENCH_SLOW and the rows call it
+
 CONTESTANTS: dict[str, Callable[..., ours.Contestant]] = {
-    "ksae fp32, screened": partial(ours.Ksae, screening=True),
-    "ksae fp32": partial(ours.Ksae, screening=False),
+    "ksae fp32": partial(ours.Ksae, screening=True),
+    "ksae fp32, unscreened": partial(ours.Ksae, screening=False),
     "ksae bf16 weights": partial(ours.Ksae, dtype=torch.bfloat16),
-    "ksae unfused": partial(ours.Ksae, fused=False),
+    "ksae fp32, unfused": partial(ours.Ksae, fused=False),
+    "ksae bf16 weights, unfused": partial(ours.Ksae, dtype=torch.bfloat16, fused=False),
     "dense torch": ours.Dense,
+    "dense torch, compiled": partial(ours.Dense, compiled=True),
     "eai-sparsify": peers.Sparsify,
     "eai-sparsify, fused Adam": partial(peers.Sparsify, fused_adam=True),
     "sae-lens": peers.SaeLens,
     "dictionary-learning": peers.DictionaryLearning,
     "overcomplete": peers.Overcomplete,
 }
+MODULES = {
+    "eai-sparsify": "sparsify",
+    "sae-lens": "sae_lens",
+    "dictionary-learning": "dictionary_learning",
+    "overcomplete": "overcomplete",
+}
+
+
+def missing(name: str) -> str | None:
+    """Why a contestant cannot take part, as far as that is seen without importing it."""
+    module = MODULES.get(name.partition(",")[0])
+    if module is not None and importlib.util.find_spec(module) is None:
+        return f"not installed: pip install {name.partition(',')[0]}"
+    if name == "dense torch, compiled" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "torch.compile needs a C++ compiler"
+    return None
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,7 @@ class Task:
     data: str
     lr: float
     threads: int
-    verbose: bool
+    verbose: bool = False
 
 
 @dataclass
@@ -69,19 +91,31 @@ class Worker:
 
     @staticmethod
     def start(name: str, task: Task) -> Worker:
+        """Starts the process; `ready` waits for it, so that several can start at once."""
+        worker = Worker(name, failure=missing(name))
+        if worker.failure is not None:
+            return worker
         context = multiprocessing.get_context("spawn")
         ours_, theirs = context.Pipe()
-        worker = Worker(name)
         worker._process = context.Process(target=_serve, args=(theirs, name, task), daemon=True)
         worker._process.start()
         theirs.close()
         worker._pipe = ours_
-        report = worker._receive()
-        if report is not None:
-            worker.version, worker.note = report["version"], report["note"]
-            worker.peak_extra, worker.peak_resident = report["peak_extra"], report["peak_resident"]
-            worker.fvu = report["fvu"]
         return worker
+
+    def ready(self, patience: float) -> None:
+        """Wait until the process has taken its first steps, for at most `patience` seconds."""
+        if self.failure is not None or self.fvu:
+            return
+        if not self._pipe.poll(patience):
+            self.stop(kill=True)
+            self.failure = f"not ready within {patience:.0f} s"
+            return
+        report = self._receive()
+        if report is not None:
+            self.version, self.note = report["version"], report["note"]
+            self.peak_extra, self.peak_resident = report["peak_extra"], report["peak_resident"]
+            self.fvu = report["fvu"]
 
     def step(self, timed: bool = True) -> None:
         self._pipe.send("step")
@@ -91,9 +125,15 @@ class Worker:
             if timed:
                 self.seconds.append(report["seconds"])
 
-    def stop(self) -> None:
-        if self.failure is None:
+    def stop(self, kill: bool = False) -> None:
+        """End the process: it is asked to, or killed."""
+        if self._process is None:
+            return
+        if self.failure is None and not kill:
             self._pipe.send("stop")
+            self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
         self._process.join()
 
     def _receive(self) -> dict[str, Any] | None:
@@ -108,6 +148,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, name: str, task: Task) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     if not task.verbose:
         _silence()
     try:
@@ -129,6 +170,7 @@ def _run(pipe: Connection, name: str, task: Task) -> None:
     start = data.initial_weights(task.F, task.d)
     contestant = CONTESTANTS[name](start, task.k, task.lr)
     del start
+    slow = slow_share(OP) if name.startswith("ksae") else 0.0
     inputs = data.batches(task.data, task.N, task.d, BATCHES)
     taken = 0
 
@@ -138,7 +180,10 @@ def _run(pipe: Connection, name: str, task: Task) -> None:
         taken += 1
         begin = time.perf_counter()
         loss = contestant.step(x)
-        seconds = time.perf_counter() - begin
+        end = time.perf_counter()
+        seconds = (end - begin) * (1 + slow)
+        while end < begin + seconds:
+            end = time.perf_counter()
         return seconds, contestant.fvu(loss, x)
 
     fvu = [step()[1], step()[1]]  # moments, workspaces and pools are made here

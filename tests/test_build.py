@@ -209,7 +209,7 @@ ALLOWED = {("modules", "checkpoint")}
 
 
 def layer(module: str) -> int:
-    if module in ("cli", "demo"):
+    if module in ("cli", "demo", "bench"):
         return COMMANDS
     if module == "":
         return PACKAGE
@@ -234,15 +234,21 @@ def imported(path: Path, package: list[str]) -> set[str]:
 def is_ksae_module(parts: list[str]) -> bool:
     path = ROOT / "python" / Path(*parts)
     files = path, path.with_suffix(".py"), path.with_suffix(".pyi")
+    if parts[:2] == ["ksae", "bench"]:
+        return (ROOT / Path(*parts[1:])).with_suffix(".py").exists() or len(parts) == 2
     return parts == ["ksae", "kernels"] or any(file.exists() for file in files)
 
 
-PYTHON_FILES = sorted((ROOT / "python" / "ksae").rglob("*.py"))
+# setup.py installs bench/ as ksae.bench.
+MODULES = {f"ksae/bench/{path.name}": path for path in sorted((ROOT / "bench").glob("*.py"))} | {
+    str(path.relative_to(ROOT / "python")): path
+    for path in sorted((ROOT / "python" / "ksae").rglob("*.py"))
+}
 
 
-@pytest.mark.parametrize("path", PYTHON_FILES, ids=lambda p: str(p.relative_to(ROOT / "python")))
-def test_imports_point_down(path):
-    parts = path.relative_to(ROOT / "python").with_suffix("").parts  # ksae, module, ...
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    path, parts = MODULES[name], Path(name).with_suffix("").parts  # ksae, module, ...
     module = "" if parts == ("ksae", "__init__") else parts[1]
     for name in imported(path, list(parts[:-1])):
         if name.split(".")[0] != "ksae":

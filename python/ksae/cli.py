@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `ksae demo`, `train`, `eval`, `config`. Each imports what it needs as it runs.
+"""The command line: `ksae demo`, `train`, `eval`, `bench`, `config`.
+
+Each imports what it needs as it runs.
 
 A mistake of the user is one line on the standard error, `ksae: error: ...`, and exit code 1 (2:
 wrong usage), with no traceback unless KSAE_DEBUG=1. Ctrl-C ends with 130 and SIGTERM with 143,
@@ -377,3 +379,48 @@ def _demo(
     from ksae.demo import demo
 
     demo(out, tokens=tokens, d_sae=d_sae, k=k, latents=latents, seed=seed, threads=threads)
+
+
+@app.command("bench")
+def _bench(
+    suite: Annotated[
+        str | None, typer.Option(help="Comma-separated: ops, step, scaling, quality, roofline, gpu")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="At most 20 minutes, or 2, on two cores")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the results")] = Path("ksae-bench"),
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="OLD NEW", help="Two results: what became slower; measures nothing"),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default torch's", min=1)] = None,
+    data: Annotated[
+        str, typer.Option(help="normal, planted, or a .npy file of activations")
+    ] = "normal",
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of real activations: train.npy, holdout.npy")
+    ] = None,
+    progress: Annotated[bool, typer.Option(help="Show progress")] = True,
+) -> int:
+    """Measure ops and whole training steps beside torch and other libraries.
+
+    Writes a table, bench.json, pictures and report.md into --out. Ctrl-C keeps what was measured.
+
+    ksae bench --compare old/bench.json new/bench.json says what became slower, with exit code 1.
+    """
+    from ksae.bench import command
+    from ksae.bench import compare as comparison
+
+    if compare is not None:
+        return comparison.main(*compare)
+    mode = "full" if full else "quick"
+    return command.bench(
+        command.chosen(suite, mode),
+        out,
+        mode=mode,
+        threads=threads,
+        data=data,
+        cache=cache or out.parent / "ksae-bench-activations",
+        progress=progress,
+    )

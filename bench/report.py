@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people read of a run: tables on the terminal, report.md, and the README's section.
+
+    python -m ksae.bench.report bench/results/cpu/bench.json README.md
+
+writes that section anew, from the committed result.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import record
+from .measure import table
+from .record import Record, Row, groups, low
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+RESULT = "bench/results/cpu/bench.json"  # what the README's section is made from
+Cells = list[list[str]]
+
+CAPTIONS = {
+    "speedup": "How many times faster the best of ksae is than torch's fastest way, each op at "
+    "each shape (above 1: ksae wins; lines: quartiles).",
+    "step": "Time of one whole training step, all at the same weights and batches; lines: "
+    "quartiles.",
+    "scaling": "Time against one size at a time, both axes logarithmic; bands: quartiles; dashed: "
+    "the floor by formula. Numbers: fitted exponent, and the expected one in brackets.",
+    "quality": "Held-out FVU (share of the variance that is not explained, lower is better) "
+    "against training time, at the same batches.",
+    "roofline": "What each kernel reaches, against its operations a byte by formula; lines: the "
+    "limits of this machine, measured in the same run.",
+}
+
+
+def ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"
+
+
+def megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.1f}"
+
+
+def best_rival(rows: Sequence[Row]) -> Row | None:
+    """torch's fastest way of a group of the op suite; the reference counts as one."""
+    rivals = [r for r in rows if not r.ours and r.times and not r.extra.get("part")]
+    return min(rivals, key=lambda r: r.times.median if r.times else 0, default=None)
+
+
+def best_of_ours(rows: Sequence[Row]) -> Row | None:
+    ours = [r for r in rows if r.ours and r.times]
+    return min(ours, key=lambda r: r.times.median if r.times else 0, default=None)
+
+
+def quotient(slow: Row, fast: Row) -> float:
+    """Of the medians."""
+    assert slow.times and fast.times
+    return slow.times.median / fast.times.median
+
+
+def spread(row: Row) -> str:
+    """Half the range of the blocks' lower quartiles, which `--compare` works with."""
+    lows = [low(block) for block in row.blocks]
+    return f"{(max(lows) - min(lows)) / 2 / min(lows):.0%}" if len(lows) > 1 else ""
+
+
+def ops_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
+    header = ["op", "way", "ms", "quartiles", "spread", "time / ksae", "peak MB", ""]
+    cells: Cells = []
+    for (_, _, op, mode), members in groups(list(rows)).items():
+        best = best_of_ours(members)
+        for row in members:
+            name = f"({row.way})" if row.extra.get("part") else row.way
+            if not row.times:
+                cells.append([f"{op} {mode}", name, *[""] * 5, row.failure or "not timed"])
+                continue
+            t = row.times
+            ratio = quotient(row, best) if best else None
+            rival = not row.ours and not row.extra.get("part")
+            loses = "ksae LOSES" if rival and ratio is not None and ratio < 1 else ""
+            cells.append(
+                [
+                    f"{op} {mode}",
+                    name,
+                    ms(t.median),
+                    f"{ms(t.q1)}-{ms(t.q3)}",
+                    spread(row),
+                    "" if ratio is None else f"{ratio:.2f}",
+                    megabytes(row.peak),
+                    loses,
+                ]
+            )
+    return header, cells
+
+
+def step_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
+    header = ["contestant", "version", "ms", "quartiles", "spread", "time / ksae", "extra MB"]
+    header += ["of floor", "remark"]
+    base = next((r for r in rows if r.way == "ksae fp32" and r.times), None)
+    cells: Cells = []
+    for row in rows:
+        version = str(row.extra.get("version") or "")
+        if not row.times:
+            cells.append([row.way, version, *[""] * 6, row.failure or "not timed"])
+            continue
+        t = row.times
+        ratio = quotient(row, base) if base else None
+        note = str(row.extra.get("note") or "")
+        loses = "ksae LOSES" if not row.ours and ratio is not None and ratio < 1 else note
+        cells.append(
+            [
+                row.way,
+                version,
+                ms(t.median),
+                f"{ms(t.q1)}-{ms(t.q3)}",
+                spread(row),
+                "" if ratio is None else f"{ratio:.2f}",
+                megabytes(row.peak),
+                f"{row.floor / t.median:.0%}" if row.floor else "",
+                loses,
+            ]
+        )
+    return header, cells
+
+
+def scaling_table(run: Record) -> tuple[list[str], Cells]:
+    header = ["op", "over", "exponent", "standard error", "expected", ""]
+    cells = [
+        [
+            f["op"],
+            f["size"],
+            f"{f['exponent']:.2f}",
+            f"{f['error']:.2f}",
+            f"{f['expected']:.2f}",
+            "GROWS TOO FAST" if f["too_fast"] else "",
+        ]
+        for f in run.suites["scaling"].facts.get("fits", [])
+    ]
+    return header, cells
+
+
+def quality_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
+    header = ["contestant", "version", "FVU held out", "dead", "s to target", "ms a step", "remark"]
+    cells: Cells = []
+    for row in rows:
+        version = str(row.extra.get("version") or "")
+        if "fvu" not in row.extra or not row.times:
+            cells.append([row.way, version, *[""] * 4, row.failure or "not finished"])
+            continue
+        reached = row.extra.get("seconds_to_target")
+        cells.append(
+            [
+                row.way,
+                version,
+                f"{row.extra['fvu']:.4f}",
+                f"{row.extra['dead']:.1%}",
+                "not reached" if reached is None else f"{reached:.2f}",
+                ms(row.times.median),
+                str(row.extra.get("note") or ""),
+            ]
+        )
+    return header, cells
+
+
+def roofline_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
+    header = ["op", "dtype", "way", "ms", "GB/s", "GFLOP/s", "flop / byte", "of limit"]
+    cells: Cells = []
+    for row in rows:
+        if row.times and row.bytes and row.floor:
+            t = row.times.median
+            flops = row.flops or 0
+            rates = [f"{row.bytes / t / 1e9:.1f}", f"{flops / t / 1e9:.1f}"]
+            rates += [f"{flops / row.bytes:.1f}", f"{row.floor / t:.0%}"]
+            cells.append([row.op, row.dtype, row.way, ms(t), *rates])
+    return header, cells
+
+
+def sections(run: Record) -> list[tuple[str, list[str], list[tuple[str, list[str], Cells]]]]:
+    """Title, notes, and tables (title, header, cells) of each suite that ran."""
+    found = []
+    for name, suite in run.suites.items():
+        notes = list(suite.notes)
+        if suite.state != "complete":
+            notes.append(suite.state)
+        tables = []
+        by_case: dict[str, list[Row]] = {}
+        for row in suite.rows:
+            by_case.setdefault(row.case, []).append(row)
+        if name == "ops":
+            tables = [(case, *ops_table(rows)) for case, rows in by_case.items()]
+        elif name == "step":
+            tables = [(case, *step_table(rows)) for case, rows in by_case.items()]
+        elif name == "scaling":
+            tables = [("Exponents", *scaling_table(run))]
+        elif name == "quality":
+            target = suite.facts.get("target_fvu")
+            if target is not None:
+                notes.append(f"target: FVU {target:.4f}, 1.1 times what dense torch ends with")
+            tables = [(case, *quality_table(rows)) for case, rows in by_case.items()]
+        elif name == "roofline":
+            tables = [("Kernels", *roofline_table(suite.rows))]
+        found.append((f"{name} ({suite.seconds:.0f} s)", notes, tables))
+    return found
+
+
+def terminal(run: Record) -> str:
+    """All tables as aligned text."""
+    lines = []
+    for title, notes, tables in sections(run):
+        lines += ["", title, *(f"  {note}" for note in notes)]
+        for case, header, cells in tables:
+            if cells:
+                lines += ["", case, table(header, cells)]
+    lines += ["", *losing(run)]
+    return "\n".join(lines)
+
+
+def losing(run: Record) -> list[str]:
+    """Where torch or a peer is faster, or a result was wrong; a line each."""
+    lines = []
+    for suite, case, op, mode in groups(run.rows):
+        members = [r for r in run.rows if r.group == (suite, case, op, mode)]
+        if suite not in ("ops", "step", "quality"):
+            continue
+        ours, rival = best_of_ours(members), best_rival(members)
+        if ours and rival and quotient(rival, ours) < 1:
+            times = 1 / quotient(rival, ours)
+            lines.append(
+                f"{suite}: {op} {mode} at {case}: {rival.way} takes 1/{times:.2f} of ksae's time"
+            )
+        lines += [f"{suite}: {op} at {case}: {r.way}: {r.failure}" for r in members if _wrong(r)]
+    head = "Where ksae loses:" if lines else "No row in which ksae loses."
+    return [head, *(f"- {line}" for line in lines)]
+
+
+def _wrong(row: Row) -> bool:
+    return row.failure is not None and ("differs" in row.failure or row.ours)
+
+
+def markdown(run: Record, pictures: Sequence[str]) -> str:
+    """report.md: conditions, how to reproduce, tables, pictures with captions, losing rows."""
+    lines = ["# ksae bench: " + run.mode, "", conditions(run), ""]
+    lines += ["```sh", reproduce(run), "```", ""]
+    lines += ["Times are medians of interleaved samples, with quartiles; spread is half the range "]
+    lines[-1] += "of the lower quartiles of blocks that lie apart in time."
+    for title, notes, tables in sections(run):
+        name = title.split()[0]
+        lines += ["", f"## {title}", "", *(f"- {note}" for note in notes)]
+        for picture in pictures:
+            stem = picture.removesuffix(".png")
+            if _belongs(stem, name):
+                caption = CAPTIONS[stem.split("-")[0]]
+                lines += ["", f"![{caption}]({picture})", "", f"*{caption}*"]
+        for case, header, cells in tables:
+            if cells:
+                lines += ["", f"### {case}", "", *_markdown_table(header, cells)]
+    head, *rows = losing(run)
+    lines += ["", "## " + head.rstrip(":."), "", *rows]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _belongs(picture: str, suite: str) -> bool:
+    return {"speedup": "ops"}.get(picture.split("-")[0], picture.split("-")[0]) == suite
+
+
+def _markdown_table(header: list[str], cells: Cells) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
+
+
+def conditions(run: Record) -> str:
+    """Hardware, versions, threads, data and revision in a sentence."""
+    m = run.machine
+    isa = f", {m['isa']}" if m.get("isa") else ""
+    return (
+        f"{m['cpu']}{isa}, {m['threads']} threads, torch {m['torch']}, ksae {m['ksae']} at "
+        f"revision `{m['revision']}`, {m['date']}; data: {run.conditions.get('data', 'normal')}; "
+        f"{run.conditions.get('seconds', 0):.0f} s, {run.state}."
+    )
+
+
+def reproduce(run: Record) -> str:
+    suites = "" if len(run.suites) >= 5 else f" --suite {','.join(run.suites)}"
+    return f"ksae bench --{run.mode} --threads {run.machine['threads']}{suites} --out bench-results"
+
+
+def readme_section(run: Record, path: str = RESULT) -> str:
+    """What stands between the README's markers."""
+    folder = Path(path).parent
+    lines = [conditions(run), f"From [`{path}`]({path}); all of it, with losing rows and the"]
+    lines[-1] += f" other plots: [report]({folder / 'report.md'}). Reproduce:"
+    lines += ["", "```sh", reproduce(run), "```", ""]
+    rows = [r for r in run.rows if r.suite == "step"]
+    for case, members in _by_case(rows).items():
+        lines += [
+            f"One training step (forward, backward, projection, Adam, unit norm), {case}:",
+            "",
+        ]
+        lines += [*_markdown_table(*_short(members)), ""]
+        break
+    lines += [f"![{CAPTIONS['step']}]({folder / 'step.png'})", "", *losing(run)]
+    return "\n".join(lines).rstrip()
+
+
+def _by_case(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.case, []).append(row)
+    return found
+
+
+def _short(rows: Sequence[Row]) -> tuple[list[str], Cells]:
+    """Contestant, ms, times ksae, extra memory."""
+    header, cells = step_table(rows)
+    wanted = ("contestant", "ms", "time / ksae", "extra MB", "remark")
+    keep = [header.index(name) for name in wanted]
+    return [header[i] for i in keep], [[row[i] for i in keep] for row in cells]
+
+
+def rewrite(readme: str, run: Record, path: str = RESULT) -> str:
+    """`readme` with its section made anew.
+
+    Raises:
+        ValueError: it has no markers.
+    """
+    if BEGIN not in readme or END not in readme:
+        raise ValueError(f"report: the file must have {BEGIN} and {END}, got neither or one")
+    head, tail = readme.split(BEGIN)[0], readme.split(END)[1]
+    return f"{head}{BEGIN}\n{readme_section(run, path)}\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    result, target = sys.argv[1], Path(sys.argv[2])
+    target.write_text(rewrite(target.read_text(), record.load(result), result))

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suites of `ksae bench`: a module with `run(session)` each, and its share of the time."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .session import Session
+
+
+@dataclass(frozen=True)
+class SuiteSpec:
+    """What a suite measures, and the seconds that it plans in each mode on two cores."""
+
+    text: str
+    quick: float
+    full: float
+    device: str = "any"  # or "cuda": left out, with a note, where there is none
+
+    def seconds(self, mode: str) -> float:
+        return {"quick": self.quick, "full": self.full, "tiny": 2.0}[mode]
+
+
+SUITES = {
+    "ops": SuiteSpec("every op by implementation: time and memory", 30, 300),
+    "step": SuiteSpec("a whole training step against other libraries", 32, 400),
+    "scaling": SuiteSpec("how cost grows with N, d, F and k", 18, 120),
+    "quality": SuiteSpec("what training reaches on real activations, and when", 14, 240),
+    "roofline": SuiteSpec("share of the machine's limits", 12, 60),
+    "gpu": SuiteSpec("kernels on a GPU", 60, 300, device="cuda"),
+}
+
+
+def runner(name: str) -> Callable[[Session], Any] | str:
+    """What runs a suite: `run(session)` of the module of its name; or why there is nothing."""
+    if SUITES[name].device == "cuda" and not torch.cuda.is_available():
+        return "needs a CUDA device"
+    module = f"{__package__}.{name}"
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not there"
+    run = getattr(importlib.import_module(module), "run", None)
+    if run is None:
+        return f"{module} has no run(session)"
+    return run  # type: ignore[no-any-return]
