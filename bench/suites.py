@@ -33,6 +33,7 @@ SUITES = {
     "scaling": SuiteSpec("how cost grows with N, d, F and k", 18, 120),
     "quality": SuiteSpec("what training reaches on real activations, and when", 14, 240),
     "roofline": SuiteSpec("share of the machine's limits", 12, 60),
+    "threads": SuiteSpec("torch's ops and ksae's in turns", 4, 20),
     "gpu": SuiteSpec("kernels on a GPU", 60, 300, device="cuda"),
 }
 

@@ -1,40 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the threads of ksae's kernels and of torch's ops get into each other's way.
-
-    python bench/threads.py --json threads.json
+"""Suite `threads`: whether the threads of ksae's kernels and of torch's ops get in each other's way.
 
 A second pool of threads would still spin, or have to be woken, when the other's turn comes. So each
-op is timed alone, call after call, and in turns with the other, and the ratio is what the turns
-cost. Both sides use OpenMP; in one process they share one libgomp, hence one pool. See
-bench/README.md.
+op is timed alone, call after call, and in turns with the other; blocks of both kinds alternate.
+Both sides use OpenMP: in one process they share one runtime (`facts` names it), hence one pool.
+What the turns cost beyond that is the cache: each call finds the other's data in it.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import describe, machine, table, write_json
 
 import ksae
 
-N, d, F, k = 512, 768, 4096, 32  # calls of some milliseconds, as the small ops of a step
+from .measure import timed
+from .record import Row
+from .session import Session
+
+Call = Callable[[], Any]
+SHAPE = {"N": 512, "d": 768, "F": 4096, "k": 32}  # calls of milliseconds
+TINY = {"N": 16, "d": 32, "F": 128, "k": 4}
+BLOCKS, ROUNDS = 20, 10
 
 
-def ways(seed: int = 0) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+def run(session: Session) -> None:
+    """Fill a pair of rows, alone and in turns, for each op of each pair."""
+    shape = TINY if session.tiny else SHAPE
+    blocks = 2 if session.tiny else BLOCKS
+    theirs, ours = calls(**shape)
+    session.suite.facts["runtimes"] = runtimes()
+    pairs = [(a, b) for a in theirs for b in ours]
+    every = theirs | ours
+    for number, pair in enumerate(pairs):
+        rows = [_rows(session, shape, pair, i) for i in range(2)]
+        both = [every[name] for name in pair]
+        _samples(both, 3)
+        share = session.left() / (len(pairs) - number)
+        end = session.spent() + share
+        for block in range(blocks):
+            for (alone, _), call in zip(rows, both, strict=True):
+                alone.blocks += _samples([call], ROUNDS)
+            for (_, turns), taken in zip(rows, _samples(both, ROUNDS), strict=True):
+                turns.blocks.append(taken)
+            session.tick(" beside ".join(pair))
+            if block >= 2 and session.spent() > end:
+                break
+
+
+def calls(N: int, d: int, F: int, k: int) -> tuple[dict[str, Call], dict[str, Call]]:
     """Calls of torch that use its threads, and calls of ksae that use theirs."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     x = torch.randn(N, d, generator=generator)
     W = torch.randn(F, d, generator=generator) / d**0.5
     b = torch.zeros(F)
     values, indices = ksae.topk_encode(x, W, b, k)
-    u = torch.nn.functional.linear(x, W)
+    u = torch.nn.functional.linear(x, W)  # [N, F]
     theirs = {"torch mm": lambda: x @ W.T, "torch relu": lambda: u.relu()}
     ours = {
         "topk_encode": lambda: ksae.topk_encode(x, W, b, k),
@@ -43,63 +67,35 @@ def ways(seed: int = 0) -> tuple[dict[str, Callable[[], Any]], dict[str, Callabl
     return theirs, ours
 
 
-def seconds(calls: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Samples of each call, made one after the other, round after round."""
-    taken: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, samples in zip(calls, taken, strict=True):
-            start = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - start)
-    return taken
-
-
-def compare(one: Callable[[], Any], other: Callable[[], Any], blocks: int, rounds: int) -> Any:
-    """Medians of each call alone and in turns; blocks of both kinds alternate."""
-    alone: list[list[float]] = [[], []]
-    turns: list[list[float]] = [[], []]
-    seconds([one, other], 3)
-    for _ in range(blocks):
-        for i, call in enumerate((one, other)):
-            alone[i] += seconds([call], rounds)[0]
-        for i, samples in enumerate(seconds([one, other], rounds)):
-            turns[i] += samples
-    return [statistics.median(samples) for samples in (*alone, *turns)]
-
-
-def pools() -> list[str]:
-    """The OpenMP runtimes loaded into this process."""
+def runtimes() -> list[str]:
+    """The OpenMP runtimes loaded into this process (Linux; empty elsewhere)."""
     maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    files = {line.split()[-1] for line in lines if "omp" in line and ".so" in line}
-    return sorted({Path(file).name for file in files if "libgomp" in file or "libiomp" in file})
+    files = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
+    names = {Path(file).name for file in files}
+    return sorted(n for n in names if n.startswith(("libgomp", "libiomp", "libomp")))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--blocks", type=int, default=20, help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=10, help="default %(default)s")
-    parser.add_argument("--threads", type=int, default=2, help="default %(default)s")
-    parser.add_argument("--json", metavar="PATH", help="write the results there")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    record = machine(N=N, d=d, F=F, k=k, runtimes=pools())
-    print(describe(record), flush=True)
-    theirs, ours = ways()
-    rows, results = [], []
-    for a, one in theirs.items():
-        for b, other in ours.items():
-            alone_a, alone_b, turn_a, turn_b = compare(one, other, args.blocks, args.rounds)
-            pairs = ((a, alone_a, turn_a, b), (b, alone_b, turn_b, a))
-            for name, alone, turn, beside in pairs:
-                row = {"op": name, "beside": beside, "alone": alone, "in_turns": turn}
-                results.append(row | {"ratio": turn / alone})
-                times = (f"{alone * 1e3:.3f}", f"{turn * 1e3:.3f}", f"{turn / alone:.2f}x")
-                rows.append([f"{name} beside {beside}", *times])
-    print(table(["op", "alone, ms", "in turns, ms", "ratio"], rows))
-    write_json(args.json, {"machine": record, "rows": results})
-    return 0
+def _rows(session: Session, shape: dict[str, int], pair: tuple[str, str], i: int) -> list[Row]:
+    return [
+        session.add(
+            Row(
+                suite="threads",
+                case=f"beside {pair[1 - i]}",
+                op=pair[i],
+                mode="forward",
+                way=way,
+                anchor="alone",
+                shape=shape,
+            )
+        )
+        for way in ("alone", "in turns")
+    ]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _samples(both: list[Call], rounds: int) -> list[list[float]]:
+    """Seconds of each call, made one after the other, round after round."""
+    taken: list[list[float]] = [[] for _ in both]
+    for _ in range(rounds):
+        for call, samples in zip(both, taken, strict=True):
+            samples.append(timed(call))
+    return taken
