@@ -68,6 +68,16 @@ def _caption(figure: Figure, run: Record, text: str) -> None:
     figure.supxlabel(f"{text}\n{where}, ksae {m.get('revision')}", fontsize=8, color=INK)
 
 
+def _log_ticks(axes: Axes) -> None:
+    """A logarithmic x axis with 0.5, 1, 2, 5, ... in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _rows(run: Record, suite: str) -> list[Row]:
     return [r for r in run.suites[suite].rows if r.times] if suite in run.suites else []
 
@@ -101,14 +111,15 @@ def speedup(run: Record) -> Figure | None:
             values = [b[1] for b in mine]
             errors = [[v - min(b[2], v) for b, v in zip(mine, values, strict=True)]]
             errors.append([max(b[3], v) - v for b, v in zip(mine, values, strict=True)])
-            a.barh(
-                at, values, 0.36, xerr=errors, color=OURS[number], label=dtype, ecolor=INK,
-                error_kw={"lw": 0.8},
-            )  # fmt: skip
+            lengths = [v - 1 for v in values]  # from "as fast as torch", so losing goes left
+            a.barh(at, lengths, 0.36, left=1, color=OURS[number], label=dtype)
+            a.errorbar(values, at, xerr=errors, fmt="none", ecolor=INK, lw=0.8)
             for y, v in zip(at, values, strict=True):
-                a.annotate(f"{v:.2g}", (v, y), (3, -3), textcoords="offset points", fontsize=7)
+                side = (6, -3) if v >= 1 else (-24, -3)
+                a.annotate(f"{v:.2g}", (v, y), side, textcoords="offset points", fontsize=7)
         a.axvline(1, color="#b22222", lw=1.2, ls="--", label="as fast as torch")
-        a.set_xscale("log")
+        _log_ticks(a)
+        a.margins(x=0.08)
         a.set_yticks(range(len(labels)), labels, fontsize=8)
         a.invert_yaxis()
         a.set_title(shape, fontsize=10)
@@ -143,7 +154,7 @@ def steps(run: Record) -> Figure | None:
             )  # fmt: skip
         for color, label in ((OURS[0], "ksae"), (OTHERS[0], "others")):
             a.barh([], [], color=color, label=label)
-        a.set_xscale("log")
+        _log_ticks(a)
         a.set_yticks(range(len(members)), [r.way for r in members], fontsize=8)
         a.invert_yaxis()
         a.set_title(case, fontsize=10)

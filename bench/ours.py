@@ -45,10 +45,12 @@ class Ksae:
         fused: bool = True,
         screening: bool | None = None,
     ) -> None:
-        import ksae
         from ksae import native
+        from ksae.modules import TopKSAE
+        from ksae.step import TrainStep
+        from ksae.version import VERSION
 
-        self.version = ksae.__version__
+        self.version = VERSION
         if not native.available():
             self.note = f"reference, native kernels are {native.reason()}"
         elif screening is not None:
@@ -58,11 +60,11 @@ class Ksae:
             if screening and not _cpu.can_screen():
                 self.note = "no BF16 dot instructions to screen with"
         F, d = start["W_enc"].shape
-        self.model = ksae.TopKSAE(d, F, k, dtype=dtype)
+        self.model = TopKSAE(d, F, k, dtype=dtype)
         with torch.no_grad():
             for name, value in start.items():
                 getattr(self.model, name).copy_(value)
-        self.trainer = ksae.TrainStep(self.model, lr=lr, fused=fused)
+        self.trainer = TrainStep(self.model, lr=lr, fused=fused)
 
     def step(self, x: Tensor) -> Tensor:
         return self.trainer(x)["loss"]

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import ksae
+from ksae import ops
+from ksae.errors import UserError
 from ksae.initialize import geometric_median
 
 from . import data, ours, peers
@@ -91,10 +92,10 @@ def measure(weights: Weights, k: int, rows: Tensor) -> tuple[float, float]:
     error = 0.0
     fired = torch.zeros(len(weights["b_enc"]), dtype=torch.bool)
     for x in torch.split(rows, CHUNK):
-        values, indices = ksae.topk_encode(
+        values, indices = ops.topk_encode(
             x, weights["W_enc"], weights["b_enc"], k, weights["b_dec"]
         )
-        recon = ksae.sparse_decode(values, indices, weights["W_dec"], weights["b_dec"])
+        recon = ops.sparse_decode(values, indices, weights["W_dec"], weights["b_dec"])
         error += float((recon - x).double().square().sum())
         fired[indices[values > 0]] = True
     return error / data.total_variance(rows), 1 - float(fired.float().mean())
@@ -114,7 +115,7 @@ def run(session: Session) -> None:
     size, F, k, steps, some = SETTINGS[mode]
     try:
         train, held = _rows(session)
-    except (OSError, ValueError, ImportError, ksae.errors.UserError) as error:
+    except (OSError, ValueError, ImportError, UserError) as error:
         session.add(Row("quality", "real activations", "train", "train", "all", failure=str(error)))
         return
     shape = {"N": size, "d": train.shape[1], "F": F, "k": k}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite `threads`: whether the threads of ksae's kernels and of torch's ops get in each other's way.
+"""Suite `threads`: whether threads of ksae's kernels and of torch's ops get in each other's way.
 
 A second pool of threads would still spin, or have to be woken, when the other's turn comes. So each
 op is timed alone, call after call, and in turns with the other; blocks of both kinds alternate.
