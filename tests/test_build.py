@@ -201,6 +201,7 @@ LAYERS = [
     {"ops"},
     {"functional", "losses"},
     {"modules"},
+    {"gradtopk"},
     {"step", "initialize"},
 ]
 TRAINING, COMMANDS, PACKAGE = len(LAYERS), len(LAYERS) + 1, len(LAYERS) + 2

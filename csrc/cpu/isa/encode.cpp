@@ -243,10 +243,7 @@ void encode_table(Kernels& t) {
 #else
   t.has_dot = false;
 #endif
-  t.encode_pack_x = pack_x;
-  t.encode_pack_w = pack_w;
-  t.encode_score = score;
-  t.encode_finish = finish;
+  t.encode = {pack_x, pack_w, score, finish};
 }
 
 }  // namespace ksae::cpu::KSAE_ISA

@@ -107,18 +107,12 @@ struct Ahead {
   }
 };
 
-// Float32 scores of the survivors of rows [row0, row1), by the chain of score_tile<kFloat>, kWidth
-// (row, latent) pairs at a time. Pairs are taken in the order of their latents (to within a bucket
-// that fits L2), so that W comes from memory once and x, the smaller table, from cache.
-// Tried: row by row, W gathered from memory: no slower on one busy core (216 against 229 ms a call
-// at F=24576, k=32); prefetching to L2 instead of L1: 10 % slower.
-inline void rescore(const EncodeChunk& c, int64_t row0, int64_t row1) {
+// Lists the survivors of rows [row0, row1) in the order of their latents, to within a bucket; each
+// in c.pairs + row0 * capacity as (row - row0) * capacity + place in the row. Returns their number.
+inline int64_t by_latent(const EncodeChunk& c, int64_t row0, int64_t row1) {
   constexpr int kBuckets = 1024;
-  const int64_t d = c.p->d, capacity = c.capacity;
-  const auto* W = static_cast<const float*>(c.p->W_enc);
-  const auto* X = static_cast<const float*>(c.p->x);
-  const auto* b_dec = static_cast<const float*>(c.p->b_dec);
-  uint32_t* pairs = c.pairs + row0 * capacity;  // (row - row0) * capacity + place in the row
+  const int64_t capacity = c.capacity;
+  uint32_t* pairs = c.pairs + row0 * capacity;
   int shift = 0;
   while ((c.M >> shift) >= kBuckets) ++shift;
   uint32_t first[kBuckets + 1] = {};
@@ -130,7 +124,21 @@ inline void rescore(const EncodeChunk& c, int64_t row0, int64_t row1) {
   for (int b = 0; b < kBuckets; ++b) first[b + 1] += first[b];
   const int64_t n = first[kBuckets];
   each([&](int64_t at) { pairs[first[c.index[at] >> shift]++] = uint32_t(at - row0 * capacity); });
+  return n;
+}
 
+// Float32 scores of the survivors of rows [row0, row1), by the chain of score_tile<kFloat>, kWidth
+// (row, latent) pairs at a time. Pairs are taken in the order of their latents (to within a bucket
+// that fits L2), so that W comes from memory once and x, the smaller table, from cache.
+// Tried: row by row, W gathered from memory: no slower on one busy core (216 against 229 ms a call
+// at F=24576, k=32); prefetching to L2 instead of L1: 10 % slower.
+inline void rescore(const EncodeChunk& c, int64_t row0, int64_t row1) {
+  const int64_t d = c.p->d, capacity = c.capacity;
+  const auto* W = static_cast<const float*>(c.p->W_enc);
+  const auto* X = static_cast<const float*>(c.p->x);
+  const auto* b_dec = static_cast<const float*>(c.p->b_dec);
+  const int64_t n = by_latent(c, row0, row1);
+  const uint32_t* pairs = c.pairs + row0 * capacity;
   const float *w[2][kWidth], *x[2][kWidth];
   const auto point = [&](int side, int64_t i) {
     for (int l = 0; l < kWidth; ++l) {

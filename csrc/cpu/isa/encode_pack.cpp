@@ -160,7 +160,7 @@ void pack_w(const EncodeChunk& c, int64_t group, int64_t panel) {
       const bool valid = m0 + l < c.M;
       const int64_t i = valid ? latent_of(c, m0 + l) : 0;
       w[l] = valid ? static_cast<const T*>(c.p->W_enc) + i * d : nullptr;
-      bias[l] = valid ? to_float(static_cast<const T*>(c.p->b_enc)[i]) : 0;
+      bias[l] = valid && c.p->b_enc ? to_float(static_cast<const T*>(c.p->b_enc)[i]) : 0;
     }
     for (int half = 0; half < 2; ++half)
       pack_rows(c, w + half * kWidth, out + half * kWidth, squares + half * 2 * kWidth);
