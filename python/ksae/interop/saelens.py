@@ -4,8 +4,8 @@ TopKTrainingSAEConfig`.
 
 They derive from SAELens' own and need it installed. The configs here carry the architecture
 "ksae_topk", registered on import, so that SAELens' runner and trainer build these classes;
-inference files are saved as "topk", which SAELens reads without ksae. `encode` returns the dense code as
-there; inside `forward` and a training step it is lazy, unless a hook wants to see it.
+inference files are saved as "topk", which SAELens reads without ksae. `encode` returns the dense
+code as there; inside `forward` and a training step it is lazy, unless a hook wants to see it.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class TopKTrainingSAE(_TopK, _TrainingSAE):
     ) -> Tensor:
         """The d/2 largest dead pre-activations predict the residual, without b_dec."""
         if not isinstance(hidden_pre, lazy.PreActivations) or hidden_pre.built:
-            loss: Tensor = super().calculate_topk_aux_loss(
+            loss: Tensor = super().calculate_topk_aux_loss(  # type: ignore[misc]
                 sae_in, sae_out, hidden_pre, dead_neuron_mask
             )
             return loss
