@@ -10,7 +10,8 @@ import torch
 from cases import assert_close, randn
 from torch.nn import functional as nnf
 
-from ksae.interop import lazy, libraries
+from ksae.interop import accelerate, accelerated, lazy, libraries
+from ksae.interop.dictionary_learning import AutoEncoderTopK
 from ksae.interop.sparsify import SparseCoder, SparseCoderConfig
 
 N, D, F, K = 19, 16, 64, 4
@@ -148,3 +149,46 @@ def test_sparsify_files(tmp_path):
 def test_sparsify_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         SparseCoder(D, SparseCoderConfig(num_latents=F, **settings))
+
+
+# --------------------------------------------------------------------------------------------- swap
+
+
+def test_accelerate_leaves_other_modules_alone():
+    assert accelerate(torch.nn.Sequential(torch.nn.Linear(2, 2))) == {}
+    with pytest.raises(TypeError, match=r"accelerate: module must be an nn\.Module, got int"):
+        accelerate(3)
+
+
+def test_accelerated_refuses():
+    with (
+        pytest.raises(ValueError, match="library must be one of sparsify, dictionary_learning"),
+        accelerated("torch"),
+    ):
+        pass
+
+
+# --------------------------------------------------------------------------------------------- DL
+
+
+def test_dictionary_learning_parameters_stay_laid_out_by_latent():
+    sae = AutoEncoderTopK(D, F, K)
+    state = {name: t.clone() for name, t in sae.state_dict().items()}
+    sae.load_state_dict(state, assign=True)  # other storage, of other strides
+    sae.decoder.weight = torch.nn.Parameter(sae.decoder.weight.detach().contiguous())
+    parameter = sae.decoder.weight
+    x = randn(N, D, seed=1)
+    f, _, _, post_relu = sae.encode(x, return_topk=True)
+    sae.decode(f).square().sum().backward()
+    assert sae.decoder.weight is parameter and parameter.T.is_contiguous()
+    assert parameter.grad.T.is_contiguous() and parameter.grad.shape == (D, F)
+    assert not f.built and not post_relu.built
+    assert torch.equal(parameter.detach(), state["decoder.weight"])
+
+
+def test_dictionary_learning_refuses(tmp_path):
+    with pytest.raises(ValueError, match=r"AutoEncoderTopK: k must be an integer in \[1, 64\]"):
+        AutoEncoderTopK(D, F, 0)
+    torch.save(AutoEncoderTopK(D, F, K).state_dict(), tmp_path / "ae.pt")
+    with pytest.raises(ValueError, match="AutoEncoderTopK: k must be 4"):
+        AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt", k=5)

@@ -2,7 +2,7 @@
 """The functional ops for arrays of other frameworks: NumPy, JAX, CuPy, whatever speaks DLPack.
 
 Arguments are taken without a copy, where their device allows it, and results are of the kind of the
-first array. No gradients.
+first array (JAX makes indices int32 unless jax_enable_x64 is set). No gradients.
 """
 
 from __future__ import annotations

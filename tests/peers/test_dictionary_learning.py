@@ -86,7 +86,7 @@ def test_auxk_has_the_gradient_of_the_original(models):
         )
         trainer.num_tokens_since_fired[::3] = trainer.dead_feature_threshold
         x = data(N, D).to(model.b_dec.dtype)
-        _, acts, _, post_relu = model.encode(x, return_topk=True)
+        *_, post_relu = model.encode(x, return_topk=True)
         residual = 0.5 * x
         trainer.get_auxiliary_loss(residual, post_relu).backward()
         grads.append(gradients(model))

@@ -105,6 +105,7 @@ class Code(LazyDense):
 
     values_: Tensor  # [..., k]; None: all zero
     indices_: Tensor  # [..., k]
+    unscaled: Tensor  # [..., k]: values before a library's scaling, where there is one
 
     @staticmethod
     def __new__(cls, values: Tensor, indices: Tensor, F: int) -> Code:
@@ -278,21 +279,31 @@ class PreActivations(LazyDense):
 
         More than the mask leaves: the rest has value 0 (signed: u) instead of -inf.
         """
-        with torch.set_grad_enabled(self.recording):
-            return self._topk_of(k)
+        values, indices = self.rectified_topk(k) if self.rectified else self.signed_topk(k)
+        return values if self.scale is None else values * self.scale[indices], indices
 
-    def _topk_of(self, k: int) -> tuple[Tensor, Tensor]:
+    def rectified_topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """relu(u) without the scale, indices [..., k], selected with the scale."""
         W_enc, b_enc, b_dec = self._current()
-        x = sparse.flat(self.x)
-        if not self.rectified:
-            values, indices = sparse.signed_topk(x, W_enc, b_enc, k, b_dec, self.mask, self.scale)
-        elif self.scale is None:
-            values, indices = functional.topk_encode(x, W_enc, b_enc, k, b_dec, self.mask)
-        else:
-            values, indices = sparse.scaled_topk(x, W_enc, b_enc, self.scale, k, b_dec, self.mask)
-        if self.scale is not None:
-            values = values * self.scale[indices]
-        shape = (*self.shape[:-1], k)
+        x, scale, mask = sparse.flat(self.x), self.scale, self.mask
+        with torch.set_grad_enabled(self.recording):
+            if scale is None:
+                code = functional.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
+            else:
+                code = sparse.scaled_topk(x, W_enc, b_enc, scale, k, b_dec, mask)
+        return self._lead(code)
+
+    def signed_topk(self, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """u without ReLU and scale, indices [..., k], selected with the scale."""
+        W_enc, b_enc, b_dec = self._current()
+        mask = self.mask if mask is None else mask
+        with torch.set_grad_enabled(self.recording):
+            x = sparse.flat(self.x)
+            return self._lead(sparse.signed_topk(x, W_enc, b_enc, k, b_dec, mask, self.scale))
+
+    def _lead(self, code: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        values, indices = code
+        shape = (*self.shape[:-1], values.shape[-1])
         return values.reshape(shape), indices.reshape(shape)
 
     def _zeros(self, *args: Any, **kwargs: Any) -> Any:
