@@ -359,7 +359,7 @@ def measure_step(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None
             loss = float(step())  # of the third step: gradients and Adam are in it
             extra = memory() - before
             first = loss if first is None else first
-            if abs(loss - first) > 0.01 * abs(first):
+            if abs(loss - first) > 0.005 * abs(first):
                 record.problem(f"step {shape.name} of {name}: loss {loss:.5g}, ksae's {first:.5g}")
             times = timer({name: step, "product alone": inputs.product})
             ratio = times[name].median / times.pop("product alone").median

@@ -21,6 +21,13 @@ def pytest_report_header() -> str:
     return f"ksae implementations: {', '.join(implementations())}{missing}"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if _exercised:
         runs = ", ".join(f"{name} ({_exercised[name]})" for name in implementations())

@@ -6,8 +6,8 @@ contiguous and in float32, bfloat16 or float16 (ops.py sees to it). Outputs and 
 torch's; work goes to torch's current stream on the tensors' device. The products of encoding are
 torch's, in chunks of rows.
 
-Environment, read once at import: KSAE_CHUNK_BYTES is the memory that the scores of one chunk may
-take, 256 MiB if not set.
+Environment, read once at import: KSAE_NATIVE=0 leaves the native code out, KSAE_CHUNK_BYTES is the
+memory that the scores of one chunk may take, 256 MiB if not set.
 """
 
 from __future__ import annotations
@@ -275,3 +275,23 @@ class Kernels:
                 _pointer(master), _pointer(m), _pointer(v), _pointer(hyper), normalize,
                 _Workspace(W.device), _stream(W),
             )  # fmt: skip
+
+
+def _load() -> tuple[Kernels | None, str]:
+    """The kernels, or why there are none. Asks the driver for a device, but opens none."""
+    if os.environ.get("KSAE_NATIVE", "1") == "0":
+        return None, "left out by KSAE_NATIVE=0"
+    try:
+        from . import _cuda
+    except ImportError as error:
+        return None, f"not importable: {error}"
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is built without CUDA"
+    try:
+        devices = _cuda.device_count()
+    except RuntimeError as error:
+        return None, str(error)
+    return (Kernels(_cuda), "") if devices else (None, "no CUDA device")
+
+
+kernels, reason = _load()

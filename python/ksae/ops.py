@@ -3,8 +3,8 @@
 
 An op is its meaning in reference.py, its checks in checks.py and one row at the end of this file.
 The reference is the default kernel on every device; the native function of the same name, where
-there is one, serves the CPU above it. Inputs are 2-D; kernels make them contiguous, except written
-ones, which must be. The products of `topk_encode` and `sparse_decode` are closed under
+there is one, serves its device above it. Inputs are 2-D; kernels make them contiguous, except
+written ones, which must be. The products of `topk_encode` and `sparse_decode` are closed under
 differentiation: the gradient of each is made of the same ops, to any order.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, native, reference
+from . import checks, cuda, native, reference
 from .checks import accumulator
 
 _serving: dict[str, dict[str, str]] = {}
@@ -384,6 +384,10 @@ def _op(
             qualified, "cpu", _kernel(name, check, getattr(native, name), native_=True)
         )
         _serving[name]["cpu"] = "native"
+    if cuda.kernels is not None:
+        served = _kernel(name, check, getattr(cuda.kernels, name), native_=True)
+        torch.library.register_kernel(qualified, "cuda", served)
+        _serving[name]["cuda"] = "native"
 
     def checked_fake(*args: Any) -> Any:
         check(*args)

@@ -54,7 +54,9 @@ class TrainStep:
     and float16 parameters have float32 masters here: a master is updated and the parameter is the
     master rounded. Parameters written from outside between steps are taken over. A step whose loss
     (or, if clipping, gradient norm) is not finite changes nothing and returns that loss. The fused
-    step gives the same bits on every run and, natively, for every number of threads.
+    step gives the same bits on every run and, natively, for every number of threads. On CUDA it
+    can be captured in a CUDA graph after a warm-up step; outside of one, AuxK alone waits for the
+    device, to learn whether any latent is dead.
 
     Example:
         >>> import torch, ksae
@@ -106,6 +108,7 @@ class TrainStep:
         self._constants = constants.to(first.device)
         self._versions = self._read_versions()
         self._optimizer = None if fused else self._torch_adam()
+        self._lr_on_device = torch.zeros_like(self.t)  # a CUDA graph reads it at every replay
         self.lr = lr
 
     @property
@@ -118,6 +121,7 @@ class TrainStep:
         if not 0 <= lr < float("inf"):
             raise ValueError(f"TrainStep: lr must be a finite number >= 0, got {lr}")
         self._lr = float(lr)
+        self._lr_on_device.fill_(self._lr)
         if self._optimizer is not None:
             self._optimizer.param_groups[0]["lr"] = self._lr
 
@@ -167,13 +171,13 @@ class TrainStep:
         denominator = variance if model.loss == "fvu" else torch.full_like(variance, y.numel())
         inverse = 1 / denominator
         dead = model.dead
-        dead_count = int(dead.sum()) if model.auxk_alpha > 0 else 0
+        k_aux = self._k_aux(dead) if model.auxk_alpha > 0 else 0
         metrics: Metrics = {}
 
         # The residual [N, d] is the largest temporary. Where it is not small beside [N, F], or a
         # 16-bit copy of the batch is there as well, half of it exists at a time.
         small_part = (64 if self.masters else 32) * d <= F
-        whole = bool(model.multi_topk or dead_count or model.skip or self.clip_norm) or small_part
+        whole = bool(model.multi_topk or k_aux or model.skip or self.clip_norm) or small_part
         columns = d if whole else (d + 1) // 2
         # With a skip connection the sparse part predicts what the linear part leaves.
         target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
@@ -197,13 +201,12 @@ class TrainStep:
             groups.append(group)
             scales.append(inverse / 4)
         with_bias = len(groups)  # AuxK decodes without bias and without skip
-        if dead_count:
-            k_aux = min(model.k_aux, dead_count)
+        if k_aux:
             aux = ops.topk_encode(x, model.W_enc, model.b_enc, k_aux, b_dec, dead)
             left = -groups[0].residual  # what AuxK predicts: y - recon
             group, error = self._group(aux, (model.W_dec, None, left), d)
             spread = total_variance(left)
-            weight = torch.where(spread > 0, 1 / spread, 0)
+            weight = torch.where((spread > 0) & dead.any(), 1 / spread, 0)
             metrics["auxk_loss"] = error * weight
             loss = loss + model.auxk_alpha * metrics["auxk_loss"]
             groups.append(group)
@@ -294,6 +297,16 @@ class TrainStep:
         self.t += finite
         return metrics, finite
 
+    def _k_aux(self, dead: Tensor) -> int:
+        """Latents a token that AuxK takes, no more than are dead; 0: none are.
+
+        A CUDA graph is recorded without knowing how many are dead: there the last of k_aux slots
+        may be masked latents, whose value is 0.
+        """
+        if dead.is_cuda and torch.cuda.is_current_stream_capturing():
+            return min(self.model.k_aux, dead.numel())
+        return min(self.model.k_aux, int(dead.sum()))
+
     def _group(
         self,
         code: tuple[Tensor, Tensor],
@@ -314,7 +327,7 @@ class TrainStep:
         """The [8] numbers of `row_update`, made on the device so that no step waits for them."""
         t = self.t + 1
         bc1, bc2 = 1 - self.betas[0] ** t, 1 - self.betas[1] ** t
-        step = torch.stack([self._lr / bc1, bc2.sqrt()])
+        step = torch.stack([self._lr_on_device / bc1, bc2.sqrt()])
         return torch.cat(
             [step, self._constants[:3], grad_scale.double()[None], self._constants[3:]]
         ).to(self.acc)
