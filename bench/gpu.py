@@ -29,7 +29,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpureport import Record, report
+try:
+    from .gpureport import Record, report
+except ImportError:  # run as a file, maybe before ksae is installed
+    from gpureport import Record, report
 
 ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 8192  # rows of scores that are held at once
@@ -115,11 +118,13 @@ class Timer:
 
     def __call__(self, ways: Mapping[str, Way], cold: bool = True) -> dict[str, Any]:
         """measure.Times of each way; with `cold`, L2 holds none of its inputs."""
-        import measure
         import torch
 
+        from ksae.bench import measure
+
         if self.device != "cuda":
-            return measure.interleave(ways, 2)
+            taken = measure.interleave(ways, 0.0, least=2)
+            return {name: measure.Times.of(samples) for name, samples in taken.items()}
         for way in ways.values():
             way()
             way()
@@ -160,8 +165,9 @@ def copy_and_product(timer: Timer, tiny: bool) -> dict[str, float]:
 
 def measure_ceilings(record: Record, timer: Timer, tiny: bool) -> None:
     """Bytes/s of a copy, flop/s of a bf16 product, bytes/s of rows gathered from L2."""
-    import gpurivals
     import torch
+
+    from ksae.bench import gpurivals
 
     device = timer.device
     record.note("ceilings", **copy_and_product(timer, tiny))
@@ -230,11 +236,10 @@ class Inputs:
 
 
 def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
-    import costs
-    import gpurivals
     import torch
 
     from ksae import ops
+    from ksae.bench import costs, gpurivals
 
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     s = torch.empty(0, dtype=dtype).element_size()
@@ -278,9 +283,8 @@ def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
 
 
 def measure_select(record: Record, timer: Timer, i: Inputs, op: str, scores: Any) -> None:
-    import costs
-
     from ksae import ops
+    from ksae.bench import costs
 
     k = i.shape.k
     got, want = ops.topk(scores, k)[0], scores.topk(k)[0]
@@ -321,11 +325,10 @@ def latent_pass(i: Inputs, residual: Any) -> Way:
 
 def measure_step(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
     """Each contestant alone, for memory, with the encoder's product between its steps."""
-    import costs
-    import gpurivals
     import torch
 
     import ksae
+    from ksae.bench import costs, gpurivals
 
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     inputs = Inputs(shape, timer.device, dtype)
@@ -411,8 +414,9 @@ def smoke(device: str) -> None:
 
 
 def sections(record: Record, dry: bool) -> None:
-    import measure
     import torch
+
+    from ksae.bench import measure
 
     device, shapes = ("cpu", TINY) if dry else ("cuda", SHAPES)
     dtype = torch.float32 if dry else torch.bfloat16

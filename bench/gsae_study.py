@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does it matter that latents are chosen by gradients? TopK and g-SAE pairs on a real model.
 
-    python bench/gsae_study.py --cache bench/cache/gsae --out bench/results
+    python -m ksae.bench.gsae_study --cache bench/cache/gsae --out bench/results
 
 For each site, k and seed, TopK and a g-SAE (arXiv 2411.10397) for each beta start from the same
 weights and see the same batches; then they are spliced into SmolLM2-135M on held-out text and their
@@ -19,12 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import data
-import gsae_data
-import gsae_report
 import torch
-from gsae_data import SITES, Pairs, StudyData
-from measure import describe, machine
 from torch import Tensor, nn
 
 import ksae
@@ -33,6 +28,10 @@ from ksae.evalrun import about
 from ksae.evaluate import compare_language_model, evaluate
 from ksae.initialize import geometric_median
 from ksae.steering import logit_shift, matched_latents
+
+from . import data, gsae_data, gsae_report
+from .gsae_data import SITES, Pairs, StudyData
+from .measure import describe, machine
 
 TOPK = "topk"
 AT_ONCE = 8  # contexts in one pass of the language model

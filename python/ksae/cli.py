@@ -430,7 +430,8 @@ def _demo(
 @app.command("bench")
 def _bench(
     suite: Annotated[
-        str | None, typer.Option(help="Comma-separated: ops, step, scaling, quality, roofline, threads, gpu")
+        str | None,
+        typer.Option(help="Comma-separated: ops, step, scaling, quality, roofline, threads, gpu"),
     ] = None,
     full: Annotated[
         bool, typer.Option("--full/--quick", help="At most 20 minutes, or 2, on two cores")
