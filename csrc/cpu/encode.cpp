@@ -29,7 +29,7 @@ constexpr int64_t kRingBytes = int64_t(800) << 10;
 constexpr int kMaxSlots = 8;
 
 // Pruning pays up to this many expected candidates a row.
-constexpr int64_t kPrunedCandidates = 1500;
+constexpr int64_t kPrunedCandidates = 1000;
 
 Scoring scoring_of(const EncodeParams& p) {
   if (!kernels().has_dot) return Scoring::kFloat;
