@@ -107,14 +107,15 @@ struct Ahead {
   }
 };
 
-// Lists the survivors of rows [row0, row1) in the order of their latents, to within a bucket; each
-// in c.pairs + row0 * capacity as (row - row0) * capacity + place in the row. Returns their number.
-inline int64_t by_latent(const EncodeChunk& c, int64_t row0, int64_t row1) {
+// Lists the survivors of rows [row0, row1) in the order of their latents, to within a bucket of at
+// least bucket / 2 latents and there by row; each in c.pairs + row0 * capacity as (row - row0) *
+// capacity + place in the row. Returns their number.
+inline int64_t by_latent(const EncodeChunk& c, int64_t row0, int64_t row1, int64_t bucket) {
   constexpr int kBuckets = 1024;
   const int64_t capacity = c.capacity;
   uint32_t* pairs = c.pairs + row0 * capacity;
   int shift = 0;
-  while ((c.M >> shift) >= kBuckets) ++shift;
+  while ((c.M >> shift) >= kBuckets || (int64_t(2) << shift) <= bucket) ++shift;
   uint32_t first[kBuckets + 1] = {};
   const auto each = [&](auto f) {
     for (int64_t r = row0; r < row1; ++r)
@@ -137,7 +138,7 @@ inline void rescore(const EncodeChunk& c, int64_t row0, int64_t row1) {
   const auto* W = static_cast<const float*>(c.p->W_enc);
   const auto* X = static_cast<const float*>(c.p->x);
   const auto* b_dec = static_cast<const float*>(c.p->b_dec);
-  const int64_t n = by_latent(c, row0, row1);
+  const int64_t n = by_latent(c, row0, row1, 1);
   const uint32_t* pairs = c.pairs + row0 * capacity;
   const float *w[2][kWidth], *x[2][kWidth];
   const auto point = [&](int side, int64_t i) {

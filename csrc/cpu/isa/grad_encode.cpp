@@ -306,18 +306,28 @@ void grad_score(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile
 
 // ---- the end of a row -------------------------------------------------------------------------
 
-// a of the survivors of rows [row0, row1), latent by latent so that W_dec comes from memory once.
+// a of the survivors of rows [row0, row1), a bucket of latents at a time: its rows of W_dec come
+// from memory once and stay in L2, and a row of grad serves all its candidates there.
+constexpr int64_t kBucketBytes = int64_t(512) << 10;
 void dots(const EncodeChunk& c, int64_t row0, int64_t row1) {
   const GradChunk& g = *c.grad;
   const int64_t d = g.a.p->d, whole = d / (4 * kWidth) * (4 * kWidth);
   const auto* W = static_cast<const float*>(g.a.p->W_enc);
   const auto* G = static_cast<const float*>(g.a.p->x);
-  const int64_t n = by_latent(c, row0, row1);
+  const int64_t n = by_latent(c, row0, row1, kBucketBytes / (4 * d));
   const uint32_t* pairs = c.pairs + row0 * c.capacity;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t at = row0 * c.capacity + pairs[i];
     const float* w = W + c.index[at] * d;
     const float* x = G + row_of(c, at / c.capacity) * d;
+    if (i + 1 < n) {
+      const int64_t next = row0 * c.capacity + pairs[i + 1];
+      const float* next_w = W + c.index[next] * d;
+      const float* next_x = G + row_of(c, next / c.capacity) * d;
+      for (int64_t j = 0; j < d; j += 16) __builtin_prefetch(next_w + j);
+      if (next_x != x)
+        for (int64_t j = 0; j < d; j += 16) __builtin_prefetch(next_x + j);
+    }
     Vec acc[4] = {splat(0), splat(0), splat(0), splat(0)};
     for (int64_t j = 0; j < whole; j += 4 * kWidth)
 #pragma GCC unroll 4
