@@ -89,7 +89,9 @@ setup(
     packages=[*find_packages("python", exclude=["ksae.bench*"]), "ksae.kernels", "ksae.bench"],
     package_dir={"ksae": "python/ksae", "ksae.kernels": "kernels", "ksae.bench": "bench"},
     package_data={"ksae": ["py.typed", "*.pyi"]},
-    exclude_package_data={"ksae.bench": ["*.md", "results/**", "pytest/*", "cache/*"]},
+    exclude_package_data={
+        "ksae.bench": ["*.md", ".gitignore", "results/**", "pytest/*", "cache/*"]
+    },
     # Both are declared: with one, an editable install would lose the other.
     ext_modules=[Extension(name, []) for name in ["ksae._cpu", *(["ksae._cuda"] if NVCC else [])]],
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt},

@@ -125,6 +125,20 @@ def train_step(N: int, d: int, F: int, k: int, s: int = F32) -> dict[str, Cost]:
     }
 
 
+def growth(op: str, N: int, d: int, F: int, k: int) -> Cost:
+    """What the time of a part of a step grows with, every gathered row counted each time.
+
+    encode ~ N d F; decode ~ N k d; the rest, which gathers N k rows for the residual, the values'
+    gradient and both weights' gradients and moves both matrices with their moments, ~ N k d + F d.
+    """
+    gathered = N * k * d * F32
+    if op == "topk_encode":
+        return Cost(0, 2 * N * d * F)
+    if op == "sparse_decode":
+        return Cost(gathered + N * d * F32)
+    return Cost(4 * gathered) + adam(2 * F * d)
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """bytes/s of a large copy, read + written; flop/s of torch.mm; of our own fp32 product if there

@@ -35,7 +35,7 @@ CHECKS = 12  # times that the held-out FVU is taken during a run
 NEAR = 1.1  # "time to": until the FVU is this much of what dense torch reaches in the end
 SETTINGS = {  # tokens a step, latents, k, steps, held-out rows while training
     "tiny": (32, 64, 4, 6, 64),
-    "quick": (512, 2304, 32, 60, 2048),
+    "quick": (256, 2304, 32, 36, 2048),
     "full": (1024, 4608, 32, 500, 8192),
 }
 WAYS: dict[str, Callable[..., ours.Contestant]] = {

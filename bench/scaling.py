@@ -2,8 +2,7 @@
 """Suite `scaling`: how cost grows with N, d, F and k, one at a time, beside what the formulas say.
 
 The exponent is the slope of log time against log size. Expected is the slope, over the same points,
-of the floor by formula (costs.py) at ceilings measured in this run: about N d F for the encode, and
-N k d + F d for the rest.
+of what the formula (costs.growth) says: N d F for the encode, N k d + F d for the rest.
 """
 
 from __future__ import annotations
@@ -110,7 +109,7 @@ def _point(
                     bytes=cost.bytes,
                     flops=cost.flops,
                     floor=cost.seconds(limit, rate),
-                    extra={"sweep": name},
+                    extra={"sweep": name, "growth": _work(costs.growth(op, *case.shape.values()))},
                 )
             )
     session.block({op: rows[(op, name, sizes[name])] for op in calls}, calls, seconds)
@@ -135,11 +134,16 @@ def _calls(case: Case) -> dict[str, Call]:
     }
 
 
+def _work(cost: Cost) -> float:
+    """Bytes, or flops where the formula has those alone."""
+    return cost.bytes or cost.flops
+
+
 def fits(rows: list[Row]) -> list[dict[str, object]]:
     """Exponents of every op and sweep: measured, expected, and whether it grows too fast."""
     sweeps: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row.blocks and row.floor:
+        if row.blocks:
             sweeps.setdefault((row.op, row.extra["sweep"]), []).append(row)
     found: list[dict[str, object]] = []
     for (op, name), points in sweeps.items():
@@ -147,7 +151,7 @@ def fits(rows: list[Row]) -> list[dict[str, object]]:
             continue
         sizes = [row.shape[name] for row in points]
         measured = fit(sizes, [min(low(block) for block in row.blocks) for row in points])
-        expected = fit(sizes, [row.floor or 1.0 for row in points]).exponent
+        expected = fit(sizes, [row.extra["growth"] for row in points]).exponent
         error = 0.0 if math.isnan(measured.error) else measured.error
         found.append(
             {

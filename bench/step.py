@@ -59,7 +59,7 @@ def _shape(
                 for worker in workers:
                     worker.ready(patience)
         waited = session.spent()
-        for worker in workers:
+        for worker in sorted(workers, key=lambda w: "compiled" in w.name):  # it takes longest
             worker.ready(max(1.0, patience - (session.spent() - waited)))
         rows = {w.name: session.add(_row(shape, w)) for w in workers}
         rounds = _rounds(session, workers, rows, start + seconds)

@@ -28,12 +28,12 @@ class SuiteSpec:
 
 
 SUITES = {
-    "ops": SuiteSpec("every op by implementation: time and memory", 30, 300),
-    "step": SuiteSpec("a whole training step against other libraries", 32, 400),
-    "scaling": SuiteSpec("how cost grows with N, d, F and k", 18, 120),
-    "quality": SuiteSpec("what training reaches on real activations, and when", 14, 240),
-    "roofline": SuiteSpec("share of the machine's limits", 12, 60),
-    "threads": SuiteSpec("torch's ops and ksae's in turns", 4, 20),
+    "ops": SuiteSpec("every op by implementation: time and memory", 26, 300),
+    "step": SuiteSpec("a whole training step against other libraries", 28, 400),
+    "scaling": SuiteSpec("how cost grows with N, d, F and k", 12, 120),
+    "quality": SuiteSpec("what training reaches on real activations, and when", 26, 240),
+    "roofline": SuiteSpec("share of the machine's limits", 8, 60),
+    "threads": SuiteSpec("torch's ops and ksae's in turns", 3, 20),
     "gpu": SuiteSpec("kernels on a GPU", 60, 300, device="cuda"),
 }
 

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ksae bench`: every suite at tiny shapes, what it leaves, and what it says of other libraries."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ksae import cli, ops
+from ksae.bench import command, costs, measure, record, report, scaling, shapes, suites, workers
+from ksae.bench import ops as ops_suite
+from ksae.bench.opcases import Case, problems
+from ksae.bench.record import Record, Row
+from ksae.bench.session import Session
+
+ROOT = Path(__file__).parents[1]
+CPU_SUITES = [name for name, spec in suites.SUITES.items() if spec.device == "any"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """All suites of the CPU, once: the folder and the record."""
+    out = tmp_path_factory.mktemp("bench")
+    code = command.bench(CPU_SUITES, out, mode="tiny", threads=1, progress=False)
+    assert code == 0
+    return out, record.load(out / command.JSON)
+
+
+def test_every_suite_is_complete_and_has_rows(tiny):
+    _, run = tiny
+    assert run.state == "complete"
+    for name in CPU_SUITES:
+        assert run.suites[name].state == "complete"
+        assert any(row.times for row in run.suites[name].rows), name
+
+
+def test_record_names_machine_versions_threads_data_and_revision(tiny):
+    _, run = tiny
+    for key in ("cpu", "threads", "torch", "ksae", "revision", "date", "isa"):
+        assert run.machine[key] is not None or key == "isa", key
+    assert run.machine["threads"] == 1
+    assert run.conditions["data"] == "normal"
+
+
+def test_ops_have_a_row_for_each_op_and_implementation_with_time_and_memory(tiny):
+    _, run = tiny
+    rows = run.suites["ops"].rows
+    assert {row.op for row in rows if row.ours and row.times} == set(ops.serving())
+    assert {row.mode for row in rows} == {"forward", "backward"}
+    assert {row.way for row in rows} >= {"reference", "torch.topk", "embedding_bag"}
+    assert all(row.peak is not None for row in rows if row.times)
+    assert all(len(row.blocks) == 2 for row in rows if row.ours)
+
+
+def test_peer_that_is_missing_is_a_row_that_says_so(tiny, monkeypatch):
+    monkeypatch.setattr(workers.importlib.util, "find_spec", lambda name: None)
+    worker = workers.Worker.start("eai-sparsify", workers.Task(1, 1, 1, 1, "normal", 1e-3, 1))
+    assert worker.failure == "not installed: pip install eai-sparsify"
+    worker.ready(1)
+    worker.stop()
+    if workers.missing("eai-sparsify"):
+        _, run = tiny
+        assert "not installed: pip install eai-sparsify" in report.markdown(run, [])
+
+
+def test_peer_that_breaks_is_a_row_that_says_so(tmp_path, monkeypatch):
+    from ksae.bench import quality
+
+    def broken(*_):
+        raise AttributeError("module 'peer' has no attribute 'SAE'")
+
+    monkeypatch.setitem(quality.WAYS, "overcomplete", broken)
+    monkeypatch.setattr(quality, "missing", lambda name: None if name == "overcomplete" else "no")
+    session = Session(Record({}, "tiny"), tmp_path / "x.json", tiny=True)
+    session.begin("quality", 1.0)
+    quality.run(session)
+    (row,) = [r for r in session.suite.rows if r.way == "overcomplete"]
+    assert row.failure == "AttributeError: module 'peer' has no attribute 'SAE'"
+
+
+def test_process_that_dies_is_a_row_that_says_so(monkeypatch):
+    task = workers.Task(4, 4, 16, 0, "normal", 1e-3, 1)  # k = 0 is refused
+    worker = workers.Worker.start("ksae fp32", task)
+    worker.ready(120)
+    worker.stop()
+    assert worker.failure is not None and "k must be" in worker.failure
+
+
+def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
+    def interrupted(session):
+        row = Row("scaling", "case", "op", "forward", "ksae", blocks=[[1.0, 2.0]])
+        row.shape, row.extra = {"N": 1}, {"sweep": "N"}
+        session.add(row)
+        raise KeyboardInterrupt
+
+    runner = suites.runner
+    monkeypatch.setattr(
+        command, "runner", lambda name: interrupted if name == "scaling" else runner(name)
+    )
+    names = ["quality", "scaling", "roofline"]
+    code = command.bench(names, tmp_path, mode="tiny", threads=1, progress=False)
+    assert code == 130
+    run = record.load(tmp_path / command.JSON)
+    assert run.state == run.suites["scaling"].state == "interrupted"
+    assert run.suites["scaling"].rows[0].blocks == [[1.0, 2.0]]
+    assert run.suites["quality"].state == "complete"
+    assert "roofline" not in run.suites
+    assert (tmp_path / "report.md").exists()
+
+
+def test_result_that_is_wrong_has_no_time(tmp_path, monkeypatch):
+    right = ops.topk
+
+    def wrong(x, k):
+        values, indices = right(x, k)
+        return values + 1, indices
+
+    monkeypatch.setattr(ops_suite.ops, "topk", wrong)
+    session = Session(Record({}, "tiny"), tmp_path / "x.json", tiny=True)
+    session.begin("ops", 1.0)
+    case = Case(*ops_suite.TINY[0], "fp32", "normal")
+    problem = next(p for p in problems(case) if p.op == "topk")
+    ops_suite._visit(session, problem, case, {}, 0.0)
+    bad = [row for row in session.suite.rows if row.ours]
+    assert bad and all("differs from the reference" in row.failure for row in bad)
+    assert not any(row.times for row in bad)
+
+
+def test_pictures_are_drawn_and_the_report_shows_them_with_captions(tiny):
+    out, run = tiny
+    text = (out / "report.md").read_text()
+    for name, caption in report.CAPTIONS.items():
+        assert (out / f"{name}.png").read_bytes().startswith(PNG)
+        assert f"]({name}.png)" in text and f"*{caption}*" in text
+    assert run.machine["cpu"] in text and run.machine["revision"] in text
+    assert "ksae bench --tiny" in text
+
+
+def test_report_shows_rows_in_which_ksae_loses():
+    fast, slow = [[1.0, 1.0]], [[2.0, 2.0]]
+    key = ("ops", "N=1 d=2 F=3 k=1 fp32", "topk", "forward")
+    machine = {"cpu": "c", "threads": 1, "torch": "t", "ksae": "k", "revision": "r", "date": "d"}
+    run = Record(machine, "quick")
+    run.suites["ops"] = record.Suite(
+        rows=[Row(*key, "torch.topk", blocks=fast), Row(*key, "ksae x", ours=True, blocks=slow)]
+    )
+    line = "ops: topk forward at N=1 d=2 F=3 k=1 fp32: torch.topk takes 1/2.00 of ksae's time"
+    assert line in report.losing(run)[1]
+    assert line in report.markdown(run, []) and line in report.terminal(run)
+    assert "ksae LOSES" in report.terminal(run)
+
+
+def test_readme_section_is_written_between_its_markers(tiny):
+    _, run = tiny
+    readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    once = report.rewrite(readme, run, "x/bench.json")
+    assert once.startswith(f"before\n{report.BEGIN}\n") and once.endswith(f"{report.END}\nafter\n")
+    assert "old" not in once and "ksae bench --tiny" in once and "x/bench.json" in once
+    assert report.rewrite(once, run, "x/bench.json") == once
+    with pytest.raises(ValueError, match="must have <!-- bench:begin -->"):
+        report.rewrite("none", run)
+
+
+def test_readme_section_is_that_of_the_committed_result_that_it_names():
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split(report.BEGIN)[1].split(report.END)[0]
+    path = re.search(r"bench/results/[\w./-]+\.json", section)[0]
+    committed = json.loads((ROOT / path).read_text())
+    if "schema" in committed:  # results from before `ksae bench` have none
+        assert report.rewrite(readme, record.load(ROOT / path), path) == readme
+
+
+# ------------------------------------------------------------------------------------ arithmetic
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_fit_finds_the_exponent_and_its_error(power):
+    sizes = [1, 2, 4, 8, 16]
+    exact = scaling.fit(sizes, [3 * s**power for s in sizes])
+    assert exact.exponent == pytest.approx(power) and exact.error == pytest.approx(0, abs=1e-9)
+    noise = [1.1, 0.9, 1.1, 0.9, 1.1]
+    noisy = scaling.fit(sizes, [n * s**power for n, s in zip(noise, sizes, strict=True)])
+    assert noisy.error > 0.01
+    assert abs(noisy.exponent - power) < 3 * noisy.error
+
+
+def test_growth_beyond_the_formula_is_marked():
+    rows = [
+        Row("scaling", str(F), "encode", "over F", "ksae", blocks=[[F**1.5]], shape={"F": F},
+            extra={"sweep": "F", "growth": float(F)})
+        for F in (8, 16, 32, 64)
+    ]  # fmt: skip
+    (fit,) = scaling.fits(rows)
+    assert fit["exponent"] == 1.5 and fit["expected"] == 1.0 and fit["too_fast"]
+
+
+def test_shapes_are_scaled_to_memory_and_time_and_say_how():
+    gpt2 = shapes.NAMED[0]
+    assert shapes.scaled(gpt2, 1, 10**12, 1e15).scaling == "as it is"
+    small = shapes.scaled(gpt2, 10, 2 * 10**9, 1e10)
+    assert shapes.memory_of(small, 10) <= 2 * 10**9 and 2 * small.N * small.d * small.F <= 1e10
+    assert (small.d, small.k) == (gpt2.d, gpt2.k)
+    assert small.scaling == "F 24576 -> 6144 for 2.0 GB, N 2048 -> 1024 for time"
+
+
+def test_costs_count_each_tensor_once():
+    assert costs.topk(2, 10, 3).bytes == 2 * 10 * 4 + 2 * 3 * (4 + 8)
+    encode = costs.topk_encode(2, 5, 10, 3)
+    assert encode.flops == 2 * 2 * 5 * 10
+    assert encode.bytes == 4 * (2 * 5 + 10 * 5 + 10 + 5) + 2 * 3 * 12
+
+
+def test_interleave_takes_turns():
+    order = []
+    ways = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    taken = measure.interleave(ways, 0.0, least=2, most=2)
+    assert [len(t) for t in taken.values()] == [2, 2]
+    assert {"a", "b"} == set(order)
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def test_unknown_suite_is_one_line(capsys):
+    assert cli.run(["bench", "--suite", "ops,nothing"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("ksae: error: bench: --suite must be of ops, step")
+    assert error.rstrip().endswith("got nothing")
+
+
+@pytest.mark.parametrize("text", ["{", '{"schema": 0}', "[]"])
+def test_file_that_is_no_record_is_one_line(tmp_path, capsys, text):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    assert cli.run(["bench", "--compare", str(path), str(path)]) == 1
+    assert f"ksae: error: bench: {path} must be" in capsys.readouterr().err
+
+
+def test_suite_for_a_gpu_is_left_out_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command.bench(["gpu"], tmp_path, mode="tiny", progress=False) == 0
+    written = json.loads((tmp_path / command.JSON).read_text())
+    assert written["suites"]["gpu"]["state"] == "left out: needs a CUDA device"
+    assert "gpu" not in command.chosen(None, "quick")
