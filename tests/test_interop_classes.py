@@ -10,7 +10,7 @@ import torch
 from cases import assert_close, randn
 from torch.nn import functional as nnf
 
-from ksae.interop import accelerate, accelerated, lazy, libraries
+from ksae.interop import accelerate, accelerated, lazy, libraries, openai
 from ksae.interop.dictionary_learning import AutoEncoderTopK
 from ksae.interop.sparsify import SparseCoder, SparseCoderConfig
 
@@ -192,3 +192,53 @@ def test_dictionary_learning_refuses(tmp_path):
     torch.save(AutoEncoderTopK(D, F, K).state_dict(), tmp_path / "ae.pt")
     with pytest.raises(ValueError, match="AutoEncoderTopK: k must be 4"):
         AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt", k=5)
+
+
+# ------------------------------------------------------------------------------------------ OpenAI
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["standardised", "plain"])
+def test_openai_autoencoder_is_its_formula(normalize):
+    torch.manual_seed(0)
+    sae = openai.Autoencoder(F, D, openai.TopK(K), normalize=normalize)
+    for p in sae.parameters():
+        p.data = (p.data.T + 0.1 * randn(*p.T.shape, seed=3)).T if p.dim() == 2 else p + 0.1
+    x = randn(N, D, seed=1)
+    outs = []
+    for dtype in (torch.float32, torch.float64):
+        p = {name: t.detach().to(dtype) for name, t in sae.named_parameters()}
+        y = x.to(dtype)
+        mu, centred = y.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+        std = centred.std(-1, keepdim=True)
+        y = centred / (std + 1e-5) if normalize else y
+        u = (y - p["pre_bias"]) @ p["encoder.weight"].T + p["latent_bias"]
+        values, indices = u.topk(K)
+        f = torch.zeros_like(u).scatter(1, indices, values.relu())
+        out = f @ p["decoder.weight"].T + p["pre_bias"]
+        outs.append((u, f, out * std + mu if normalize else out))
+    for got, plain, exact in zip(sae(x), *outs, strict=True):
+        assert_close("openai", got.clone(), plain, exact)
+    latents, info = sae.encode(x)
+    assert_close("decode", sae.decode(latents, info), outs[0][2], outs[1][2])
+
+
+def test_openai_state_and_fast_autoencoder():
+    sae = openai.Autoencoder(F, D, openai.TopK(K), normalize=True)
+    again = openai.Autoencoder.from_state_dict(sae.state_dict())
+    x = randn(N, D, seed=1)
+    assert torch.equal(sae(x)[2], again(x)[2])
+    fast = openai.FastAutoencoder(F, D, K, 6, 2)
+    for _ in range(4):
+        recons, info = fast(x)
+    dead = fast.stats_last_nonzero > 2
+    assert recons.shape == (N, D) and dead.any()
+    assert dead[info["auxk_inds"][info["auxk_vals"] > 0]].all()
+    info["auxk_vals"].sum().backward()
+    assert fast.encoder.weight.grad.abs().sum() > 0
+
+
+def test_openai_refuses():
+    with pytest.raises(ValueError, match="Autoencoder: activation must be a TopK, got ReLU"):
+        openai.Autoencoder(F, D, torch.nn.ReLU())
+    with pytest.raises(ValueError, match="Autoencoder: tied must be False"):
+        openai.Autoencoder(F, D, openai.TopK(K), tied=True)

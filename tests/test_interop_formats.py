@@ -234,6 +234,15 @@ def test_unsupported_activation(tmp_path: Path) -> None:
         ksae.load(tmp_path / "s")
 
 
+def test_what_the_runner_of_saelens_saves_of_our_class(tmp_path: Path) -> None:
+    convert.write(make(), tmp_path / "s", "saelens")
+    config = json.loads((tmp_path / "s" / "cfg.json").read_text())
+    (tmp_path / "s" / "cfg.json").write_text(json.dumps({**config, "architecture": "ksae_topk"}))
+    assert isinstance(ksae.load(tmp_path / "s"), ksae.TopKSAE)
+    convert.convert(tmp_path / "s", tmp_path / "t", "saelens")
+    assert json.loads((tmp_path / "t" / "cfg.json").read_text())["architecture"] == "topk"
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (open, ("pwned", "w"))  # type: ignore[return-value]

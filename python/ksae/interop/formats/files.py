@@ -85,7 +85,8 @@ def read(path: Path) -> Source:
         try:
             with safe_open(path, framework="pt") as tensors:
                 source.metadata = dict(tensors.metadata() or {})
-                source.state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+                if "ksae" not in source.metadata:  # its own reader takes what it needs
+                    source.state = {n: tensors.get_tensor(n) for n in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise UserError(f"load: cannot read {path}: {error}") from None
     source.configs = _configs(path.parent)

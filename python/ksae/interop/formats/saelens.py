@@ -25,7 +25,14 @@ TRANSCODERS = {
     "ksae_topk_transcoder": "topk",
     "ksae_topk_skip_transcoder": "topk",
 }
-ACTIVATIONS = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu", **TRANSCODERS}
+# "ksae_topk" is what SAELens' runner saves of ksae's class; it is written back as plain "topk".
+ACTIVATIONS = {
+    "topk": "topk",
+    "ksae_topk": "topk",
+    "jumprelu": "jumprelu",
+    "standard": "relu",
+    **TRANSCODERS,
+}
 
 
 def matches(source: Source) -> bool:
