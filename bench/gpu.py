@@ -327,19 +327,20 @@ def measure_step(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None
     """Each contestant alone, for memory, with the encoder's product between its steps."""
     import torch
 
-    import ksae
     from ksae.bench import costs, gpurivals
+    from ksae.modules import TopKSAE
+    from ksae.step import TrainStep
 
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     inputs = Inputs(shape, timer.device, dtype)
 
     def ours() -> Way:
-        model = ksae.TopKSAE(d, F, k, dtype=dtype, device=timer.device)
+        model = TopKSAE(d, F, k, dtype=dtype, device=timer.device)
         with torch.no_grad():
             for p, start in ((model.W_enc, inputs.W), (model.W_dec, inputs.W)):
                 p.copy_(start)
             model.b_enc.zero_(), model.b_dec.zero_()
-        step = ksae.TrainStep(model, lr=LR)
+        step = TrainStep(model, lr=LR)
         return lambda: step(inputs.x)["loss"]
 
     contestants = {

@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ksae
 from ksae.checkpoint import write_atomic
 from ksae.evalrun import about
 from ksae.evaluate import compare_language_model, evaluate
+from ksae.gradtopk import GradTopKSAE
 from ksae.initialize import geometric_median
+from ksae.modules import TopKSAE
 from ksae.steering import logit_shift, matched_latents
+from ksae.step import TrainStep
 
 from . import data, gsae_data, gsae_report
 from .gsae_data import SITES, Pairs, StudyData
@@ -48,14 +50,14 @@ def train(site: Pairs, k: int, seed: int, beta: float | None, args: argparse.Nam
     start |= {"b_dec": geometric_median(site.x[:8192])}
     options = {"dead_after": args.dead_after}
     sae = (
-        ksae.TopKSAE(d, args.d_sae, k, **options)
+        TopKSAE(d, args.d_sae, k, **options)
         if beta is None
-        else ksae.GradTopKSAE(d, args.d_sae, k, beta=beta, grad_norm="sqrt_d", **options)
+        else GradTopKSAE(d, args.d_sae, k, beta=beta, grad_norm="sqrt_d", **options)
     )
     with torch.no_grad():
         for name, value in start.items():
             getattr(sae, name).copy_(value)
-    step = ksae.TrainStep(sae, lr=args.lr)
+    step = TrainStep(sae, lr=args.lr)
     for number, rows in enumerate(batches(len(site.x), args.batch, args.steps, seed)):
         # a linear fall over the last fifth, as ksae train does
         step.lr = args.lr * min(1.0, (args.steps - number) / (0.2 * args.steps))

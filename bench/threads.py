@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-import ksae
+from ksae.functional import sparse_decode, topk_encode
 
 from .measure import timed
 from .record import Row
@@ -57,12 +57,12 @@ def calls(N: int, d: int, F: int, k: int) -> tuple[dict[str, Call], dict[str, Ca
     x = torch.randn(N, d, generator=generator)
     W = torch.randn(F, d, generator=generator) / d**0.5
     b = torch.zeros(F)
-    values, indices = ksae.topk_encode(x, W, b, k)
+    values, indices = topk_encode(x, W, b, k)
     u = torch.nn.functional.linear(x, W)  # [N, F]
     theirs = {"torch mm": lambda: x @ W.T, "torch relu": lambda: u.relu()}
     ours = {
-        "topk_encode": lambda: ksae.topk_encode(x, W, b, k),
-        "sparse_decode": lambda: ksae.sparse_decode(values, indices, W),
+        "topk_encode": lambda: topk_encode(x, W, b, k),
+        "sparse_decode": lambda: sparse_decode(values, indices, W),
     }
     return theirs, ours
 

@@ -5,16 +5,7 @@
 #include <type_traits>
 
 #include "ksae/cuda.h"
-
-#if defined(KSAE_EMULATE) || __has_include("lang.h")
 #include "lang.h"
-#else
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define KSAE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
-#define KSAE_SHARED_BYTES(name) extern __shared__ __align__(16) unsigned char name[]
-#endif
 
 namespace ksae::cuda {
 

@@ -171,7 +171,7 @@ __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, doubl
 }
 
 template <class C, class R, class T, Pass kPass>
-__global__ void __launch_bounds__(kWideThreads, 4) latent_kernel(Args args) {
+__global__ void __launch_bounds__(kWideThreads, 3) latent_kernel(Args args) {
   KSAE_SHARED_BYTES(shared);
   auto* scratch = reinterpret_cast<double*>(shared);
   const RowUpdateParams& p = args.p;
