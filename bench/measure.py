@@ -94,16 +94,17 @@ def interleave(
     slow = slow or {}
     taken: dict[str, float] = {}
     for name, call in ways.items():
-        first = timed(call)
+        first = timed(call, slow=slow.get(name, 0.0))
         taken[name] = first if first > LONG else timed(call)
     far = FAR * min(taken.values(), default=0)
     repeats = {name: max(1, round(MIN_SAMPLE / max(t, 1e-7))) for name, t in taken.items()}
-    samples: dict[str, list[float]] = {name: [] for name in ways}
+    # Of a way that is both long and far behind, the idle call is the sample of the first round.
+    samples = {name: [t] if t > max(LONG, far) else [] for name, t in taken.items()}
     names = list(ways)
     for round_ in range(most):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
-            if round_ % 16 == 0 or taken[name] <= far:
+            if taken[name] <= far or (round_ % 16 == 0 and (round_ or not samples[name])):
                 samples[name].append(timed(ways[name], repeats[name], slow.get(name, 0.0)))
         if round_ + 1 >= least and time.perf_counter() > end:
             break

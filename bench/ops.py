@@ -28,6 +28,7 @@ TINY: list[Shape] = [(16, 24, 256, 4)]
 QUICK: list[Shape] = [(512, 256, 8192, 32)]
 # In the last three a dense or stored way may win: few rows, large k / F.
 FULL: list[Shape] = [
+    *QUICK,
     (2048, 768, 24576, 32),
     (2048, 768, 16384, 64),
     (32, 768, 24576, 32),
@@ -89,7 +90,9 @@ def implementations(op: str, device: str, every_isa: bool) -> Iterator[Implement
 def ways(problem: Problem, session: Session) -> dict[str, Callable[[], Call]]:
     """Makers of the calls by name; ksae's own start with "ksae"."""
     found: dict[str, Callable[[], Call]] = {}
-    for impl in implementations(problem.op, session.device, not session.quick):
+    # Plain C++ would take minutes for a large product.
+    every_isa = not session.quick and problem.cost.flops <= 5e9 and problem.cost.bytes <= 1e8
+    for impl in implementations(problem.op, session.device, every_isa):
         if impl.name.endswith("unscreened") and problem.mode != "forward":
             continue
 

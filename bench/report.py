@@ -133,7 +133,7 @@ def scaling_table(run: Record) -> tuple[list[str], Cells]:
             f"{f['exponent']:.2f}",
             f"{f['error']:.2f}",
             f"{f['expected']:.2f}",
-            "GROWS TOO FAST" if f["too_fast"] else "",
+            "above the formula" if f["too_fast"] else "",
         ]
         for f in run.suites["scaling"].facts.get("fits", [])
     ]

@@ -2,7 +2,8 @@
 """Suite `scaling`: how cost grows with N, d, F and k, one at a time, beside what the formulas say.
 
 The exponent is the slope of log time against log size. Expected is the slope, over the same points,
-of what the formula (costs.growth) says: N d F for the encode, N k d + F d for the rest.
+of what the formula (costs.growth) says: N d F for the encode, N k d + F d for the rest. It knows no
+caches: a table of rows that outgrows one makes a gather grow with F.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class Worker:
             return
         if not self._pipe.poll(patience):
             self.stop(kill=True)
-            self.failure = f"not ready within {patience:.0f} s"
+            self.failure = "not ready in time"
             return
         report = self._receive()
         if report is not None:
