@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,6 @@ import transformers
 
 from ksae.activations import Contexts, harvest
 
-BENCH = Path(__file__).parents[1] / "bench"
 D = 8
 TINY = [
     *("--steps", "6", "--batch", "16", "--d-sae", "24", "--ce-tokens", "40", "--threads", "1"),
@@ -26,15 +24,10 @@ TINY = [
 
 
 @pytest.fixture()
-def study(monkeypatch) -> Any:
-    if not BENCH.is_dir():
-        pytest.fail("the study is tested in a checkout")
-    monkeypatch.syspath_prepend(str(BENCH))
-    import gsae_study
+def study() -> Any:
+    from ksae.bench import gsae_study
 
-    yield gsae_study
-    for name in ("gsae_study", "gsae_data", "gsae_report", "data", "measure"):
-        sys.modules.pop(name, None)
+    return gsae_study
 
 
 def tiny(gsae_data: ModuleType) -> Any:
