@@ -44,6 +44,11 @@ def topk_encode(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
     return Cost((N * d + F * d + F + d) * s + N * k * (s + I64), 2 * N * F * d)
 
 
+def grad_topk_encode(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
+    """Both products in full; pruning leaves a part of the second out."""
+    return topk_encode(N, d, F, k, s) + Cost((N * d + F * d) * s, 2 * N * F * d)
+
+
 def sparse_decode(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
     read = N * k * (s + I64) + (touched(N, F, k) * d + d) * s
     return Cost(read + N * d * s, 2 * N * k * d)

@@ -18,6 +18,7 @@ from . import costs, data
 from .costs import Cost
 
 HYPER = [1e-2, 0.001**0.5, 0.9, 0.999, 1e-8, 1.0, 0.1, 0.001]  # as row_update takes them, step 1
+BETA = 0.5  # of grad_topk_encode, times the norm of the gradient
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Call = Callable[[], Any]
 
@@ -126,6 +127,24 @@ def _forward(case: Case) -> Iterator[Problem]:
         {"F.linear + topk": lambda: case.scores().topk(k)},
         {"F.linear alone": case.scores},
         check=lambda r: [r[0].relu()],
+        dense_product=True,
+    )
+    informed = nn.normalize(grad.float()).to(grad)  # rows of length 1: beta is beta |g|
+
+    def dense_scores() -> tuple[Tensor, Tensor]:
+        z = case.scores().relu()
+        indices = (z * (1 + BETA * (informed @ W.T).abs())).topk(k).indices
+        return z.gather(1, indices), indices
+
+    yield Problem(
+        "grad_topk_encode",
+        "forward",
+        costs.grad_topk_encode(N, d, F, k, s),
+        lambda impl: partial(
+            impl.grad_topk_encode, x, informed, W, b_enc, W, k, BETA, "additive", b_dec
+        ),
+        {"two F.linear + topk": dense_scores},
+        check=lambda r: [r[0].sort(1).values],  # near-ties of the score come in another order
         dense_product=True,
     )
     yield Problem(

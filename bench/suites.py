@@ -33,6 +33,7 @@ SUITES = {
     "scaling": SuiteSpec("how cost grows with N, d, F and k", 12, 120),
     "quality": SuiteSpec("what training reaches on real activations, and when", 26, 240),
     "roofline": SuiteSpec("share of the machine's limits", 8, 60),
+    "threads": SuiteSpec("torch's ops and ksae's in turns", 3, 20),
     "gpu": SuiteSpec("kernels on a GPU", 60, 300, device="cuda"),
 }
 

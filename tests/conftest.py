@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cases import DTYPES, Implementation, dtype_id, implementations
+from emulation import build
 
 from ksae import native
 
@@ -18,6 +19,13 @@ _exercised: Counter[str] = Counter()
 def pytest_report_header() -> str:
     missing = "" if native.available() else f"; native kernels: {native.reason()}"
     return f"ksae implementations: {', '.join(implementations())}{missing}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -64,3 +72,15 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def emulated() -> build.Emulator:
+    """ksae._cuda, executed on the host."""
+    return build.cuda()
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels() -> build.Emulator:
+    """The test kernels of the emulator itself."""
+    return build.kernels()

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 OPS = {
     "topk",
     "topk_encode",
+    "grad_topk_encode",
     "sparse_decode",
     "sparse_decode_backward_values",
     "sparse_decode_backward_weight",
@@ -196,10 +197,11 @@ def test_backward_through_an_op_without_formula_is_an_error():
 # may import each other; the package itself (ksae/__init__.py) stands above all of them.
 LAYERS = [
     {"_cpu", "_cuda", "checks", "errors", "version"},
-    {"reference", "native", "kernels"},
+    {"reference", "native", "cuda", "kernels"},
     {"ops"},
     {"functional", "losses"},
     {"modules"},
+    {"gradtopk"},
     {"step", "initialize"},
 ]
 TRAINING, COMMANDS, PACKAGE = len(LAYERS), len(LAYERS) + 1, len(LAYERS) + 2

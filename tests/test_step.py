@@ -424,3 +424,22 @@ def test_messages() -> None:
         match=r"TrainStep: b_enc must be torch.float32 on cpu as W_enc, got torch.float16",
     ):
         ksae.TrainStep(model)
+
+
+@pytest.mark.parametrize("dead", [0, 3, 40])
+def test_auxk_with_masked_slots_is_auxk(dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph records AuxK with k_aux slots, however few latents are dead at the replay."""
+
+    def after(padded: bool) -> dict[str, Tensor]:
+        model = build("sae", torch.float32, k_aux=8, auxk_alpha=0.5)
+        model.tokens_since_fired[: 2 * dead : 2] = model.dead_after + 1
+        step = ksae.TrainStep(model, lr=LR)
+        if padded:
+            monkeypatch.setattr(step, "_k_aux", lambda dead: 8)
+        metrics = step(*batch("sae"))
+        return snapshot(model, step) | metrics
+
+    counted, padded = after(False), after(True)
+    assert (counted["auxk_loss"] > 0) == (dead > 0)
+    for name, t in counted.items():
+        torch.testing.assert_close(padded[name], t, rtol=1e-5, atol=1e-7, msg=name)

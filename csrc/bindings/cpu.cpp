@@ -102,6 +102,25 @@ PYBIND11_MODULE(_cpu, m) {
           with_workspace(p, allocate, threads, topk_encode_workspace, topk_encode);
           return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows);
         });
+  m.def("grad_topk_encode", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x,
+                               Pointer W_enc, Pointer b_enc, Pointer b_dec, Pointer values,
+                               Pointer indices, bool screen, float slack, int64_t d_out,
+                               Pointer grad, Pointer W_dec, int mode, float beta, int route,
+                               const py::function& allocate, int threads) {
+    EncodeStats stats{};
+    const GradEncodeParams p{{N, d, F, k, Dtype(dtype), as<const void>(x), as<const void>(W_enc),
+                              as<const void>(b_enc), as<const void>(b_dec), nullptr,
+                              as<void>(values), as<int64_t>(indices), screen, slack, &stats, false},
+                             d_out,
+                             as<const void>(grad),
+                             as<const void>(W_dec),
+                             GradMode(mode),
+                             beta,
+                             GradRoute(route)};
+    with_workspace(p, allocate, threads, grad_topk_encode_workspace, grad_topk_encode);
+    return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows,
+                           stats.candidates);
+  });
   m.def("sparse_decode",
         [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values, Pointer indices,
            int index_bytes, Pointer W_dec, Pointer b_dec, Pointer out, int threads) {

@@ -1,31 +1,243 @@
 // SPDX-License-Identifier: Apache-2.0
 // Python module ksae._cuda over ksae/cuda.h. It imports without a GPU or a driver; its functions
-// then raise CUDA's reason.
+// then raise CUDA's reason. Pointers and streams are integers; python/ksae/cuda.py makes them.
 #include "ksae/cuda.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
+
+#ifndef KSAE_CUDA_MODULE
+#define KSAE_CUDA_MODULE _cuda
+#endif
+
+namespace py = pybind11;
+using namespace ksae::cuda;
 
 namespace {
 
+using Pointer = uintptr_t;
+
+template <class T>
+T* as(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(what + ": CUDA error " + std::to_string(error) + " (" +
+                             cudaGetErrorString(error) + ")");
+}
+
 int value_or_raise(const char* name, cudaError_t (*function)(int*)) {
   int value = 0;
-  const cudaError_t error = function(&value);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(name) + ": CUDA error " + std::to_string(error) + " (" +
-                             cudaGetErrorString(error) + ")");
-  }
+  check(function(&value), name);
   return value;
 }
 
+std::string sizes(const char* op, int64_t N, int64_t d, int64_t F, int64_t k) {
+  return std::string(op) + " with N=" + std::to_string(N) + ", d=" + std::to_string(d) +
+         ", F=" + std::to_string(F) + ", k=" + std::to_string(k);
+}
+
+DecodeParams decode_params(int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values,
+                           Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec,
+                           Pointer out) {
+  return {N,
+          d,
+          F,
+          k,
+          Dtype(dtype),
+          as<const void>(values),
+          index_bytes == 8 ? as<const int64_t>(indices) : nullptr,
+          index_bytes == 4 ? as<const int32_t>(indices) : nullptr,
+          as<const void>(W_dec),
+          as<const void>(b_dec),
+          as<void>(out)};
+}
+
+// offsets, order, values or coefficients, grads or rows, k, N * k
+using Group = std::tuple<Pointer, Pointer, Pointer, Pointer, int64_t, int64_t>;
+
+// The arguments of row_update and row_grad_sq; no call is longer than its parameters live.
+struct Rows {
+  std::vector<RowGroup> groups;
+  RowUpdateParams p{};
+
+  Rows(int64_t F, int64_t d, int64_t start, int64_t columns, int dtype, bool encoder,
+       const std::vector<Group>& from, Pointer scales, Pointer centre, Pointer parallel,
+       Pointer W) {
+    for (const auto& [offsets, order, coefficients, rows, k, entries] : from)
+      groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
+                        as<const void>(coefficients), as<const void>(rows), k, entries});
+    p.F = F;
+    p.d = d;
+    p.start = start;
+    p.columns = columns;
+    p.dtype = Dtype(dtype);
+    p.encoder = encoder;
+    p.groups = groups.data();
+    p.n_groups = static_cast<int>(groups.size());
+    p.scales = as<const float>(scales);
+    p.centre = as<const void>(centre);
+    p.parallel = as<float>(parallel);
+    p.W = as<void>(W);
+  }
+  Rows(const Rows&) = delete;
+};
+
 }  // namespace
 
-PYBIND11_MODULE(_cuda, module) {
-  using namespace ksae::cuda;
+PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
   module.attr("architectures") = KSAE_CUDA_ARCHITECTURES;
   module.def("runtime_version", [] { return value_or_raise("runtime_version", runtime_version); });
   module.def("driver_version", [] { return value_or_raise("driver_version", driver_version); });
   module.def("device_count", [] { return value_or_raise("device_count", device_count); });
+
+  module.def("select", [](int64_t rows, int64_t F, int64_t k, int score_dtype, int dtype,
+                          Pointer scores, Pointer second, int mode, float beta, Pointer bias,
+                          Pointer scale, Pointer mask, bool relu, Pointer values, Pointer indices,
+                          const py::function& allocate, Pointer stream) {
+    const SelectParams p{rows,
+                         F,
+                         k,
+                         Dtype(score_dtype),
+                         Dtype(dtype),
+                         as<const void>(scores),
+                         as<const void>(second),
+                         Mode(mode),
+                         beta,
+                         as<const void>(bias),
+                         as<const float>(scale),
+                         as<const uint8_t>(mask),
+                         relu,
+                         as<void>(values),
+                         as<int64_t>(indices)};
+    void* workspace = as<void>(allocate(select_workspace(p)).cast<Pointer>());
+    check(select(p, workspace, as<CUstream_st>(stream)), sizes("select", rows, 0, F, k));
+  });
+  module.def("sparse_decode", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype,
+                                 Pointer values, Pointer indices, int index_bytes, Pointer W_dec,
+                                 Pointer b_dec, Pointer out, Pointer stream) {
+    const auto p =
+        decode_params(N, d, F, k, dtype, values, indices, index_bytes, W_dec, b_dec, out);
+    check(sparse_decode(p, as<CUstream_st>(stream)), sizes("sparse_decode", N, d, F, k));
+  });
+  module.def(
+      "sparse_residual",
+      [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values, Pointer indices,
+         int index_bytes, Pointer W_dec, Pointer b_dec, Pointer target, bool target_float,
+         int64_t start, int64_t columns, Pointer residual, Pointer sq_error, Pointer grad_values,
+         const py::function& allocate, Pointer stream) {
+        const ResidualParams p{
+            decode_params(N, d, F, k, dtype, values, indices, index_bytes, W_dec, b_dec, 0),
+            as<const void>(target),
+            target_float,
+            start,
+            columns,
+            as<float>(residual),
+            as<double>(sq_error),
+            as<float>(grad_values)};
+        void* workspace = as<void>(allocate(sparse_residual_workspace(p)).cast<Pointer>());
+        check(sparse_residual(p, workspace, as<CUstream_st>(stream)),
+              sizes("sparse_residual", N, d, F, k));
+      });
+  module.def("sparse_decode_backward_values",
+             [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer grad,
+                Pointer indices, int index_bytes, Pointer W_dec, Pointer out, Pointer stream) {
+               const DecodeBackwardValuesParams p{
+                   N,
+                   d,
+                   F,
+                   k,
+                   Dtype(dtype),
+                   as<const void>(grad),
+                   index_bytes == 8 ? as<const int64_t>(indices) : nullptr,
+                   index_bytes == 4 ? as<const int32_t>(indices) : nullptr,
+                   as<const void>(W_dec),
+                   as<void>(out)};
+               check(sparse_decode_backward_values(p, as<CUstream_st>(stream)),
+                     sizes("sparse_decode_backward_values", N, d, F, k));
+             });
+  module.def("group_by_latent", [](int64_t N, int64_t F, int64_t k, int dtype, Pointer values,
+                                   Pointer indices, int index_bytes, Pointer offsets, Pointer order,
+                                   const py::function& allocate, Pointer stream) {
+    const GroupParams p{N,
+                        F,
+                        k,
+                        Dtype(dtype),
+                        as<const void>(values),
+                        index_bytes == 8 ? as<const int64_t>(indices) : nullptr,
+                        index_bytes == 4 ? as<const int32_t>(indices) : nullptr,
+                        as<int32_t>(offsets),
+                        as<int32_t>(order)};
+    void* workspace = as<void>(allocate(group_by_latent_workspace(p)).cast<Pointer>());
+    check(group_by_latent(p, workspace, as<CUstream_st>(stream)),
+          sizes("group_by_latent", N, 0, F, k));
+  });
+  module.def("latent_sums", [](int64_t F, int dtype, const std::vector<Group>& from, Pointer scales,
+                               Pointer grad_b_enc, Pointer parallel, Pointer stream) {
+    std::vector<LatentSumsGroup> groups;
+    for (const auto& [offsets, order, values, grads, k, entries] : from)
+      groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
+                        as<const void>(values), as<const float>(grads)});
+    const LatentSumsParams p{F,
+                             Dtype(dtype),
+                             groups.data(),
+                             as<const float>(scales),
+                             static_cast<int>(groups.size()),
+                             as<float>(grad_b_enc),
+                             as<float>(parallel)};
+    check(latent_sums(p, as<CUstream_st>(stream)), sizes("latent_sums", 0, 0, F, 0));
+  });
+  module.def("row_grad_sq", [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
+                               bool encoder, const std::vector<Group>& groups, Pointer scales,
+                               Pointer centre, Pointer parallel, Pointer W, Pointer grad_sq,
+                               const py::function& allocate, Pointer stream) {
+    Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
+    r.p.grad_sq = as<double>(grad_sq);
+    void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());
+    check(row_grad_sq(r.p, workspace, as<CUstream_st>(stream)), sizes("row_grad_sq", 0, d, F, 0));
+  });
+  module.def(
+      "row_update",
+      [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype, bool encoder,
+         const std::vector<Group>& groups, Pointer scales, Pointer centre, Pointer parallel,
+         Pointer grad_b_enc, Pointer grad_b_dec, Pointer W, Pointer master, Pointer m, Pointer v,
+         Pointer hyper, bool normalize, const py::function& allocate, Pointer stream) {
+        Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
+        r.p.grad_b_enc = as<const float>(grad_b_enc);
+        r.p.grad_b_dec = as<float>(grad_b_dec);
+        r.p.master = as<float>(master);
+        r.p.m = as<float>(m);
+        r.p.v = as<float>(v);
+        r.p.hyper = as<const float>(hyper);
+        r.p.normalize = normalize;
+        void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());
+        check(row_update(r.p, workspace, as<CUstream_st>(stream)), sizes("row_update", 0, d, F, 0));
+      });
+  module.def("sparse_decode_backward_weight",
+             [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer grad, Pointer values,
+                Pointer offsets, Pointer order, Pointer grad_W, Pointer value_sum,
+                const py::function& allocate, Pointer stream) {
+               const DecodeBackwardWeightParams p{N,
+                                                  d,
+                                                  F,
+                                                  k,
+                                                  Dtype(dtype),
+                                                  as<const void>(grad),
+                                                  as<const void>(values),
+                                                  as<const int32_t>(offsets),
+                                                  as<const int32_t>(order),
+                                                  as<void>(grad_W),
+                                                  as<void>(value_sum)};
+               const size_t bytes = sparse_decode_backward_weight_workspace(p);
+               void* workspace = as<void>(allocate(bytes).cast<Pointer>());
+               check(sparse_decode_backward_weight(p, workspace, as<CUstream_st>(stream)),
+                     sizes("sparse_decode_backward_weight", N, d, F, k));
+             });
 }

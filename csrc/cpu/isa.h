@@ -15,6 +15,8 @@ enum class Scoring : int {
   kScreen,  // kDot on rounded float32, survivors of the error bound rescored as kFloat would
 };
 
+struct GradChunk;
+
 // One chunk of rows on its way through topk_encode. "Candidate" m is the m-th latent that may be
 // chosen: latent m itself, or ids[m] under a mask. Candidates come in panels of the level's width.
 struct EncodeChunk {
@@ -39,18 +41,35 @@ struct EncodeChunk {
   uint8_t* redo;       // [R] kScreen: set when the row must be scored in full
   uint32_t* pairs;     // [R][capacity] kScreen: survivors in the order of rescoring
   int64_t capacity;
+  const GradChunk* grad;  // grad_topk_encode: what else it needs; null for topk_encode
+};
+
+// The gradient's half of a chunk. `a` is the product grad @ W_dec.T over the same rows, latents and
+// candidates; its score [R][capacity] holds a, or while pruning an upper bound of s.
+struct GradChunk {
+  EncodeChunk a;
+  const GradEncodeParams* p;
+  bool pruned;     // a is computed for candidates only
+  uint8_t* plain;  // [R] rows that are selected by u
+  float* norm_g;   // [R] pruned: upper bounds of |grad[n]|
+  float* norm_w;   // [M padded] pruned: upper bounds of |W_dec[i]|
+};
+
+// The steps of topk_encode and of grad_topk_encode. `scratch` holds encode_scratch(d, capacity)
+// bytes, one for each thread.
+struct EncodeSteps {
+  void (*pack_x)(const EncodeChunk& c, int64_t tile0, int64_t tile1, void* scratch);
+  void (*pack_w)(const EncodeChunk& c, int64_t group, int64_t panel);
+  void (*score)(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, int rank,
+                int size, void* scratch);
+  void (*finish)(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch,
+                 EncodeStats* stats);
 };
 
 struct Kernels {
   int tile_rows, panel_width;
   bool has_dot;
-  // topk_encode. `scratch` holds encode_scratch(d, capacity) bytes, one for each thread.
-  void (*encode_pack_x)(const EncodeChunk& c, int64_t tile0, int64_t tile1, void* scratch);
-  void (*encode_pack_w)(const EncodeChunk& c, int64_t group, int64_t panel);
-  void (*encode_score)(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, int rank,
-                       int size, void* scratch);
-  void (*encode_finish)(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch,
-                        EncodeStats* stats);
+  EncodeSteps encode, grad_encode;
   // The rest, over rows [row0, row1) or latents [i0, i1).
   void (*topk)(const TopkParams& p, int64_t row0, int64_t row1, void* scratch);
   void (*decode)(const DecodeParams& p, int64_t row0, int64_t row1);

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .functional import sparse_decode, topk, topk_encode
+from .functional import grad_topk_encode, sparse_decode, topk, topk_encode
+from .gradtopk import GradTopKSAE, GradTopKTranscoder
 from .modules import Output, SparseCoder, TopKSAE, Transcoder
 from .step import TrainStep
 from .version import VERSION as __version__
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .info import config
 
 __all__ = [
+    "GradTopKSAE",
+    "GradTopKTranscoder",
     "Output",
     "SparseCoder",
     "TopKSAE",
@@ -22,6 +25,7 @@ __all__ = [
     "Transcoder",
     "__version__",
     "config",
+    "grad_topk_encode",
     "load",
     "sparse_decode",
     "topk",

@@ -1,7 +1,150 @@
 # SPDX-License-Identifier: Apache-2.0
 # Built only where nvcc was found. Functions raise RuntimeError with the reason, such as no driver.
+from collections.abc import Callable
+
 architectures: str
 
 def runtime_version() -> int: ...
 def driver_version() -> int: ...
 def device_count() -> int: ...
+
+# Pointers and streams are integers; `allocate` turns a number of bytes into a pointer.
+_Allocate = Callable[[int], int]
+_Groups = list[tuple[int, int, int, int, int, int]]
+
+def select(
+    rows: int,
+    F: int,
+    k: int,
+    score_dtype: int,
+    dtype: int,
+    scores: int,
+    second: int,
+    mode: int,
+    beta: float,
+    bias: int,
+    scale: int,
+    mask: int,
+    relu: bool,
+    values: int,
+    indices: int,
+    allocate: _Allocate,
+    stream: int,
+) -> None: ...
+def sparse_decode(
+    N: int,
+    d: int,
+    F: int,
+    k: int,
+    dtype: int,
+    values: int,
+    indices: int,
+    index_bytes: int,
+    W_dec: int,
+    b_dec: int,
+    out: int,
+    stream: int,
+) -> None: ...
+def sparse_residual(
+    N: int,
+    d: int,
+    F: int,
+    k: int,
+    dtype: int,
+    values: int,
+    indices: int,
+    index_bytes: int,
+    W_dec: int,
+    b_dec: int,
+    target: int,
+    target_float: bool,
+    start: int,
+    columns: int,
+    residual: int,
+    sq_error: int,
+    grad_values: int,
+    allocate: _Allocate,
+    stream: int,
+) -> None: ...
+def sparse_decode_backward_values(
+    N: int,
+    d: int,
+    F: int,
+    k: int,
+    dtype: int,
+    grad: int,
+    indices: int,
+    index_bytes: int,
+    W_dec: int,
+    out: int,
+    stream: int,
+) -> None: ...
+def sparse_decode_backward_weight(
+    N: int,
+    d: int,
+    F: int,
+    k: int,
+    dtype: int,
+    grad: int,
+    values: int,
+    offsets: int,
+    order: int,
+    grad_W: int,
+    value_sum: int,
+    allocate: _Allocate,
+    stream: int,
+) -> None: ...
+def group_by_latent(
+    N: int,
+    F: int,
+    k: int,
+    dtype: int,
+    values: int,
+    indices: int,
+    index_bytes: int,
+    offsets: int,
+    order: int,
+    allocate: _Allocate,
+    stream: int,
+) -> None: ...
+def latent_sums(
+    F: int, dtype: int, groups: _Groups, scales: int, grad_b_enc: int, parallel: int, stream: int
+) -> None: ...
+def row_grad_sq(
+    F: int,
+    d: int,
+    start: int,
+    columns: int,
+    dtype: int,
+    encoder: bool,
+    groups: _Groups,
+    scales: int,
+    centre: int,
+    parallel: int,
+    W: int,
+    grad_sq: int,
+    allocate: _Allocate,
+    stream: int,
+) -> None: ...
+def row_update(
+    F: int,
+    d: int,
+    start: int,
+    columns: int,
+    dtype: int,
+    encoder: bool,
+    groups: _Groups,
+    scales: int,
+    centre: int,
+    parallel: int,
+    grad_b_enc: int,
+    grad_b_dec: int,
+    W: int,
+    master: int,
+    m: int,
+    v: int,
+    hyper: int,
+    normalize: bool,
+    allocate: _Allocate,
+    stream: int,
+) -> None: ...

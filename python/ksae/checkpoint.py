@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ksae import modules
+from ksae import gradtopk, modules
 from ksae.errors import UserError
 from ksae.step import TrainStep
 from ksae.version import VERSION
@@ -62,14 +62,39 @@ def load(
     path: str | os.PathLike[str],
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    *,
+    k: int | None = None,
+    fold: bool = False,
+    as_topk: bool = False,
 ) -> modules.SparseCoder:
-    """Read a model from a file of `save`, a training checkpoint, or a finished run's folder.
+    """Read a model from a file of `save`, a training checkpoint, a finished run's folder, or the
+    files of another library (`ksae.interop.convert`), recognised by what they hold.
 
     Args:
-        path: the file, or the directory that `ksae train` wrote to.
+        path: the file, or the directory that `ksae train` wrote to; of another library, its file or
+            folder, or a Hugging Face id, `owner/name` or `owner/name/folder`.
         device: where to put the tensors; default the CPU.
         dtype: of the parameters; default the dtype they were saved in.
+        k, fold, as_topk: for files of other libraries, see `ksae.interop.convert.load`.
     """
+    from ksae.interop import convert, hub
+
+    if hub.is_id(path):
+        path = hub.download(path)
+    file = Path(path)
+    if file.is_dir() and (file / "model.safetensors").is_file():
+        file = file / "model.safetensors"
+    if not convert.is_foreign(file):
+        return load_own(path, device, dtype)
+    return convert.load(path, device, dtype, k=k, fold=fold, as_topk=as_topk)
+
+
+def load_own(
+    path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> modules.SparseCoder:
+    """`load` of ksae's own files only."""
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
@@ -260,7 +285,8 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> No
 
 
 def _build(path: Path, header: dict[str, Any]) -> modules.SparseCoder:
-    kind = getattr(modules, str(header["class"]), None)
+    name = str(header["class"])
+    kind = getattr(modules, name, None) or getattr(gradtopk, name, None)
     if not (isinstance(kind, type) and issubclass(kind, modules.SparseCoder)):
         raise UserError(f"load: {path} must hold a class of ksae.modules, got {header['class']!r}")
     try:

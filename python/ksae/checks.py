@@ -9,13 +9,17 @@ before a check has passed.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MODES = ("additive", "multiplicative", "signed")  # of the score of grad_topk_encode
 ENTRIES = 2**31 - 1  # flat positions are int32
+_check_indices = os.environ.get("KSAE_CHECK", "0") == "1"  # read once at import
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -76,8 +80,12 @@ def _indices(op: str, indices: Tensor, shape: Sequence[int], of: str, first: Ten
 
 
 def index_range(op: str, indices: Tensor, F: int) -> None:
-    """Latent numbers lie in [0, F). Read on the CPU only: on a GPU this would stop the stream."""
-    if indices.device.type == "cpu" and indices.numel():
+    """Latent numbers lie in [0, F).
+
+    On a GPU the look would wait for the stream: it is taken under KSAE_CHECK=1 alone, and without
+    it an index out of range is undefined behaviour.
+    """
+    if (indices.device.type == "cpu" or _check_indices) and indices.numel():
         low, high = (int(n) for n in indices.aminmax())
         if low < 0 or high >= F:
             raise fail(op, "indices", f"in [0, {F})", low if low < 0 else high)
@@ -107,6 +115,39 @@ def topk_encode(
     if mask is not None:
         _like(op, "mask", mask, (F,), torch.bool, x)
     _k(op, k, F, "W_enc", W_enc)
+    return T
+
+
+def score(op: str, beta: float, mode: str) -> None:
+    """beta and mode of a gradient-aware score."""
+    if mode not in MODES:
+        raise fail(op, "mode", f"one of {', '.join(MODES)}", repr(mode))
+    if not (math.isfinite(beta) and beta >= 0):
+        raise fail(op, "beta", "a finite number >= 0", beta)
+
+
+def grad_topk_encode(
+    x: Tensor,
+    grad: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    k: int,
+    beta: float,
+    mode: str = "additive",
+    b_dec: Tensor | None = None,
+) -> torch.dtype:
+    op, T = "grad_topk_encode", x.dtype
+    _matrix(op, "x", x)
+    _like(op, "W_enc", W_enc, (-1, x.shape[1]), T, x)
+    F = W_enc.shape[0]
+    _like(op, "b_enc", b_enc, (F,), T, x)
+    _like(op, "W_dec", W_dec, (F, -1), T, x)
+    _like(op, "grad", grad, (x.shape[0], W_dec.shape[1]), T, x)
+    if b_dec is not None:
+        _like(op, "b_dec", b_dec, (x.shape[1],), T, x)
+    _k(op, k, F, "W_enc", W_enc)
+    score(op, beta, mode)
     return T
 
 
@@ -219,7 +260,7 @@ def _groups(
     _matrix(op, f"{name}[0]", tensors[0])
     N, F = tensors[0].shape[0], offsets[0].numel() - 1
     for g, t in enumerate(tensors):
-        _like(op, f"{name}[{g}]", t, (N, -1), tensors[0].dtype, t)
+        _like(op, f"{name}[{g}]", t, (N, -1), tensors[0].dtype, tensors[0])
         _like(op, f"offsets[{g}]", offsets[g], (F + 1,), torch.int32, t)
         _like(op, f"order[{g}]", order[g], (N * t.shape[1],), torch.int32, t)
     _like(op, "scales", scales, (len(tensors),), accumulator(tensors[0].dtype), tensors[0])

@@ -215,6 +215,14 @@ LM_SUMMARY = {
 app.command("train", no_args_is_help=True)(_with_options(_train))
 
 
+ORACLE_SUMMARY = {
+    "fvu_oracle": SUMMARY["fvu"],
+    "l0_oracle": SUMMARY["l0"],
+    "dead_oracle": SUMMARY["dead"],
+    **{f"{k}_oracle": v for k, v in LM_SUMMARY.items() if k not in ("ce_clean", "ce_zero")},
+}
+
+
 @app.command("eval", no_args_is_help=True)
 def _eval(
     path: Annotated[
@@ -245,6 +253,14 @@ def _eval(
     ce_tokens: Annotated[
         int, typer.Option(help="Tokens for cross-entropy; 0 measures none", min=0)
     ] = 8192,
+    steering: Annotated[
+        int,
+        typer.Option(help="Latents of each decade of firing rates that steer; 0: none", min=0),
+    ] = 0,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Second model: --steering compares latents of equal firing rates"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Tokens in one pass", min=1)] = 2048,
     device: Annotated[
         str | None, typer.Option(help="Of the model; default: cuda if there is one")
@@ -268,8 +284,14 @@ def _eval(
         table,
         with_data,
     )
+    from ksae.evalrun import (
+        steering as steer,
+    )
+    from ksae.gradtopk import GradSelection
     from ksae.rundata import pick_device
 
+    if against is not None and steering == 0:
+        raise UserError("eval: --steering must be given with --against, got none")
     if plot is not None and not plots.available():
         raise UserError("eval: --plot needs matplotlib: pip install matplotlib")
     sae = checkpoint.load(path, device=pick_device(device))
@@ -287,18 +309,36 @@ def _eval(
     config = with_data(run.data if run is not None else runconfig.DataConfig(), given)
     held_out = not own & {"activations", "text"}  # other data were never trained on
     data = open_eval_data(
-        config, held_out=held_out, tokens=max(tokens, ce_tokens), progress=progress
+        config,
+        held_out=held_out,
+        tokens=max(tokens, ce_tokens),
+        gradient=isinstance(sae, GradSelection),
+        progress=progress,
     )
     result = measure(sae, data.source, tokens=tokens, batch_size=batch_size)
+    oracle: dict[str, float] = {}
+    if isinstance(sae, GradSelection) and data.source.has_gradient:
+        with_g = measure(sae, data.source, tokens=tokens, batch_size=batch_size, oracle=True)
+        oracle = {f"{name}_oracle": value for name, value in with_g.metrics.items()}
     lm: dict[str, float] = {}
+    shifts: dict[str, float] = {}
     if data.language_model is not None and data.contexts is not None and ce_tokens > 0:
         lm = measure_language_model(
             sae, data.language_model, data.contexts, config, tokens=ce_tokens, progress=progress
         )
+    if steering > 0:
+        if data.language_model is None or data.contexts is None:
+            raise UserError("eval: --steering needs a language model, got a file of activations")
+        models = [sae]
+        if against is not None:
+            models.append(checkpoint.load(against, device=pick_device(device)))
+        shifts = steer(
+            models, data.language_model, data.contexts, config, data.source, latents=steering
+        )
     if plot is not None:
         plots.latent_frequency(result.frequency, plot, tokens=result.tokens)
     if as_json:
-        everything = {"tokens": result.tokens, **result.metrics, **lm}
+        everything = {"tokens": result.tokens, **result.metrics, **oracle, **lm, **shifts}
         # JSON has no NaN
         print(json.dumps({k: v if v == v else None for k, v in everything.items()}, indent=1))
         return
@@ -310,6 +350,48 @@ def _eval(
     if lm:
         print(f"{config.model} on {lm['ce_tokens']:,.0f} of them, nats a token")
         print(table(lm, LM_SUMMARY))
+    if oracle:
+        print("latents selected with the gradient of the loss: uses labels (oracle)")
+        print(table(oracle | lm, ORACLE_SUMMARY))
+    if shifts:
+        print("steering: mean shift of the logits, by firing rate of the latents")
+        print(table(shifts, {name: name.removeprefix("steering_") for name in shifts}))
+
+
+@app.command("convert", no_args_is_help=True)
+def _convert(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="File, folder or Hugging Face id")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="File or folder to write")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="ksae, sparsify, saelens, dictionary-learning, openai, nvidia or circuit-tracer"
+        ),
+    ],
+    k: Annotated[
+        int | None, typer.Option(help="Active latents a token, where SRC lacks it", min=1)
+    ] = None,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Fold b_dec or norms into the encoder; rounds")
+    ] = False,
+    as_topk: Annotated[
+        bool, typer.Option("--as-topk", help="Take BatchTopK or Matryoshka as TopK")
+    ] = False,
+) -> None:
+    """Convert a model between ksae's files and those of other libraries.
+
+    The format of SRC is recognised by its content.
+
+    ksae convert EleutherAI/sae-model/layers.9 sae.safetensors --to ksae
+    """
+    from ksae.interop import hub
+    from ksae.interop.convert import convert
+
+    source = hub.download(src) if hub.is_id(src) else Path(src)
+    done = convert(source, dst, to, k=k, fold=fold, as_topk=as_topk)
+    c = done.coder
+    shape = f"{c.d_in} -> {c.d_sae} -> {c.d_out}, {c.activation}, k = {c.k}, {c.dtype}"
+    print(f"{done.source} to {done.target}: {shape}; written: {done.path}")
 
 
 @app.command("config")
@@ -348,7 +430,8 @@ def _demo(
 @app.command("bench")
 def _bench(
     suite: Annotated[
-        str | None, typer.Option(help="Comma-separated: ops, step, scaling, quality, roofline, gpu")
+        str | None,
+        typer.Option(help="Comma-separated: ops, step, scaling, quality, roofline, threads, gpu"),
     ] = None,
     full: Annotated[
         bool, typer.Option("--full/--quick", help="At most 20 minutes, or 2, on two cores")

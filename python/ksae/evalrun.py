@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,9 +24,11 @@ from ksae.activations import (
 )
 from ksae.errors import UserError
 from ksae.evaluate import Evaluation, evaluate, evaluate_language_model
+from ksae.gradtopk import GradSelection
 from ksae.modules import SparseCoder
 from ksae.runconfig import DataConfig
 from ksae.rundata import open_data
+from ksae.steering import latents_by_rate, logit_shift, matched_latents
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB of float32; three such tensors live at once
 
@@ -48,7 +50,12 @@ def run_config(path: Path) -> runconfig.RunConfig | None:
 
 
 def open_eval_data(
-    config: DataConfig, *, held_out: bool, tokens: int, progress: bool = True
+    config: DataConfig,
+    *,
+    held_out: bool,
+    tokens: int,
+    gradient: bool = False,
+    progress: bool = True,
 ) -> EvalData:
     """What an evaluation reads.
 
@@ -56,6 +63,7 @@ def open_eval_data(
         config: where the activations, or the language model and the text, are.
         held_out: take the share that a run of this config kept from training; otherwise everything.
         tokens: rows wanted; about as many are harvested.
+        gradient: harvest the gradients on the text's labels too.
     """
     if config.activations is not None:
         if held_out and config.holdout > 0:
@@ -82,7 +90,12 @@ def open_eval_data(
         contexts = contexts.split(config.holdout)[1]
     contexts = about(contexts, tokens)
     rows = harvest(
-        lm.model, contexts, config.hook, target_hook=config.target_hook, progress=progress
+        lm.model,
+        contexts,
+        config.hook,
+        target_hook=config.target_hook,
+        gradient="labels" if gradient else None,
+        progress=progress,
     )
     return EvalData(rows, lm, contexts)
 
@@ -97,9 +110,15 @@ def about(contexts: Contexts, tokens: int) -> Contexts:
 
 
 def measure(
-    model: SparseCoder, source: ActivationSource, *, tokens: int, batch_size: int = 2048
+    model: SparseCoder,
+    source: ActivationSource,
+    *,
+    tokens: int,
+    batch_size: int = 2048,
+    oracle: bool = False,
 ) -> Evaluation:
-    """Reconstruction and sparsity on the first `tokens` rows of a source of the model's widths."""
+    """Reconstruction and sparsity on the first `tokens` rows of a source of the model's widths;
+    `oracle`: where latents are selected with the source's gradients."""
     if source.d_in != model.d_in:
         raise UserError(
             f"eval: {source.name} must have the model's width d_in = {model.d_in}, "
@@ -112,6 +131,8 @@ def measure(
             f"eval: targets of {source.name} must have the model's width d_out = {model.d_out}, "
             f"got {source.d_out}"
         )
+    if oracle:
+        return evaluate(model, source.gradient_sweep(batch_size), max_tokens=tokens)
     batches = (x if y is None else (x, y) for x, y in source.sweep(batch_size))
     return evaluate(model, batches, max_tokens=tokens)
 
@@ -125,7 +146,8 @@ def measure_language_model(
     tokens: int,
     progress: bool = True,
 ) -> dict[str, float]:
-    """`ksae.evaluate.LM_DEFINITIONS` on about `tokens` tokens; {} for an encoder model."""
+    """`ksae.evaluate.LM_DEFINITIONS` on about `tokens` tokens, for a model that can select with
+    gradients ORACLE_DEFINITIONS too; {} for an encoder model."""
     from tqdm import tqdm
 
     lm = language_model.model
@@ -149,6 +171,7 @@ def measure_language_model(
             config.hook,
             target_hook=config.target_hook,
             exclude=contexts.special_ids,
+            oracle=isinstance(model, GradSelection),
             progress=bar.update,
         )
 
@@ -159,6 +182,57 @@ def _lm_batches(contexts: Contexts, at_once: int) -> Iterator[tuple[Tensor, Tens
         part = slice(begin, begin + at_once)
         width = int(contexts.lengths[part].max())
         yield contexts.ids[part, :width].long(), attended[part, :width].long()
+
+
+def steering(
+    models: Sequence[SparseCoder],
+    language_model: LanguageModel,
+    contexts: Contexts,
+    config: DataConfig,
+    source: ActivationSource,
+    *,
+    latents: int,
+    tokens: int = 256,
+) -> dict[str, float]:
+    """Mean shift of the logits when a latent's direction is added to the activation, with the
+    mean length of an activation (see `ksae.steering.logit_shift`).
+
+    One model: by decade of the firing rate, `latents` of each. Two: of `latents` each, matched by
+    firing rate, "steering" and "steering_against". {} for an encoder model.
+    """
+    lm = language_model.model
+    if getattr(lm, "get_output_embeddings", lambda: None)() is None:
+        return {}
+    assert config.hook is not None
+    hook = config.target_hook or config.hook
+    rates = [measure(model, source, tokens=source.num_tokens or 2**30) for model in models]
+    found = [rate.frequency for rate in rates]
+    if len(models) == 1:
+        decades = latents_by_rate(found[0], latents)
+        chosen = [(f"steering_{name}", models[0], at) for name, at in decades.items()]
+    else:
+        pair = matched_latents(found, latents)
+        names = ("steering", "steering_against")
+        chosen = list(zip(names, models, pair, strict=True))
+    lengths = torch.cat(
+        [(x if y is None else y).double().norm(dim=1) for x, y in source.sweep(2048)]
+    )
+    text = list(_lm_batches(about(contexts, tokens), 8))
+    return {
+        name: float(
+            logit_shift(
+                model,
+                lm,
+                text,
+                hook,
+                at,
+                float(lengths.mean()),
+                exclude=contexts.special_ids,
+            ).mean()
+        )
+        for name, model, at in chosen
+        if len(at)
+    }
 
 
 def with_data(config: DataConfig, settings: Mapping[str, object]) -> DataConfig:
@@ -181,6 +255,6 @@ def table(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
 def _show(name: str, value: float) -> str:
     if math.isnan(value):
         return "-"
-    if name in ("dead", "ce_recovered", "kl_recovered"):
+    if name.removesuffix("_oracle") in ("dead", "ce_recovered", "kl_recovered"):
         return f"{value:.1%}"
-    return f"{value:.4g}" if name != "l0" else f"{value:.2f}"
+    return f"{value:.2f}" if name.removesuffix("_oracle") == "l0" else f"{value:.4g}"

@@ -91,6 +91,85 @@ def topk_encode(
     return values.reshape(shape), indices.reshape(shape)
 
 
+def grad_topk_encode(
+    x: Tensor,
+    grad: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    k: int,
+    beta: float,
+    mode: str = "additive",
+    b_dec: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`topk_encode` whose selection knows what each latent does to a downstream loss.
+
+    The encoder of gradient SAEs (arXiv 2411.10397). With u as in `topk_encode` and
+    a_i = <W_dec[i], grad>, the k largest scores s win; where u <= 0, s = u, elsewhere
+
+        additive        s = u (1 + beta |a|)
+        multiplicative  s = u |a|, the limit of a large beta, which it ignores
+        signed          s = u (1 + beta relu(-a)): only latents that lower the loss are favoured
+
+    Args:
+        x: [..., d_in] float32, bfloat16, float16 or float64; the other floating arguments are of
+            the same dtype.
+        grad: [..., d_out], gradient of the downstream loss where the decoder writes; detached. A
+            row of it that is zero or has an entry that is not finite is selected by u.
+        W_enc: [F, d_in], one row a latent.
+        b_enc: [F].
+        W_dec: [F, d_out].
+        k: in [1, F].
+        beta: a finite number >= 0; with unit rows in W_dec it matters from about
+            sqrt(d_out) / |grad| on. 0 is `topk_encode`, bit for bit, except in multiplicative mode.
+        mode: "additive", "multiplicative" or "signed".
+        b_dec: [d_in], subtracted from x first (the difference is rounded to x's dtype).
+
+    Returns:
+        values [..., k] >= 0, relu(u) and not the score; indices [..., k] int64; both sorted by the
+        score.
+
+    Raises:
+        ValueError: shapes that do not fit, k, beta or mode out of range, grad that requires a
+        gradient. TypeError: dtypes that differ.
+
+    Numerics: u, a and s are float32 whatever the dtype (float64 for float64); order and determinism
+    as `topk`. The selection is fixed for the gradients, which are those of `topk_encode`: nothing
+    flows through the score, neither to grad nor to W_dec. Under autocast the floating inputs are
+    cast to the autocast dtype.
+
+    Example:
+        >>> import torch, ksae
+        >>> W, b = torch.eye(2), torch.zeros(2)
+        >>> x, grad = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])
+        >>> ksae.grad_topk_encode(x, grad, W, b, W, 1, beta=1.0)
+        (tensor([1.]), tensor([0]))
+    """
+    if grad.requires_grad:
+        raise ValueError(
+            "grad_topk_encode: grad must be detached, for nothing flows through the score,"
+            " got a tensor that requires grad"
+        )
+    if grad.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"grad_topk_encode: grad must be of shape {[*x.shape[:-1], W_dec.shape[-1]]} for x of"
+            f" shape {list(x.shape)}, got {list(grad.shape)}"
+        )
+    values, indices = ops.grad_topk_encode(
+        _rows(x),
+        _rows(grad),
+        W_enc.contiguous(),
+        b_enc.contiguous(),
+        W_dec.contiguous(),
+        k,
+        beta,
+        mode,
+        None if b_dec is None else b_dec.contiguous(),
+    )
+    shape = (*x.shape[:-1], k)
+    return values.reshape(shape), indices.reshape(shape)
+
+
 def sparse_decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
 ) -> Tensor:

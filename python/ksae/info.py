@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-SWITCHES = ("KSAE_NATIVE", "KSAE_ISA", "KSAE_SCREEN")
+SWITCHES = ("KSAE_NATIVE", "KSAE_ISA", "KSAE_SCREEN", "KSAE_CHECK", "KSAE_CHUNK_BYTES")
 _switches = {name: os.environ.get(name) for name in SWITCHES}  # later changes have no effect
 
 

@@ -187,6 +187,19 @@ class SparseCoder(nn.Module):
         b_dec = self.b_dec if self.centred else None
         return functional.topk_encode(x, self.W_enc, self.b_enc, k, b_dec, mask)
 
+    def gradients(self, x: Tensor, grad: Tensor | None, training: bool) -> Tensor | None:
+        """The rows [N, d_out] of a downstream gradient, for the classes that select by one."""
+        if grad is not None:
+            raise ValueError(
+                f"{type(self).__name__}: grad must be None, for it selects without one, got a"
+                " tensor: see GradTopKSAE and GradTopKTranscoder"
+            )
+        return None
+
+    def select(self, rows: Tensor, k: int, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Values and indices [N, k] of the k latents that x's rows [N, d_in] choose."""
+        return self._encode(rows, k)
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64."""
         values, indices = self._encode(self.rows("x", x, self.d_in), self.k)
@@ -212,12 +225,13 @@ class SparseCoder(nn.Module):
 
     # ----------------------------------------------------------------------------------- the losses
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Output:
+    def forward(self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None) -> Output:
         """Reconstruct x [..., d_in] or predict y [..., d_out]; losses if there is a target."""
         rows = self.rows("x", x, self.d_in)  # [N, d_in]
         target = self.targets(x, rows, y)  # [N, d_out]
         multi = self.multi_topk and target is not None
-        wide_values, wide_indices = self._encode(rows, self.k_multi if multi else self.k)
+        downstream = self.gradients(x, grad, self.training)  # [N, d_out]
+        wide_values, wide_indices = self.select(rows, self.k_multi if multi else self.k, downstream)
         values, indices = wide_values[:, : self.k], wide_indices[:, : self.k]  # sorted: a prefix
         recon = self.decode(values, indices, rows)
         loss = fvu = auxk_loss = multi_topk_loss = None

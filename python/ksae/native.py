@@ -18,6 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import MODES
+
+_ROUTES = ("auto", "dual", "pruned")  # of grad_topk_encode; as in ksae/cpu.h, as is checks.MODES
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _reason = ""
 screening = os.environ.get("KSAE_SCREEN", "on") != "off"
@@ -104,6 +107,55 @@ def topk_encode_counted(
         _pointer(b_dec), _pointer(mask), _pointer(values), _pointer(indices),
         screen, slack, product_only, _Workspace(),
         torch.get_num_threads(),
+    )  # fmt: skip
+    return values, indices, counts
+
+
+def grad_topk_encode(
+    x: Tensor,
+    grad: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    k: int,
+    beta: float,
+    mode: str = "additive",
+    b_dec: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if beta == 0 and mode != "multiplicative":
+        return topk_encode(x, W_enc, b_enc, k, b_dec)
+    return grad_topk_encode_counted(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)[:2]
+
+
+def grad_topk_encode_counted(
+    x: Tensor,
+    grad: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    k: int,
+    beta: float,
+    mode: str = "additive",
+    b_dec: Tensor | None = None,
+    *,
+    route: str = "auto",
+    screen: bool | None = None,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
+    """grad_topk_encode by a route of _ROUTES, and rows with bounds, survivors, rows redone, latents
+    whose product with grad was computed one by one.
+
+    Only float32 can be pruned, and not the multiplicative mode.
+    """
+    (N, d), (F, d_out) = x.shape, W_dec.shape
+    if screen is None:
+        screen = screening and 100 * k <= F
+    values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
+    counts = _cpu.grad_topk_encode(
+        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
+        _pointer(b_dec), _pointer(values), _pointer(indices), screen, slack,
+        d_out, _pointer(grad), _pointer(W_dec), MODES.index(mode), beta, _ROUTES.index(route),
+        _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
     return values, indices, counts
 

@@ -3,8 +3,8 @@
 
 An op is its meaning in reference.py, its checks in checks.py and one row at the end of this file.
 The reference is the default kernel on every device; the native function of the same name, where
-there is one, serves the CPU above it. Inputs are 2-D; kernels make them contiguous, except written
-ones, which must be. The products of `topk_encode` and `sparse_decode` are closed under
+there is one, serves its device above it. Inputs are 2-D; kernels make them contiguous, except
+written ones, which must be. The products of `topk_encode` and `sparse_decode` are closed under
 differentiation: the gradient of each is made of the same ops, to any order.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, native, reference
+from . import checks, cuda, native, reference
 from .checks import accumulator
 
 _serving: dict[str, dict[str, str]] = {}
@@ -82,6 +82,20 @@ def _fake_topk_encode(
     k: int,
     b_dec: Tensor | None = None,
     mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _fake_topk(x, k)
+
+
+def _fake_grad_topk_encode(
+    x: Tensor,
+    grad: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    k: int,
+    beta: float,
+    mode: str = "additive",
+    b_dec: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _fake_topk(x, k)
 
@@ -184,11 +198,39 @@ def _save_topk_encode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward_topk_encode(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 6
-    x, W_enc, b_dec, values, indices = ctx.saved_tensors
+    b_dec = ctx.saved_tensors[2]
     need_x, need_W, need_b = ctx.needs_input_grad[:3]
     need_b_dec = (
         b_dec is not None and ctx.needs_input_grad[4]
     )  # the dispatcher drops default arguments
+    needs = need_x, need_W, need_b, need_b_dec
+    dx, dW_enc, db_enc, db_dec = _encoder_gradients(ctx.saved_tensors, grad, needs)
+    return dx, dW_enc, db_enc, None, db_dec, None
+
+
+def _save_grad_topk_encode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    x, _, W_enc, *_, b_dec = inputs
+    ctx.save_for_backward(x, W_enc, b_dec, *output)
+
+
+def _backward_grad_topk_encode(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
+    need_x, _, need_W, need_b = ctx.needs_input_grad[:4]
+    b_dec = ctx.saved_tensors[2]
+    needs = need_x, need_W, need_b, b_dec is not None and ctx.needs_input_grad[8]
+    dx, dW_enc, db_enc, db_dec = _encoder_gradients(ctx.saved_tensors, grad, needs)
+    # nothing through the score: not to the downstream gradient, not to W_dec
+    return dx, None, dW_enc, db_enc, None, None, None, None, db_dec
+
+
+def _encoder_gradients(
+    saved: tuple[Any, ...], grad: Tensor, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, W_enc, b_enc and b_dec where the selection is fixed."""
+    x, W_enc, b_dec, values, indices = saved
+    need_x, need_W, need_b, need_b_dec = needs
     dv = torch.where(values > 0, grad, 0)  # [N, k]: a slot at zero passes nothing
     dx = dW_enc = db_enc = db_dec = None
     if need_x:
@@ -198,7 +240,7 @@ def _backward_topk_encode(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tenso
         dW_enc, db_enc = _backward_weight(xc, dv, indices, W_enc.shape[0])
     if need_b_dec:
         db_dec = -(W_enc.T @ db_enc)
-    return dx, dW_enc, db_enc, None, db_dec, None
+    return dx, dW_enc, db_enc, db_dec
 
 
 def _save_sparse_decode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -342,6 +384,10 @@ def _op(
             qualified, "cpu", _kernel(name, check, getattr(native, name), native_=True)
         )
         _serving[name]["cpu"] = "native"
+    if cuda.kernels is not None:
+        served = _kernel(name, check, getattr(cuda.kernels, name), native_=True)
+        torch.library.register_kernel(qualified, "cuda", served)
+        _serving[name]["cuda"] = "native"
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
@@ -376,6 +422,16 @@ topk_encode = _op(
     save=_save_topk_encode,
     backward=_backward_topk_encode,
     vmap=_by_row("topk_encode", (0,)),
+    autocast=True,
+)
+grad_topk_encode = _op(
+    "grad_topk_encode",
+    "(Tensor x, Tensor grad, Tensor W_enc, Tensor b_enc, Tensor W_dec, int k, float beta,"
+    ' str mode="additive", Tensor? b_dec=None) -> (Tensor values, Tensor indices)',
+    fake=_fake_grad_topk_encode,
+    save=_save_grad_topk_encode,
+    backward=_backward_grad_topk_encode,
+    vmap=_by_row("grad_topk_encode", (0, 1)),
     autocast=True,
 )
 _sparse_decode = sparse_decode = _op(

@@ -59,6 +59,45 @@ def topk_encode(
     return torch.where(v <= 0, 0, v).to(x.dtype), indices
 
 
+def grad_topk_encode(
+    x: Tensor,  # [N, d_in]
+    grad: Tensor,  # [N, d_out] of the downstream loss, where the decoder writes
+    W_enc: Tensor,  # [F, d_in]
+    b_enc: Tensor,  # [F]
+    W_dec: Tensor,  # [F, d_out]
+    k: int,
+    beta: float,
+    mode: str = "additive",
+    b_dec: Tensor | None = None,  # [d_in]
+) -> tuple[Tensor, Tensor]:
+    """`topk_encode` with the k largest scores instead of the k largest pre-activations.
+
+    The score is u where u <= 0, and there only u counts; elsewhere u (1 + beta |a|), u |a| or
+    u (1 + beta relu(-a)) by mode, a = <W_dec[i], grad[n]>. A row whose grad is zero or not finite,
+    and with beta = 0 every row of a mode that has a beta, is scored by u. The values are
+    relu(u), not the score, in the order of the score.
+    """
+    acc = accumulator(x.dtype)
+    xc = x if b_dec is None else x - b_dec  # rounded to T
+    u = xc.to(acc) @ W_enc.to(acc).T + b_enc.to(acc)  # [N, F]
+    g = grad.to(acc)
+    score = u
+    if beta > 0 or mode == "multiplicative":
+        a = g @ W_dec.to(acc).T  # [N, F]
+        match mode:
+            case "additive":
+                score = u * (1 + beta * a.abs())
+            case "multiplicative":
+                score = u * a.abs()
+            case "signed":
+                score = u * (1 + beta * (-a).relu())
+        informed = ((g != 0).any(1) & g.isfinite().all(1))[:, None]
+        score = torch.where((u <= 0) | ~informed, u, score)
+    indices = _largest(score, k)
+    v = u.gather(1, indices)
+    return torch.where(v <= 0, 0, v).to(x.dtype), indices
+
+
 def _decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """Unrounded sum over j of values[:, j] * W_dec[indices[:, j]]: [N, d], accumulated."""
     acc = accumulator(values.dtype)

@@ -22,6 +22,7 @@ from ksae.checkpoint import write_atomic
 from ksae.errors import UserError
 
 T = TypeVar("T")
+Gradient = Literal["labels", "sampled", "entropy", "logsumexp", "max_logit"]
 
 
 @dataclass
@@ -36,6 +37,9 @@ class ModelConfig:
     normalize_decoder: bool | None = None  # unit decoder rows; default true only for sae
     multi_topk: bool = False  # add the loss with 4k latents, at 1/8
     skip: bool = False  # transcoder only: a linear path beside the latents
+    beta: float | None = None  # weight of a downstream gradient in selection; null: plain TopK
+    mode: Literal["additive", "multiplicative", "signed"] = "additive"  # of beta: the score
+    grad_norm: Literal["none", "unit", "rms", "sqrt_d"] = "sqrt_d"  # of beta: gradients' scale
 
 
 @dataclass
@@ -45,6 +49,7 @@ class DataConfig:
     model: str | None = None  # language model: smollm2-135m, a folder, or a Hugging Face name
     hook: str | None = None  # where its activations are read, as layers.9.resid_post
     target_hook: str | None = None  # transcoder: where the outputs are read
+    gradient: Gradient = "labels"  # with model.beta: the loss whose gradient is harvested
     text: str | None = None  # .txt, .jsonl or .parquet file, a folder of them, or pydoc
     field: str = "text"  # key or column of the text in .jsonl, .parquet and datasets
     separator: str | None = None  # what divides a .txt file into documents
@@ -163,7 +168,8 @@ def check(config: RunConfig, where: str = "config") -> None:
     train, model = config.train, config.model
     least = {
         "model.d_sae": 1, "model.k": 1, "model.auxk_alpha": 0, "model.k_aux": 1,
-        "model.dead_after": 0, "data.context": 1, "data.max_tokens": 1, "data.holdout": 0,
+        "model.dead_after": 0, "model.beta": 0, "data.context": 1, "data.max_tokens": 1,
+        "data.holdout": 0,
         "train.batch_size": 1, "train.steps": 0, "train.tokens": 1, "train.lr": 0,
         "train.warmup": 0, "train.decay": 0, "train.beta1": 0, "train.beta2": 0,
         "train.init_tokens": 0, "train.seed": 0, "train.threads": 1, "train.prefetch": 0,
@@ -180,7 +186,7 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(f"{where}: train.decay must be a share in [0, 1], got {train.decay}")
     if train.clip_norm is not None and not train.clip_norm > 0:
         raise UserError(f"{where}: train.clip_norm must be above 0 or null, got {train.clip_norm}")
-    for key in ("train.lr", "model.auxk_alpha"):
+    for key in ("train.lr", "model.auxk_alpha", "model.beta"):
         if _get(config, key) == float("inf"):
             raise UserError(f"{where}: {key} must be finite, got {_get(config, key)}")
     if not train.eps > 0:

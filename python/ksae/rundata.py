@@ -22,6 +22,7 @@ from ksae.activations import (
     tokenize,
 )
 from ksae.errors import UserError, first_line
+from ksae.gradtopk import GradTopKSAE, GradTopKTranscoder
 from ksae.modules import SparseCoder, TopKSAE, Transcoder
 from ksae.runconfig import DataConfig, ModelConfig
 
@@ -36,11 +37,12 @@ class RunData:
     holdout_contexts: Contexts | None = None
 
 
-def open_data(config: DataConfig, *, progress: bool = True) -> RunData:
+def open_data(config: DataConfig, *, gradient: bool = False, progress: bool = True) -> RunData:
     """Open files of activations, or harvest them from a language model over a text.
 
     Held out is a share of the documents, or the last rows of a file. Which ones does not depend
-    on the run's seed, so that runs can be compared.
+    on the run's seed, so that runs can be compared. `gradient` harvests the gradients of
+    `config.gradient` too; a file has them or has not.
     """
     if config.activations is not None:
         for key in ("model", "hook", "text"):
@@ -55,7 +57,7 @@ def open_data(config: DataConfig, *, progress: bool = True) -> RunData:
             raise UserError(
                 f"train: data.{key} must be given, or a file as data.activations, got neither"
             )
-    return _harvest(config, progress)
+    return _harvest(config, gradient, progress)
 
 
 def _open_files(config: DataConfig) -> RunData:
@@ -70,17 +72,10 @@ def _open_files(config: DataConfig) -> RunData:
             f"train: {source.name} must have more than {held} rows to hold out "
             f"data.holdout = {config.holdout}, got {rows}"
         )
-    return RunData(_part(source, 0, rows - held), _part(source, rows - held, rows))
+    return RunData(source.part(0, rows - held), source.part(rows - held, rows))
 
 
-def _part(source: ArraySource, begin: int, end: int) -> ArraySource:
-    """Some rows in a row, without copying them."""
-    x = source._slice(source._x, begin, end)
-    y = None if source._y is None else source._slice(source._y, begin, end)
-    return ArraySource(x, y, name=source.name, mapped=not source._in_one_piece)
-
-
-def _harvest(config: DataConfig, progress: bool) -> RunData:
+def _harvest(config: DataConfig, gradient: bool, progress: bool) -> RunData:
     assert config.model is not None and config.hook is not None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lm = load_model(config.model, device=device)
@@ -94,17 +89,21 @@ def _harvest(config: DataConfig, progress: bool) -> RunData:
     held: Contexts | None = None
     if config.holdout > 0:
         contexts, held = contexts.split(config.holdout)
+    loss = config.gradient if gradient else None
 
     def rows(part: Contexts, name: str) -> ActivationSource:
         assert config.hook is not None
         if config.stream:
-            return StreamSource(lm.model, part, config.hook, target_hook=config.target_hook)
+            return StreamSource(
+                lm.model, part, config.hook, target_hook=config.target_hook, gradient=loss
+            )
         return harvest(
             lm.model,
             part,
             config.hook,
             None if config.cache is None else Path(config.cache) / name,
             target_hook=config.target_hook,
+            gradient=loss,
             progress=progress,
             model_name=config.model,
         )
@@ -133,21 +132,23 @@ def build_model(
     }
     if config.normalize_decoder is not None:
         options["normalize_decoder"] = config.normalize_decoder
+    if config.beta is not None:
+        options |= {"beta": config.beta, "mode": config.mode, "grad_norm": config.grad_norm}
     if config.kind == "sae":
         if source.d_out is not None:
             raise UserError(
                 f"train: {source.name} must have no targets for model.kind = sae, "
                 f"got targets of width {source.d_out}"
             )
-        return TopKSAE(source.d_in, config.d_sae, config.k, **options)
+        sae = TopKSAE if config.beta is None else GradTopKSAE
+        return sae(source.d_in, config.d_sae, config.k, **options)
     if source.d_out is None:
         raise UserError(
             f"train: {source.name} must have targets for model.kind = transcoder: "
             "give data.targets or data.target_hook"
         )
-    return Transcoder(
-        source.d_in, source.d_out, config.d_sae, config.k, skip=config.skip, **options
-    )
+    coder = Transcoder if config.beta is None else GradTopKTranscoder
+    return coder(source.d_in, source.d_out, config.d_sae, config.k, skip=config.skip, **options)
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -54,7 +54,9 @@ class TrainStep:
     and float16 parameters have float32 masters here: a master is updated and the parameter is the
     master rounded. Parameters written from outside between steps are taken over. A step whose loss
     (or, if clipping, gradient norm) is not finite changes nothing and returns that loss. The fused
-    step gives the same bits on every run and, natively, for every number of threads.
+    step gives the same bits on every run and, natively, for every number of threads. On CUDA it
+    can be captured in a CUDA graph after a warm-up step; outside of one, AuxK alone waits for the
+    device, to learn whether any latent is dead.
 
     Example:
         >>> import torch, ksae
@@ -106,6 +108,7 @@ class TrainStep:
         self._constants = constants.to(first.device)
         self._versions = self._read_versions()
         self._optimizer = None if fused else self._torch_adam()
+        self._lr_on_device = torch.zeros_like(self.t)  # a CUDA graph reads it at every replay
         self.lr = lr
 
     @property
@@ -118,15 +121,20 @@ class TrainStep:
         if not 0 <= lr < float("inf"):
             raise ValueError(f"TrainStep: lr must be a finite number >= 0, got {lr}")
         self._lr = float(lr)
+        self._lr_on_device.fill_(self._lr)
         if self._optimizer is not None:
             self._optimizer.param_groups[0]["lr"] = self._lr
 
-    def __call__(self, x: Tensor, y: Tensor | None = None) -> Metrics:
-        """Take one step on x [..., d_in] and, for a transcoder, y [..., d_out].
+    def __call__(
+        self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None
+    ) -> Metrics:
+        """Take one step on x [..., d_in], for a transcoder y [..., d_out], and for a module that
+        selects by it the downstream gradient grad [..., d_out].
 
         Returns 0-d tensors, all from before the update: loss, fvu, auxk_loss, l0 (mean number of
         positive values a token), dead (share of latents), and with multi_topk multi_topk_loss, with
-        clip_norm grad_norm (unclipped).
+        clip_norm grad_norm (unclipped), with grad nonfinite_grad_rows: how many rows of it had an
+        entry that is not finite and were selected by u.
         """
         model = self.model
         rows = model.rows("x", x, model.d_in).contiguous()
@@ -134,16 +142,28 @@ class TrainStep:
         if target is None:
             raise ValueError("TrainStep: y must be given for a transcoder, got None")
         self._adopt()
+        buffers = model.named_buffers()
+        running = [(b, b.clone()) for name, b in buffers if name != "tokens_since_fired"]
         with torch.autocast(rows.device.type, enabled=False):
-            run = self._fused if self.fused else self._unfused
-            metrics = run(rows, target.contiguous())
+            scaled = model.gradients(x, grad, training=True)  # [N, d_out]
+            if self.fused:
+                metrics, finite = self._fused(rows, target.contiguous(), scaled)
+            else:
+                for buffer, old in running:  # the module's forward counts the batch itself
+                    buffer.copy_(old)
+                flat = None if grad is None else grad.reshape(-1, model.d_out)
+                metrics, finite = self._unfused(rows, target.contiguous(), flat)
+        for buffer, old in running:
+            buffer.copy_(torch.where(finite, buffer, old))
+        if scaled is not None:
+            metrics["nonfinite_grad_rows"] = (~scaled.isfinite().all(1)).sum()
         self._versions = self._read_versions()
         return metrics
 
     # ---------------------------------------------------------------------------------------- fused
 
     @torch.no_grad()
-    def _fused(self, x: Tensor, y: Tensor) -> Metrics:
+    def _fused(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
         model, acc = self.model, self.acc
         N, F, d = x.shape[0], model.d_sae, model.d_out
         b_dec = model.b_dec if model.centred else None
@@ -151,19 +171,19 @@ class TrainStep:
         denominator = variance if model.loss == "fvu" else torch.full_like(variance, y.numel())
         inverse = 1 / denominator
         dead = model.dead
-        dead_count = int(dead.sum()) if model.auxk_alpha > 0 else 0
+        k_aux = self._k_aux(dead) if model.auxk_alpha > 0 else 0
         metrics: Metrics = {}
 
         # The residual [N, d] is the largest temporary. Where it is not small beside [N, F], or a
         # 16-bit copy of the batch is there as well, half of it exists at a time.
         small_part = (64 if self.masters else 32) * d <= F
-        whole = bool(model.multi_topk or dead_count or model.skip or self.clip_norm) or small_part
+        whole = bool(model.multi_topk or k_aux or model.skip or self.clip_norm) or small_part
         columns = d if whole else (d + 1) // 2
         # With a skip connection the sparse part predicts what the linear part leaves.
         target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
 
         k = model.k_multi if model.multi_topk else model.k
-        wide = ops.topk_encode(x, model.W_enc, model.b_enc, k, b_dec)  # [N, k] twice, sorted
+        wide = model.select(x, k, grad)  # [N, k] twice, sorted
         code = (wide[0][:, : model.k].contiguous(), wide[1][:, : model.k].contiguous())
         decoder = (model.W_dec, model.b_dec, target)
         group, error = self._group(code, decoder, columns)
@@ -181,13 +201,12 @@ class TrainStep:
             groups.append(group)
             scales.append(inverse / 4)
         with_bias = len(groups)  # AuxK decodes without bias and without skip
-        if dead_count:
-            k_aux = min(model.k_aux, dead_count)
+        if k_aux:
             aux = ops.topk_encode(x, model.W_enc, model.b_enc, k_aux, b_dec, dead)
             left = -groups[0].residual  # what AuxK predicts: y - recon
             group, error = self._group(aux, (model.W_dec, None, left), d)
             spread = total_variance(left)
-            weight = torch.where(spread > 0, 1 / spread, 0)
+            weight = torch.where((spread > 0) & dead.any(), 1 / spread, 0)
             metrics["auxk_loss"] = error * weight
             loss = loss + model.auxk_alpha * metrics["auxk_loss"]
             groups.append(group)
@@ -276,7 +295,17 @@ class TrainStep:
         since = torch.where(fired, 0, model.tokens_since_fired + N)
         model.tokens_since_fired.copy_(torch.where(finite, since, model.tokens_since_fired))
         self.t += finite
-        return metrics
+        return metrics, finite
+
+    def _k_aux(self, dead: Tensor) -> int:
+        """Latents a token that AuxK takes, no more than are dead; 0: none are.
+
+        A CUDA graph is recorded without knowing how many are dead: there the last of k_aux slots
+        may be masked latents, whose value is 0.
+        """
+        if dead.is_cuda and torch.cuda.is_current_stream_capturing():
+            return min(self.model.k_aux, dead.numel())
+        return min(self.model.k_aux, int(dead.sum()))
 
     def _group(
         self,
@@ -298,7 +327,7 @@ class TrainStep:
         """The [8] numbers of `row_update`, made on the device so that no step waits for them."""
         t = self.t + 1
         bc1, bc2 = 1 - self.betas[0] ** t, 1 - self.betas[1] ** t
-        step = torch.stack([self._lr / bc1, bc2.sqrt()])
+        step = torch.stack([self._lr_on_device / bc1, bc2.sqrt()])
         return torch.cat(
             [step, self._constants[:3], grad_scale.double()[None], self._constants[3:]]
         ).to(self.acc)
@@ -318,14 +347,14 @@ class TrainStep:
 
     # -------------------------------------------------------------------------------------- unfused
 
-    def _unfused(self, x: Tensor, y: Tensor) -> Metrics:
+    def _unfused(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
         model = self.model
         training, since = model.training, model.tokens_since_fired.clone()
         dead = model.dead.to(self.acc).mean()
         model.train()
         for p in self.parameters.values():
             p.requires_grad_(True)
-        out = model(x, y)
+        out = model(x, y, grad=grad)
         model.train(training)
         metrics: Metrics = {
             "loss": out.loss.detach(),
@@ -342,7 +371,7 @@ class TrainStep:
             finite = self._torch_step(dict(zip(self.parameters, grads, strict=True)), metrics)
         if not finite:
             model.tokens_since_fired.copy_(since)
-        return metrics
+        return metrics, torch.tensor(finite, device=x.device)
 
     @torch.no_grad()
     def _torch_step(self, grads: Mapping[str, Tensor | None], metrics: Metrics) -> bool:

@@ -26,6 +26,7 @@ from ksae import checkpoint, plots, runconfig, runlog
 from ksae.activations import ActivationSource, prefetch
 from ksae.errors import UserError
 from ksae.evaluate import evaluate
+from ksae.gradtopk import GradSelection
 from ksae.initialize import initialize_from
 from ksae.modules import SparseCoder
 from ksae.runconfig import LogConfig, RunConfig, TrainConfig, total_steps
@@ -35,6 +36,8 @@ from ksae.runlog import RunLog
 from ksae.schedule import learning_rate
 from ksae.signals import Interrupted, Signals
 from ksae.step import TrainStep
+
+_Batch = tuple[Tensor, "Tensor | None", "Tensor | None"]  # x, y and the gradient, each [N, d]
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,12 @@ class Trainer:
         _check_widths(model, source)
         if holdout is not None:
             _check_widths(model, holdout)
+        self._needs_gradient = isinstance(model, GradSelection)
+        if self._needs_gradient and not source.has_gradient:
+            raise UserError(
+                f"train: {source.name} must have gradients for a {type(model).__name__}, got none: "
+                "harvest them with the activations, or leave out model.beta"
+            )
         config = self.config
         self.train_step = TrainStep(
             model,
@@ -154,7 +163,7 @@ class Trainer:
         clock = _Clock(self.tokens)
         with contextlib.closing(batches):
             while self.step < self.steps and signals.received is None:
-                x, y = self._next(batches)
+                x, y, g = self._next(batches)
                 rate = learning_rate(
                     self.step,
                     lr=config.lr,
@@ -164,7 +173,7 @@ class Trainer:
                     shape=config.decay_shape,
                 )
                 self.train_step.lr = rate
-                metrics = self.train_step(x) if y is None else self.train_step(x, y)
+                metrics = self.train_step(x, y, grad=g)
                 self.step += 1
                 saved = False
                 if waiting is not None:
@@ -187,11 +196,9 @@ class Trainer:
         if not saved:  # a run of no steps
             self._save(log)
 
-    def _next(
-        self, batches: Iterator[tuple[Tensor, Tensor | None]]
-    ) -> tuple[Tensor, Tensor | None]:
+    def _next(self, batches: Iterator[_Batch]) -> _Batch:
         try:
-            x, y = next(batches)
+            x, y, g = next(batches)
         except StopIteration:
             raise UserError(
                 f"train: {self.source.name} ended before step {self.step + 1} of {self.steps}: "
@@ -201,15 +208,23 @@ class Trainer:
             raise UserError(
                 f"train: {self.source.name} gave an empty batch at step {self.step + 1}"
             )
-        return self._place(x), None if y is None else self._place(y)
+        # A gradient is scaled before it is rounded to the parameters' dtype.
+        g = None if g is None else g.to(self._parameter.device, non_blocking=True)
+        return self._place(x), None if y is None else self._place(y), g
 
     def _place(self, x: Tensor) -> Tensor:
         return x.to(self._parameter.device, self._parameter.dtype, non_blocking=True)
 
-    def _batches(self, start: int) -> Generator[tuple[Tensor, Tensor | None], None, None]:
+    def _batches(self, start: int) -> Generator[_Batch, None, None]:
         """The source's stream, as a generator that can be closed."""
         config = self.config
-        stream = self.source.batches(config.batch_size, seed=config.seed, start_step=start)
+        place = {"seed": config.seed, "start_step": start}
+        stream: Iterator[_Batch]
+        if self._needs_gradient:
+            stream = self.source.gradient_batches(config.batch_size, **place)
+        else:
+            plain = self.source.batches(config.batch_size, **place)
+            stream = ((x, y, None) for x, y in plain)
         if config.prefetch == 0:
             yield from stream
             return
@@ -227,7 +242,7 @@ class Trainer:
         ys: list[Tensor] = []
         with contextlib.closing(self._batches(0)) as batches:
             while sum(map(len, xs)) < wanted:
-                x, y = self._next(batches)
+                x, y, _ = self._next(batches)
                 xs.append(x)
                 if y is not None:
                     ys.append(y)
@@ -258,7 +273,7 @@ class Trainer:
     def _explain(self, step: int, name: str, value: float) -> str:
         # The stream is a function of the step: the batch can be read again.
         with contextlib.closing(self._batches(step - 1)) as batches:
-            x, y = self._next(batches)
+            x, y, _ = self._next(batches)
         if not all(bool(t.isfinite().all()) for t in (x, y) if t is not None):
             return self._bad_activations(f"step {step}")
         kept = checkpoint.latest(self._checkpoints)
@@ -341,7 +356,8 @@ def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = pick_device(config.train.device)
-    data = open_data(config.data, progress=config.log.progress)
+    gradient = config.model.beta is not None
+    data = open_data(config.data, gradient=gradient, progress=config.log.progress)
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, data.train, dtype=config.train.dtype, device=device)
     trainer = Trainer(

@@ -5,6 +5,7 @@
 namespace ksae::cpu {
 namespace KSAE_ISA {
 void encode_table(Kernels& t);
+void grad_encode_table(Kernels& t);
 void select_table(Kernels& t);
 void decode_table(Kernels& t);
 void latent_table(Kernels& t);
@@ -17,6 +18,7 @@ const Kernels& KSAE_JOIN(KSAE_ISA, _kernels)() {
   static Kernels table;
   static const bool filled = [] {
     KSAE_ISA::encode_table(table);
+    KSAE_ISA::grad_encode_table(table);
     KSAE_ISA::select_table(table);
     KSAE_ISA::decode_table(table);
     KSAE_ISA::latent_table(table);

@@ -40,6 +40,7 @@ struct EncodeStats {
   int64_t screened_rows;  // rows that went through certified screening
   int64_t survivors;      // latents rescored in float32, summed over those rows
   int64_t redone_rows;    // rows whose bound let too many through and that were scored in full
+  int64_t candidates;     // grad_topk_encode, pruned: latents whose a was computed
 };
 struct EncodeParams {
   int64_t N, d, F, k;
@@ -59,6 +60,27 @@ struct EncodeParams {
 bool can_screen();  // the current level has BF16 dot instructions
 size_t topk_encode_workspace(const EncodeParams& p, int threads);
 void topk_encode(const EncodeParams& p, void* workspace, int threads);
+
+// ---- grad_topk_encode: topk_encode whose k latents have the largest scores ---------------------
+// s = u where u <= 0; else with a = grad W_dec^T: u (1 + beta |a|), u |a| or u (1 + beta relu(-a)).
+// Rows of grad that are zero or not finite are selected by u. Values are relu(u), by score.
+enum class GradMode : int { kAdditive = 0, kMultiplicative = 1, kSigned = 2 };
+enum class GradRoute : int {
+  kAuto = 0,    // what is expected to be faster; the result is the same
+  kDual = 1,    // both products in full
+  kPruned = 2,  // float32, not multiplicative: a for those latents only that it can still lift
+};
+struct GradEncodeParams {
+  EncodeParams encode;  // mask null
+  int64_t d_out;
+  const void* grad;   // [N, d_out]
+  const void* W_dec;  // [F, d_out]
+  GradMode mode;
+  float beta;  // finite, >= 0
+  GradRoute route;
+};
+size_t grad_topk_encode_workspace(const GradEncodeParams& p, int threads);
+void grad_topk_encode(const GradEncodeParams& p, void* workspace, int threads);
 
 // ---- sparse_decode and its backward products -------------------------------------------------
 // Slots with value 0 contribute nothing. Exactly one of indices64 and indices32 is not null.

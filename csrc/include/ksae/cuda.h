@@ -1,11 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// ksae on CUDA devices: raw pointers, sizes and a stream; no torch, no Python. Every function
-// returns CUDA's error code.
+// ksae on CUDA devices: raw pointers, sizes, a workspace and a stream; no torch, no Python. Every
+// function returns CUDA's error code, allocates nothing and does not wait for the device.
+//
+// N tokens (rows), d model width, F latents, k active latents a token. W_enc and W_dec are [F, d],
+// row-contiguous. Storage is float32, bfloat16 or float16; arithmetic and comparison are float32.
+// No result depends on the order in which blocks run. Sizes are trusted: callers check them. An
+// index outside of [0, F) is undefined behaviour. `workspace` must hold the bytes that the
+// function's `_workspace` query returned for the same parameters, aligned to 256 bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
+#include <cstdint>
+
 namespace ksae::cuda {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Version of the runtime that is linked in, as 1000 * major + 10 * minor. Needs no driver.
 cudaError_t runtime_version(int* version);
@@ -15,5 +26,147 @@ cudaError_t driver_version(int* version);
 
 // Number of usable devices. Without a driver this is an error: cudaGetErrorString says which.
 cudaError_t device_count(int* count);
+
+// ---- select: the k largest of each row, larger first, equal: smaller index, NaN first --------
+enum class Mode : int { kPlain = 0, kAdditive = 1, kMultiplicative = 2, kSigned = 3 };
+struct SelectParams {
+  int64_t rows, F, k;
+  Dtype score_dtype;   // of scores and second: dtype, or float32
+  Dtype dtype;         // of bias and values
+  const void* scores;  // [rows, F]
+  const void* second;  // [rows, F] or null: <W_dec[i], g>, used as `mode` says where z > 0
+  Mode mode;           // score s = z, z (1 + beta |a|), z |a|, z (1 + beta relu(-a))
+  float beta;
+  const void* bias;     // [F] or null: z = score + bias
+  const float* scale;   // [F] or null: multiplies s, not the value
+  const uint8_t* mask;  // [F] or null: z of latents with 0 is -inf
+  bool relu;            // values are relu(z); else z
+  void* values;         // [rows, k] z of the selected
+  int64_t* indices;     // [rows, k]
+};
+size_t select_workspace(const SelectParams& p);
+cudaError_t select(const SelectParams& p, void* workspace, cudaStream_t stream);
+
+// ---- sparse_decode and its backward products -------------------------------------------------
+// Slots with value 0 contribute nothing. Exactly one of indices64 and indices32 is not null.
+struct DecodeParams {
+  int64_t N, d, F, k;
+  Dtype dtype;
+  const void* values;        // [N, k]
+  const int64_t* indices64;  // [N, k]
+  const int32_t* indices32;  // [N, k]
+  const void* W_dec;         // [F, d]
+  const void* b_dec;         // [d] or null
+  void* out;                 // [N, d]
+};
+cudaError_t sparse_decode(const DecodeParams& p, cudaStream_t stream);
+
+// As ksae::cpu::ResidualParams. With sq_error = null only the columns are computed.
+struct ResidualParams {
+  DecodeParams decode;     // out is unused
+  const void* target;      // [N, d] decode.dtype, or float32
+  bool target_float;       // target is float32
+  int64_t start, columns;  // which columns of the residual are stored
+  float* residual;         // [N, columns] reconstruction - target
+  double* sq_error;        // [N] sum over all d of residual^2, or null
+  float* grad_values;      // [N, k] <residual_n, W_dec[index]> over all d; 0 where the value is 0
+};
+size_t sparse_residual_workspace(const ResidualParams& p);
+cudaError_t sparse_residual(const ResidualParams& p, void* workspace, cudaStream_t stream);
+
+struct DecodeBackwardValuesParams {
+  int64_t N, d, F, k;
+  Dtype dtype;
+  const void* grad;          // [N, d]
+  const int64_t* indices64;  // [N, k]
+  const int32_t* indices32;  // [N, k]
+  const void* W_dec;         // [F, d]
+  void* grad_values;         // [N, k] <grad_n, W_dec[index]>
+};
+cudaError_t sparse_decode_backward_values(const DecodeBackwardValuesParams& p, cudaStream_t stream);
+
+// ---- group_by_latent: tokens grouped by latent (CSC), stable ---------------------------------
+struct GroupParams {
+  int64_t N, F, k;
+  Dtype dtype;
+  const void* values;        // [N, k] entries equal to 0 are left out
+  const int64_t* indices64;  // [N, k]
+  const int32_t* indices32;  // [N, k]
+  int32_t* offsets;          // [F + 1]
+  int32_t* order;            // [N * k] positions n * k + j by latent; unused tail is -1
+};
+size_t group_by_latent_workspace(const GroupParams& p);
+cudaError_t group_by_latent(const GroupParams& p, void* workspace, cudaStream_t stream);
+
+// ---- latent passes: each latent's gradient row is formed, used and forgotten ------------------
+// A group is one term of the loss: its code grouped by latent, and its scale (dL/drecon = scale *
+// residual); at most four. Passes do nothing if a scale is not finite. Arrays of groups lie in host
+// memory; everything else is on the device.
+struct LatentSumsGroup {
+  const int32_t* offsets;  // [F + 1]
+  const int32_t* order;    // [N * k]
+  const void* values;      // [N, k] dtype
+  const float* grads;      // [N, k] gradient of the values before scaling
+};
+struct LatentSumsParams {
+  int64_t F;
+  Dtype dtype;
+  const LatentSumsGroup* groups;
+  const float* scales;  // [n_groups]
+  int n_groups;
+  float* grad_b_enc;  // [F] sum of scale * grad
+  float* parallel;    // [F] sum of scale * value * grad = <dW_dec[i], W_dec[i]>
+};
+cudaError_t latent_sums(const LatentSumsParams& p, cudaStream_t stream);
+
+// As ksae::cpu::RowUpdateParams: Adam on the rows of one matrix, with gradient
+//   sum over groups and entries of scale * coefficient * (row_n - centre), less its part along W_i.
+// Encoder: coefficients are the values' gradients (float32), rows are x (dtype).
+// Decoder: coefficients are the values (dtype), rows are columns of the residual (float32).
+struct RowGroup {
+  const int32_t* offsets;    // [F + 1]
+  const int32_t* order;      // [N * k]
+  const void* coefficients;  // [N, k]
+  const void* rows;          // [N, columns]
+  int64_t k;
+  int64_t entries;  // N * k
+};
+struct RowUpdateParams {
+  int64_t F, d;
+  int64_t start, columns;  // which columns of W are updated
+  Dtype dtype;
+  bool encoder;
+  const RowGroup* groups;
+  const float* scales;  // [n_groups]
+  int n_groups;
+  const void* centre;       // [columns] dtype or null: encoder only
+  float* parallel;          // [F] or null; divided by |W_i|^2 by a slice that starts at 0
+  const float* grad_b_enc;  // [F] with grad_b_dec
+  float* grad_b_dec;        // [d] or null: W^T grad_b_enc with W as it was
+  void* W;                  // [F, d] dtype
+  float* master;            // [F, d] float32 that W is the rounded copy of, or null
+  float *m, *v;             // [F, d] moments
+  const float* hyper;  // [8] lr/bc1, sqrt(bc2), beta1, beta2, eps, grad_scale, 1-beta1, 1-beta2
+  bool normalize;      // unit rows at the end, over all d columns
+  double* grad_sq;     // [F]: row_grad_sq only
+};
+size_t row_update_workspace(const RowUpdateParams& p);
+cudaError_t row_update(const RowUpdateParams& p, void* workspace, cudaStream_t stream);
+cudaError_t row_grad_sq(const RowUpdateParams& p, void* workspace, cudaStream_t stream);
+
+// The gradient alone, from a code that group_by_latent has grouped.
+struct DecodeBackwardWeightParams {
+  int64_t N, d, F, k;
+  Dtype dtype;
+  const void* grad;        // [N, d]
+  const void* values;      // [N, k]
+  const int32_t* offsets;  // [F + 1]
+  const int32_t* order;    // [N * k]
+  void* grad_W;            // [F, d] sum of value * grad_n over the entries of a latent
+  void* value_sum;         // [F] sum of value
+};
+size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams& p);
+cudaError_t sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, void* workspace,
+                                          cudaStream_t stream);
 
 }  // namespace ksae::cuda

@@ -6,6 +6,7 @@ Nothing here needs transformers but `load_model`, which imports it when called.
 
 from ksae.activations.cache import CacheSource, CacheWriter, open_cache
 from ksae.activations.contexts import Contexts, tokenize
+from ksae.activations.gradients import LOSSES, capture_gradient, rescale
 from ksae.activations.harvest import StreamSource, harvest
 from ksae.activations.hooks import (
     HookPoint,
@@ -21,6 +22,7 @@ from ksae.activations.sources import ActivationSource, ArraySource, RowOrigin, o
 from ksae.activations.texts import PYDOC, documents
 
 __all__ = [
+    "LOSSES",
     "PYDOC",
     "SMOLLM2",
     "ActivationSource",
@@ -33,6 +35,7 @@ __all__ = [
     "RowOrigin",
     "StreamSource",
     "capture",
+    "capture_gradient",
     "documents",
     "find_blocks",
     "harvest",
@@ -42,6 +45,7 @@ __all__ = [
     "open_cache",
     "open_source",
     "prefetch",
+    "rescale",
     "resolve_hook",
     "splice",
     "tokenize",

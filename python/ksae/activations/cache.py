@@ -2,7 +2,8 @@
 """The on-disk cache of harvested activations.
 
 A folder with `meta.json` and shards `shard_00000.safetensors`, ... Each shard holds whole contexts:
-x [rows, d_in], y [rows, d_out] for a transcoder, and the origin of each row (tokens, contexts,
+x [rows, d_in], y [rows, d_out] for a transcoder, g with gradients (of the shape of y, or else of
+x; see gradients.py), and the origin of each row (tokens, contexts,
 positions, int32). A file is written under a temporary name, synced and renamed, the shard before
 the meta.json that counts it, so whatever meta.json names is complete. A writer killed at any point
 goes on after its last shard.
@@ -142,7 +143,7 @@ class CacheWriter:
         return int(shards[-1]["contexts_done"]) if shards else 0
 
     def append(self, rows: dict[str, Tensor], contexts_done: int) -> None:
-        """Add the rows of some contexts: x, tokens, contexts, positions and optionally y.
+        """Add the rows of some contexts: x, tokens, contexts, positions, optionally y and g.
         `contexts_done` counts all contexts appended so far."""
         self._pending.append(rows)
         self._pending_rows += len(rows["x"])
@@ -205,6 +206,7 @@ def open_cache(folder: str | Path, *, buffer_tokens: int = BUFFER_TOKENS) -> Cac
     source = CacheSource(
         [tensors["x"] for tensors in shards],
         [tensors["y"] for tensors in shards] if shards and "y" in shards[0] else None,
+        [tensors["g"] for tensors in shards] if shards and "g" in shards[0] else None,
         name=str(folder),
         mapped=True,
         buffer_tokens=buffer_tokens,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ksae.activations.cache import SHARD_TOKENS, CacheWriter, open_cache
 from ksae.activations.contexts import Contexts
+from ksae.activations.gradients import LOSSES, capture_gradient, gradient_dtype
 from ksae.activations.hooks import capture, resolve_hook
 from ksae.activations.models import model_fingerprint
 from ksae.activations.rows import FLOATS, Rows, all_finite
@@ -35,6 +37,8 @@ class _Runner:
         batch_size: int,
         dtype: torch.dtype | None,
         exclude_special: bool,
+        gradient: str | None,
+        loss_mask: Tensor | None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"harvest: batch_size must be at least 1, got {batch_size}")
@@ -46,8 +50,21 @@ class _Runner:
         self.model, self.contexts, self.dtype = model, contexts, dtype
         self.hook, self.target_hook = hook, target_hook
         self.batch_size = batch_size
+        if gradient is not None and gradient not in LOSSES:
+            raise UserError(
+                f"harvest: gradient must be one of {', '.join(LOSSES)}, got {gradient!r}"
+            )
+        if loss_mask is not None and gradient is None:
+            raise UserError("harvest: loss_mask must be None where gradient is None")
+        if loss_mask is not None and loss_mask.shape != contexts.ids.shape:
+            raise UserError(
+                f"harvest: loss_mask must have shape {list(contexts.ids.shape)}, that of the "
+                f"contexts, got {list(loss_mask.shape)}"
+            )
+        self.gradient = gradient
         self.attended = contexts.attended()
         self.used = contexts.mask(exclude_special)  # [contexts, length]
+        self.predicted = self.used if loss_mask is None else self.used & loss_mask.bool().cpu()
         self.counts: Rows = self.used.sum(dim=1).numpy().astype(np.int64)  # rows per context
         self.device = next(model.parameters()).device
         if not self.counts.any():
@@ -81,17 +98,28 @@ class _Runner:
         if not attended.all():
             inputs["attention_mask"] = attended.long().to(self.device)
         hooks = [self.hook] if self.target_hook is None else [self.hook, self.target_hook]
-        found = capture(self.model, hooks, inputs)
+        g = None
+        if self.gradient is None:
+            found = capture(self.model, hooks, inputs)
+        else:
+            predicted = self.predicted[chosen, :width].to(self.device)
+            found, g = capture_gradient(
+                self.model, hooks, inputs, predicted, loss=self.gradient, seeds=chosen.tolist()
+            )
         result = {"x": self._rows(found[self.hook], used, self.hook)}
         if self.target_hook is not None:
             result["y"] = self._rows(found[self.target_hook], used, self.target_hook)
+        if g is not None:
+            rows = self._select(g, used, hooks[-1])
+            result["g"] = rows.to("cpu", gradient_dtype(result["x"].dtype))
         where = used.nonzero()  # [rows, 2]
         result["tokens"] = self.contexts.ids[chosen, :width][used]
         result["contexts"] = chosen[where[:, 0]].int()
         result["positions"] = where[:, 1].int()
         return result
 
-    def _rows(self, activation: Tensor, used: Tensor, hook: str) -> Tensor:
+    def _select(self, activation: Tensor, used: Tensor, hook: str) -> Tensor:
+        """The rows [rows, d] of the positions in use."""
         if activation.ndim == 2 and len(activation) == used.numel():
             activation = activation.view(*used.shape, -1)  # OPT's MLP sees a list of tokens
         if activation.shape[:2] != used.shape:
@@ -99,7 +127,10 @@ class _Runner:
                 f"hook {hook}: must give activations of shape {list(used.shape)} + [d], "
                 f"got {list(activation.shape)}"
             )
-        rows = activation.flatten(2)[used.to(activation.device)]  # [rows, d]
+        return activation.flatten(2)[used.to(activation.device)]
+
+    def _rows(self, activation: Tensor, used: Tensor, hook: str) -> Tensor:
+        rows = self._select(activation, used, hook)
         rows = rows.to("cpu", self.dtype or rows.dtype)
         if not all_finite(rows):
             raise UserError(
@@ -119,6 +150,8 @@ def harvest(
     batch_size: int = 16,
     dtype: torch.dtype | None = None,
     exclude_special: bool = True,
+    gradient: str | None = None,
+    loss_mask: Tensor | None = None,
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
     model_name: str | None = None,
@@ -133,10 +166,25 @@ def harvest(
         batch_size: contexts in one forward pass.
         dtype: of the stored rows; by default the model's.
         exclude_special: leave out BOS and the tokenizer's other special tokens.
+        gradient: also keep the gradient of a loss at the hook (a transcoder: at target_hook); the
+            name of the loss, one of `ksae.activations.LOSSES`. The loss is a sum over tokens, and
+            the rows are stored in the dtype of x, in bfloat16 where x is in float16.
+        loss_mask: [contexts, length] bool: the tokens whose prediction is part of that loss; by
+            default, and at most, those whose activations are kept.
         progress: show a bar.
         model_name: for the cache's description; by default the model's own.
     """
-    runner = _Runner(model, contexts, hook, target_hook, batch_size, dtype, exclude_special)
+    runner = _Runner(
+        model,
+        contexts,
+        hook,
+        target_hook,
+        batch_size,
+        dtype,
+        exclude_special,
+        gradient,
+        loss_mask,
+    )
     if out_dir is None:
         return _in_memory(runner, progress)
     config = getattr(model, "config", None)
@@ -150,6 +198,11 @@ def harvest(
         "exclude_special": exclude_special,
         "tokens": int(runner.counts.sum()),
     }
+    if gradient is not None:
+        identity["gradient"] = gradient
+        identity["predictions"] = hashlib.blake2b(
+            runner.predicted.contiguous().numpy().data, digest_size=16
+        ).hexdigest()
     writer = CacheWriter(out_dir, identity, shard_tokens)
     if not writer.complete:
         done = writer.contexts_done
@@ -179,6 +232,7 @@ def _in_memory(runner: _Runner, progress: bool) -> ArraySource:
     return ArraySource(
         [columns["x"]],
         [columns["y"]] if "y" in columns else None,
+        [columns["g"]] if "g" in columns else None,
         name=f"activations of {runner.hook}",
         origin=RowOrigin([columns["tokens"]], [columns["contexts"]], [columns["positions"]]),
     )
@@ -220,18 +274,29 @@ class StreamSource(ActivationSource):
         batch_size: int = 16,
         dtype: torch.dtype | None = None,
         exclude_special: bool = True,
+        gradient: str | None = None,
+        loss_mask: Tensor | None = None,
         buffer_tokens: int = STREAM_BUFFER_TOKENS,
     ) -> None:
         if buffer_tokens < 1:
             raise UserError(f"StreamSource: buffer_tokens must be at least 1, got {buffer_tokens}")
         self._runner = _Runner(
-            model, contexts, hook, target_hook, batch_size, dtype, exclude_special
+            model,
+            contexts,
+            hook,
+            target_hook,
+            batch_size,
+            dtype,
+            exclude_special,
+            gradient,
+            loss_mask,
         )
         self._buffer_tokens = buffer_tokens
         # Contexts with no row to give would be units of no rows.
         self._contexts = np.flatnonzero(self._runner.counts)
         self._starts = np.cumsum(self._runner.counts) - self._runner.counts
-        x, y, _ = self._load(np.array([0]))
+        x, y, _, _ = self._load(np.array([0]))
+        self.has_gradient = gradient is not None
         self.name = f"activations of {hook}"
         self.d_in = x.shape[1]
         self.d_out = None if y is None else y.shape[1]
@@ -243,9 +308,10 @@ class StreamSource(ActivationSource):
         parts = [rows for rows, _ in self._runner.batches(torch.from_numpy(numbers))]
         x = torch.cat([rows["x"] for rows in parts])
         y = torch.cat([rows["y"] for rows in parts]) if "y" in parts[0] else None
+        g = torch.cat([rows["g"] for rows in parts]) if "g" in parts[0] else None
         counts = self._runner.counts
         rows = np.concatenate([self._starts[n] + np.arange(counts[n]) for n in numbers])
-        return x, y, rows
+        return Loaded(x, y, g, rows)
 
     def _stream(self, batch_size: int, seed: int, start_step: int) -> Iterator[Loaded]:
         return shuffled(
@@ -262,7 +328,7 @@ class StreamSource(ActivationSource):
         window = self._runner.batch_size
         for begin in range(0, len(self._contexts), window):
             end = min(begin + window, len(self._contexts))
-            x, y, rows = self._load(np.arange(begin, end))
-            for start in range(0, len(rows), batch_size):
-                part = slice(start, start + batch_size)
-                yield x[part], None if y is None else y[part], rows[part]
+            loaded = self._load(np.arange(begin, end))
+            for start in range(0, len(loaded.rows), batch_size):
+                stop = min(start + batch_size, len(loaded.rows))
+                yield loaded.take(np.arange(start, stop))

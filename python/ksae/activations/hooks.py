@@ -127,7 +127,7 @@ def capture(
         def read(value: Any) -> Any:
             # A shared module runs several times; its first run counts.
             if point.name not in found:
-                found[point.name] = _first(value, point).detach()
+                found[point.name] = first(value, point).detach()
                 if stop and len(found) == len(points):
                     raise _Stop
                 # The model goes on and might work in place.
@@ -136,10 +136,10 @@ def capture(
 
         return read
 
-    handles = [_attach(model, point, reader(point)) for point in points]
+    handles = [attach(model, point, reader(point)) for point in points]
     try:
         with torch.no_grad(), suppress(_Stop):
-            model(**_without_cache(model, inputs))
+            model(**without_cache(model, inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -156,17 +156,16 @@ def splice(model: nn.Module, hook: str, fn: Callable[[Tensor], Tensor]) -> Itera
     point = resolve_hook(model, hook)
 
     def replace(value: Any) -> Any:
-        old = _first(value, point)
+        old = first(value, point)
         new = fn(old)
         if new.shape != old.shape:
             raise UserError(
                 f"hook {hook}: the replacement must have shape {list(old.shape)}, "
                 f"got {list(new.shape)}"
             )
-        new = new.to(old.dtype)
-        return new if isinstance(value, Tensor) else type(value)((new, *value[1:]))
+        return replaced(value, new.to(old.dtype))
 
-    handle = _attach(model, point, replace)
+    handle = attach(model, point, replace)
     try:
         yield
     finally:
@@ -192,7 +191,7 @@ def _unknown(model: nn.Module, name: str) -> UserError:
     return UserError(f"hook {name!r}: is not in {type(model).__name__}; valid are {valid}")
 
 
-def _attach(model: nn.Module, point: HookPoint, change: Callable[[Any], Any]) -> Any:
+def attach(model: nn.Module, point: HookPoint, change: Callable[[Any], Any]) -> Any:
     """Call `change` on the module's input or output, and put its result in place. Only in this
     thread: another one may be running the model for purposes of its own."""
     module = model.get_submodule(point.path)
@@ -217,7 +216,7 @@ def _attach(model: nn.Module, point: HookPoint, change: Callable[[Any], Any]) ->
     return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _first(value: Any, point: HookPoint) -> Tensor:
+def first(value: Any, point: HookPoint) -> Tensor:
     """The hidden states: the value itself, or the first of a tuple."""
     if type(value) in (tuple, list) and value:
         value = value[0]
@@ -227,7 +226,12 @@ def _first(value: Any, point: HookPoint) -> Tensor:
     return value
 
 
-def _without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+def replaced(value: Any, new: Tensor) -> Any:
+    """`value` with other hidden states."""
+    return new if isinstance(value, Tensor) else type(value)((new, *value[1:]))
+
+
+def without_cache(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Switch the key-value cache off where the model has one."""
     parameters = inspect.signature(model.forward).parameters
     return {"use_cache": False, **inputs} if "use_cache" in parameters else inputs

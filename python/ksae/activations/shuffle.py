@@ -17,6 +17,7 @@ permutation.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,19 @@ from torch import Tensor
 from ksae.activations.rows import Rows, take
 from ksae.errors import UserError
 
-Loaded = tuple[Tensor, "Tensor | None", Rows]  # x [N,d_in], y [N,d_out], row numbers [N]
+
+class Loaded(NamedTuple):
+    """Some rows: all that belongs to a row of x travels and is shuffled with it."""
+
+    x: Tensor  # [N, d_in]
+    y: Tensor | None  # [N, d_out]
+    g: Tensor | None  # [N, d_out or d_in] gradient of the loss at y, or at x
+    rows: Rows  # [N] row numbers
+
+    def take(self, chosen: Rows) -> Loaded:
+        x, y, g = (None if t is None else take(t, chosen) for t in self[:3])
+        assert x is not None
+        return Loaded(x, y, g, self.rows[chosen])
 
 
 def check_stream(batch_size: int, seed: int, start_step: int) -> None:
@@ -70,29 +83,30 @@ def shuffled(
         windows, ends = plan(counts, buffer_tokens, seed, epoch)
         first = int(np.searchsorted(ends, offset, side="right"))
         for number in range(first, len(windows)):
-            x, y, rows = load(windows[number])
-            order = np.random.default_rng((seed, epoch, number)).permutation(len(rows))
-            begin = offset - int(ends[number] - len(rows)) if number == first else 0
+            window = load(windows[number])
+            count = len(window.rows)
+            order = np.random.default_rng((seed, epoch, number)).permutation(count)
+            begin = offset - int(ends[number] - count) if number == first else 0
             while begin < len(order):
                 chosen = order[begin : begin + missing]
                 begin += len(chosen)
                 missing -= len(chosen)
-                parts.append(
-                    (take(x, chosen), None if y is None else take(y, chosen), rows[chosen])
-                )
+                parts.append(window.take(chosen))
                 if missing == 0:
                     yield _join(parts)
                     parts, missing = [], batch_size
-            del x, y, rows  # before the next window is loaded: one in memory at a time
+            del window  # before the next window is loaded: one in memory at a time
         epoch, offset = epoch + 1, 0
 
 
 def _join(parts: list[Loaded]) -> Loaded:
     if len(parts) == 1:
         return parts[0]
-    ys = [y for _, y, _ in parts if y is not None]
-    return (
-        torch.cat([x for x, _, _ in parts]),
+    ys = [part.y for part in parts if part.y is not None]
+    gs = [part.g for part in parts if part.g is not None]
+    return Loaded(
+        torch.cat([part.x for part in parts]),
         torch.cat(ys) if ys else None,
-        np.concatenate([rows for _, _, rows in parts]),
+        torch.cat(gs) if gs else None,
+        np.concatenate([part.rows for part in parts]),
     )

@@ -19,6 +19,7 @@ from ksae.activations.shuffle import Loaded, check_stream, shuffled
 from ksae.errors import UserError
 
 Batch = tuple[Tensor, "Tensor | None"]  # x [N,d_in], y [N,d_out] or None
+GradientBatch = tuple[Tensor, "Tensor | None", Tensor]  # and g, of the shape of y, or else of x
 
 BUFFER_TOKENS = 131_072  # rows of a window: 300 MB at d=576 in float32
 BLOCK_TOKENS = 512  # rows read from disk in one go: about 1 MB at d=576
@@ -26,13 +27,15 @@ BLOCK_TOKENS = 512  # rows read from disk in one go: about 1 MB at d=576
 
 class ActivationSource(ABC):
     """A set of activation rows. `d_out` is None where the target is the input itself (an SAE);
-    `num_tokens` is the number of rows of an epoch, None if unknown."""
+    `num_tokens` is the number of rows of an epoch, None if unknown; `has_gradient` tells whether
+    each row comes with the gradient of a language model's loss."""
 
     name: str
     d_in: int
     d_out: int | None
     dtype: torch.dtype
     num_tokens: int | None
+    has_gradient: bool = False
 
     def batches(self, batch_size: int, *, seed: int = 0, start_step: int = 0) -> Iterator[Batch]:
         """An endless stream of shuffled batches, epoch after epoch, all of `batch_size` rows: the
@@ -42,23 +45,42 @@ class ActivationSource(ABC):
         to the number of batches it has used. A non-finite activation raises UserError.
         """
         check_stream(batch_size, seed, start_step)
-        step = start_step
-        for x, y, rows in self._stream(batch_size, seed, start_step):
-            self._check(x, y, rows, f" (step {step})")
-            yield x, y
-            step += 1
+        for step, part in enumerate(self._stream(batch_size, seed, start_step), start_step):
+            yield self._checked(part, f" (step {step})")
+
+    def gradient_batches(
+        self, batch_size: int, *, seed: int = 0, start_step: int = 0
+    ) -> Iterator[GradientBatch]:
+        """`batches`, each with the gradient of its rows: (x, y, g). A gradient may be non-finite:
+        selection then ignores it."""
+        check_stream(batch_size, seed, start_step)
+        for step, part in enumerate(self._stream(batch_size, seed, start_step), start_step):
+            yield *self._checked(part, f" (step {step})"), self._gradient(part)
 
     def sweep(self, batch_size: int) -> Iterator[Batch]:
         """Every row once, in order; the last batch may be smaller. For evaluation."""
         check_stream(batch_size, 0, 0)
-        for x, y, rows in self._ordered(batch_size):
-            self._check(x, y, rows, "")
-            yield x, y
+        for part in self._ordered(batch_size):
+            yield self._checked(part, "")
 
-    def _check(self, x: Tensor, y: Tensor | None, rows: Rows, where: str) -> None:
-        check_finite(x, rows, f"{self.name}{where}")
-        if y is not None:
-            check_finite(y, rows, f"{self.name} target{where}")
+    def gradient_sweep(self, batch_size: int) -> Iterator[GradientBatch]:
+        """`sweep`, each batch with the gradient of its rows: (x, y, g)."""
+        check_stream(batch_size, 0, 0)
+        for part in self._ordered(batch_size):
+            yield *self._checked(part, ""), self._gradient(part)
+
+    def _checked(self, part: Loaded, where: str) -> Batch:
+        check_finite(part.x, part.rows, f"{self.name}{where}")
+        if part.y is not None:
+            check_finite(part.y, part.rows, f"{self.name} target{where}")
+        return part.x, part.y
+
+    def _gradient(self, part: Loaded) -> Tensor:
+        if part.g is None:
+            raise UserError(
+                f"{self.name}: holds no gradients; harvest the activations with gradients"
+            )
+        return part.g
 
     @abstractmethod
     def _stream(self, batch_size: int, seed: int, start_step: int) -> Iterator[Loaded]: ...
@@ -85,6 +107,8 @@ class ArraySource(ActivationSource):
     Args:
         x: shards [rows, d_in], one float dtype.
         y: shards [rows, d_out] of the targets, row for row, or None.
+        g: shards of the gradients of a loss at y, or at x where there is no y, row for row, or
+            None.
         mapped: the shards are memory-mapped files.
         origin: the token of each row, if known.
     """
@@ -93,6 +117,7 @@ class ArraySource(ActivationSource):
         self,
         x: Sequence[Tensor],
         y: Sequence[Tensor] | None = None,
+        g: Sequence[Tensor] | None = None,
         *,
         name: str = "activations",
         mapped: bool = False,
@@ -106,6 +131,8 @@ class ArraySource(ActivationSource):
         self.origin = origin
         self._x = _shards(x, name)
         self._y = None if y is None else _shards(y, f"{name} target")
+        self._g = None if g is None else _shards(g, f"{name} gradient")
+        self.has_gradient = g is not None
         self._starts = np.cumsum([0, *map(len, self._x)])  # [shards + 1]
         self._in_one_piece = not mapped and len(self._x) == 1
         self._buffer_tokens = buffer_tokens
@@ -115,9 +142,18 @@ class ArraySource(ActivationSource):
         self.num_tokens: int = int(self._starts[-1])
         if self.num_tokens == 0:
             raise UserError(f"{name}: must hold at least one row, got none")
-        if self._y is not None and [len(t) for t in self._y] != [len(t) for t in self._x]:
-            rows = sum(map(len, self._y))
-            raise UserError(f"{name}: target must have the {self.num_tokens} rows of x, got {rows}")
+        for what, shards in (("target", self._y), ("gradient", self._g)):
+            if shards is not None and [len(t) for t in shards] != [len(t) for t in self._x]:
+                rows = sum(map(len, shards))
+                raise UserError(
+                    f"{name}: {what} must have the {self.num_tokens} rows of x, got {rows}"
+                )
+        width = self.d_in if self.d_out is None else self.d_out
+        if self._g is not None and self._g[0].shape[1] != width:
+            raise UserError(
+                f"{name}: gradient must have width {width}, that of what is reconstructed, "
+                f"got {self._g[0].shape[1]}"
+            )
         # A block is `block_tokens` rows in a row, never across shards.
         self._blocks = np.concatenate(
             [np.arange(start, stop, block_tokens) for start, stop in self._spans()]
@@ -192,13 +228,18 @@ class ArraySource(ActivationSource):
                 ]
             )
 
-        return read(self._x), None if self._y is None else read(self._y), rows
+        return Loaded(
+            read(self._x),
+            None if self._y is None else read(self._y),
+            None if self._g is None else read(self._g),
+            rows,
+        )
 
     def _stream(self, batch_size: int, seed: int, start_step: int) -> Iterator[Loaded]:
         if self._in_one_piece:
             counts = np.array([self.num_tokens])
-            whole = (self._x[0], None if self._y is None else self._y[0])
-            load = lambda _: (*whole, np.arange(self.num_tokens))
+            y, g = (None if shards is None else shards[0] for shards in (self._y, self._g))
+            load = lambda _: Loaded(self._x[0], y, g, np.arange(self.num_tokens))
             buffer_tokens = self.num_tokens
         else:
             counts, load, buffer_tokens = self._block_rows, self._load_blocks, self._buffer_tokens
@@ -214,9 +255,21 @@ class ArraySource(ActivationSource):
     def _ordered(self, batch_size: int) -> Iterator[Loaded]:
         for begin in range(0, self.num_tokens, batch_size):
             end = min(begin + batch_size, self.num_tokens)
+            y, g = (
+                None if shards is None else torch.cat(self._slice(shards, begin, end))
+                for shards in (self._y, self._g)
+            )
             x = torch.cat(self._slice(self._x, begin, end))
-            y = None if self._y is None else torch.cat(self._slice(self._y, begin, end))
-            yield x, y, np.arange(begin, end)
+            yield Loaded(x, y, g, np.arange(begin, end))
+
+    def part(self, begin: int, end: int) -> ArraySource:
+        """The rows begin to end, without copying them."""
+        y, g = (
+            None if shards is None else self._slice(shards, begin, end)
+            for shards in (self._y, self._g)
+        )
+        x, mapped = self._slice(self._x, begin, end), not self._in_one_piece
+        return ArraySource(x, y, g, name=self.name, mapped=mapped)
 
 
 def _shards(shards: Sequence[Tensor], name: str) -> list[Tensor]:
@@ -241,8 +294,9 @@ def open_source(
 
     Args:
         spec: a torch tensor or NumPy array [N, d_in]; the path of a .npy, .safetensors or .pt file,
-            memory-mapped, with one tensor or the keys "x" and, optionally, "y"; the path of a cache
-            folder that `harvest` wrote; or an ActivationSource.
+            memory-mapped, with one tensor or the keys "x" and, optionally, "y" and "g" (gradients
+            of a loss at y, or at x without y); the path of a cache folder that `harvest` wrote; or
+            an ActivationSource.
         target: the same for a transcoder's targets [N, d_out], row for row.
         buffer_tokens: rows in memory at a time for data on disk.
     """
@@ -256,23 +310,28 @@ def open_source(
         if target is not None:
             raise UserError(f"{spec}: target must be None, a cache folder holds its own targets")
         return open_cache(spec, buffer_tokens=buffer_tokens)
-    x, y, mapped, name = _open_one(spec, "activations")
+    x, y, g, mapped, name = _open_one(spec, "activations")
     if target is not None:
-        y, _, target_mapped, _ = _open_one(target, "target")
+        y, _, _, target_mapped, _ = _open_one(target, "target")
         mapped = mapped or target_mapped
     return ArraySource(
-        [x], None if y is None else [y], name=name, mapped=mapped, buffer_tokens=buffer_tokens
+        [x],
+        None if y is None else [y],
+        None if g is None else [g],
+        name=name,
+        mapped=mapped,
+        buffer_tokens=buffer_tokens,
     )
 
 
-def _open_one(spec: Any, what: str) -> tuple[Tensor, Tensor | None, bool, str]:
-    """x, y, whether they are memory-mapped, and a name for messages."""
+def _open_one(spec: Any, what: str) -> tuple[Tensor, Tensor | None, Tensor | None, bool, str]:
+    """x, y, g, whether they are memory-mapped, and a name for messages."""
     if isinstance(spec, Tensor):
-        return spec, None, False, what
+        return spec, None, None, False, what
     if isinstance(spec, np.ndarray):
         mapped = isinstance(spec, np.memmap)
         try:
-            return torch.from_numpy(spec), None, mapped, what
+            return torch.from_numpy(spec), None, None, mapped, what
         except TypeError:
             raise UserError(f"{what}: must be an array of floats, got {spec.dtype}") from None
     if isinstance(spec, str | Path):
@@ -281,5 +340,5 @@ def _open_one(spec: Any, what: str) -> tuple[Tensor, Tensor | None, bool, str]:
         if "x" not in tensors:
             names = ", ".join(sorted(tensors)[:5])
             raise UserError(f'{path}: must hold one tensor or the keys "x" and "y", got {names}')
-        return tensors["x"], tensors.get("y"), True, str(path)
+        return tensors["x"], tensors.get("y"), tensors.get("g"), True, str(path)
     raise UserError(f"{what}: must be a tensor, an array or a path, got {type(spec).__name__}")

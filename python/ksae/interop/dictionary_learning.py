@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""saprmarks' dictionary_learning on ksae's kernels: `TopKTrainer(dict_class=AutoEncoderTopK, ...)`
+with `from ksae.interop.dictionary_learning import AutoEncoderTopK`.
+
+`encode(x)` returns the dense code as there. With `return_topk=True`, which the trainer asks for,
+the dense code and the post-ReLU activations are lazy: the decoder and AuxK work on the selected
+latents, and any other use builds the tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from . import lazy, libraries, sparse
+
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = libraries.base("dictionary_learning.trainers.top_k", "AutoEncoderTopK", nn.Module)
+
+
+class Decoder(nn.Linear):
+    """nn.Linear(F, d, bias=False) that reads the code where it is known.
+
+    `weight` is [d, F], a view of storage in which each latent is one row.
+    """
+
+    def forward(self, f: Tensor) -> Tensor:
+        """[..., F] -> [..., d]."""
+        return self.with_bias(f, None)
+
+    def with_bias(self, f: Tensor, bias: Tensor | None) -> Tensor:
+        """The same plus `bias` [d]."""
+        code = lazy.known(f)
+        if code is not None:
+            return sparse.decode(*code, sparse.latent_rows(self.weight), bias)
+        out = nn.functional.linear(f, self.weight)
+        return out if bias is None else out + bias
+
+
+class AutoEncoderTopK(_Base):
+    """dictionary_learning's AutoEncoderTopK: arguments, attributes and outputs as there.
+
+    Args:
+        activation_dim: d. dict_size: F. k: active latents a token.
+
+    Raises:
+        ValueError: k is no integer in [1, dict_size].
+    """
+
+    k: Tensor  # int32 scalar
+    threshold: Tensor  # float32 scalar, -1: unset
+
+    def __init__(self, activation_dim: int, dict_size: int, k: int) -> None:
+        nn.Module.__init__(self)
+        if not isinstance(k, int) or not 1 <= k <= dict_size:
+            raise ValueError(
+                f"AutoEncoderTopK: k must be an integer in [1, {dict_size}], the number of"
+                f" latents, got {k!r}"
+            )
+        self.activation_dim, self.dict_size = activation_dim, dict_size
+        self.register_buffer("k", torch.tensor(k, dtype=torch.int32))
+        self.register_buffer("threshold", torch.tensor(-1.0))
+        self.decoder = Decoder(dict_size, activation_dim, bias=False)
+        with torch.no_grad():
+            weight = self.decoder.weight
+            weight /= weight.norm(dim=0, keepdim=True) + torch.finfo(weight.dtype).eps
+        self.decoder.weight = sparse.transposed(weight)
+        self.encoder = nn.Linear(activation_dim, dict_size)
+        self.encoder.weight.data = self.decoder.weight.data.T.clone()
+        self.encoder.bias.data.zero_()
+        self.b_dec = nn.Parameter(torch.zeros(activation_dim))
+
+    def _topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """values, indices [..., k]."""
+        x = x.to(torch.promote_types(x.dtype, self.b_dec.dtype))
+        encoder = self.encoder
+        return functional.topk_encode(x, encoder.weight, encoder.bias, int(self.k), self.b_dec)
+
+    def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
+        """The code of x [..., d].
+
+        Args:
+            return_topk: also the selection and the activations.
+            use_threshold: f keeps all activations above `threshold` instead of the k largest.
+
+        Returns:
+            f [..., F], or f, top_acts [..., k], top_indices [..., k], post_relu_acts [..., F].
+        """
+        encoder = self.encoder
+        if use_threshold:
+            post_relu = nn.functional.linear(x - self.b_dec, encoder.weight, encoder.bias).relu()
+            f = post_relu * (post_relu > self.threshold)
+            if not return_topk:
+                return f
+            return (f, *functional.topk(post_relu, int(self.k)), post_relu)
+        values, indices = self._topk(x)
+        if not return_topk:
+            return sparse.scatter(values, indices, self.dict_size)
+        if torch.compiler.is_compiling():
+            post_relu = nn.functional.linear(x - self.b_dec, encoder.weight, encoder.bias).relu()
+        else:
+            post_relu = lazy.PreActivations(x, encoder.weight, encoder.bias, self.b_dec, relu=True)
+        return lazy.code(values, indices, self.dict_size), values, indices, post_relu
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Reconstruction [..., d] of a code [..., F]."""
+        return self.decoder.with_bias(x, self.b_dec)
+
+    def forward(self, x: Tensor, output_features: bool = False) -> Any:
+        """x_hat [..., d], or x_hat and the dense code [..., F]."""
+        values, indices = self._topk(x)
+        if output_features and torch.is_grad_enabled():  # x_hat is a function of f
+            f = sparse.scatter(values, indices, self.dict_size)
+            return self.decode(f), f
+        x_hat = sparse.decode(values, indices, sparse.latent_rows(self.decoder.weight), self.b_dec)
+        return (
+            (x_hat, sparse.scatter(values, indices, self.dict_size)) if output_features else x_hat
+        )
+
+    def scale_biases(self, scale: float) -> None:
+        """For activations that are `scale` times as large."""
+        self.encoder.bias.data *= scale
+        self.b_dec.data *= scale
+        if self.threshold >= 0:
+            self.threshold *= scale
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], k: int | None = None, device: Any = None
+    ) -> AutoEncoderTopK:
+        """Read an `ae.pt`; nothing in it is executed.
+
+        Raises:
+            ValueError: k is given and is not that of the file.
+        """
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        F, d = state["encoder.weight"].shape
+        stored = int(state["k"]) if "k" in state else k
+        if stored is None:
+            raise ValueError(
+                f"AutoEncoderTopK: k must be given for {path}, which has none, got None"
+            )
+        if k is not None and k != stored:
+            raise ValueError(f"AutoEncoderTopK: k must be {stored}, as in {path}, got {k}")
+        autoencoder = cls(d, F, stored)
+        autoencoder.load_state_dict(state)
+        return autoencoder if device is None else autoencoder.to(device)
+
+
+def adopt(module: Any) -> None:
+    """Make a swapped instance of the library's class what ours is."""
+    module.decoder.__class__ = Decoder
+    sparse.latent_rows(module.decoder.weight)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ksae's own file (see `ksae.checkpoint`), and the coder as a module of ksae."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ksae import checkpoint, modules
+from ksae.errors import UserError
+
+from .coder import Coder, check, require
+from .files import Source
+
+FOLDER = False
+TRAINING = ("loss", "auxk_alpha", "k_aux", "dead_after", "normalize_decoder", "multi_topk")
+
+
+def matches(source: Source) -> bool:
+    return "ksae" in source.metadata
+
+
+def read(source: Source) -> Coder:
+    header = checkpoint.read_header(source.path)
+    model = checkpoint.load_own(source.path)
+    weights: dict[str, Any] = {
+        name: parameter.detach() for name, parameter in model.named_parameters()
+    }
+    config = {name: header["config"][name] for name in TRAINING if name in header["config"]}
+    coder = Coder(
+        **weights,
+        activation="topk",
+        k=model.k,
+        centred=model.centred,
+        extra={
+            **header["extra"].pop("interop", {}),
+            "ksae": {
+                "config": config,
+                "extra": header["extra"],
+                "tokens_since_fired": model.tokens_since_fired,
+            },
+        },
+    )
+    return check(coder, str(source.path))
+
+
+def build(coder: Coder, fold: bool) -> modules.SparseCoder:
+    """The coder as a `ksae.TopKSAE` or `ksae.Transcoder`."""
+    coder = require(coder, "ksae", skip=True, square=False, fold=fold)
+    if coder.centred and coder.W_skip is not None:
+        raise UserError("convert: ksae cannot hold W_skip with b_dec subtracted from the input")
+    kinds = {t.dtype for t in (coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec)}
+    if len(kinds) > 1:
+        raise UserError(f"convert: ksae needs one dtype, got {', '.join(sorted(map(str, kinds)))}")
+    kept = coder.extra.get("ksae", {})
+    settings: dict[str, Any] = dict(kept.get("config", {}))
+    settings |= {"dtype": coder.dtype, "device": "meta"}
+    assert coder.k is not None
+    model: modules.SparseCoder
+    try:
+        if coder.centred:
+            model = modules.TopKSAE(coder.d_in, coder.d_sae, coder.k, **settings)
+        else:
+            skip = coder.W_skip is not None
+            model = modules.Transcoder(
+                coder.d_in, coder.d_out, coder.d_sae, coder.k, skip=skip, **settings
+            )
+    except TypeError as error:
+        raise UserError(f"load: {error}") from None
+    names = ["W_enc", "b_enc", "W_dec", "b_dec"] + (["W_skip"] if coder.W_skip is not None else [])
+    state = {name: getattr(coder, name).contiguous() for name in names}
+    fired = kept.get("tokens_since_fired")
+    state["tokens_since_fired"] = (
+        torch.zeros(coder.d_sae, dtype=torch.int64) if fired is None else fired
+    )
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def write(coder: Coder, path: Path, fold: bool) -> Path:
+    model = build(coder, fold)
+    checkpoint.save(model, path, coder.extra.get("ksae", {}).get("extra"))
+    return path

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SAELens' TopK classes on ksae's kernels: `from ksae.interop.saelens import TopKTrainingSAE,
+TopKTrainingSAEConfig`.
+
+They derive from SAELens' own and need it installed. The configs here carry the architecture
+"ksae_topk", registered on import, so that SAELens' runner and trainer build these classes;
+inference files are saved as "topk", which SAELens reads without ksae. `encode` returns the dense
+code as there; inside `forward` and a training step it is lazy, unless a hook wants to see it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import lazy, libraries, sparse
+
+if not libraries.installed("sae_lens"):
+    raise ImportError("ksae.interop.saelens: sae-lens must be installed, got no such package")
+
+if TYPE_CHECKING:
+    _SAE = nn.Module
+    _TrainingSAE = nn.Module
+    _Config = object
+    _TrainingConfig = object
+    Transcoder = nn.Module
+    SkipTranscoder = nn.Module
+else:
+    from sae_lens import SkipTranscoder, Transcoder  # ReLU: there is no selection to speed up
+    from sae_lens import TopKSAE as _SAE
+    from sae_lens import TopKSAEConfig as _Config
+    from sae_lens import TopKTrainingSAE as _TrainingSAE
+    from sae_lens import TopKTrainingSAEConfig as _TrainingConfig
+
+__all__ = [
+    "SkipTranscoder",
+    "TopKSAE",
+    "TopKSAEConfig",
+    "TopKTrainingSAE",
+    "TopKTrainingSAEConfig",
+    "Transcoder",
+]
+
+ARCHITECTURE = "ksae_topk"
+
+
+@dataclass
+class TopKSAEConfig(_Config):
+    """SAELens' TopKSAEConfig, naming our architecture."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+
+@dataclass(kw_only=True)
+class TopKTrainingSAEConfig(_TrainingConfig):
+    """SAELens' TopKTrainingSAEConfig, naming our architecture."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    def get_inference_config_class(self) -> Any:
+        """SAELens' own, so that inference files need no ksae."""
+        return _Config
+
+
+def _watched(hook: nn.Module) -> bool:
+    """Whether somebody listens at a hook point."""
+    return bool(hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks)
+
+
+class _TopK:
+    """Encoder and decoder of both classes."""
+
+    if TYPE_CHECKING:
+        cfg: Any
+        d_head: Any
+        use_error_term: bool
+        activation_fn: Any
+        W_enc: nn.Parameter  # [d, F], a view of storage in which each latent is one row
+        b_enc: nn.Parameter  # [F]
+        W_dec: nn.Parameter  # [F, d]
+        b_dec: nn.Parameter  # [d]
+        hook_sae_acts_pre: Any
+        hook_sae_acts_post: Any
+        hook_sae_recons: Any
+        hook_sae_output: Any
+        process_sae_in: Any
+        run_time_activation_norm_fn_out: Any
+        reshape_fn_out: Any
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()  # type: ignore[misc]
+        self.W_enc = sparse.transposed(self.W_enc)
+
+    def _code(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The code and the pre-activations [..., F], lazy where nobody listens."""
+        sae_in = self.process_sae_in(x)
+        W_enc, F = sparse.latent_rows(self.W_enc), self.cfg.d_sae
+        norm = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        if _watched(self.hook_sae_acts_pre) or torch.compiler.is_compiling():
+            hidden = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
+            hidden = hidden if norm is None else hidden * norm
+            return self.hook_sae_acts_post(self.activation_fn(hidden)), hidden
+        hidden = lazy.PreActivations(sae_in, W_enc, self.b_enc, relu=False, scale=norm)
+        values, indices = hidden.rectified_topk(self.cfg.k)  # without the scale
+        code = lazy.Code(values if norm is None else values * norm[indices], indices, F)
+        code.unscaled = values
+        if getattr(self.cfg, "use_sparse_activations", False):
+            acts = _coo(code)
+        else:
+            acts = code.dense() if _watched(self.hook_sae_acts_post) else code
+        return self.hook_sae_acts_post(acts), hidden
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Reconstruction [..., d] of a code [..., F]: lazy, dense or sparse."""
+        code: Any = getattr(feature_acts, "code", feature_acts)
+        if lazy.known(code) is None:
+            dense: Tensor = super().decode(feature_acts)  # type: ignore[misc]
+            return dense
+        out = sparse.decode(code.unscaled, code.indices_, self.W_dec, self.b_dec)
+        out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out))
+        result: Tensor = self.reshape_fn_out(out, self.d_head)
+        return result
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The code [..., F] of x [..., d]; COO with use_sparse_activations."""
+        return lazy.dense(self._code(x)[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction [..., d] of x [..., d]."""
+        if self.use_error_term:
+            error: Tensor = super().forward(x)  # type: ignore[misc]
+            return error
+        out: Tensor = self.hook_sae_output(self.decode(self._code(x)[0]))
+        return out
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """Files hold contiguous tensors of SAELens' shapes."""
+        super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+
+def _coo(code: lazy.Code) -> Tensor:
+    """The code as a sparse tensor that remembers it."""
+    lead, k = code.values_.shape[:-1], code.values_.shape[-1]
+    rows = torch.unravel_index(torch.arange(lead.numel(), device=code.device), lead)
+    at = [r.repeat_interleave(k) for r in rows]
+    at.append(code.indices_.flatten())
+    coo = torch.sparse_coo_tensor(torch.stack(at), code.values_.flatten(), code.shape)
+    coo.code = code  # type: ignore[attr-defined]
+    return coo
+
+
+class TopKSAE(_TopK, _SAE):
+    """SAELens' TopKSAE for inference."""
+
+
+class TopKTrainingSAE(_TopK, _TrainingSAE):
+    """SAELens' TopKTrainingSAE: hooks, losses and AuxK as there."""
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The code and the (norm-scaled) pre-activations [..., F] of x [..., d], lazy."""
+        return self._code(x)
+
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        """The d/2 largest dead pre-activations predict the residual, without b_dec."""
+        if not isinstance(hidden_pre, lazy.PreActivations) or hidden_pre.built:
+            loss: Tensor = super().calculate_topk_aux_loss(  # type: ignore[misc]
+                sae_in, sae_out, hidden_pre, dead_neuron_mask
+            )
+            return loss
+        if dead_neuron_mask is None or (count := int(dead_neuron_mask.sum())) == 0:
+            return sae_out.new_tensor(0.0)
+        if self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm"):
+            raise ValueError(
+                "TopKTrainingSAE: normalize_activations must leave the residual's scale for AuxK,"
+                f" got {self.cfg.normalize_activations!r}"
+            )
+        residual = (sae_in - sae_out).detach()
+        k_aux = sae_in.shape[-1] // 2
+        weight = self.cfg.aux_loss_coefficient * min(count / k_aux, 1.0)
+        values, indices = hidden_pre.signed_topk(min(k_aux, count), dead_neuron_mask)
+        recons = self.reshape_fn_out(sparse.decode(values, indices, self.W_dec), self.d_head)
+        loss = weight * (recons - residual).pow(2).sum(dim=-1).mean()
+        return loss
+
+
+def adopt(module: Any) -> None:
+    """Make a swapped instance of the library's class what ours is."""
+    sparse.latent_rows(module.W_enc)
+
+
+def _register() -> None:
+    from sae_lens import register_sae_class, register_sae_training_class
+    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
+
+    if ARCHITECTURE not in SAE_CLASS_REGISTRY:
+        register_sae_class(ARCHITECTURE, TopKSAE, TopKSAEConfig)
+    if ARCHITECTURE not in SAE_TRAINING_CLASS_REGISTRY:
+        register_sae_training_class(ARCHITECTURE, TopKTrainingSAE, TopKTrainingSAEConfig)
+
+
+_register()

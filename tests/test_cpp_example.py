@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ example is built against the public header alone, and is right."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "cpp"
+
+
+def test_the_example_builds_and_runs(tmp_path: Path) -> None:
+    for command in (
+        ["cmake", "-S", str(EXAMPLE), "-B", str(tmp_path)],
+        ["cmake", "--build", str(tmp_path), "-j1"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run([tmp_path / "example"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "largest difference from float64" in done.stdout
+    source = (EXAMPLE / "main.cpp").read_text()
+    assert [line for line in source.splitlines() if "ksae/" in line and "#include" in line] == [
+        "#include <ksae/cpu.h>"
+    ]

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels on a GPU: numbers, determinism, streams, CUDA graphs, devices, errors.
+
+Left out of a run where torch sees no GPU; tests/test_cuda_kernels.py runs the same kernels
+everywhere, in emulation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, Implementation, assert_close, assert_same, code, dtype_id, randn
+from test_ops import (  # noqa: F401  (collected here with the `impl` below)
+    test_a_scale_that_is_not_finite_writes_nothing,
+    test_decode,
+    test_decode_of_special_numbers,
+    test_encode_of_integers_is_the_reference_bit_by_bit,
+    test_encode_of_normal_numbers,
+    test_encode_of_special_numbers,
+    test_latent_pass_without_tokens,
+    test_latent_sums,
+    test_one_latent_takes_every_token,
+    test_row_update,
+    test_row_update_in_slices_is_the_whole,
+    test_topk,
+    test_topk_of_many_columns_and_of_no_row,
+)
+from torch import Tensor
+
+import ksae
+from ksae import cuda, ops, reference
+
+
+def to(arg: Any, device: str) -> Any:
+    """Tensors and lists of tensors on a device; the same objects where they are there."""
+    if isinstance(arg, list | tuple):
+        return [to(a, device) for a in arg]
+    return arg.to(device) if isinstance(arg, Tensor) else arg
+
+
+class OnCuda(Implementation):
+    """The ops on the GPU, for tests whose tensors are on the CPU; what was written is copied."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda")
+        self.native = True
+
+    def __getattr__(self, op: str) -> Any:
+        def run(*args: Any) -> Any:
+            there = [to(a, "cuda") for a in args]
+            result = getattr(ops, op)(*there)
+            if op == "row_update":
+                for here, t in zip(args, there, strict=True):
+                    if isinstance(here, Tensor):
+                        here.copy_(t)
+                return None
+            return result.cpu() if isinstance(result, Tensor) else tuple(to(result, "cpu"))
+
+        return run
+
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=["cuda"])
+def impl() -> Iterator[Implementation]:
+    yield OnCuda()
+
+
+dtypes = pytest.mark.parametrize("T", DTYPES, ids=dtype_id)
+
+
+def test_the_kernels_are_what_serves() -> None:
+    assert cuda.kernels is not None, cuda.reason
+    assert all(devices["cuda"] == "native" for devices in ops.serving().values())
+
+
+@dtypes
+def test_many_rows_and_long_rows(T: torch.dtype) -> None:
+    """Sizes that the emulator is too slow for."""
+    for shape, k in (((4096, 24576), 32), ((300, 131072), 64), ((7, 131071), 4096)):
+        x = torch.randn(*shape, device="cuda").to(T)
+        got, want = ops.topk(x, k), reference.topk(x, k)
+        assert_same("values", got[0], want[0])
+        assert_same("indices", got[1], want[1])
+
+
+def model(dtype: torch.dtype) -> ksae.TopKSAE:
+    torch.manual_seed(0)
+    sae = ksae.TopKSAE(96, 1024, 16, k_aux=24, dead_after=3000).to("cuda", dtype)
+    sae.tokens_since_fired[::5] = 3001
+    return sae
+
+
+def state(step: ksae.TrainStep) -> list[Tensor]:
+    return [
+        *step.model.parameters(),
+        step.model.tokens_since_fired,
+        *step.state_dict().values(),
+    ]
+
+
+@dtypes
+def test_two_runs_give_the_same_bits(T: torch.dtype) -> None:
+    x = randn(5, 700, 96, seed=1).to("cuda", T)
+    states = []
+    for _ in range(2):
+        step = ksae.TrainStep(model(T), lr=1e-3)
+        for rows in x:
+            step(rows)
+        states.append(state(step))
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_a_step_is_the_step_of_the_cpu() -> None:
+    x = randn(700, 96, seed=1)
+    on_gpu, on_cpu = model(torch.float32), model(torch.float32).cpu()
+    exact = copy.deepcopy(on_cpu).double()
+    for sae in (on_gpu, on_cpu, exact):
+        ksae.TrainStep(sae, lr=1e-3)(x.to(sae.W_enc.device, sae.W_enc.dtype))
+    for (name, p), plain, e in zip(
+        on_gpu.named_parameters(), on_cpu.parameters(), exact.parameters(), strict=True
+    ):
+        assert_close(name, p.detach().cpu(), plain.detach(), e.detach(), floor=1e-5)
+
+
+@dtypes
+def test_steps_in_a_cuda_graph(T: torch.dtype) -> None:
+    """Recorded once, replayed with new rows and a new learning rate: as called one by one."""
+    batches = randn(6, 512, 96, seed=2).to("cuda", T)
+    plain, recorded = (ksae.TrainStep(model(T), lr=1e-3) for _ in range(2))
+    x = batches[0].clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        recorded(x)  # warm-up: modules are loaded, the allocator has its blocks
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        metrics = recorded(x)
+    plain(batches[0])
+    for n, rows in enumerate(batches[1:]):
+        plain.lr = recorded.lr = 1e-3 / (n + 1)
+        x.copy_(rows)
+        graph.replay()
+        loss = plain(rows)["loss"]
+        torch.testing.assert_close(metrics["loss"], loss, rtol=1e-5, atol=0)
+    for a, b in zip(state(plain), state(recorded), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_without_auxk_does_not_wait_for_the_device() -> None:
+    sae = ksae.TopKSAE(96, 1024, 16, auxk_alpha=0).cuda()
+    step, x = ksae.TrainStep(sae), torch.randn(512, 96, device="cuda")
+    step(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_peak_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "chunk_bytes", 8 << 20)
+    x, W = torch.randn(4096, 64, device="cuda"), torch.randn(16384, 64, device="cuda")
+    b = torch.zeros(16384, device="cuda")
+    ops.topk_encode(x, W, b, 16)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ops.topk_encode(x, W, b, 16)
+    assert torch.cuda.max_memory_allocated() - before < 32 << 20  # the scores are 256 MB
+
+
+def test_streams_are_respected() -> None:
+    """Work is queued behind what the current stream holds, and nothing else."""
+    x = torch.randn(512, 20000, device="cuda")
+    want = ops.topk(x * 2 + 1, 9)
+    for _ in range(5):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            got = ops.topk(x * 2 + 1, 9)
+        stream.synchronize()
+        assert_same("indices", got[1], want[1])
+
+
+def test_mixed_devices_are_refused() -> None:
+    values, indices = code(3, 9, 2, torch.float32)
+    W = randn(9, 4)
+    with pytest.raises(ValueError, match="sparse_decode: W_dec must be on cuda:0, got cpu"):
+        ops.sparse_decode(values.cuda(), indices.cuda(), W)
+    with pytest.raises(ValueError, match="sparse_decode: indices must be on cuda:0, got cpu"):
+        ops.sparse_decode(values.cuda(), indices, W.cuda())
+    for n in range(1, torch.cuda.device_count()):
+        with pytest.raises(ValueError, match=f"W_dec must be on cuda:0, got cuda:{n}"):
+            ops.sparse_decode(values.cuda(), indices.cuda(), W.to(f"cuda:{n}"))
+
+
+def test_every_device_runs_its_own_tensors() -> None:
+    x = randn(5, 300)
+    for n in range(torch.cuda.device_count()):
+        got = ops.topk(x.to(f"cuda:{n}"), 7)
+        assert got[0].device.index == n
+        assert_same("indices", got[1].cpu(), reference.topk(x, 7)[1])

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ptxas says of the CUDA kernels: nothing spills, nothing lies in local memory, and registers
+stay within bounds. Where there is no nvcc, the package has to say that the module was not built."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import ksae
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+# Registers a thread on sm_90. With 64 a multiprocessor holds 1024 threads.
+MOST_REGISTERS = 64
+LESS_REGISTERS = {
+    "backward_values_kernel": 40,
+    "decode_kernel": 40,
+    "entries_kernel": 24,
+    "residual_kernel": 48,
+    "scan_kernel": 40,
+    "select_kernel": 56,
+    "sort_kernel": 40,
+}
+ENTRY = re.compile(
+    r"Compiling entry function '(?P<symbol>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.S,
+)
+
+
+def kernel_name(symbol: str) -> str:
+    match = re.search(r"\d([a-z]\w*?_kernel)", symbol)
+    assert match, f"{symbol} must be named ..._kernel"
+    return match[1]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
+def test_ptxas_report(source, tmp_path):
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    if nvcc is None:
+        cuda = ksae.config()["cuda"]
+        assert not cuda["built"] and "no nvcc" in cuda["reason"]
+        return
+    command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-c", str(source)]
+    command += [f"-I{ROOT}/csrc/include", "-o", str(tmp_path / "out.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = source.read_text().count("__global__")
+    reports = [match.groupdict() for match in ENTRY.finditer(done.stdout + done.stderr)]
+    names = {kernel_name(r["symbol"]) for r in reports}
+    assert len(names) == kernels, f"{kernels} kernels in {source.name}, reports of {sorted(names)}"
+    faults = []
+    for r in reports:
+        name = kernel_name(r["symbol"])
+        most = LESS_REGISTERS.get(name, MOST_REGISTERS)
+        if int(r["stack"]) or int(r["stores"]) or int(r["loads"]) or int(r["registers"]) > most:
+            faults.append(
+                f"{r['symbol']}: {r['stack']} bytes of stack, {r['stores']} + {r['loads']} bytes "
+                f"spilled, {r['registers']} registers of at most {most}"
+            )
+    assert not faults, "\n".join(faults)
+
+
+def test_every_bound_is_of_a_kernel():
+    text = "".join(path.read_text() for path in SOURCES)
+    assert all(re.search(rf"\b{name}\(", text) for name in LESS_REGISTERS)

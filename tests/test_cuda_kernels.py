@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every CUDA kernel, executed by the emulator, through the tests of test_ops.py and its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    SCORES,
+    Implementation,
+    assert_close,
+    assert_same,
+    clone_all,
+    code,
+    integers,
+    norm_arguments,
+    randn,
+    row_arguments,
+    scores,
+    sums_arguments,
+    to_float64,
+    written,
+)
+from emulation.build import Emulator
+from test_ops import (  # noqa: F401  (collected here with the `impl` below)
+    test_a_scale_that_is_not_finite_writes_nothing,
+    test_decode,
+    test_decode_of_special_numbers,
+    test_encode_of_integers_is_the_reference_bit_by_bit,
+    test_encode_of_normal_numbers,
+    test_encode_of_special_numbers,
+    test_latent_pass_without_tokens,
+    test_latent_sums,
+    test_one_latent_takes_every_token,
+    test_row_update,
+    test_row_update_in_slices_is_the_whole,
+    test_topk,
+    test_topk_of_many_columns_and_of_no_row,
+)
+from torch import Tensor
+
+from ksae import cuda, native, reference
+from ksae.cuda import Kernels
+
+
+class Emulated(Implementation):
+    """ksae._cuda in emulation, called as ops.py calls a native kernel: with contiguous tensors."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        super().__init__("cuda-emulated")
+        self.kernels = Kernels(emulator.module)
+
+    def __getattr__(self, op: str) -> Any:
+        kernel = getattr(self.kernels, op)
+        return lambda *args: kernel(*map(contiguous, args))
+
+
+def contiguous(arg: Any) -> Any:
+    if isinstance(arg, list):
+        return [contiguous(a) for a in arg]
+    return arg.contiguous() if isinstance(arg, Tensor) else arg
+
+
+@pytest.fixture(params=["cuda-emulated"])
+def impl(emulated: Emulator, poison: None) -> Iterator[Implementation]:
+    emulated.seed(0)
+    emulated.blocks_in_flight(3)
+    emulated.step_limit(2**40)
+    yield Emulated(emulated)
+
+
+# ------------------------------------------------------------------------------------------- select
+
+
+def select(
+    impl: Emulated,
+    z: Tensor,
+    k: int,
+    *,
+    second: Tensor | None = None,
+    mode: int = 0,
+    beta: float = 0.0,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The select kernel with the options that no op uses yet."""
+    pointer = lambda t: 0 if t is None else t.data_ptr()
+    values, indices = z.new_empty(z.shape[0], k), torch.empty(z.shape[0], k, dtype=torch.int64)
+    dtype = cuda._DTYPES[z.dtype]
+    impl.kernels.module.select(
+        *z.shape, k, dtype, dtype, z.data_ptr(), pointer(second), mode, beta, 0, pointer(scale), 0,
+        False, values.data_ptr(), indices.data_ptr(), cuda._Workspace(z.device), 0,
+    )  # fmt: skip
+    return values, indices
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3], ids=["additive", "multiplicative", "signed"])
+def test_select_by_a_second_operand(impl: Emulated, dtype: torch.dtype, mode: int) -> None:
+    """Selected by s, carried is z; where z <= 0, s = z. Halves and integers: s is exact."""
+    N, F, k, beta = 5, 333, 17, 0.5
+    z, a = integers(N, F, dtype=dtype, top=4), integers(N, F, dtype=dtype, seed=1)
+    scale = 2.0 ** integers(F, seed=2)
+    for s in (None, scale):
+        got = select(impl, z, k, second=a, mode=mode, beta=beta, scale=s)
+        gain = torch.relu(-a.float()) if mode == 3 else a.float().abs()
+        gained = z.float() * (gain if mode == 2 else 1 + beta * gain)
+        order = torch.where(z > 0, gained, z.float()) * (1 if s is None else s)
+        indices = reference.topk(order, k)[1]
+        assert_same("indices", got[1], indices)
+        assert_same("values", got[0], z.gather(1, indices))
+
+
+@pytest.mark.parametrize("kind", ["descending", "ascending", "random", "all equal", "blocks"])
+def test_buffer_of_candidates_overflows(impl: Emulated, kind: str) -> None:
+    """Many columns reach the bound: the buffer is cut to the best k, several times a row."""
+    N, F, k = 2, 9_001, 700  # 2048 keys: k and one round of 1024 fit, two rounds do not
+    match kind:
+        case "ascending":
+            x = scores("descending", N, F, torch.float32).flip(1)
+        case "blocks":  # groups of equal maxima, each with one number that counts
+            x = torch.zeros(N, F)
+            x[:, ::4] = 1.0
+        case _:
+            x = scores(kind, N, F, torch.float32)
+    for name, got, want in zip(
+        ("values", "indices"), impl.topk(x, k), reference.topk(x, k), strict=True
+    ):
+        assert_same(name, got, want)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_keys_in_the_workspace(impl: Emulated, kind: str) -> None:
+    """k so large that the candidates do not fit in shared memory."""
+    x = scores(kind, 2, 7_777, torch.float32)
+    for k in (7_200, 7_777):
+        assert_same("indices", impl.topk(x, k)[1], reference.topk(x, k)[1])
+
+
+def test_encode_in_chunks_of_rows(
+    impl: Emulated, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    N, d, F, k = 19, 17, 130, 9
+    x, W, b = (integers(*s, dtype=dtype, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
+    want = reference.topk_encode(x, W, b, k)
+    for rows in (0, 1, 5, 19):
+        monkeypatch.setattr(cuda, "chunk_bytes", rows * F * 4 + 3)
+        for got, w in zip(impl.topk_encode(x, W, b, k), want, strict=True):
+            assert_same(f"{rows} rows", got, w)
+
+
+# ------------------------------------------------------------------------------------ long segments
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_hot_latents_are_cut(impl: Emulated, side: str) -> None:
+    """Segments of several cuts that begin and end inside of them, and two that share one."""
+    N, F, d = 400, 7, 23
+    a = row_arguments(torch.float32, side, N=N, d=d, F=F, ks=(2, 3))
+    for g, k in enumerate((2, 3)):
+        values = torch.rand(N, k, generator=torch.Generator().manual_seed(g))
+        indices = torch.full((N, k), 2)
+        indices[:, 1] = 4
+        indices[::50] = 5
+        indices[1::50, 0] = 0
+        a["offsets"][g], a["order"][g] = reference.group_by_latent(values, indices, F)
+        a["coefficients"][g] = values
+    assert int((a["offsets"][0][1:] - a["offsets"][0][:-1]).max()) > 256
+    plain, exact = clone_all(a), to_float64(a)
+    got, want = (i.row_grad_sq(*norm_arguments(a)) for i in (impl, reference))
+    eps = torch.finfo(torch.float32).eps
+    assert_close("grad_sq", got, want, reference.row_grad_sq(*norm_arguments(exact)), eps)
+    impl.row_update(*a.values())
+    reference.row_update(*plain.values())
+    reference.row_update(*exact.values())
+    for name, t in written(a).items():
+        assert_close(name, t, written(plain)[name], written(exact)[name])
+
+
+# -------------------------------------------------------------------------------------- determinism
+
+
+def test_bits_do_not_depend_on_the_order_of_threads_and_blocks(
+    impl: Emulated, emulated: Emulator, dtype: torch.dtype
+) -> None:
+    N, d, F, k = 23, 40, 97, 17
+    x, W, b = (randn(*s, dtype=dtype, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
+    results = []
+    for seed, blocks in ((1, 1), (2, 3), (77, 5)):
+        emulated.seed(seed)
+        emulated.blocks_in_flight(blocks)
+        out: list[Tensor] = [*impl.topk(scores("ties", 3, 1500, dtype), 100)]
+        values, indices = impl.topk_encode(x, W, b, k)
+        out += (values, indices, impl.sparse_decode(values, indices, W))
+        out += impl.sparse_residual(values, indices, W, x[0], x, d)
+        out.append(impl.sparse_residual_slice(values, indices, W, None, x, 3, 11))
+        out.append(impl.sparse_decode_backward_values(x, indices, W))
+        hot = torch.where(indices < 80, 3, indices)
+        out += impl.sparse_decode_backward_weight(x, values, hot, F)
+        out += impl.group_by_latent(values, hot, F)
+        out += impl.latent_sums(*sums_arguments(dtype, N=61, F=97).values())
+        for side in ("encoder", "decoder"):
+            a = row_arguments(dtype, side)
+            out.append(impl.row_grad_sq(*norm_arguments(a)))
+            impl.row_update(*a.values())
+            out += written(a).values()
+        results.append(out)
+    for other in results[1:]:
+        assert all(torch.equal(t, o) for t, o in zip(results[0], other, strict=True))
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def test_a_failed_launch_names_op_error_and_sizes(impl: Emulated) -> None:
+    values, indices = code(3, 9, 2, torch.float32)
+    unknown = 9  # no storage type
+    with pytest.raises(RuntimeError, match=r"sparse_decode with N=3, d=4, F=9, k=2: CUDA error 1 "):
+        impl.kernels.module.sparse_decode(
+            3, 4, 9, 2, unknown, values.data_ptr(), indices.data_ptr(), 8, 0, 0, 0, 0
+        )
+
+
+def test_kernels_have_the_names_and_arguments_of_the_native_ones() -> None:
+    import inspect
+
+    ops = [n for n in vars(Kernels) if not n.startswith("_")]
+    assert len(ops) == 11
+    for op in ops:
+        own = list(inspect.signature(getattr(Kernels, op)).parameters)[1:]
+        assert own == list(inspect.signature(getattr(native, op)).parameters), op

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bench/gpu.py on tiny shapes, on the CPU and in Triton's interpreter: that it will run on a GPU,
+that results of all ways agree, and that what was measured is on disk at any time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / "gpu.py"), "--dry-run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    done = dry_run("--out", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("gpu_dry-run_*.json")
+    return json.loads(path.read_text()), path.with_suffix(".md").read_text()
+
+
+def test_every_op_and_way_is_measured(results):
+    data, table = results
+    assert data["finished"] and data["problems"] == []
+    assert {"copy", "product", "gather"} <= data["ceilings"].keys()
+    ways: dict[str, set[str]] = {}
+    for row in data["rows"]:
+        ways.setdefault(row["op"], set()).add(row["way"])
+        assert row["median"] > 0 and row["fraction"] > 0
+        assert f"| {row['shape']} | {row['op']} | {row['way']} |" in table
+    assert ways == {
+        "select": {"ksae", "torch.topk"},
+        "select float32": {"ksae", "torch.topk"},
+        "encode + select": {"ksae", "product alone", "cuBLAS + torch.topk"},
+        "decode": {"ksae", "Triton gather", "embedding_bag"},
+        "group": {"ksae", "stable sort"},
+        "residual": {"ksae"},
+        "latent pass": {"ksae"},
+        "step": {"ksae", "Triton decoder", "dense torch"},
+    }
+
+
+def test_all_ways_take_the_same_steps(results):
+    data, _ = results
+    for shape in ("A", "B"):
+        losses = [r["loss"] for r in data["rows"] if r["op"] == "step" and r["shape"] == shape]
+        assert len(losses) == 3 and max(losses) - min(losses) <= 1e-4 * min(losses)
+
+
+def test_without_time_it_says_so_and_still_writes(tmp_path):
+    done = dry_run("--out", str(tmp_path), "--minutes", "0")
+    assert done.returncode == 1
+    (path,) = tmp_path.glob("*.json")
+    data = json.loads(path.read_text())
+    assert data["finished"] and "no time for ceilings" in data["problems"]
+    assert "PROBLEM: no time for ceilings" in path.with_suffix(".md").read_text()
+
+
+def test_ops_agree_with_the_reference_in_the_smoke_run():
+    done = dry_run("--smoke")
+    assert done.returncode == 0, done.stderr
+
+
+def test_results_are_on_disk_after_each_measurement_and_goals_are_judged(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpureport
+
+    record = gpureport.Record(tmp_path, "name", 8.5)
+    (path,) = tmp_path.glob("gpu_name_*.json")
+
+    def row(op: str, way: str, median: float, **more: float) -> None:
+        times = {"median": median, "q1": median, "q3": median, "fraction": 0.71}
+        record.row(shape="A", op=op, way=way, **times | more)
+        assert json.loads(path.read_text())["rows"] == record.data["rows"]
+
+    row("select", "ksae", 1.0)
+    row("select", "torch.topk", 4.9)
+    row("encode + select", "ksae", 1.1)
+    row("encode + select", "product alone", 1.0)
+    row("step", "ksae", 2.0, products=2.4)
+    row("decode", "ksae", 1.0, fraction=0.69)
+    record.row(shape="A", op="step", way="dense torch", note="out of memory")
+    judged = {what: reached for what, _, _, _, reached in gpureport.goals(record.data["rows"])}
+    assert judged == {
+        "A select: of copy": True,
+        "A select: torch.topk / ksae": False,
+        "A decode: of gather": False,
+        "A encode + select / product": True,
+        "A step / product": False,
+    }
+    assert "| A | step | dense torch | out of memory |" in path.with_suffix(".md").read_text()
