@@ -2,14 +2,17 @@
 """Suite `ops`: every op by implementation and by torch's ways; forward, backward and peak memory.
 
 A way's result is compared with the reference's before it is timed, and ksae's is computed twice
-and has to give the same bits. All implementations of an op are timed in turn; all ops are gone
-through several times, with inputs made anew, so that a disturbance hits few blocks of a row.
+and has to give the same bits. All implementations of an op are timed in turn, in one process; all
+ops are gone through several times, each time in a fresh one, so that a disturbance hits few blocks
+of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +21,9 @@ from torch import Tensor
 from ksae import native, ops, reference
 
 from . import peaks
+from .children import in_process
 from .opcases import Call, Case, Problem, problems
-from .record import Row, low
+from .record import Record, Row, low
 from .session import Session
 
 PASSES = 4  # blocks of a row
@@ -160,35 +164,88 @@ def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def run(session: Session) -> None:
-    """Fill the suite's rows."""
+    """Fill the suite's rows, pass after pass."""
     shapes = TINY if session.tiny else QUICK if session.quick else FULL
     dtypes = ("fp32",) if session.tiny else ("fp32", "bf16")
     cases = [(shape, name) for shape in shapes for name in dtypes]
-    known: dict[tuple[str, str, str], dict[str, Row]] = {}
-    passes = 2 if session.tiny else PASSES
-    share = 0.85  # of the time; the rest is for the memory
-    blocks = 0
+    known: Known = {}
+    passes = 1 if session.tiny else PASSES
+    memory = 0.15 * session.left()  # seconds kept for it
     for turn in range(passes):
-        if turn >= 2 and session.left() < 0:  # two passes in any case: with one there is no spread
+        if turn >= 2 and session.left() < memory:  # with one pass there is no spread
             session.note(f"{turn} of {passes} passes: the time was spent")
             break
-        for shape, name in cases:
-            case = Case(*shape, name, session.data, session.device)
-            for problem in problems(case):
-                visits = passes * len(cases) * 14 if not turn else passes * len(known)
-                left = session.left() - (1 - share) * session._budget
-                _visit(session, problem, case, known, max(0.0, left / max(1, visits - blocks)))
-                blocks += 1
-                session.tick(f"{problem.op} {problem.mode}, {case}, {turn + 1} of {passes}")
+        seconds = max(0.0, session.left() - memory) / (passes - turn)
+        where = f"pass {turn + 1} of {passes}"
+        session.tick(where)
+        task = Task(session, cases, seconds, known)
+        for key, rows in in_process(_serve, task, partial(_waiting, session, where)):
+            _merge(session, known, key, rows)
     _memory(session, cases, known)
     _missing(session, known)
+
+
+Known = dict[tuple[str, str, str], dict[str, Row]]
+
+
+class Task:
+    """What the process of a pass is told: plain values that can be sent."""
+
+    def __init__(
+        self, session: Session, cases: list[tuple[Shape, str]], seconds: float, known: Known
+    ) -> None:
+        self.cases, self.seconds = cases, seconds
+        self.settings = {
+            name: getattr(session, name) for name in ("quick", "tiny", "threads", "device", "data")
+        }
+        # Known rows without their blocks but the first, which says who is slow.
+        self.known = {
+            key: {name: replace(row, blocks=row.blocks[:1]) for name, row in rows.items()}
+            for key, rows in known.items()
+        }
+
+
+def _serve(task: Task) -> Iterator[tuple[tuple[str, str, str], dict[str, Row]]]:
+    """One pass over all problems in a fresh process: rows with the block that it adds.
+
+    Where inputs and code come to lie in memory can make one process differ from the next by more
+    than its own samples tell, so that blocks of a row have to come from several.
+    """
+    torch.set_num_threads(task.settings["threads"])
+    session = Session(Record({}, "pass"), Path(), **task.settings)
+    session.begin("ops", task.seconds)
+    visits = len(task.known) or 14 * len(task.cases)
+    for shape, name in task.cases:
+        case = Case(*shape, name, session.data, session.device)
+        for problem in problems(case):
+            key = (str(case), problem.op, problem.mode)
+            before = {n: len(row.blocks) for n, row in task.known.get(key, {}).items()}
+            _visit(session, problem, case, task.known, max(0.0, session.left() / max(1, visits)))
+            visits -= 1
+            rows = task.known[key]
+            yield key, {n: replace(r, blocks=r.blocks[before.get(n, 0) :]) for n, r in rows.items()}
+
+
+def _waiting(session: Session, where: str, done: str) -> None:
+    session.tick(where + done)
+
+
+def _merge(session: Session, known: Known, key: tuple[str, str, str], rows: dict[str, Row]) -> None:
+    """Add the blocks of a pass to the rows of the run."""
+    if key not in known:
+        known[key] = rows
+        for row in rows.values():
+            session.add(row)
+        return
+    for name, row in rows.items():
+        known[key][name].blocks += row.blocks
 
 
 def _visit(
     session: Session,
     problem: Problem,
     case: Case,
-    known: dict[tuple[str, str, str], dict[str, Row]],
+    known: Known,
     seconds: float,
 ) -> None:
     """One block of one problem; at the first visit the check as well."""
@@ -214,7 +271,7 @@ def _visit(
 def _memory(
     session: Session,
     cases: list[tuple[Shape, str]],
-    known: dict[tuple[str, str, str], dict[str, Row]],
+    known: Known,
 ) -> None:
     """The peak of each way, in a process of its own."""
     for shape, name in cases:
@@ -229,7 +286,7 @@ def _memory(
                 rows[way].peak = peak
 
 
-def _missing(session: Session, known: dict[tuple[str, str, str], dict[str, Row]]) -> None:
+def _missing(session: Session, known: Known) -> None:
     """Ops of the table that nothing here times are rows that say so."""
     timed = {op for _, op, _ in known}
     for op in ops.serving():
