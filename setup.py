@@ -85,8 +85,12 @@ class BuildExt(build_ext):
 
 
 setup(
-    # A working tree may have ksae.bench as a link.
-    packages=[*find_packages("python", exclude=["ksae.bench*"]), "ksae.kernels", "ksae.bench"],
+    # A working tree may have ksae.bench and ksae.kernels as links.
+    packages=[
+        *find_packages("python", exclude=["ksae.bench*", "ksae.kernels*"]),
+        "ksae.kernels",
+        "ksae.bench",
+    ],
     package_dir={"ksae": "python/ksae", "ksae.kernels": "kernels", "ksae.bench": "bench"},
     package_data={"ksae": ["py.typed", "*.pyi"]},
     exclude_package_data={
