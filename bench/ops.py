@@ -9,6 +9,7 @@ of a row.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from .record import Record, Row, low
 from .session import Session
 
 PASSES = 4  # blocks of a row
+LEAST_FOR_MEMORY = 60.0  # seconds; less where it is done earlier
 Shape = tuple[int, int, int, int]
 TINY: list[Shape] = [(16, 24, 256, 4)]
 QUICK: list[Shape] = [(512, 256, 8192, 32)]
@@ -40,6 +42,7 @@ FULL: list[Shape] = [
     (256, 768, 4096, 512),
 ]
 REFERENCE = "reference"
+PATIENCE = 0.5  # seconds: a slower reference is timed while it is checked against, once
 SLOW = 12  # times the fastest: such a way is timed in the first pass only
 
 
@@ -91,11 +94,11 @@ def implementations(op: str, device: str, every_isa: bool) -> Iterator[Implement
         yield Implementation(f"ksae {best}, unscreened", ops, best, screen=False)
 
 
-def ways(problem: Problem, session: Session) -> dict[str, Callable[[], Call]]:
+def ways(problem: Problem, case: Case, session: Session) -> dict[str, Callable[[], Call]]:
     """Makers of the calls by name; ksae's own start with "ksae"."""
     found: dict[str, Callable[[], Call]] = {}
-    # Plain C++ would take minutes for a large product.
-    every_isa = not session.quick and problem.cost.flops <= 5e9 and problem.cost.bytes <= 1e8
+    # The lower instruction sets at one shape: plain C++ takes minutes for a large product.
+    every_isa = not session.quick and case.key in QUICK
     for impl in implementations(problem.op, session.device, every_isa):
         if impl.name.endswith("unscreened") and problem.mode != "forward":
             continue
@@ -131,10 +134,15 @@ def rows_of(problem: Problem, case: Case, names: list[str]) -> dict[str, Row]:
 
 
 def wrong(
-    problem: Problem, made: dict[str, Callable[[], Call]], tolerance: float
-) -> dict[str, str]:
-    """Ways whose first result is not the reference's, or differs from itself, and by how much."""
-    want = [t.double() for t in problem.check(made[REFERENCE]()())]
+    problem: Problem, made: dict[str, Callable[[], Call]], case: Case
+) -> tuple[dict[str, str], float]:
+    """Ways whose first result is not the reference's, or differs from itself, and by how much;
+    and the seconds that the reference took."""
+    call = made[REFERENCE]()
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    want = [t.double() for t in problem.check(result)]
     found = {}
     for name, make in made.items():
         if name == REFERENCE or name in problem.parts:
@@ -142,14 +150,15 @@ def wrong(
         try:
             # copies: an update writes into its argument, torch's ways may share theirs
             got = [t.clone() for t in problem.check(make()())]
-            error = max(_apart(a, b) for a, b in zip(got, want, strict=False))
-            if not error <= tolerance:
+            apart = _apart_in_the_mean if problem.exchanges else _apart
+            error = max(apart(a, b) for a, b in zip(got, want, strict=False))
+            if not error <= (case.exchanged if problem.exchanges else case.tolerance):
                 found[name] = f"result differs from the reference by {error:.1e}"
             elif name.startswith("ksae") and not _equal(got, problem.check(make()())):
                 found[name] = "a second run gave other bits"
         except (RuntimeError, MemoryError) as failure:
             found[name] = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-    return found
+    return found, seconds
 
 
 def _apart(got: Tensor, want: Tensor) -> float:
@@ -157,6 +166,11 @@ def _apart(got: Tensor, want: Tensor) -> float:
     if not want.numel():
         return 0.0
     return float((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30))
+
+
+def _apart_in_the_mean(got: Tensor, want: Tensor) -> float:
+    """The norm of the error over the norm."""
+    return float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
 
 
 def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
@@ -249,21 +263,26 @@ def _visit(
     seconds: float,
 ) -> None:
     """One block of one problem; at the first visit the check as well."""
-    made = ways(problem, session)
+    made = ways(problem, case, session)
     key = (str(case), problem.op, problem.mode)
     if key not in known:
         known[key] = rows = rows_of(problem, case, list(made))
         for row in rows.values():
             session.add(row)
-        for name, why in wrong(problem, made, case.tolerance).items():
+        failures, reference_s = wrong(problem, made, case)
+        for name, why in failures.items():
             rows[name].failure = why
+        if reference_s > PATIENCE and rows[REFERENCE].anchor != REFERENCE:
+            rows[REFERENCE].blocks.append([reference_s])
+            del made[REFERENCE]
     rows = known[key]
     lows = {name: low(row.blocks[0]) for name, row in rows.items() if row.blocks}
+    least = min(lows.values(), default=0.0)
     calls = {
         name: make()
         for name, make in made.items()
         if rows[name].failure is None
-        and (not lows or lows[name] <= SLOW * min(lows.values()) or name == rows[name].anchor)
+        and (lows.get(name, 0.0) <= SLOW * least or name == rows[name].anchor)
     }
     session.block(rows, calls, seconds)
 
@@ -274,16 +293,20 @@ def _memory(
     known: Known,
 ) -> None:
     """The peak of each way, in a process of its own."""
-    for shape, name in cases:
+    until = session.spent() + max(session.left(), LEAST_FOR_MEMORY)
+    for number, (shape, name) in enumerate(cases):
         session.tick(f"peak memory, {name}")
-        found = peaks.of_ops(shape, name, session)
-        if found is None:
-            session.note(f"peak memory: not measured at {shape} {name}")
-            continue
-        for (case, op, mode, way), peak in found.items():
-            rows = known.get((case, op, mode), {})
-            if way in rows:
-                rows[way].peak = peak
+        seconds = (until - session.spent()) / (len(cases) - number)
+        complete = False
+        for found in peaks.of_ops(shape, name, session, seconds):
+            complete = found is None
+            if found is not None:
+                case, op, mode, way, peak = found
+                rows = known.get((case, op, mode), {})
+                if way in rows:
+                    rows[way].peak = peak
+        if not complete:
+            session.note(f"peak memory: the time was spent before the end of {shape} {name}")
 
 
 def _missing(session: Session, known: Known) -> None:

@@ -28,7 +28,7 @@ class SuiteSpec:
 
 
 SUITES = {
-    "ops": SuiteSpec("every op by implementation: time and memory", 26, 300),
+    "ops": SuiteSpec("every op by implementation: time and memory", 26, 420),
     "step": SuiteSpec("a whole training step against other libraries", 28, 480),
     "scaling": SuiteSpec("how cost grows with N, d, F and k", 12, 120),
     "quality": SuiteSpec("what training reaches on real activations, and when", 26, 240),
