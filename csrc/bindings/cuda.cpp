@@ -99,9 +99,9 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
   module.def("device_count", [] { return value_or_raise("device_count", device_count); });
 
   module.def("select", [](int64_t rows, int64_t F, int64_t k, int score_dtype, int dtype,
-                          Pointer scores, Pointer second, int mode, float beta, Pointer bias,
-                          Pointer scale, Pointer mask, bool relu, Pointer values, Pointer indices,
-                          const py::function& allocate, Pointer stream) {
+                          Pointer scores, Pointer second, int mode, float beta, Pointer informed,
+                          Pointer bias, Pointer scale, Pointer columns, bool relu, Pointer values,
+                          Pointer indices, const py::function& allocate, Pointer stream) {
     const SelectParams p{rows,
                          F,
                          k,
@@ -111,14 +111,19 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                          as<const void>(second),
                          Mode(mode),
                          beta,
+                         as<const uint8_t>(informed),
                          as<const void>(bias),
                          as<const float>(scale),
-                         as<const uint8_t>(mask),
+                         as<const int32_t>(columns),
                          relu,
                          as<void>(values),
                          as<int64_t>(indices)};
     void* workspace = as<void>(allocate(select_workspace(p)).cast<Pointer>());
     check(select(p, workspace, as<CUstream_st>(stream)), sizes("select", rows, 0, F, k));
+  });
+  module.def("list_columns", [](int64_t F, Pointer mask, Pointer columns, Pointer stream) {
+    check(list_columns(F, as<const uint8_t>(mask), as<int32_t>(columns), as<CUstream_st>(stream)),
+          sizes("list_columns", 0, 0, F, 0));
   });
   module.def("sparse_decode", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype,
                                  Pointer values, Pointer indices, int index_bytes, Pointer W_dec,
