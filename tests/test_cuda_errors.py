@@ -73,7 +73,7 @@ def test_an_old_gpu_is_refused_and_a_new_one_asked_once(monkeypatch: pytest.Monk
 
 
 def test_a_failed_launch_names_the_op_that_was_called() -> None:
-    text = "select with N=3, d=0, F=9, k=2: CUDA error 209 (no kernel image is available)"
+    text = "select with N=3, F=9, k=2: CUDA error 209 (no kernel image is available)"
 
     def fails(*args: Any) -> None:
         raise RuntimeError(text)

@@ -43,11 +43,13 @@ def test_bits_do_not_depend_on_the_order_of_threads_and_blocks(
     emulated: Emulator,
 ) -> None:
     args = arguments((11, 17, 1500, 40), torch.bfloat16)
+    x, _, W_enc, b_enc, _ = args
     results = []
     for seed, blocks in ((1, 1), (2, 3), (77, 5)):
         emulated.seed(seed)
         emulated.blocks_in_flight(blocks)
-        results.append([t for m in MODES for t in impl.grad_topk_encode(*args, 40, 0.5, m)])
+        out = [t for m in MODES for t in impl.grad_topk_encode(*args, 40, 0.5, m)]
+        results.append([*out, *impl.topk_encode(x, W_enc, b_enc, 40, None, b_enc > 0.5)])
     for other in results[1:]:
         assert all(torch.equal(t, o) for t, o in zip(results[0], other, strict=True))
 

@@ -101,17 +101,40 @@ MUTANTS = {
         "if (vj == 0 || c >= p.d) continue;",
         "if ((!WRONG && vj == 0) || c >= p.d) continue;",
     ),
+    # ------------------------------------------------------------------------------------- latent
+    "latent: missing barrier": Mutant(
+        "latent.cu",
+        "{  // the other columns count as well\n      __syncthreads();",
+        "{\n      if (!WRONG) __syncthreads();",
+    ),
+    "latent: off by one": Mutant(
+        "latent.cu",
+        "for (int32_t e = from; e < to; ++e) {",
+        "for (int32_t e = from; e < to - WRONG; ++e) {",
+    ),
+    "latent: dropped overflow": Mutant(
+        "latent.cu",
+        "    if (end - begin <= kCut) {",
+        "    if (WRONG && end - begin > kCut) continue;\n    if (end - begin <= kCut) {",
+    ),
+    "latent: wrong order of entries": Mutant(
+        "latent.cu",
+        "int64_t(at / k) * columns + c",
+        "int64_t(WRONG ? at % k : at / k) * columns + c",
+    ),
+    "latent: lost tail": Mutant(
+        "latent.cu", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
+    ),
 }
 FILES = sorted({m.file for m in MUTANTS.values()})
-SHARED = """#include "common.h"
-extern "C" {
+NAMESPACE = "namespace ksae::cuda {\n"
+SWITCH = """extern "C" {
 inline __attribute__((visibility("default"))) int ksae_mutant = 0;
 }
-namespace ksae::cuda {
-template <class Run>
+"""
+FLOAT_ALONE = """template <class Run>
 cudaError_t with_float(Dtype, Run run) {
   return run(static_cast<float*>(nullptr));
-}
 }
 """
 
@@ -119,7 +142,8 @@ cudaError_t with_float(Dtype, Run run) {
 def mutated(file: str) -> str:
     """The file with all of its mutants, each asleep until ksae_mutant is its number."""
     text = (KERNELS / file).read_text()
-    text = text.replace('#include "common.h"\n', SHARED).replace("with_type(", "with_float(")
+    text = text.replace(NAMESPACE, SWITCH + NAMESPACE + FLOAT_ALONE, 1)
+    text = text.replace("with_type(", "with_float(")
     for number, mutant in enumerate(MUTANTS.values(), 1):
         if mutant.file == file:
             count = text.count(mutant.old)

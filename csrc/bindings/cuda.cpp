@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #ifndef KSAE_CUDA_MODULE
@@ -39,9 +40,14 @@ int value_or_raise(const char* name, cudaError_t (*function)(int*)) {
   return value;
 }
 
+// The op and those of its sizes that it has: the others are 0.
 std::string sizes(const char* op, int64_t N, int64_t d, int64_t F, int64_t k) {
-  return std::string(op) + " with N=" + std::to_string(N) + ", d=" + std::to_string(d) +
-         ", F=" + std::to_string(F) + ", k=" + std::to_string(k);
+  std::string text = std::string(op) + " with";
+  const std::pair<const char*, int64_t> all[] = {{" N=", N}, {" d=", d}, {" F=", F}, {" k=", k}};
+  for (const auto& [name, size] : all)
+    if (size) text += name + std::to_string(size) + ",";
+  text.pop_back();
+  return text;
 }
 
 DecodeParams decode_params(int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values,

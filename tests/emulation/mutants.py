@@ -12,17 +12,27 @@ read and write anywhere and need not end. An outcome is "right", "wrong: " and t
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from cases import code, integers, scores
+from cases import (
+    clone_all,
+    code,
+    integers,
+    norm_arguments,
+    row_arguments,
+    scores,
+    written,
+)
 from emulation.build import Emulator
 from torch import Tensor
 
@@ -100,7 +110,76 @@ def decode(kernels: Kernels) -> Iterator[Case]:
         )
 
 
-CASES: dict[str, Callable[[Kernels], Iterator[Case]]] = {"select.cu": select, "decode.cu": decode}
+def group(kernels: Kernels) -> Iterator[Case]:
+    for N, F, k in ((1, 3, 1), (37, 40, 9), (130, 1000, 33)):  # the last: several tiles and digits
+        values, indices = code(N, F, k, torch.float32)
+        hot = torch.where(indices % 3 == 0, F - 1, indices)
+        for what, latents in (("spread", indices), ("hot", hot)):
+            got, want = (g.group_by_latent(values, latents, F) for g in (kernels, reference))
+            yield f"{what}, N={N}, F={F}, k={k}", all_same(got, want)
+
+
+def long_segments(side: str) -> dict[str, Any]:
+    """Arguments of row_update in integers: two groups, segments of several cuts."""
+    N, d, F = 400, 21, 23
+    a = row_arguments(torch.float32, side, N=N, d=d, F=F, ks=(2, 3))
+    for g, k in enumerate((2, 3)):
+        values, indices = integers(N, k, seed=g).abs(), torch.full((N, k), 2)
+        indices[:, 1], indices[::50], indices[1::50, 0] = 4, 5, 0
+        a["offsets"][g], a["order"][g] = reference.group_by_latent(values, indices, F)
+        a["coefficients"][g] = values
+        a["rows"][g] = integers(N, d, seed=g)
+    a["scales"] = torch.tensor([0.5, 2.0])
+    for name in ("W", "centre", "grad_b_enc"):
+        if a[name] is not None:
+            a[name] = integers(*a[name].shape, seed=5)
+    return a
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    return torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def latent(kernels: Kernels) -> Iterator[Case]:
+    for side in ("encoder", "decoder"):
+        for slices in ((0, 21), (0, 8, 21)):
+            a = long_segments(side)
+            if side == "encoder" and len(slices) > 2:
+                continue
+            want = clone_all(a)
+            for start, stop in itertools.pairwise(slices):
+                part = [[r[:, start:stop].contiguous() for r in b["rows"]] for b in (a, want)]
+                last = {"start": start, "normalize": side == "decoder" and stop == 21}
+                kernels.row_update(*(a | last | {"rows": part[0]}).values())
+                reference.row_update(*(want | last | {"rows": part[1]}).values())
+            names = written(a).keys()
+            right = all(close(written(a)[n], written(want)[n]) for n in names)
+            yield f"update, {side}, {len(slices) - 1} slices", right
+        a = long_segments(side)
+        got, want_sq = (g.row_grad_sq(*norm_arguments(a)) for g in (kernels, reference))
+        yield f"norm, {side}", close(got, want_sq)
+
+
+def sums(kernels: Kernels) -> Iterator[Case]:
+    a = long_segments("decoder")
+    grads = [integers(*c.shape, seed=7 + g) for g, c in enumerate(a["coefficients"])]
+    grads = [torch.where(c == 0, 0, g) for c, g in zip(a["coefficients"], grads, strict=True)]
+    arguments = (a["coefficients"], grads, a["offsets"], a["order"], a["scales"])
+    got, want = (g.latent_sums(*arguments) for g in (kernels, reference))
+    yield "latent sums", all_same(got, want)
+    N, d, F = 700, 5, 33
+    back = (integers(N, d), integers(N, 1, seed=1).abs(), torch.full((N, 1), 31), F)
+    pair = (g.sparse_decode_backward_weight(*back) for g in (kernels, reference))
+    yield "weight gradient", all_same(*pair)
+
+
+CASES: dict[str, Callable[[Kernels], Iterator[Case]]] = {
+    "select.cu": select,
+    "decode.cu": decode,
+    "group.cu": group,
+    "latent.cu": latent,
+    "sums.cu": sums,
+}
 
 
 def outcome(emulator: Emulator, file: str) -> str:
