@@ -152,6 +152,22 @@ def _forward(case: Case) -> Iterator[Problem]:
         dense_product=True,
         exchanges=True,
     )
+    dead = torch.arange(F, device=x.device) % 10 == 0
+    k_aux = min(d // 2, int(dead.sum()))
+
+    def dense_selections() -> tuple[Tensor, ...]:
+        z = case.scores()
+        return (*z.topk(k), *z.where(dead, -torch.inf).topk(k_aux))
+
+    yield Problem(
+        "topk_encode_aux",
+        "forward",
+        costs.topk_encode_aux(N, d, F, k, k_aux, s),
+        lambda impl: partial(impl.topk_encode_aux, x, W, b_enc, k, k_aux, dead, b_dec),
+        {"F.linear + two topk": dense_selections},
+        check=lambda r: [r[0].relu(), r[2].relu()],
+        dense_product=True,
+    )
     yield Problem(
         "sparse_decode",
         "forward",

@@ -92,7 +92,8 @@ def select(
     values, indices = z.new_empty(z.shape[0], k), torch.empty(z.shape[0], k, dtype=torch.int64)
     dtype = cuda._DTYPES[z.dtype]
     impl.kernels.module.select(
-        *z.shape, k, dtype, dtype, z.data_ptr(), pointer(second), mode, beta, 0, pointer(scale), 0,
+        *z.shape, k, dtype, dtype, z.data_ptr(), pointer(second), mode, beta, 0, 0,
+        pointer(scale), 0,
         False, values.data_ptr(), indices.data_ptr(), cuda._Workspace(z.device), 0,
     )  # fmt: skip
     return values, indices
@@ -356,7 +357,7 @@ def test_kernels_have_the_names_and_arguments_of_the_native_ones() -> None:
     import inspect
 
     ops = [n for n in vars(Kernels) if not n.startswith("_")]
-    assert len(ops) == 11
+    assert len(ops) == 13
     for op in ops:
         own = list(inspect.signature(getattr(Kernels, op)).parameters)[1:]
         assert own == list(inspect.signature(getattr(native, op)).parameters), op

@@ -41,6 +41,8 @@ def test_every_op_and_way_is_measured(results):
         "select": {"ksae", "torch.topk"},
         "select float32": {"ksae", "torch.topk"},
         "encode + select": {"ksae", "product alone", "cuBLAS + torch.topk"},
+        "grad encode + select": {"ksae", "products alone"},
+        "encode + AuxK": {"ksae", "encoded twice"},
         "decode": {"ksae", "Triton gather", "embedding_bag"},
         "group": {"ksae", "stable sort"},
         "residual": {"ksae"},

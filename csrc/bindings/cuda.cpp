@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #ifndef KSAE_CUDA_MODULE
@@ -39,9 +40,14 @@ int value_or_raise(const char* name, cudaError_t (*function)(int*)) {
   return value;
 }
 
+// The op and those of its sizes that it has: the others are 0.
 std::string sizes(const char* op, int64_t N, int64_t d, int64_t F, int64_t k) {
-  return std::string(op) + " with N=" + std::to_string(N) + ", d=" + std::to_string(d) +
-         ", F=" + std::to_string(F) + ", k=" + std::to_string(k);
+  std::string text = std::string(op) + " with";
+  const std::pair<const char*, int64_t> all[] = {{" N=", N}, {" d=", d}, {" F=", F}, {" k=", k}};
+  for (const auto& [name, size] : all)
+    if (size) text += name + std::to_string(size) + ",";
+  text.pop_back();
+  return text;
 }
 
 DecodeParams decode_params(int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values,
@@ -99,9 +105,9 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
   module.def("device_count", [] { return value_or_raise("device_count", device_count); });
 
   module.def("select", [](int64_t rows, int64_t F, int64_t k, int score_dtype, int dtype,
-                          Pointer scores, Pointer second, int mode, float beta, Pointer bias,
-                          Pointer scale, Pointer mask, bool relu, Pointer values, Pointer indices,
-                          const py::function& allocate, Pointer stream) {
+                          Pointer scores, Pointer second, int mode, float beta, Pointer informed,
+                          Pointer bias, Pointer scale, Pointer columns, bool relu, Pointer values,
+                          Pointer indices, const py::function& allocate, Pointer stream) {
     const SelectParams p{rows,
                          F,
                          k,
@@ -111,14 +117,19 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                          as<const void>(second),
                          Mode(mode),
                          beta,
+                         as<const uint8_t>(informed),
                          as<const void>(bias),
                          as<const float>(scale),
-                         as<const uint8_t>(mask),
+                         as<const int32_t>(columns),
                          relu,
                          as<void>(values),
                          as<int64_t>(indices)};
     void* workspace = as<void>(allocate(select_workspace(p)).cast<Pointer>());
     check(select(p, workspace, as<CUstream_st>(stream)), sizes("select", rows, 0, F, k));
+  });
+  module.def("list_columns", [](int64_t F, Pointer mask, Pointer columns, Pointer stream) {
+    check(list_columns(F, as<const uint8_t>(mask), as<int32_t>(columns), as<CUstream_st>(stream)),
+          sizes("list_columns", 0, 0, F, 0));
   });
   module.def("sparse_decode", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype,
                                  Pointer values, Pointer indices, int index_bytes, Pointer W_dec,

@@ -22,15 +22,17 @@ def select(
     second: int,
     mode: int,
     beta: float,
+    informed: int,
     bias: int,
     scale: int,
-    mask: int,
+    columns: int,
     relu: bool,
     values: int,
     indices: int,
     allocate: _Allocate,
     stream: int,
 ) -> None: ...
+def list_columns(F: int, mask: int, columns: int, stream: int) -> None: ...
 def sparse_decode(
     N: int,
     d: int,

@@ -151,6 +151,47 @@ def grad_topk_encode(
     return T
 
 
+def topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    k_aux: int,
+    dead: Tensor,
+    b_dec: Tensor | None = None,
+    grad: Tensor | None = None,
+    W_dec: Tensor | None = None,
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> torch.dtype:
+    op = "topk_encode_aux"
+    T = _encoder(op, x, W_enc, b_enc, k, b_dec)
+    F = W_enc.shape[0]
+    _like(op, "dead", dead, (F,), torch.bool, x)
+    if not 1 <= k_aux <= F:
+        raise fail(op, "k_aux", f"in [1, {F}] for W_enc of shape {_text(W_enc.shape)}", k_aux)
+    if (grad is None) != (W_dec is None):
+        raise fail(op, "grad", "given with W_dec", "one without the other")
+    if grad is not None and W_dec is not None:
+        _like(op, "W_dec", W_dec, (F, -1), T, x)
+        _like(op, "grad", grad, (x.shape[0], W_dec.shape[1]), T, x)
+        score(op, beta, mode)
+    return T
+
+
+def _encoder(
+    op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None
+) -> torch.dtype:
+    T = x.dtype
+    _matrix(op, "x", x)
+    _like(op, "W_enc", W_enc, (-1, x.shape[1]), T, x)
+    _like(op, "b_enc", b_enc, (W_enc.shape[0],), T, x)
+    if b_dec is not None:
+        _like(op, "b_dec", b_dec, (x.shape[1],), T, x)
+    _k(op, k, W_enc.shape[0], "W_enc", W_enc)
+    return T
+
+
 def sparse_decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
 ) -> torch.dtype:

@@ -161,6 +161,26 @@ def grad_topk_encode_counted(
     return values, indices, counts
 
 
+def topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    k_aux: int,
+    dead: Tensor,
+    b_dec: Tensor | None = None,
+    grad: Tensor | None = None,
+    W_dec: Tensor | None = None,
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if grad is None or W_dec is None:
+        chosen = topk_encode(x, W_enc, b_enc, k, b_dec)
+    else:
+        chosen = grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+    return (*chosen, *topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
+
+
 def encode_product(x: Tensor, W_enc: Tensor, *, screen: bool | None = None) -> None:
     """The product of topk_encode in its own microkernel, packing included, without selection."""
     bias = W_enc.new_zeros(W_enc.shape[0])

@@ -102,6 +102,22 @@ def _fake_grad_topk_encode(
     return _fake_topk(x, k)
 
 
+def _fake_topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    k_aux: int,
+    dead: Tensor,
+    b_dec: Tensor | None = None,
+    grad: Tensor | None = None,
+    W_dec: Tensor | None = None,
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_fake_topk(x, k), *_fake_topk(x, k_aux))
+
+
 def _fake_sparse_decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
 ) -> Tensor:
@@ -387,7 +403,7 @@ def _op(
         )
         _serving[name]["cpu"] = "native"
     if cuda.kernels is not None:
-        served = _kernel(name, check, getattr(cuda.kernels, name), native_=True)
+        served = _kernel(name, check, cuda.served(name, cuda.kernels), native_=True)
         torch.library.register_kernel(qualified, "cuda", served)
         _serving[name]["cuda"] = "native"
 
@@ -435,6 +451,13 @@ grad_topk_encode = _op(
     backward=_backward_grad_topk_encode,
     vmap=_by_row("grad_topk_encode", (0, 1)),
     autocast=True,
+)
+topk_encode_aux = _op(
+    "topk_encode_aux",
+    "(Tensor x, Tensor W_enc, Tensor b_enc, int k, int k_aux, Tensor dead, Tensor? b_dec=None,"
+    ' Tensor? grad=None, Tensor? W_dec=None, float beta=0.0, str mode="additive")'
+    " -> (Tensor values, Tensor indices, Tensor aux_values, Tensor aux_indices)",
+    fake=_fake_topk_encode_aux,
 )
 _sparse_decode = sparse_decode = _op(
     "sparse_decode",

@@ -98,6 +98,31 @@ def grad_topk_encode(
     return torch.where(v <= 0, 0, v).to(x.dtype), indices
 
 
+def topk_encode_aux(
+    x: Tensor,  # [N, d_in]
+    W_enc: Tensor,  # [F, d_in]
+    b_enc: Tensor,  # [F]
+    k: int,
+    k_aux: int,
+    dead: Tensor,  # [F] bool
+    b_dec: Tensor | None = None,  # [d_in]
+    grad: Tensor | None = None,  # [N, d_out]
+    W_dec: Tensor | None = None,  # [F, d_out]
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The selection of a training step and that of AuxK, which share a product.
+
+    Values and indices [N, k] of `topk_encode`, or of `grad_topk_encode` where grad and W_dec are
+    given; then those [N, k_aux] of `topk_encode` with the mask `dead`.
+    """
+    if grad is None or W_dec is None:
+        chosen = topk_encode(x, W_enc, b_enc, k, b_dec)
+    else:
+        chosen = grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+    return (*chosen, *topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
+
+
 def _decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """Unrounded sum over j of values[:, j] * W_dec[indices[:, j]]: [N, d], accumulated."""
     acc = accumulator(values.dtype)

@@ -58,8 +58,8 @@ class TrainStep:
     and the parameter is the master rounded. Parameters written from outside between steps are taken
     over. A step whose loss (or, if clipping, gradient norm) is not finite changes nothing and
     returns that loss. The fused step gives the same bits on every run and, natively, for every
-    number of threads. On CUDA it can be captured in a CUDA graph after a warm-up step; outside of
-    one, AuxK alone waits for the device, to learn whether any latent is dead.
+    number of threads. On CUDA it never waits for the device, and after a warm-up step it can be
+    captured in a CUDA graph.
 
     Example:
         >>> import torch, ksae
@@ -199,7 +199,10 @@ class TrainStep:
         target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
 
         k = model.k_multi if model.multi_topk else model.k
-        wide = model.select(x, k, grad)  # [N, k] twice, sorted
+        if k_aux:
+            *wide, aux_values, aux_indices = model.select_aux(x, k, k_aux, grad)
+        else:
+            wide = [*model.select(x, k, grad)]  # [N, k] twice, sorted
         code = (wide[0][:, : model.k].contiguous(), wide[1][:, : model.k].contiguous())
         decoder = (model.W_dec, model.b_dec, target)
         group, error = self._group(code, decoder, columns)
@@ -211,15 +214,15 @@ class TrainStep:
 
         groups, scales = [group], [2 * inverse]
         if model.multi_topk:
-            group, error = self._group(wide, decoder, d)
+            group, error = self._group((wide[0], wide[1]), decoder, d)
             metrics["multi_topk_loss"] = error * inverse
             loss = loss + error * inverse / 8
             groups.append(group)
             scales.append(inverse / 4)
         with_bias = len(groups)  # AuxK decodes without bias and without skip
         if k_aux:
-            aux = ops.topk_encode(x, model.W_enc, model.b_enc, k_aux, b_dec, dead)
             left = -groups[0].residual  # what AuxK predicts: y - recon
+            aux = (aux_values, aux_indices)
             group, error = self._group(aux, (model.W_dec, None, left), d)
             spread = total_variance(left)
             weight = torch.where((spread > 0) & dead.any(), 1 / spread, 0)
@@ -320,10 +323,10 @@ class TrainStep:
     def _k_aux(self, dead: Tensor) -> int:
         """Latents a token that AuxK takes, no more than are dead; 0: none are.
 
-        A CUDA graph is recorded without knowing how many are dead: there the last of k_aux slots
-        may be masked latents, whose value is 0.
+        On CUDA only the device knows how many are dead: there the last of k_aux slots may be
+        living latents, whose value is 0.
         """
-        if dead.is_cuda and torch.cuda.is_current_stream_capturing():
+        if dead.is_cuda:
             return min(self.model.k_aux, dead.numel())
         return min(self.model.k_aux, int(dead.sum()))
 

@@ -37,15 +37,19 @@ struct SelectParams {
   const void* second;  // [rows, F] or null: <W_dec[i], g>, used as `mode` says where z > 0
   Mode mode;           // score s = z, z (1 + beta |a|), z |a|, z (1 + beta relu(-a))
   float beta;
-  const void* bias;     // [F] or null: z = score + bias
-  const float* scale;   // [F] or null: multiplies s, not the value
-  const uint8_t* mask;  // [F] or null: z of latents with 0 is -inf
-  bool relu;            // values are relu(z); else z
-  void* values;         // [rows, k] z of the selected
-  int64_t* indices;     // [rows, k]
+  const uint8_t* informed;  // [rows] or null: where 0, second is not read and s = z
+  const void* bias;         // [F] or null: z = score + bias
+  const float* scale;       // [F] or null: multiplies s, not the value
+  const int32_t* columns;   // [F + 1] of list_columns or null: z of all others is -inf
+  bool relu;                // values are relu(z); else z
+  void* values;             // [rows, k] z of the selected
+  int64_t* indices;         // [rows, k]
 };
 size_t select_workspace(const SelectParams& p);
 cudaError_t select(const SelectParams& p, void* workspace, cudaStream_t stream);
+
+// The columns i with mask[i] != 0, ascending, in columns [F + 1], whose last entry is their number.
+cudaError_t list_columns(int64_t F, const uint8_t* mask, int32_t* columns, cudaStream_t stream);
 
 // ---- sparse_decode and its backward products -------------------------------------------------
 // Slots with value 0 contribute nothing. Exactly one of indices64 and indices32 is not null.
