@@ -76,6 +76,29 @@ def test_a_code_counts_without_its_zeros():
     assert lazy.known(code) is None  # somebody has seen it: it is an ordinary tensor from here
 
 
+@pytest.mark.parametrize("threshold", [0, 0.25], ids=str)
+def test_the_bookkeeping_of_loops_needs_no_zeros(threshold):
+    values, indices = randn(N, K, seed=1), torch.arange(N * K).reshape(N, K) % F
+    dense = torch.zeros(N, F).scatter(1, indices, values)
+    kept = []
+    for code in (lazy.code(values, indices, F), dense):
+        answers = [
+            (torch.abs(code) >= (threshold or 1e-6)).float().sum(0),
+            torch.mean((code.abs() > threshold).float(), 0),
+            torch.mean(code.abs(), dim=-1),
+            (code > threshold).any(dim=0),
+            (code.square() > threshold).any(),
+            code.square().sum(),
+            code.mean(),
+        ]
+        assert code is dense or not code.built
+        kept.append(answers)
+    for got, expected in zip(*kept, strict=True):
+        torch.testing.assert_close(got, expected)
+    code = lazy.code(values, indices, F)
+    assert torch.equal(code >= 0, dense >= 0) and code.built  # zeros pass: they must be there
+
+
 def test_pre_activations_of_changed_weights_are_refused():
     u, _, W = pre_activations(relu=True)
     with torch.no_grad():

@@ -30,8 +30,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-import pybind11
-
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 COMPILER = os.environ.get("CXX", "g++")
@@ -76,6 +74,8 @@ def kernels() -> Emulator:
 
 
 def _build(name: str, sources: Sequence[Path], instead: Mapping[str, str]) -> Path:
+    import pybind11  # tests/peers, which share conftest.py, do without it
+
     headers = [*(ROOT / "csrc" / "include").rglob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h")]
     headers += HERE.glob("*.h")
     texts = {path: path.read_text() for path in sorted({*sources, *EMULATOR, *headers})}
