@@ -96,9 +96,17 @@ def test_the_runner_has_the_curve_of_the_original(monkeypatch, language_model, t
     assert type(loaded) is sae_lens.TopKSAE  # without ksae
     x = torch.randn(8, D)
     torch.testing.assert_close(loaded(x), trained(x), rtol=1e-4, atol=1e-5)
+    # The same from our import, but for torch's fused Adam: from here, and from a checkpoint.
+    trained, losses = run(
+        monkeypatch,
+        saelens.LanguageModelSAETrainingRunner,
+        config(sae, tmp_path / "fused"),
+        language_model,
+    )
+    assert_same_curve([curves[0], losses])
     (checkpoint,) = (tmp_path / "ours" / "checkpoints").glob("*/*")
     again = config(sae, tmp_path / "again", resume_from_checkpoint=str(checkpoint))
-    resumed, rest = run(monkeypatch, sae_lens.LanguageModelSAETrainingRunner, again, language_model)
+    resumed, rest = run(monkeypatch, saelens.LanguageModelSAETrainingRunner, again, language_model)
     assert 0 < len(rest) < STEPS
     assert type(resumed) is saelens.TopKTrainingSAE
     assert rest[0] < 0.9 * losses[0]

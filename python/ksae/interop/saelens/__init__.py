@@ -28,7 +28,12 @@ from sae_lens import (
 )
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-from .runner import TranscoderTrainingRunner, pairs
+from .runner import (
+    LanguageModelSAETrainingRunner,
+    TranscoderTrainingRunner,
+    fused_adam,
+    pairs,
+)
 from .topk import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from .transcoders import (
     TopKSkipTranscoder,
@@ -42,6 +47,7 @@ from .transcoders import (
 )
 
 __all__ = [
+    "LanguageModelSAETrainingRunner",
     "SkipTranscoder",
     "SkipTranscoderConfig",
     "TopKSAE",
@@ -59,6 +65,7 @@ __all__ = [
     "Transcoder",
     "TranscoderConfig",
     "TranscoderTrainingRunner",
+    "fused_adam",
     "pairs",
 ]
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAELens' runner for transcoders: input and target from one forward pass of a language model."""
+"""SAELens' runner: with torch's fused Adam, and for transcoders, whose input and target come from
+one forward pass of a language model."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .. import sparse
+from .topk import TopK
 
 if TYPE_CHECKING:
 
@@ -19,9 +23,42 @@ if TYPE_CHECKING:
     class _Runner:
         def __init__(self, *args: Any) -> None: ...
 
+        def run_trainer_with_interruption_handling(self, trainer: Any) -> Any: ...
+
 else:
     from sae_lens import ActivationsStore as _Store
     from sae_lens import LanguageModelSAETrainingRunner as _Runner
+
+
+def fused_adam(trainer: Any) -> Any:
+    """Let SAELens' trainer step with torch's fused Adam: one pass over weights, moments and dense
+    gradients instead of seven, and no temporaries of their size. The same but for rounding.
+
+    Args:
+        trainer: a `SAETrainer`, before `fit` and after `load_trainer_state`.
+
+    Returns:
+        trainer.
+    """
+    if isinstance(trainer.sae, TopK):
+        sparse.latent_rows(trainer.sae.W_enc)
+    for group in trainer.optimizer.param_groups:
+        group["fused"], group["foreach"] = True, None
+        for p in group["params"]:
+            state = trainer.optimizer.state.get(p, {})
+            for name, value in state.items():
+                if value.dim():  # on a CPU it goes through memory without a look at strides
+                    state[name] = torch.empty_like(p).copy_(value)
+                else:
+                    state[name] = value.to(p.device)
+    return trainer
+
+
+class LanguageModelSAETrainingRunner(_Runner):
+    """SAELens' runner with `fused_adam`; all else as there."""
+
+    def run_trainer_with_interruption_handling(self, trainer: Any) -> Any:
+        return super().run_trainer_with_interruption_handling(fused_adam(trainer))
 
 
 def pairs(
@@ -47,8 +84,8 @@ class PairsStore(_Store):
         return pairs(self.get_multi_hook_data_loader(), self.hook_name, self.hook_name_out)
 
 
-class TranscoderTrainingRunner(_Runner):
-    """LanguageModelSAETrainingRunner for `TopKTrainingTranscoderConfig`s and their skip variant.
+class TranscoderTrainingRunner(LanguageModelSAETrainingRunner):
+    """The same for `TopKTrainingTranscoderConfig`s and their skip variant.
 
     Arguments as there; the target is what `cfg.sae.hook_name_out` gives. SAELens' evaluation puts
     reconstructions back where the input was read, so it is not run.
