@@ -223,6 +223,19 @@ def test_a_dense_code_is_decoded_as_any_other():
     assert_agree("decode", *outs)
 
 
+def test_a_latent_without_a_decoder_row_adds_nothing():
+    ours, theirs, _ = models()
+    for model in (ours, theirs):
+        model.W_dec.data[5] = 0
+    x = data(N, D)
+    out = ours(x)
+    out.square().sum().backward()
+    assert all(g.isfinite().all() for g in gradients(ours).values())
+    hooked = ours.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_pre", lambda t, hook: t)])
+    torch.testing.assert_close(out, hooked)
+    assert theirs(x).isnan().any()  # 0 / 0
+
+
 @torch.no_grad()
 def test_decoder_norms_fold_in_training():
     outs = []

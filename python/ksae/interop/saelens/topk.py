@@ -103,7 +103,8 @@ class TopK:
             return self._decoded(out)
         acts = lazy.dense(feature_acts.to_dense() if feature_acts.is_sparse else feature_acts)
         if self.cfg.rescale_acts_by_decoder_norm:
-            acts = acts / self.W_dec.norm(dim=-1)
+            norm = self.W_dec.norm(dim=-1)
+            acts = acts / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # 0 / 0 is 0
         return self._decoded(acts @ self.W_dec + self.b_dec)
 
     def _decoded(self, out: Tensor) -> Tensor:
