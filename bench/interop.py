@@ -73,23 +73,31 @@ def dictionary_learning(ours: bool, d: int, F: int, k: int) -> Step:
     return lambda x: trainer.update(1, x)
 
 
-def sae_lens(ours: bool, d: int, F: int, k: int) -> Step:
+def sae_lens(ours: bool, d: int, F: int, k: int, *, fused: bool = False) -> Step:
     """SAETrainer.step."""
     from sae_lens import TopKTrainingSAE as Original
     from sae_lens import TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from ksae.interop.saelens import TopKTrainingSAE
+    from ksae.interop.saelens import TopKTrainingSAE, fused_adam
 
     model = (TopKTrainingSAE if ours else Original)(TopKTrainingSAEConfig(d_in=d, d_sae=F, k=k))
     cfg = SAETrainerConfig(
         total_training_samples=10**9, train_batch_size_samples=1, lr=LR, lr_end=LR
     )
-    return SAETrainer(cfg, model, data_provider=iter(())).step
+    trainer = SAETrainer(cfg, model, data_provider=iter(()))
+    return fused_adam(trainer).step if fused else trainer.step
 
 
-LOOPS = {f.__name__: f for f in (sparsify, sparsify_fused, dictionary_learning, sae_lens)}
+def sae_lens_fused(ours: bool, d: int, F: int, k: int) -> Step:
+    """The same with torch's fused Adam in both."""
+    return sae_lens(ours, d, F, k, fused=True)
+
+
+LOOPS = {
+    f.__name__: f for f in (sparsify, sparsify_fused, dictionary_learning, sae_lens, sae_lens_fused)
+}
 
 
 def measure(name: str, rounds: int, shape: dict[str, int]) -> dict[str, Any]:
