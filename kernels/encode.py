@@ -266,7 +266,7 @@ def topk_encode(
     b_dec: Tensor | None = None,  # [d]
     mask: Tensor | None = None,  # [F] bool
     *,
-    relu: bool = True,
+    activation: str = "relu",
     tau: Tensor | None = None,  # [N] float32: a guess of the caller's, in place of the sample's
     capacity: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -314,5 +314,5 @@ def topk_encode(
     redo_kernel[(min(REDO_PROGRAMS, row_tiles),)](
         *inputs, redo, count[N:], count, keys, F, d, k, CAPACITY=capacity, **product
     )
-    pick_kernel[(N,)](count, keys, values, indices, k, RELU=relu, CAPACITY=capacity)
+    pick_kernel[(N,)](count, keys, values, indices, k, RELU=activation == "relu", CAPACITY=capacity)
     return values, indices
