@@ -22,7 +22,12 @@ LR = 1e-3
 SAME_FVU = {1: 1e-3, CHECKED: 0.05}  # relative; later steps also differ by what each library does
 FLOPS = {"quick": 5e9, "full": 8e10, "tiny": 2e7}  # of one product, at most
 MEMORY = 0.6  # of what is free
-QUICK_LEFT_OUT = ("ksae fp32, unscreened", "ksae bf16 weights, unfused", "eai-sparsify, fused Adam")
+QUICK_LEFT_OUT = (
+    "ksae fp32, unscreened",
+    "ksae bf16 weights, unfused",
+    "dense torch, compiled",
+    "eai-sparsify, fused Adam",
+)
 PATIENCE = {"quick": 60.0, "full": 180.0, "tiny": 60.0}  # seconds until all are ready
 TINY = Shape("tiny", 64, 32, 512, 8)
 DTYPES = {"ksae bf16 weights": "bf16", "ksae bf16 weights, unfused": "bf16"}
