@@ -184,7 +184,7 @@ def run(session: Session) -> None:
     cases = [(shape, name) for shape in shapes for name in dtypes]
     known: Known = {}
     passes = 1 if session.tiny else PASSES
-    memory = 0.15 * session.left()  # seconds kept for it
+    memory = 0.25 * session.left()  # seconds kept for it
     for turn in range(passes):
         if turn >= 2 and session.left() < memory:  # with one pass there is no spread
             session.note(f"{turn} of {passes} passes: the time was spent")
@@ -195,7 +195,7 @@ def run(session: Session) -> None:
         task = Task(session, cases, seconds, known)
         for key, rows in in_process(_serve, task, partial(_waiting, session, where)):
             _merge(session, known, key, rows)
-    _memory(session, cases[:1] if session.quick else cases, known)
+    _memory(session, cases[:1] if session.quick else cases[: 2 * len(dtypes)], known)
     _missing(session, known)
 
 
@@ -292,7 +292,7 @@ def _memory(
     cases: list[tuple[Shape, str]],
     known: Known,
 ) -> None:
-    """The peak of each way, in a process of its own."""
+    """The peak of each way at these cases, in a process of their own each."""
     until = session.spent() + max(session.left(), LEAST_FOR_MEMORY)
     for number, (shape, name) in enumerate(cases):
         session.tick(f"peak memory, {name}")

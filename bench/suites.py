@@ -29,8 +29,8 @@ class SuiteSpec:
 
 
 SUITES = {
-    "ops": SuiteSpec("every op by implementation: time and memory", 22, 420),
-    "step": SuiteSpec("a whole training step against other libraries", 28, 480),
+    "ops": SuiteSpec("every op by implementation: time and memory", 22, 360),
+    "step": SuiteSpec("a whole training step against other libraries", 28, 540),
     "scaling": SuiteSpec("how cost grows with N, d, F and k", 10, 120),
     "quality": SuiteSpec(
         "what training reaches on real activations, and when", 26, 240, only_full=True
