@@ -37,6 +37,19 @@ def test_overcomplete_is_its_formula_without_the_library():
     assert torch.equal(sae.eval()(x)[2], sae.decode(sae(x)[1]))
 
 
+@pytest.mark.parametrize("tie", [False, True], ids=["default", "tied"])
+def test_overcomplete_hooks_on_the_encoder_fire(tie):
+    torch.manual_seed(0)
+    sae = overcomplete.TopKSAE(D, F, K)
+    sae = sae.tied() if tie else sae
+    x, seen = randn(N, D, seed=1), []
+    expected = sae(x)
+    sae.encoder.register_forward_hook(lambda m, args, out: seen.append(out[0].detach()))
+    for got, value in zip(sae(x), expected, strict=True):
+        torch.testing.assert_close(got.clone(), value.clone())
+    assert len(seen) == 1 and seen[0].shape == (N, F)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

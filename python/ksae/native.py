@@ -12,6 +12,8 @@ screening of float32 encodes off (on where the CPU has BF16 dot instructions).
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +52,23 @@ def reason() -> str:
 
 def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+_HUGE = 1 << 21  # bytes of a huge page
+_MAPPED = 1 << 25  # from here on malloc maps pages anew at each call, and the kernel clears them
+
+
+def _huge_pages(t: Tensor) -> Tensor:
+    """A fresh t, whose pages are to be huge if it has many: one fault instead of 512."""
+    size = t.numel() * t.element_size()
+    if size > _MAPPED and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        start = -(-t.data_ptr() // _HUGE) * _HUGE
+        length = (t.data_ptr() + size) // _HUGE * _HUGE - start
+        # A kernel that refuses leaves small pages, which are as good but for the time.
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
+        )
+    return t
 
 
 class _Workspace:
@@ -265,7 +284,7 @@ def sparse_decode_backward_weight(
     grad: Tensor, values: Tensor, indices: Tensor, F: int
 ) -> tuple[Tensor, Tensor]:
     (N, d), k = grad.shape, values.shape[1]
-    grad_W, value_sum = grad.new_empty(F, d), grad.new_empty(F)
+    grad_W, value_sum = _huge_pages(grad.new_empty(F, d)), grad.new_empty(F)
     _cpu.sparse_decode_backward_weight(
         N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values), _pointer(indices),
         indices.element_size(),

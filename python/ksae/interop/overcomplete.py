@@ -135,7 +135,7 @@ class DictionaryLayer(_Dictionary):
     def _normalize(self) -> None:
         """As the library, for the standard normalization without a second [F, d]."""
         if self.normalization is normalize_l2:
-            sparse.unit_rows_(self._weights.data, 1e-8)
+            self._weights.data /= self._weights.norm(dim=1, keepdim=True) + 1e-8
         else:
             self._weights.data = self.normalization(self._weights)
 

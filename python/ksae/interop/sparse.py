@@ -8,7 +8,6 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -158,27 +157,9 @@ def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None 
     return functional.sparse_decode(values.to(W_dec.dtype), indices, W_dec, b_dec)
 
 
-# ------------------------------------------------------------------------------------ decoder rows
-
-_BLOCK = 1 << 18  # entries of a matrix at a time: the second pass over them finds them in the cache
-
-
-def _blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows [F, d] of all matrices, some at a time on a CPU."""
-    F, d = matrices[0].shape
-    step = max(1, _BLOCK // d) if matrices[0].device.type == "cpu" else max(F, 1)
-    return zip(*(torch.split(m, step) for m in matrices), strict=True)
-
-
-@torch.no_grad()
-def unit_rows_(W: Tensor, eps: float) -> None:
-    """Rows of W [F, d] over their length + eps."""
-    for (w,) in _blocks(W):
-        w /= w.norm(dim=1, keepdim=True) + eps
-
-
 @torch.no_grad()
 def project_(grad: Tensor, W: Tensor) -> None:
     """Take from each row of grad [F, d] its component along the (unit) row of W [F, d]."""
-    for g, w in _blocks(grad, W):
-        g.addcmul_(torch.linalg.vecdot(g, w)[:, None], w, value=-1)
+    own = torch.arange(W.shape[0], device=W.device)[:, None]
+    along = ops.sparse_decode_backward_values(grad, own, W)  # [F, 1], without an [F, d] product
+    grad.addcmul_(along, W, value=-1)

@@ -352,10 +352,11 @@ class SparseCoder(_Base):
 
     # -------------------------------------------------------------------------------- the decoder
 
+    @torch.no_grad()
     def set_decoder_norm_to_unit_norm(self) -> None:
         """Scale the rows of W_dec to length 1."""
         W_dec = self._decoder()
-        sparse.unit_rows_(W_dec.data, torch.finfo(W_dec.dtype).eps)
+        W_dec.data /= W_dec.data.norm(dim=1, keepdim=True) + torch.finfo(W_dec.dtype).eps
 
     def remove_gradient_parallel_to_decoder_directions(self) -> None:
         """Take from each row of W_dec.grad its component along the (unit) row of W_dec."""
