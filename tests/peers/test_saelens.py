@@ -219,7 +219,14 @@ def test_a_dense_code_is_decoded_as_any_other():
     outs = []
     for model in runs:
         f = model.encode(data(N, D).to(model.dtype))
-        outs.append({"dense": model.decode(f), "sparse": model.decode(f.to_sparse())})
+        lazily = model.encode_with_hidden_pre(data(N, D).to(model.dtype))[0].detach()
+        outs.append(
+            {
+                "dense": model.decode(f),
+                "sparse": model.decode(f.to_sparse()),
+                "detached": model.decode(lazily),
+            }
+        )
     assert_agree("decode", *outs)
 
 

@@ -98,14 +98,20 @@ class TopK:
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction [..., d] of a code [..., F]: lazy, dense or sparse."""
         code: Any = getattr(feature_acts, "code", feature_acts)
-        if lazy.known(code) is not None:
-            out = sparse.decode(code.unscaled, code.indices_, self.W_dec, self.b_dec)
-            return self._decoded(out)
+        if (known := lazy.known(code)) is not None:
+            values, indices = known
+            values = code.unscaled if hasattr(code, "unscaled") else self._unscaled(values, indices)
+            return self._decoded(sparse.decode(values, indices, self.W_dec, self.b_dec))
         acts = lazy.dense(feature_acts.to_dense() if feature_acts.is_sparse else feature_acts)
-        if self.cfg.rescale_acts_by_decoder_norm:
-            norm = self.W_dec.norm(dim=-1)
-            acts = acts / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # 0 / 0 is 0
-        return self._decoded(acts @ self.W_dec + self.b_dec)
+        return self._decoded(self._unscaled(acts) @ self.W_dec + self.b_dec)
+
+    def _unscaled(self, acts: Tensor, indices: Tensor | None = None) -> Tensor:
+        """The dense code [..., F], or its entries [..., k] at indices, as the decoder takes it."""
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            return acts
+        norm: Tensor = self.W_dec.norm(dim=-1)  # [F]
+        norm = norm.clamp(min=torch.finfo(norm.dtype).tiny)  # 0 / 0 is 0
+        return acts / (norm if indices is None else norm[indices])
 
     def _decoded(self, out: Tensor) -> Tensor:
         """What follows the decoder's product: hook, the input's normalization undone, heads."""
