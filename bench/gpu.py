@@ -432,14 +432,14 @@ def smoke(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def sections(record: Record, dry: bool) -> None:
+def sections(record: Record, dry: bool, installed: bool) -> None:
     import torch
 
     from ksae.bench import measure
 
     device, shapes = ("cpu", TINY) if dry else ("cuda", SHAPES)
     dtype = torch.float32 if dry else torch.bfloat16
-    if not dry:
+    if not dry and not installed:
         build(record, torch.cuda.get_device_capability())
         tests(record)
     from ksae import ops
@@ -477,6 +477,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=8.5, help="of all together")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--installed", action="store_true", help="measure: no build, no tests")
     parser.add_argument("--smoke", action="store_true", help="each op once, and no results")
     arguments = parser.parse_args()
     if arguments.dry_run:
@@ -494,7 +495,7 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     record = Record(arguments.out, name, arguments.minutes)
     record.note("machine", gpu=gpu)
-    sections(record, arguments.dry_run)
+    sections(record, arguments.dry_run, arguments.installed)
     print(report(record.data))
     return 1 if record.data["problems"] else 0
 
