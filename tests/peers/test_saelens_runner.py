@@ -133,6 +133,16 @@ def test_a_transcoder_from_a_language_model(skip, monkeypatch, language_model, t
         torch.testing.assert_close(
             loaded(cache[INPUT]), trained(cache[INPUT]), rtol=1e-4, atol=1e-5
         )
+    # SAELens' transformer puts the prediction where the target was, without any skip connection.
+    attached = sae_lens.HookedSAETransformer(language_model.cfg)
+    attached.load_state_dict(language_model.state_dict())
+    swap = [(OUTPUT, lambda out, hook: loaded.decode(loaded.encode(cache[INPUT])))]
+    torch.testing.assert_close(
+        attached.run_with_saes(rows, saes=[loaded]),
+        language_model.run_with_hooks(rows, fwd_hooks=swap),
+        rtol=1e-4,
+        atol=1e-5,
+    )
     variance = (cache[OUTPUT] - cache[OUTPUT].mean((0, 1))).square().sum()
     assert error < variance
 
