@@ -314,6 +314,33 @@ def test_the_shadow_is_the_rounded_weight(impl: Emulated, side: str) -> None:
         assert_same("slices", sliced["shadow"][:, :stop], sliced["W"].bfloat16()[:, :stop])
 
 
+# ------------------------------------------------------------------------- sums of residual columns
+
+
+@pytest.mark.parametrize(("N", "d"), [(0, 5), (1, 33), (2060, 9), (3, 11 * 1024 + 5)])
+def test_column_sums_beside_the_residual(
+    impl: Emulated, emulated: Emulator, dtype: torch.dtype, N: int, d: int
+) -> None:
+    """One token a block and several, rows in shared memory and in the workspace; the other results
+    are the same bits as without the sums."""
+    F, k = 7, 2
+    values, indices = code(N, F, k, dtype)
+    W, b, x = (randn(*s, dtype=dtype, seed=i) for i, s in enumerate([(F, d), (d,), (N, d)]))
+    sums, again = torch.full((d,), torch.nan), torch.full((d,), torch.nan)
+    got = impl.sparse_residual(values, indices, W, b, x, d // 2, sums)
+    for t, want in zip(got, impl.sparse_residual(values, indices, W, b, x, d // 2), strict=True):
+        assert torch.equal(t, want)
+    plain, exact = torch.zeros(d), torch.zeros(d, dtype=torch.float64)
+    reference.sparse_residual(values, indices, W, b, x, d, plain)
+    wide = (t.double() for t in (W, b, x))
+    reference.sparse_residual(values.double(), indices, *wide, d, exact)
+    assert_close("sums", sums, plain, exact)
+    emulated.seed(5)
+    emulated.blocks_in_flight(7)
+    impl.sparse_residual(values, indices, W, b, x, 0, again)
+    assert torch.equal(sums, again)
+
+
 # -------------------------------------------------------------------------------------- determinism
 
 

@@ -143,7 +143,7 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
       [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values, Pointer indices,
          int index_bytes, Pointer W_dec, Pointer b_dec, Pointer target, bool target_float,
          int64_t start, int64_t columns, Pointer residual, Pointer sq_error, Pointer grad_values,
-         const py::function& allocate, Pointer stream) {
+         Pointer column_sums, const py::function& allocate, Pointer stream) {
         const ResidualParams p{
             decode_params(N, d, F, k, dtype, values, indices, index_bytes, W_dec, b_dec, 0),
             as<const void>(target),
@@ -152,7 +152,8 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
             columns,
             as<float>(residual),
             as<double>(sq_error),
-            as<float>(grad_values)};
+            as<float>(grad_values),
+            as<float>(column_sums)};
         void* workspace = as<void>(allocate(sparse_residual_workspace(p)).cast<Pointer>());
         check(sparse_residual(p, workspace, as<CUstream_st>(stream)),
               sizes("sparse_residual", N, d, F, k));

@@ -12,7 +12,9 @@ constexpr int kThreads = 256;
 __global__ void __launch_bounds__(kThreads) list_kernel(Segments s) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= s.F) return;
-  for (int g = 0; g < s.groups; ++g) {
+#pragma unroll  // members of s at fixed places: no copy of it in local memory
+  for (int g = 0; g < kMaxGroups; ++g) {
+    if (g >= s.groups) break;
     const int32_t begin = s.offsets[g][i], end = s.offsets[g][i + 1];
     if (end - begin <= kCut) continue;
     const int32_t first = begin / kCut, last = (end - 1) / kCut;

@@ -65,6 +65,7 @@ def sparse_residual(
     residual: int,
     sq_error: int,
     grad_values: int,
+    column_sums: int,
     allocate: _Allocate,
     stream: int,
 ) -> None: ...

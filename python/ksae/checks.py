@@ -259,11 +259,17 @@ def sparse_residual(
     b_dec: Tensor | None,
     target: Tensor,
     columns: int,
+    column_sums: Tensor | None = None,
 ) -> torch.dtype:
     op = "sparse_residual"
     T = _residual(op, values, indices, W_dec, b_dec, target)
     if not 0 <= columns <= W_dec.shape[1]:
         raise fail(op, "columns", f"in [0, {W_dec.shape[1]}]", columns)
+    if column_sums is not None:
+        _like(op, "column_sums", column_sums, (W_dec.shape[1],), accumulator(T), values)
+        if not column_sums.is_contiguous():
+            got = f"strides {_text(column_sums.stride())}"
+            raise fail(op, "column_sums", "contiguous, for it is written", got)
     return T
 
 

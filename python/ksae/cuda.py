@@ -252,11 +252,13 @@ class Kernels:
         b_dec: Tensor | None,
         target: Tensor,
         columns: int,
+        column_sums: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         square = target.new_empty(values.shape[0], dtype=torch.float64)
         grads = target.new_empty(values.shape, dtype=torch.float32)
         code = (values, indices, W_dec, b_dec, target)
-        return self._residual(*code, 0, columns, square, grads), square, grads
+        residual = self._residual(*code, 0, columns, square, grads, column_sums)
+        return residual, square, grads
 
     def sparse_residual_slice(
         self,
@@ -268,7 +270,7 @@ class Kernels:
         start: int,
         stop: int,
     ) -> Tensor:
-        return self._residual(values, indices, W_dec, b_dec, target, start, stop, None, None)
+        return self._residual(values, indices, W_dec, b_dec, target, start, stop, None, None, None)
 
     def _residual(
         self,
@@ -281,6 +283,7 @@ class Kernels:
         stop: int,
         sq_error: Tensor | None,
         grad_values: Tensor | None,
+        column_sums: Tensor | None,
     ) -> Tensor:
         (N, k), (F, d) = values.shape, W_dec.shape
         residual = target.new_empty(N, stop - start, dtype=torch.float32)
@@ -289,7 +292,8 @@ class Kernels:
                 N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
                 indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(target),
                 target.dtype == torch.float32, start, stop - start, _pointer(residual),
-                _pointer(sq_error), _pointer(grad_values), _Workspace(values.device),
+                _pointer(sq_error), _pointer(grad_values), _pointer(column_sums),
+                _Workspace(values.device),
                 _stream(values),
             )  # fmt: skip
         return residual

@@ -51,7 +51,9 @@ def _kernel(
         result = serve(*(map(_contiguous, args) if native_ else args))
         if result is NotImplemented:  # arguments that the kernel does not know
             result = oracle(*args)
-        if name == "row_update":  # written below autograd: tell it
+        if name == "sparse_residual":  # written below autograd: tell it
+            torch.autograd.graph.increment_version([t for t in args[6:7] if t is not None])
+        if name == "row_update":
             written = [t for t in (args[6], *args[8:12], args[13], *args[16:17]) if t is not None]
             torch.autograd.graph.increment_version(written)
         return result
@@ -149,6 +151,7 @@ def _fake_sparse_residual(
     b_dec: Tensor | None,
     target: Tensor,
     columns: int,
+    column_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, acc = values.shape[0], accumulator(values.dtype)
     return (
@@ -491,8 +494,8 @@ group_by_latent = _op(
 )
 sparse_residual = _op(
     "sparse_residual",
-    "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, Tensor target, int columns)"
-    " -> (Tensor residual, Tensor sq_error, Tensor grad_values)",
+    "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, Tensor target, int columns,"
+    " Tensor(a!)? column_sums=None) -> (Tensor residual, Tensor sq_error, Tensor grad_values)",
     fake=_fake_sparse_residual,
 )
 sparse_residual_slice = _op(

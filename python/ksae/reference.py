@@ -203,6 +203,7 @@ def sparse_residual(
     b_dec: Tensor | None,  # [d]
     target: Tensor,  # [N, d] T or the accumulator's type
     columns: int,
+    column_sums: Tensor | None = None,  # [d] float32, written: sum of the residual over the tokens
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The residual, reconstruction minus target, not rounded to T.
 
@@ -214,6 +215,8 @@ def sparse_residual(
     residual = sparse_residual_slice(values, indices, W_dec, b_dec, target, 0, W_dec.shape[1])
     grads = sparse_decode_backward_values(residual, indices, W_dec.to(acc))
     grads = torch.where(values == 0, 0, grads)
+    if column_sums is not None:
+        column_sums.copy_(residual.sum(0))
     return residual[:, :columns].contiguous(), residual.double().square().sum(1), grads
 
 

@@ -30,6 +30,7 @@ class _Group(NamedTuple):
     offsets: Tensor  # [F+1]
     order: Tensor  # [N*k]
     residual: Tensor  # [N, columns]
+    sums: Tensor | None  # [d] of all its columns, where the kernel forms them
 
 
 class TrainStep:
@@ -122,6 +123,7 @@ class TrainStep:
         self.t = torch.zeros((), dtype=torch.float64, device=first.device)  # steps taken
         constants = torch.tensor([*betas, eps, 1 - betas[0], 1 - betas[1]], dtype=torch.float64)
         self._constants = constants.to(first.device)
+        self._sums_in_decode = first.is_cuda  # one reading of the residual less
         self._versions = self._read_versions()
         self._optimizer = None if fused else self._torch_adam()
         self._lr_on_device = torch.zeros_like(self.t)  # a CUDA graph reads it at every replay
@@ -233,11 +235,12 @@ class TrainStep:
         metrics["loss"] = loss
 
         scale = torch.stack(scales)
-        values, grads, offsets, order, residuals = (list(t) for t in zip(*groups, strict=True))
+        lists = (list(t) for t in zip(*groups, strict=True))
+        values, grads, offsets, order, residuals, sums = lists
         grad_b_enc, parallel = ops.latent_sums(values, grads, offsets, order, scale)
         along = parallel if model.normalize_decoder else None
         encoder = (grads, offsets, order, [x] * len(groups))
-        small = {"b_enc": grad_b_enc, "b_dec": _column_sums(residuals[:with_bias], scale)}
+        small = {"b_enc": grad_b_enc, "b_dec": _column_sums(residuals[:with_bias], sums, scale)}
         if model.W_skip is not None:
             pairs = zip(residuals[:with_bias], scale, strict=False)
             products = [s * (r.T @ x.to(acc)) for r, s in pairs]
@@ -291,7 +294,9 @@ class TrainStep:
             del group, groups
             residuals.clear()
             residuals = [ops.sparse_residual_slice(*code, *decoder, columns, d)]
-            small["b_dec"] = torch.cat([small["b_dec"], _column_sums(residuals, scale)])
+            if sums[0] is None:
+                rest = _column_sums(residuals, sums, scale)
+                small["b_dec"] = torch.cat([small["b_dec"], rest])
             ops.row_update(
                 values,
                 offsets,
@@ -337,9 +342,12 @@ class TrainStep:
         columns: int,
     ) -> tuple[_Group, Tensor]:
         """One term of the loss, and the sum of its squared residuals."""
-        residual, square, grads = ops.sparse_residual(*code, *decoder, columns)
+        sums = None
+        if self._sums_in_decode and decoder[1] is not None:
+            sums = torch.empty(self.model.d_out, dtype=self.acc, device=code[0].device)
+        residual, square, grads = ops.sparse_residual(*code, *decoder, columns, sums)
         offsets, order = ops.group_by_latent(*code, self.model.d_sae)
-        group = _Group(code[0], grads, offsets, order, residual)
+        group = _Group(code[0], grads, offsets, order, residual, sums)
         return group, square.sum().to(self.acc)
 
     def _state(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -500,7 +508,10 @@ class TrainStep:
                 entry["step"].fill_(float(self.t))
 
 
-def _column_sums(residuals: list[Tensor], scale: Tensor) -> Tensor:
+def _column_sums(residuals: list[Tensor], sums: list[Tensor | None], scale: Tensor) -> Tensor:
     """Gradient of b_dec along the decoder path: sum over groups of scale * residual.sum(0)."""
-    sums = [s * r.sum(0) for r, s in zip(residuals, scale, strict=False)]
-    return torch.stack(sums).sum(0)
+    terms = [
+        s * (r.sum(0) if done is None else done)
+        for r, done, s in zip(residuals, sums, scale, strict=False)
+    ]
+    return torch.stack(terms).sum(0)

@@ -74,6 +74,7 @@ struct ResidualParams {
   float* residual;         // [N, columns] reconstruction - target
   double* sq_error;        // [N] sum over all d of residual^2, or null
   float* grad_values;      // [N, k] <residual_n, W_dec[index]> over all d; 0 where the value is 0
+  float* column_sums;      // [d] sum of the residual over the tokens, or null; with sq_error only
 };
 size_t sparse_residual_workspace(const ResidualParams& p);
 cudaError_t sparse_residual(const ResidualParams& p, void* workspace, cudaStream_t stream);
