@@ -52,6 +52,16 @@ class Coder:
         return self.W_enc.dtype
 
 
+def transposed(weight: Tensor, owner: str) -> Tensor:
+    """A matrix of the other orientation; else an error."""
+    if weight.dim() != 2:
+        raise UserError(
+            f"load: encoder and decoder weights of {owner} must be matrices, got the shape"
+            f" {list(weight.shape)}"
+        )
+    return weight.T
+
+
 def check(coder: Coder, owner: str) -> Coder:
     """`coder`, if its tensors fit together; else an error that names the tensor."""
     if coder.W_enc.dim() != 2 or coder.W_dec.dim() != 2:

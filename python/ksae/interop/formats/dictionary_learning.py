@@ -10,7 +10,7 @@ import torch
 
 from ksae.errors import UserError
 
-from .coder import Coder, check, require
+from .coder import Coder, check, require, transposed
 from .files import Source, write_json, write_pickle
 
 KEYS = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k"}
@@ -31,7 +31,7 @@ def matches(source: Source) -> bool:
 def read(source: Source) -> Coder:
     matryoshka = "group_sizes" in source.state
     tensors = source.tensors(MATRYOSHKA if matryoshka else KEYS, {"threshold"})
-    config = source.config("trainer") or {}
+    owner, config = str(source.path), source.config("trainer") or {}
     trainer = config.get("trainer", {})
     name = trainer.get("dict_class") if isinstance(trainer, dict) else None
     if matryoshka:
@@ -43,12 +43,16 @@ def read(source: Source) -> Coder:
             f"load: dict_class of {source.path} must be one of {', '.join(CLASSES)}, got {name!r}"
         )
     parts: dict[str, Any] = (
-        {"W_enc": tensors["W_enc"].T, "b_enc": tensors["b_enc"], "W_dec": tensors["W_dec"]}
+        {
+            "W_enc": transposed(tensors["W_enc"], owner),
+            "b_enc": tensors["b_enc"],
+            "W_dec": tensors["W_dec"],
+        }
         if matryoshka
         else {
             "W_enc": tensors["encoder.weight"],
             "b_enc": tensors["encoder.bias"],
-            "W_dec": tensors["decoder.weight"].T,
+            "W_dec": transposed(tensors["decoder.weight"], owner),
         }
     )
     if tensors["k"].numel() != 1:

@@ -10,7 +10,7 @@ import torch
 
 from ksae.errors import UserError
 
-from .coder import Coder, check, require
+from .coder import Coder, check, require, transposed
 from .files import Source, pick, write_pickle
 
 KEYS = {"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"}
@@ -40,7 +40,7 @@ def read(source: Source) -> Coder:
     coder = Coder(
         W_enc=state["encoder.weight"],
         b_enc=state["latent_bias"],
-        W_dec=state["decoder.weight"].T,
+        W_dec=transposed(state["decoder.weight"], owner),
         b_dec=state["pre_bias"],
         activation="topk",
         k=int(config["top_k"]),

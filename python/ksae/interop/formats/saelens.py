@@ -13,7 +13,7 @@ from typing import Any
 
 from ksae.errors import UserError
 
-from .coder import Coder, check, require
+from .coder import Coder, check, require, transposed
 from .files import Source, integer, write_json, write_tensors
 
 KEYS = {"W_enc", "b_enc", "W_dec", "b_dec"}
@@ -59,7 +59,7 @@ def read(source: Source) -> Coder:
         )
     transcoder = architecture in TRANSCODERS
     coder = Coder(
-        W_enc=tensors["W_enc"].T,
+        W_enc=transposed(tensors["W_enc"], str(source.path)),
         b_enc=tensors["b_enc"],
         W_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
