@@ -28,13 +28,13 @@ def case_of(case: str) -> None:
         "no row": (0, 7, 33, 4),
         "one row": (1, 1, 33, 1),
         "k is F": (2, 17, 33, 33),
-        "overflow of one row": (3, 20, 200, 6),
+        "overflow of one row": (3, 20, 160, 6),
         "wide": (2, 300, 40, 3),
-    }.get(case, (2, 20, 200, 6))
+    }.get(case, (2, 20, 160, 6))
     top = 63 if case == "wide" else 511
     x, W = integers(N, d, top=top), integers(F, d, top=top, seed=1)
     b, b_dec, mask = integers(F, top=511, seed=2), None, None
-    way = {} if case == "random" else {"capacity": 128}
+    way = {} if case == "random" else {"capacity": 64}
     redone = None  # which rows are expected to have no proof
     match case:
         case "random" | "wide":
@@ -50,14 +50,14 @@ def case_of(case: str) -> None:
             way["tau"], redone = s[:, k - 1].contiguous(), N
         case "near ties, room for all":
             W = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3)
-            way, redone = {"capacity": 512}, 0
+            way, redone = {"capacity": 256}, 0
         case "near ties, overflow":
             W, redone = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3), N
         case "ties":
             W = W[torch.arange(F) % 8]
             b = b[torch.arange(F) % 8]
         case "outlier dimension":  # moves all scores together; its rounding dwarfs their spread
-            x[:, 5], W = 2.0**20 + 1, integers(F, d, top=63, seed=1)
+            x[:, 5], W = 2.0**20 + 4095, integers(F, d, top=63, seed=1)
             W[:, 5], redone = 7, N
         case "tiny":
             x, W, b = x * 2.0**-70, W * 2.0**-40, b * 2.0**-110
@@ -112,8 +112,8 @@ def without_the_bound() -> None:
 def paths_agree() -> None:
     """Normal numbers: scored as one of few or in full, a latent has the same bits."""
     x, W, b = randn(3, 50), randn(200, 50, seed=1), randn(200, seed=2)
-    few = screen.screened_and_redone(x, W, b, 6, capacity=128)
-    full = screen.screened_and_redone(x, W, b, 6, capacity=128, tau=torch.full((3,), -INF))
+    few = screen.screened_and_redone(x, W, b, 6, capacity=64)
+    full = screen.screened_and_redone(x, W, b, 6, capacity=64, tau=torch.full((3,), -INF))
     assert not few[2].any() and full[2].all()
     assert torch.equal(few[0], full[0]) and torch.equal(few[1], full[1])
     exact = reference.topk_encode(x.double(), W.double(), b.double(), 6)
