@@ -63,9 +63,9 @@ def _place(op, tiles, BLOCK_N: tl.constexpr):
 def maxima_kernel(
     op,
     maxima_ptr,  # [N, groups] float32
-    scores_ptr,  # [N, F] or None
+    values_ptr,  # [N, F] or None
     tiles, groups, stride,
-    SCORE: tl.constexpr, GROUP: tl.constexpr,
+    SCORE: tl.constexpr, RELU: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Maxima of GROUP columns each, of every stride-th tile of latents."""
@@ -74,9 +74,12 @@ def maxima_kernel(
     f = tile * stride * BLOCK_F + tl.arange(0, BLOCK_F)
     s, u = scores(op, rows, f, SCORE, BLOCK_N, BLOCK_F, BLOCK_D)
     inside = (rows < op.N)[:, None] & (f < op.F)[None, :]
-    if scores_ptr is not None:
-        here = scores_ptr + rows.to(tl.int64)[:, None] * op.F + f[None, :]
-        tl.store(here, s.to(scores_ptr.dtype.element_ty), inside)
+    if values_ptr is not None:
+        v = tl.where(s == float("-inf"), 0.0, u)
+        if RELU:
+            v = tl.where(v <= 0, 0.0, v)
+        here = values_ptr + rows.to(tl.int64)[:, None] * op.F + f[None, :]
+        tl.store(here, v.to(values_ptr.dtype.element_ty), inside)
     if SCORE == "screen":
         s = u  # what is certain
     ordered = order_of(tl.where((f < op.F)[None, :], s, float("-inf")))
@@ -119,7 +122,7 @@ def gate_kernel(
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
     s, u = scores(op, rows, f, SCORE, BLOCK_N, BLOCK_F, BLOCK_D)
-    tau = tl.load(tau_ptr + rows, rows < op.N, 0.0)
+    tau = tl.maximum(tl.load(tau_ptr + rows, rows < op.N, 0.0), LOWEST)  # -inf never passes
     below = s < tau[:, None]  # a NaN is not below
     passed = (below == 0) & (rows < op.N)[:, None] & (f < op.F)[None, :]
     counter = count_ptr + rows[:, None] + tl.zeros((BLOCK_N, BLOCK_F), tl.int32)
@@ -137,6 +140,7 @@ def list_kernel(
     count_ptr,  # [N]
     list_ptr,  # [N]
     listed_ptr,  # [1] int32, zero
+    short_ptr,  # [1] int8, zero: no row came short; or None
     N, k,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -144,8 +148,10 @@ def list_kernel(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(count_ptr + n, n < N, k)
     tau = tl.load(tau_ptr + n, n < N, 0.0)
-    all_passed = tau <= LOWEST
-    bad = ((count < k) & (all_passed == 0) | (count > CAPACITY)) & (n < N)
+    short = (count < k) & (tau > LOWEST)  # at the least number all have passed
+    if short_ptr is not None:
+        short = short & (tl.load(short_ptr) != 0)
+    bad = (short | (count > CAPACITY)) & (n < N)
     place = tl.atomic_add(listed_ptr + tl.zeros((BLOCK,), tl.int32), 1, mask=bad, sem="relaxed")
     tl.store(list_ptr + place, n, bad)
 
@@ -265,8 +271,9 @@ def guess(op: Operands, k: int, score: str, tile: Tile) -> Tensor:
     maxima = op.x.new_empty(op.N, groups, dtype=torch.float32)
     tau = op.x.new_empty(op.N, dtype=torch.float32)
     maxima_kernel[(triton.cdiv(op.N, tile.n) * sampled,)](
-        op, maxima, None, sampled, groups, stride, SCORE=score, GROUP=group, **tile.meta()
-    )
+        op, maxima, None, sampled, groups, stride,
+        SCORE=score, RELU=False, GROUP=group, **tile.meta(),
+    )  # fmt: skip
     guess_kernel[(op.N,)](maxima, tau, groups, r, BLOCK=triton.next_power_of_2(groups))
     return tau
 
@@ -284,13 +291,21 @@ def gated(op: Operands, tau: Tensor, score: str, tile: Tile, capacity: int) -> C
     return Candidates(count, keys, carried)
 
 
-def redo(op: Operands, tau: Tensor, found: Candidates, k: int, score: str, tile: Tile) -> None:
+def redo(
+    op: Operands,
+    tau: Tensor,  # [N] float32
+    found: Candidates,
+    k: int,
+    score: str,
+    tile: Tile,
+    short: Tensor | None = None,  # [1] int8: whether rows below k candidates count as short
+) -> None:
     """Brings rows that came short or overflowed to their k best."""
     N, capacity = found.keys.shape
     rows = tau.new_empty(N, dtype=torch.int32)
     total = found.counts[N:]
     list_kernel[(triton.cdiv(N, 256),)](
-        tau, found.counts, rows, total, N, k, CAPACITY=capacity, BLOCK=256
+        tau, found.counts, rows, total, short, N, k, CAPACITY=capacity, BLOCK=256
     )
     tile = tile._replace(f=tile.f // 2)  # half, for what it keeps beside a tile
     redo_kernel[(min(REDO_PROGRAMS, triton.cdiv(N, tile.n)),)](

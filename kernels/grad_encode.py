@@ -87,7 +87,7 @@ def grad_topk_encode(
         d_out=d_out,
         beta=float(beta),
     )
-    tile = tile_of(x, products=2)
+    tile = tile_of(x, carries=True)
     if tau is None:
         tau = guess(op, k, mode, tile)
     found = gated(op, tau, mode, tile, capacity or capacity_of(k, tile.f))

@@ -58,16 +58,17 @@ class Tile(NamedTuple):
         }
 
 
-# By bytes of an element and by the number of products in a tile. Not measured: chosen by the
-# arithmetic of accumulators in registers and stages in shared memory, and so that nothing spills.
+# By bytes of an element, and whether a second number travels beside the score (a second product, a
+# bound): it takes as many registers as the score. Not measured: chosen by the arithmetic of
+# accumulators in registers and stages in shared memory, and so that nothing spills.
 TILES = {
-    (2, 1): Tile(128, 128, 64, 8, 3),
-    (2, 2): Tile(128, 64, 64, 8, 3),
-    (4, 1): Tile(64, 64, 32, 4, 3),
-    (4, 2): Tile(64, 64, 32, 8, 3),
+    (2, False): Tile(128, 128, 64, 8, 3),
+    (2, True): Tile(128, 64, 64, 8, 3),
+    (4, False): Tile(64, 64, 32, 4, 3),
+    (4, True): Tile(64, 64, 32, 8, 3),
 }
 # 128 x 128 spills on sm_100: its accumulators come back from tensor memory all at once.
-BLACKWELL_TILES = TILES | {(2, 1): Tile(128, 64, 64, 8, 3)}
+BLACKWELL_TILES = TILES | {(2, False): TILES[2, True]}
 INTERPRETED_TILE = Tile(16, 64, 32, 4, 1)
 # The interpreter's bf16 product is wrong; operands are widened there. The product is the same.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -78,12 +79,12 @@ def capability(x: Tensor) -> int:
     return torch.cuda.get_device_capability(x.device)[0]
 
 
-def tile_of(x: Tensor, products: int = 1) -> Tile:
+def tile_of(x: Tensor, carries: bool = False) -> Tile:
     """The tile for operands like x."""
     if INTERPRETED.value:
         return INTERPRETED_TILE
     tiles = BLACKWELL_TILES if capability(x) == 10 else TILES
-    return tiles[x.element_size(), products]
+    return tiles[x.element_size(), carries]
 
 
 @triton.jit

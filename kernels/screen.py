@@ -184,7 +184,7 @@ def screened_and_redone(
         x_norms=norms(x, rounded, slack),
         w_norms=of_W.norms,
     )
-    tile = tile_of(rounded)
+    tile = tile_of(rounded, carries=True)
     if tau is None:
         tau = guess(op, k, "screen", tile)
     # twice the room of the plain gate: latents that cannot be told apart pass as well

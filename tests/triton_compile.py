@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from ksae.kernels import encode, grad_encode, product
+from ksae.kernels import encode, grad_encode, product, screen
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NAMES = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "LDL", "STL")
@@ -59,17 +59,27 @@ def empty(*shape, dtype):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def topk(dtype, k=32, **options):
-    N, d, F = 8192, 768, 24576
-    encode.topk_encode(
-        empty(N, d, dtype=dtype), empty(F, d, dtype=dtype), empty(F, dtype=dtype), k, **options
-    )
-
-
-def grad(dtype):
-    N, d, F = 8192, 768, 24576
+def topk(dtype, N=8192, d=768, F=24576, k=32, **options):
     x, W, b = empty(N, d, dtype=dtype), empty(F, d, dtype=dtype), empty(F, dtype=dtype)
-    grad_encode.grad_topk_encode(x, x, W, b, W, 32, 0.5)
+    encode.topk_encode(x, W, b, k, **options)
+
+
+def grad(dtype, N=8192, d=768, F=24576, k=32):
+    x, W, b = empty(N, d, dtype=dtype), empty(F, d, dtype=dtype), empty(F, dtype=dtype)
+    grad_encode.grad_topk_encode(x, x, W, b, W, k, 0.5)
+
+
+def screened(N=8192, d=768, F=24576, k=32):
+    x, W, b = (empty(*s, dtype=torch.float32) for s in ((N, d), (F, d), (F,)))
+    screen.screened_topk_encode(x, W, b, k)
+
+
+def one_of_each():
+    """Triton makes a constant of a size of one."""
+    sizes = {"N": 1, "d": 1, "F": 1, "k": 1}
+    topk(torch.bfloat16, **sizes)
+    grad(torch.bfloat16, **sizes)
+    screened(**sizes)
 
 
 CASES = {
@@ -79,6 +89,8 @@ CASES = {
     "topk-bf16-abs": lambda: topk(torch.bfloat16, activation="abs"),
     "grad-bf16": lambda: grad(torch.bfloat16),
     "grad-fp32": lambda: grad(torch.float32),
+    "screen": screened,
+    "one-of-each": one_of_each,
 }
 
 
@@ -97,6 +109,7 @@ def main():
     product.capability = lambda x: target.capability // 10
     report = {}
     for asked in sys.argv[1:]:
+        print(asked, file=sys.stderr, flush=True)  # the last one is what did not compile
         case, capability = asked.split(", ")
         target.capability = int(capability)
         launched.clear()

@@ -9,7 +9,7 @@ import sys
 
 import torch
 import triton_interpreter  # noqa: F401  first: sets the mode
-from cases import assert_same, integers
+from cases import assert_close, assert_same, integers, randn
 from torch import Tensor
 
 from ksae import reference
@@ -18,18 +18,17 @@ from ksae.kernels import encode, grad_encode
 INF = torch.inf
 
 
-def chosen(
+def every(
     x: Tensor,
     W: Tensor,
     b: Tensor,
-    k: int,
     b_dec: Tensor | None = None,
     mask: Tensor | None = None,
     activation: str = "relu",
     scale: Tensor | None = None,
     theta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What topk_encode means, from the matrix of all scores."""
+    """Scores and values of all latents [N, F], as topk_encode means them."""
     u = (x if b_dec is None else x - b_dec).float() @ W.float().T + b.float()
     u = u if scale is None else u * scale
     s = u.abs() if activation == "abs" else u
@@ -37,25 +36,27 @@ def chosen(
     lost = lost if theta is None else u <= theta
     lost = lost if mask is None else lost | ~mask
     s = s.masked_fill(lost, -INF)
-    indices = reference.topk(s, k)[1]
-    v = u.gather(1, indices)
-    v = torch.where(v <= 0, 0, v) if activation == "relu" else v
-    return v.masked_fill(s.gather(1, indices) == -INF, 0).to(x.dtype), indices
+    v = torch.where(u <= 0, 0, u) if activation == "relu" else u
+    return s, v.masked_fill(s == -INF, 0)
+
+
+DEFAULT = ("random", "k is F", "masked, overflow")  # the capacity that a caller gets
 
 
 def topk_case(case: str) -> None:
     N, d, F, k = {
-        "random": (5, 40, 300, 9),
         "no row": (0, 7, 33, 4),
         "one row": (1, 1, 33, 1),
         "k is F": (2, 17, 33, 33),
         "two tiles of rows": (17, 3, 70, 1),
         "sampled": (2, 5, 2100, 4),
-    }.get(case, (3, 17, 200, 6))
+        "overflow of one row": (3, 17, 200, 6),
+        "random": (5, 40, 300, 9),
+    }.get(case, (2, 17, 200, 6))
     dtype = {"half": torch.float16, "bf16": torch.bfloat16}.get(case, torch.float32)
     x, W = integers(N, d, dtype=dtype), integers(F, d, dtype=dtype, seed=1)
     b = integers(F, dtype=dtype, seed=2)
-    meaning, way = {}, {"capacity": 128} if case != "random" else {}
+    meaning, way = {}, {"capacity": 64} if case not in DEFAULT else {}
     everything, nothing = torch.full((N,), -INF), torch.full((N,), INF)
     living = torch.arange(F) % 50 == 0  # fewer than k
     match case:
@@ -100,16 +101,91 @@ def topk_case(case: str) -> None:
             meaning["theta"], way["tau"] = integers(F, seed=4), everything
         case "threshold that nothing reaches":
             meaning |= {"theta": torch.full((F,), 1e6), "activation": "abs"}
-    got, expected = encode.topk_encode(x, W, b, k, **meaning, **way), chosen(x, W, b, k, **meaning)
+    got = encode.topk_encode(x, W, b, k, **meaning, **way)
+    score, values = every(x, W, b, **meaning)
+    indices = reference.topk(score, k)[1]
     if not set(meaning) & {"activation", "scale", "theta"}:
         assert_same("indices, reference", got[1], reference.topk_encode(x, W, b, k, **meaning)[1])
-    assert_same("indices", got[1], expected[1])
-    assert_same("values", got[0], expected[0])
+    assert_same("indices", got[1], indices)
+    assert_same("values", got[0], values.gather(1, indices).to(dtype))
+
+
+def normal_case(case: str) -> None:
+    """Normal numbers by the rule of cases.py; no two scores are close enough for another order."""
+    op, name = case.split(", ")
+    dtype = {"half": torch.float16, "bf16": torch.bfloat16, "float": torch.float32}[name]
+    N, d, F, k = 2, 50, 200, 8
+    sizes = (N, d), (N, d), (F, d), (F,), (F, d)
+    x, g, W, b, W_dec = (randn(*s, dtype=dtype, seed=i) for i, s in enumerate(sizes))
+    if op == "grad":
+        run, arguments = "grad_topk_encode", (x, g, W, b, W_dec, k, 0.5)
+        got = grad_encode.grad_topk_encode(*arguments, capacity=128)
+    else:
+        run, arguments = "topk_encode", (x, W, b, k)
+        got = encode.topk_encode(*arguments, capacity=128)
+    double = [a.double() if isinstance(a, Tensor) else a for a in arguments]
+    exact, plain = getattr(reference, run)(*double), getattr(reference, run)(*arguments)
+    assert_same("indices", got[1], exact[1])
+    assert_close("values", got[0], plain[0], exact[0])
+
+
+def dense_case(case: str) -> None:
+    N, d, F, group = (5, 17, 200, 16) if case != "no row" else (0, 3, 70, 64)
+    x, W, b = integers(N, d), integers(F, d, seed=1), integers(F, seed=2)
+    meaning = {}
+    match case:
+        case "options":
+            meaning = {"scale": 2.0 ** integers(F, seed=4), "mask": torch.arange(F) % 3 > 0}
+        case "absolute":
+            meaning = {"activation": "abs", "theta": integers(F, seed=4)}
+        case "NaN":
+            b[150] = torch.nan
+    values, maxima = encode.dense_encode(x, W, b, group=group, **meaning)
+    score, expected = every(x, W, b, **meaning)
+    assert_same("values", values, expected)
+    score = torch.nn.functional.pad(score, (0, -F % group), value=-INF)
+    assert_same("maxima", maxima, score.unflatten(1, (-1, group)).amax(2))
+
+
+def batch_case(case: str) -> None:
+    N, d, F, k, most = 4, 17, 200, 4, 9
+    x, W, b = integers(N, d), integers(F, d, seed=1), integers(F, seed=2)
+    meaning, way = {}, {"capacity": 128}
+    match case:
+        case "guessed":
+            x[3] *= 8  # more of its latents than `most` are among the N k largest
+        case "short":
+            way["tau"] = torch.tensor(1000.0)
+        case "overflow":
+            way["tau"] = torch.tensor(-INF)
+        case "all equal":
+            x[:] = 1
+            W[:] = 1
+        case "negative":
+            b -= 1000
+        case "masked":
+            meaning["mask"] = torch.arange(F) % 60 == 0  # 4 a row: all of them
+        case "NaN":
+            b[150] = torch.nan
+        case "cap":
+            most = k  # then it is the plain selection
+    got = encode.batch_topk_encode(x, W, b, k, most=most, **meaning, **way)
+    score, values = every(x, W, b, **meaning)
+    indices = reference.topk(score, most)[1]
+    best = score.gather(1, indices)
+    places = reference.topk(best.reshape(1, -1), N * k)[1][0]
+    selected = torch.zeros(N * most, dtype=torch.bool).scatter(0, places, True).view(N, most)
+    expected = torch.where(selected, values.gather(1, indices), 0)
+    assert_same("values", got[0], expected)
+    assert_same("threshold", got[2], best.flatten()[places[-1]])
+    fired = (expected > 0) | expected.isnan()
+    assert_same("indices", got[1][fired], indices[fired])
+    assert all(len(set(row)) == most for row in got[1].tolist()), "an index twice"
 
 
 def grad_case(case: str) -> None:
     mode, _, kind = case.partition(", ")
-    N, d, F, k = 4, 17, 200, 6
+    N, d, F, k = 3, 17, 200, 6
     dtype = {"half": torch.float16, "bf16": torch.bfloat16}.get(kind, torch.float32)
     width = 70 if kind == "wide" else d
     sizes = (N, d), (N, width), (F, d), (F,), (F, width)
@@ -141,10 +217,19 @@ def grad_case(case: str) -> None:
     assert_same("values", got[0], expected[0])
 
 
+CASES = {
+    "topk": topk_case,
+    "normal": normal_case,
+    "dense": dense_case,
+    "batch": batch_case,
+    "grad": grad_case,
+}
+
+
 def outcome(name: str) -> str:
     op, _, case = name.partition(", ")
     try:
-        {"topk": topk_case, "grad": grad_case}[op](case)
+        CASES[op](case)
     except Exception as error:  # the report goes on with the next case
         return f"{type(error).__name__}: {error}"
     return "equal"
