@@ -257,6 +257,22 @@ def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
         "cuBLAS + torch.topk": dense_encode,
     }
     add_rows(record, shape, "encode + select", timer(ways), costs.topk_encode(N, d, F, k, s))
+    grad, dead, k_aux = i.x.flip(0), torch.arange(F, device=timer.device) % 10 == 0, min(d, F) // 2
+    ways = {
+        "ksae": lambda: ops.grad_topk_encode(i.x, grad, i.W, i.b_enc, i.W, k, 0.5),
+        "products alone": lambda: (i.product(), i.product()),
+    }
+    cost = costs.grad_topk_encode(N, d, F, k, s)
+    add_rows(record, shape, "grad encode + select", timer(ways), cost)
+    ways = {
+        "ksae": lambda: ops.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
+        "encoded twice": lambda: (
+            ops.topk_encode(i.x, i.W, i.b_enc, k),
+            ops.topk_encode(i.x, i.W, i.b_enc, k_aux, None, dead),
+        ),
+    }
+    cost = costs.topk_encode_aux(N, d, F, k, k_aux, s)
+    add_rows(record, shape, "encode + AuxK", timer(ways), cost)
 
     want = ops.sparse_decode(i.values, i.indices, i.W)
     check(record, f"decode {shape.name}", gpurivals.decode(i.values, i.indices, i.W), want, 1e-2)
@@ -409,19 +425,21 @@ def smoke(device: str) -> None:
         assert same > 0.9 and torch.allclose(values.float(), i.values.float(), atol=0.05), same
         from ksae import ops
 
+        dead = torch.arange(1100, device=device) % 10 == 0
+        ops.topk_encode_aux(i.x, i.W, i.b_enc, 9, 20, dead, None, i.x.flip(0), i.W, 0.5)
         latent_pass(i, ops.sparse_residual(i.values, i.indices, i.W, i.b_dec, i.x, 72))()
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def sections(record: Record, dry: bool) -> None:
+def sections(record: Record, dry: bool, installed: bool) -> None:
     import torch
 
     from ksae.bench import measure
 
     device, shapes = ("cpu", TINY) if dry else ("cuda", SHAPES)
     dtype = torch.float32 if dry else torch.bfloat16
-    if not dry:
+    if not dry and not installed:
         build(record, torch.cuda.get_device_capability())
         tests(record)
     from ksae import ops
@@ -459,6 +477,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--minutes", type=float, default=8.5, help="of all together")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--installed", action="store_true", help="measure: no build, no tests")
     parser.add_argument("--smoke", action="store_true", help="each op once, and no results")
     arguments = parser.parse_args()
     if arguments.dry_run:
@@ -476,7 +495,7 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     record = Record(arguments.out, name, arguments.minutes)
     record.note("machine", gpu=gpu)
-    sections(record, arguments.dry_run)
+    sections(record, arguments.dry_run, arguments.installed)
     print(report(record.data))
     return 1 if record.data["problems"] else 0
 

@@ -91,21 +91,28 @@ def dictionary_learning_fused(ours: bool, d: int, F: int, k: int) -> Step:
     return lambda x: trainer.update(1, x), trainer.optimizer
 
 
-def sae_lens(ours: bool, d: int, F: int, k: int) -> Step:
+def sae_lens(ours: bool, d: int, F: int, k: int, *, fused: bool = False) -> Step:
     """SAETrainer.step."""
     from sae_lens import TopKTrainingSAE as Original
     from sae_lens import TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from ksae.interop.saelens import TopKTrainingSAE
+    from ksae.interop.saelens import TopKTrainingSAE, fused_adam
 
     model = (TopKTrainingSAE if ours else Original)(TopKTrainingSAEConfig(d_in=d, d_sae=F, k=k))
     cfg = SAETrainerConfig(
         total_training_samples=10**9, train_batch_size_samples=1, lr=LR, lr_end=LR
     )
     trainer = SAETrainer(cfg, model, data_provider=iter(()))
+    if fused:
+        trainer = fused_adam(trainer)
     return trainer.step, trainer.optimizer
+
+
+def sae_lens_fused(ours: bool, d: int, F: int, k: int) -> Step:
+    """The same with torch's fused Adam in both."""
+    return sae_lens(ours, d, F, k, fused=True)
 
 
 def overcomplete(ours: bool, d: int, F: int, k: int) -> Step:
@@ -137,7 +144,7 @@ LOOPS = {
     f.__name__: f
     for f in (
         *(sparsify, sparsify_fused, dictionary_learning, dictionary_learning_fused),
-        *(sae_lens, overcomplete),
+        *(sae_lens, sae_lens_fused, overcomplete),
     )
 }
 

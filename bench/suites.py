@@ -22,19 +22,23 @@ class SuiteSpec:
     quick: float
     full: float
     device: str = "any"  # or "cuda": left out, with a note, where there is none
+    module: str = ""  # of its run(session); default: of its name
+    only_full: bool = False  # quick runs it only where it is asked for by name
 
     def seconds(self, mode: str) -> float:
         return {"quick": self.quick, "full": self.full, "tiny": 2.0}[mode]
 
 
 SUITES = {
-    "ops": SuiteSpec("every op by implementation: time and memory", 26, 300),
-    "step": SuiteSpec("a whole training step against other libraries", 28, 400),
-    "scaling": SuiteSpec("how cost grows with N, d, F and k", 12, 120),
-    "quality": SuiteSpec("what training reaches on real activations, and when", 26, 240),
+    "ops": SuiteSpec("every op by implementation: time and memory", 22, 360),
+    "step": SuiteSpec("a whole training step against other libraries", 28, 540),
+    "scaling": SuiteSpec("how cost grows with N, d, F and k", 10, 120),
+    "quality": SuiteSpec(
+        "what training reaches on real activations, and when", 26, 240, only_full=True
+    ),
     "roofline": SuiteSpec("share of the machine's limits", 8, 60),
     "threads": SuiteSpec("torch's ops and ksae's in turns", 3, 20),
-    "gpu": SuiteSpec("kernels on a GPU", 60, 300, device="cuda"),
+    "gpu": SuiteSpec("kernels on a GPU", 120, 480, device="cuda", module="gpusuite"),
 }
 
 
@@ -42,7 +46,7 @@ def runner(name: str) -> Callable[[Session], Any] | str:
     """What runs a suite: `run(session)` of the module of its name; or why there is nothing."""
     if SUITES[name].device == "cuda" and not torch.cuda.is_available():
         return "needs a CUDA device"
-    module = f"{__package__}.{name}"
+    module = f"{__package__}.{SUITES[name].module or name}"
     if importlib.util.find_spec(module) is None:
         return f"{module} is not there"
     run = getattr(importlib.import_module(module), "run", None)

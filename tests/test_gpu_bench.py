@@ -41,6 +41,8 @@ def test_every_op_and_way_is_measured(results):
         "select": {"ksae", "torch.topk"},
         "select float32": {"ksae", "torch.topk"},
         "encode + select": {"ksae", "product alone", "cuBLAS + torch.topk"},
+        "grad encode + select": {"ksae", "products alone"},
+        "encode + AuxK": {"ksae", "encoded twice"},
         "decode": {"ksae", "Triton gather", "embedding_bag"},
         "group": {"ksae", "stable sort"},
         "residual": {"ksae"},
@@ -98,3 +100,31 @@ def test_results_are_on_disk_after_each_measurement_and_goals_are_judged(tmp_pat
         "A step / product": False,
     }
     assert "| A | step | dense torch | out of memory |" in path.with_suffix(".md").read_text()
+
+
+def test_suite_of_ksae_bench_has_its_rows(results, tmp_path):
+    from ksae.bench import gpusuite
+    from ksae.bench.record import Record
+    from ksae.bench.session import Session
+
+    data, _ = results
+    session = Session(Record({}, "full"), tmp_path / "bench.json")
+    gpusuite.take(session, data | {"problems": ["x"]})
+    assert [(r.case, r.op, r.way) for r in session.suite.rows] == [
+        (r["shape"], r["op"], r["way"]) for r in data["rows"]
+    ]
+    for row, r in zip(session.suite.rows, data["rows"], strict=True):
+        assert row.times.median == r["median"] and row.ours == (r["way"] == "ksae")
+    assert session.suite.notes == ["problem: x"]
+    assert session.suite.facts["ceilings"] == data["ceilings"]
+
+
+def test_suite_runs_the_script_and_takes_what_it_left(tmp_path):
+    from ksae.bench import gpusuite
+    from ksae.bench.record import Record
+    from ksae.bench.session import Session
+
+    session = Session(Record({}, "full"), tmp_path / "bench.json")
+    session.begin("gpu", 1)  # too little for anything
+    gpusuite.run(session)
+    assert any("no time for measure_ops" in note for note in session.suite.notes)

@@ -443,3 +443,33 @@ def test_auxk_with_masked_slots_is_auxk(dead: int, monkeypatch: pytest.MonkeyPat
     assert (counted["auxk_loss"] > 0) == (dead > 0)
     for name, t in counted.items():
         torch.testing.assert_close(padded[name], t, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("case", ["plain", "multi, dead", "skip"])
+def test_column_sums_of_the_decode_kernel(case: str) -> None:
+    """As on CUDA, where the residual's columns are summed by the kernel that forms it."""
+    kind, settings, options = CASES[case]
+    outcomes = []
+    for fused_sums in (False, True):
+        model = build(kind, torch.float64, **{n: v for n, v in settings.items() if n != "dead"})
+        model.tokens_since_fired[::2] = model.dead_after + 1
+        step = warm(ksae.TrainStep(model, LR, **options))
+        step._sums_in_decode = fused_sums
+        step(*(t.double() for t in batch(kind)))
+        outcomes.append(results(model, step))
+    for name, want in outcomes[0].items():
+        torch.testing.assert_close(outcomes[1][name], want, rtol=1e-10, atol=1e-13, msg=name)
+
+
+def test_column_sums_are_checked_and_marked_as_written() -> None:
+    values, indices = torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.int64)
+    code = (values, indices, torch.ones(5, 4), None, torch.ones(3, 4), 4)
+    sums = torch.zeros(4)
+    ksae.ops.sparse_residual(*code, sums)
+    assert torch.equal(sums, torch.full((4,), 3.0)) and sums._version > 0
+    for bad, message in (
+        (torch.ones(3), r"of shape \[4\], got \[3\]"),
+        (torch.ones(8)[::2], "con"),
+    ):
+        with pytest.raises(ValueError, match=f"sparse_residual: column_sums must be {message}"):
+            ksae.ops.sparse_residual(*code, bad)

@@ -4,18 +4,22 @@
 // sparse_decode and slices of the residual: one warp a token and 128 columns, slices outermost, so
 // that 128 columns of W_dec (256 F bytes at 16 bits) are what the L2 cache has to hold. The whole
 // residual: one block a token, its row in shared memory, from which the products with the chosen
-// rows are taken while these rows are still in cache. Sums over k and over d have a fixed order.
+// rows are taken while these rows are still in cache. With column sums, a block takes N / kShares
+// tokens one after the other and keeps their sum. All sums have a fixed order.
 //
-// Bytes: N k d sizeof(T) gathered (twice for the residual), N d written. Flops: 2 N k d (4 N k d).
-// Limits: a residual row longer than kSharedRow numbers lies in the workspace.
+// Bytes: N k d sizeof(T) gathered (twice for the residual), N d written; for column sums 8 kShares
+// d instead of another reading of the residual. Flops: 2 N k d (4 N k d). Limits: a residual row
+// longer than kSharedRow numbers lies in the workspace.
 #include "common.h"
 
 namespace ksae::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kSumThreads = 1024;
 constexpr int kSlice = 128;  // columns a warp
 constexpr int64_t kSharedRow = 11 * 1024;
+constexpr int64_t kShares = 1024;  // of the tokens, for column sums
 
 // Columns [c, c + 4) of the unrounded reconstruction of token n, bias included. All 32 lanes call.
 template <class T>
@@ -94,39 +98,66 @@ __device__ __forceinline__ float dot(const R* row, const T* w, int64_t d, bool a
   return warp_sum(sum);
 }
 
+// A block takes tokens [share * block, share * (block + 1)).
 template <class T>
 __global__ void __launch_bounds__(kThreads, 8)
-    residual_kernel(ResidualParams p, float* rows, bool aligned) {
+    residual_kernel(ResidualParams p, float* rows, float* sums, int64_t share, bool aligned) {
   KSAE_SHARED_BYTES(shared);
   const DecodeParams& q = p.decode;
-  const int64_t n = blockIdx.x;
   auto* scratch = reinterpret_cast<double*>(shared);
-  float* row = rows ? rows + n * q.d : reinterpret_cast<float*>(scratch + kThreads / 32);
-  double square = 0;
-  for (int64_t c0 = 0; c0 < q.d; c0 += 4 * kThreads) {
-    const int64_t c = c0 + 4 * threadIdx.x;
-    const Four sum = decode4<T>(q, n, c, aligned);
+  float* row = rows ? rows + blockIdx.x * q.d : reinterpret_cast<float*>(scratch + kThreads / 32);
+  const int64_t first = blockIdx.x * share, last = first + share < q.N ? first + share : q.N;
+  for (int64_t n = first; n < last; ++n) {
+    double square = 0;
+    for (int64_t c0 = 0; c0 < q.d; c0 += 4 * kThreads) {
+      const int64_t c = c0 + 4 * threadIdx.x;
+      const Four sum = decode4<T>(q, n, c, aligned);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int64_t column = c + e;
-      if (column >= q.d) continue;
-      const float r = sum.x[e] - target_at(p, static_cast<const T*>(nullptr), n * q.d + column);
-      row[column] = r;
-      square += double(r) * r;
-      if (column >= p.start && column < p.start + p.columns)
-        p.residual[n * p.columns + column - p.start] = r;
+      for (int e = 0; e < 4; ++e) {
+        const int64_t column = c + e;
+        if (column >= q.d) continue;
+        const float r = sum.x[e] - target_at(p, static_cast<const T*>(nullptr), n * q.d + column);
+        row[column] = r;
+        square += double(r) * r;
+        if (column >= p.start && column < p.start + p.columns)
+          p.residual[n * p.columns + column - p.start] = r;
+        if (sums) {  // [blocks, d], each number of one thread
+          float* total = sums + blockIdx.x * q.d + column;
+          *total = n == first ? r : *total + r;
+        }
+      }
     }
+    square = block_sum(square, scratch);  // a barrier: the row is complete
+    if (threadIdx.x == 0) p.sq_error[n] = square;
+    const T* W = static_cast<const T*>(q.W_dec);
+    for (int64_t j = threadIdx.x / 32; j < q.k; j += kThreads / 32) {
+      const int64_t at = n * q.k + j;
+      float g = 0;
+      if (load(static_cast<const T*>(q.values) + at) != 0)
+        g = dot(row, W + index_at(q.indices64, q.indices32, at) * q.d, q.d, aligned);
+      if (threadIdx.x % 32 == 0) p.grad_values[at] = g;
+    }
+    __syncthreads();  // the row is read before the next token's is written
   }
-  square = block_sum(square, scratch);  // a barrier: the row is complete
-  if (threadIdx.x == 0) p.sq_error[n] = square;
-  const T* W = static_cast<const T*>(q.W_dec);
-  for (int64_t j = threadIdx.x / 32; j < q.k; j += kThreads / 32) {
-    const int64_t at = n * q.k + j;
-    float g = 0;
-    if (load(static_cast<const T*>(q.values) + at) != 0)
-      g = dot(row, W + index_at(q.indices64, q.indices32, at) * q.d, q.d, aligned);
-    if (threadIdx.x % 32 == 0) p.grad_values[at] = g;
+}
+
+// out[c] = sum of sums[:, c]: a lane a column, a warp every 32nd row; warps in their order.
+__global__ void __launch_bounds__(kSumThreads)
+    column_sums_kernel(const float* sums, int64_t rows, int64_t d, float* out) {
+  KSAE_SHARED_BYTES(shared);
+  auto* partial = reinterpret_cast<float*>(shared);  // [warps, 32]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t c = int64_t(blockIdx.x) * 32 + lane;
+  float sum = 0;
+  if (c < d) {
+#pragma unroll 8
+    for (int64_t r = warp; r < rows; r += kSumThreads / 32) sum += sums[r * d + c];
   }
+  partial[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp != 0 || c >= d) return;
+  for (int w = 1; w < kSumThreads / 32; ++w) sum += partial[32 * w + lane];
+  out[c] = sum;
 }
 
 template <class T>
@@ -138,6 +169,17 @@ __global__ void __launch_bounds__(kThreads, 8)
   const float g = dot(static_cast<const T*>(p.grad) + at / p.k * p.d, W, p.d, aligned);
   if (threadIdx.x % 32 == 0) store(static_cast<T*>(p.grad_values) + at, g);
 }
+
+// Who takes which tokens of the whole residual: from N alone, so that sums are the same everywhere.
+struct Blocks {
+  int64_t share, count;
+  bool outside;  // rows do not fit in shared memory
+
+  explicit Blocks(const ResidualParams& p)
+      : share(p.column_sums ? (p.decode.N + kShares - 1) / kShares : 1),
+        count(share ? (p.decode.N + share - 1) / share : 0),
+        outside(p.decode.d > kSharedRow) {}
+};
 
 template <bool kResidual>
 cudaError_t launch_slices(const ResidualParams& p, cudaStream_t stream) {
@@ -164,25 +206,34 @@ cudaError_t sparse_decode(const DecodeParams& p, cudaStream_t stream) {
   return launch_slices<false>(all, stream);
 }
 
+// Rows outside of shared memory, then sums, of as many blocks.
 size_t sparse_residual_workspace(const ResidualParams& p) {
-  const bool outside = p.sq_error && p.decode.d > kSharedRow;
-  return outside ? size_t(p.decode.N) * p.decode.d * sizeof(float) : 0;
+  if (!p.sq_error) return 0;
+  const Blocks blocks(p);
+  return (blocks.outside + (p.column_sums ? 1 : 0)) * blocks.count * p.decode.d * sizeof(float);
 }
 
 cudaError_t sparse_residual(const ResidualParams& p, void* workspace, cudaStream_t stream) {
-  if (!p.sq_error) return launch_slices<true>(p, stream);
   const DecodeParams& q = p.decode;
-  if (q.N == 0) return cudaSuccess;
-  if (!grid_fits(q.N)) return cudaErrorInvalidConfiguration;
-  const bool outside = q.d > kSharedRow;
+  if (q.N == 0)  // before sq_error is looked at: empty tensors may have no address
+    return p.column_sums ? cudaMemsetAsync(p.column_sums, 0, q.d * sizeof(float), stream)
+                         : cudaSuccess;
+  if (!p.sq_error) return launch_slices<true>(p, stream);
+  const Blocks blocks(p);
+  if (!grid_fits(blocks.count)) return cudaErrorInvalidConfiguration;
   const size_t bytes =
-      kThreads / 32 * sizeof(double) + (outside ? 0 : (q.d + 3) / 4 * 4 * sizeof(float));
+      kThreads / 32 * sizeof(double) + (blocks.outside ? 0 : (q.d + 3) / 4 * 4 * sizeof(float));
+  auto* memory = static_cast<float*>(workspace);
+  float* rows = blocks.outside ? memory : nullptr;
+  float* sums = p.column_sums ? memory + blocks.outside * blocks.count * q.d : nullptr;
   return with_type(q.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool aligned = aligned4(static_cast<const T*>(q.W_dec), q.d);
-    float* rows = outside ? static_cast<float*>(workspace) : nullptr;
-    KSAE_LAUNCH((residual_kernel<T>), static_cast<unsigned>(q.N), kThreads, bytes, stream, p, rows,
-                aligned);
+    KSAE_LAUNCH((residual_kernel<T>), static_cast<unsigned>(blocks.count), kThreads, bytes, stream,
+                p, rows, sums, blocks.share, aligned);
+    if (sums)
+      KSAE_LAUNCH(column_sums_kernel, static_cast<unsigned>((q.d + 31) / 32), kSumThreads,
+                  kSumThreads * sizeof(float), stream, sums, blocks.count, q.d, p.column_sums);
     return cudaGetLastError();
   });
 }

@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,6 +180,26 @@ def grad_topk_encode_counted(
     return values, indices, counts
 
 
+def topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    k_aux: int,
+    dead: Tensor,
+    b_dec: Tensor | None = None,
+    grad: Tensor | None = None,
+    W_dec: Tensor | None = None,
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if grad is None or W_dec is None:
+        chosen = topk_encode(x, W_enc, b_enc, k, b_dec)
+    else:
+        chosen = grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+    return (*chosen, *topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
+
+
 def encode_product(x: Tensor, W_enc: Tensor, *, screen: bool | None = None) -> None:
     """The product of topk_encode in its own microkernel, packing included, without selection."""
     bias = W_enc.new_zeros(W_enc.shape[0])
@@ -205,7 +226,11 @@ def sparse_residual(
     b_dec: Tensor | None,
     target: Tensor,
     columns: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    column_sums: Tensor | None = None,
+) -> Any:
+    """NotImplemented with column_sums, which are the reference's."""
+    if column_sums is not None:
+        return NotImplemented
     (N, k) = values.shape
     sq_error = target.new_empty(N, dtype=torch.float64)
     grad_values = target.new_empty(N, k, dtype=torch.float32)
@@ -351,7 +376,12 @@ def row_update(
     grad_b_dec: Tensor | None,
     start: int,
     normalize: bool,
-) -> None:
+    shadow: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Any:
+    """NotImplemented with a shadow or with noise, which are the reference's."""
+    if shadow is not None or noise is not None:
+        return NotImplemented
     F, d = W.shape
     _cpu.row_update(
         F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
@@ -361,3 +391,4 @@ def row_update(
         _pointer(v),
         _pointer(hyper), normalize, _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
+    return None

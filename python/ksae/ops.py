@@ -49,8 +49,12 @@ def _kernel(
         _index_range(name, args)
         serve = oracle if dtype == torch.float64 else function
         result = serve(*(map(_contiguous, args) if native_ else args))
-        if name == "row_update":  # written below autograd: tell it
-            written = [t for t in (args[6], *args[8:12], args[13]) if t is not None]
+        if result is NotImplemented:  # arguments that the kernel does not know
+            result = oracle(*args)
+        if name == "sparse_residual":  # written below autograd: tell it
+            torch.autograd.graph.increment_version([t for t in args[6:7] if t is not None])
+        if name == "row_update":
+            written = [t for t in (args[6], *args[8:12], args[13], *args[16:17]) if t is not None]
             torch.autograd.graph.increment_version(written)
         return result
 
@@ -100,6 +104,22 @@ def _fake_grad_topk_encode(
     return _fake_topk(x, k)
 
 
+def _fake_topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    k_aux: int,
+    dead: Tensor,
+    b_dec: Tensor | None = None,
+    grad: Tensor | None = None,
+    W_dec: Tensor | None = None,
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_fake_topk(x, k), *_fake_topk(x, k_aux))
+
+
 def _fake_sparse_decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
 ) -> Tensor:
@@ -131,6 +151,7 @@ def _fake_sparse_residual(
     b_dec: Tensor | None,
     target: Tensor,
     columns: int,
+    column_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, acc = values.shape[0], accumulator(values.dtype)
     return (
@@ -385,7 +406,7 @@ def _op(
         )
         _serving[name]["cpu"] = "native"
     if cuda.kernels is not None:
-        served = _kernel(name, check, getattr(cuda.kernels, name), native_=True)
+        served = _kernel(name, check, cuda.served(name, cuda.kernels), native_=True)
         torch.library.register_kernel(qualified, "cuda", served)
         _serving[name]["cuda"] = "native"
 
@@ -434,6 +455,13 @@ grad_topk_encode = _op(
     vmap=_by_row("grad_topk_encode", (0, 1)),
     autocast=True,
 )
+topk_encode_aux = _op(
+    "topk_encode_aux",
+    "(Tensor x, Tensor W_enc, Tensor b_enc, int k, int k_aux, Tensor dead, Tensor? b_dec=None,"
+    ' Tensor? grad=None, Tensor? W_dec=None, float beta=0.0, str mode="additive")'
+    " -> (Tensor values, Tensor indices, Tensor aux_values, Tensor aux_indices)",
+    fake=_fake_topk_encode_aux,
+)
 _sparse_decode = sparse_decode = _op(
     "sparse_decode",
     "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec=None) -> Tensor",
@@ -466,8 +494,8 @@ group_by_latent = _op(
 )
 sparse_residual = _op(
     "sparse_residual",
-    "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, Tensor target, int columns)"
-    " -> (Tensor residual, Tensor sq_error, Tensor grad_values)",
+    "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec, Tensor target, int columns,"
+    " Tensor(a!)? column_sums=None) -> (Tensor residual, Tensor sq_error, Tensor grad_values)",
     fake=_fake_sparse_residual,
 )
 sparse_residual_slice = _op(
@@ -494,7 +522,7 @@ row_grad_sq = _op(
 row_update = _op(
     "row_update",
     f"({_ROWS}, Tensor(f!)? parallel, Tensor? grad_b_enc, Tensor(a!) W, Tensor(b!)? master,"
-    " Tensor(c!) m, Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize)"
-    " -> ()",
+    " Tensor(c!) m, Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize,"
+    " Tensor(g!)? shadow=None, Tensor? noise=None) -> ()",
     fake=_fake_row_update,
 )

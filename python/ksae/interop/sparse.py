@@ -130,7 +130,7 @@ def scaled_topk(
     x, W_enc, b_enc, scale, b_dec = _cast(x, W_enc, b_enc, scale, b_dec)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         score, indices = ops.topk_encode(x, W_enc * scale[:, None], b_enc * scale, k, b_dec, mask)
-        values = torch.where(score > 0, score / scale[indices], 0)
+        values = torch.where(score == 0, 0, score / scale[indices])  # NaN stays
     return at(x, W_enc, b_enc, b_dec, indices, values=values, gate=score > 0), indices
 
 
