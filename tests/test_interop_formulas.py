@@ -153,6 +153,7 @@ def test_nvidia_refuses(name):
 
 TRACED = {
     "topk": {},
+    "negative": {"b_enc": randn(F, seed=1) - 8},  # fewer than k pre-activations are positive
     "skip": {"W_skip": randn(D, D, seed=8)},
     "jumprelu": {"activation": "jumprelu", "k": None, "threshold": randn(F, seed=7).abs()},
     "relu": {"activation": "relu", "k": None},
@@ -192,6 +193,7 @@ def test_circuit_tracer_loads_its_file_and_is_its_formula(kind, lazily, tmp_path
     result.square().sum().backward()
     got = [own.encode(x, apply_activation_function=False), acts, result, code.to_dense(), encoders]
     got += [own.decode_sparse(code, x)[1], own.b_enc.grad]
+    assert kind != "negative" or (acts < 0).any()
     for value, plain, exact in zip(got, *outs, strict=True):
         assert_close(f"circuit-tracer {kind}", value, plain, exact)
     torch.testing.assert_close(own.decode(acts, x), result)

@@ -106,15 +106,17 @@ def test_the_fused_trainer_takes_the_steps_of_the_original(dead):
     assert fused.update(60, x) == pytest.approx(theirs.loss(x, step=0).item(), rel=1e-3)
 
 
-def test_one_fused_step_from_the_same_weights_is_one_step_of_the_original():
+@pytest.mark.parametrize("auxk_alpha", [0.0, 5.0], ids=["plain", "AuxK"])
+def test_three_fused_steps_move_as_those_of_the_original(auxk_alpha):
     states = []
     for cls, options in ((TopKTrainer, {}), (ours.TopKTrainer, {"fused": True})):
-        trainer = cls(
-            9, D, F, K, 0, "none", lr=1e-2, warmup_steps=1, seed=0, device="cpu", **options
-        )
+        options |= {"lr": 1e-2, "warmup_steps": 1, "seed": 0, "device": "cpu"}
+        trainer = cls(9, D, F, K, 0, "none", auxk_alpha=auxk_alpha, **options)
         before = {name: p.detach().clone() for name, p in trainer.ae.named_parameters()}
         for s in range(3):
-            trainer.update(s + 1, data(256, D))
+            trainer.num_tokens_since_fired[::3] = trainer.dead_feature_threshold
+            trainer.update(s + 1, data(16, D, seed=s))
+            assert auxk_alpha == 0 or trainer.dead_features > 0
         after = trainer.ae.named_parameters()
         states.append({name: p.detach() - before[name] for name, p in after})
     for name, moved in states[0].items():
