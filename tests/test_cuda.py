@@ -14,12 +14,19 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Implementation, assert_close, assert_same, code, dtype_id, randn
+<<<<<<< HEAD
 from test_grad_encode import (  # noqa: F401  (collected here with the `impl` below)
     test_integers_are_the_reference_bit_by_bit,
     test_normal_numbers,
     test_scaled_inputs_keep_their_selection,
     test_special_numbers,
     test_without_weight_or_gradient_it_is_topk_encode_bit_for_bit,
+=======
+from test_cuda_kernels import (  # noqa: F401
+    test_grouping_in_tiles_and_passes,
+    test_rounding_is_the_references,
+    test_the_shadow_is_the_rounded_weight,
+>>>>>>> wip-cuda
 )
 from test_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_a_scale_that_is_not_finite_writes_nothing,
@@ -121,6 +128,14 @@ def test_two_runs_give_the_same_bits(T: torch.dtype) -> None:
             step(rows)
         states.append(state(step))
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def test_bfloat16_moments_give_the_same_bits_twice() -> None:
+    x = randn(5, 700, 96, seed=1).to("cuda", torch.bfloat16)
+    steps = [ksae.TrainStep(model(torch.bfloat16), moments="bfloat16") for _ in range(2)]
+    losses = [[step(rows)["loss"] for rows in x] for step in steps]
+    assert all(torch.equal(a, b) for a, b in zip(*map(state, steps), strict=True))
+    assert all(loss.isfinite() for loss in losses[0])
 
 
 def test_a_step_is_the_step_of_the_cpu() -> None:
