@@ -14,19 +14,17 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Implementation, assert_close, assert_same, code, dtype_id, randn
-<<<<<<< HEAD
+from test_cuda_kernels import (  # noqa: F401
+    test_grouping_in_tiles_and_passes,
+    test_rounding_is_the_references,
+    test_the_shadow_is_the_rounded_weight,
+)
 from test_grad_encode import (  # noqa: F401  (collected here with the `impl` below)
     test_integers_are_the_reference_bit_by_bit,
     test_normal_numbers,
     test_scaled_inputs_keep_their_selection,
     test_special_numbers,
     test_without_weight_or_gradient_it_is_topk_encode_bit_for_bit,
-=======
-from test_cuda_kernels import (  # noqa: F401
-    test_grouping_in_tiles_and_passes,
-    test_rounding_is_the_references,
-    test_the_shadow_is_the_rounded_weight,
->>>>>>> wip-cuda
 )
 from test_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_a_scale_that_is_not_finite_writes_nothing,

@@ -8,9 +8,9 @@
 // device and no step whose cost depends on the data: to sort, a latent that every token selects is
 // one key among others. Few long segments cost what many short ones cost.
 //
-// Bytes for M = N k entries and p passes of b bits (2 of 9 where F is just below 2^18): two readings
-// of the code, 8 M p + 12 M (p - 1) of keys and positions, 2^b M p / 128 of counts, F bisections of
-// log2(M) steps. No flops.
+// Bytes for M = N k entries and p passes of b bits (2 of 9 where F is just below 2^18): two
+// readings of the code, 8 M p + 12 M (p - 1) of keys and positions, 2^b M p / 128 of counts, F
+// bisections of log2(M) steps. No flops.
 #include "common.h"
 
 namespace ksae::cuda {
