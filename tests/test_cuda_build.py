@@ -20,12 +20,16 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 MOST_REGISTERS = 64
 LESS_REGISTERS = {
     "backward_values_kernel": 40,
+    "count_kernel": 40,
     "decode_kernel": 40,
-    "entries_kernel": 24,
+    "move_kernel": 48,
+    "offsets_kernel": 24,
+    "pieces_kernel": 40,
     "residual_kernel": 48,
-    "scan_kernel": 40,
     "select_kernel": 56,
-    "sort_kernel": 40,
+    "sum_pieces_kernel": 40,
+    "sums_kernel": 40,
+    "tiles_kernel": 40,
 }
 ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)'.*?"

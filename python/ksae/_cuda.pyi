@@ -110,7 +110,14 @@ def group_by_latent(
     stream: int,
 ) -> None: ...
 def latent_sums(
-    F: int, dtype: int, groups: _Groups, scales: int, grad_b_enc: int, parallel: int, stream: int
+    F: int,
+    dtype: int,
+    groups: _Groups,
+    scales: int,
+    grad_b_enc: int,
+    parallel: int,
+    allocate: _Allocate,
+    stream: int,
 ) -> None: ...
 def row_grad_sq(
     F: int,
@@ -147,6 +154,8 @@ def row_update(
     v: int,
     hyper: int,
     normalize: bool,
+    shadow: int,
+    noise: int,
     allocate: _Allocate,
     stream: int,
 ) -> None: ...

@@ -343,7 +343,8 @@ class Kernels:
         with _guard(scales):
             self.module.latent_sums(
                 F, _DTYPES[values[0].dtype], _groups(values, offsets, order, grads),
-                _pointer(scales), _pointer(grad_b_enc), _pointer(parallel), _stream(scales),
+                _pointer(scales), _pointer(grad_b_enc), _pointer(parallel),
+                _Workspace(scales.device), _stream(scales),
             )  # fmt: skip
         return grad_b_enc, parallel
 
@@ -388,6 +389,8 @@ class Kernels:
         grad_b_dec: Tensor | None,
         start: int,
         normalize: bool,
+        shadow: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> None:
         F, d = W.shape
         with _guard(W):
@@ -396,7 +399,7 @@ class Kernels:
                 _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
                 _pointer(parallel), _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W),
                 _pointer(master), _pointer(m), _pointer(v), _pointer(hyper), normalize,
-                _Workspace(W.device), _stream(W),
+                _pointer(shadow), _pointer(noise), _Workspace(W.device), _stream(W),
             )  # fmt: skip
 
 

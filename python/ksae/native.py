@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -352,7 +353,12 @@ def row_update(
     grad_b_dec: Tensor | None,
     start: int,
     normalize: bool,
-) -> None:
+    shadow: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Any:
+    """NotImplemented with a shadow or with noise, which are the reference's."""
+    if shadow is not None or noise is not None:
+        return NotImplemented
     F, d = W.shape
     _cpu.row_update(
         F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
@@ -362,3 +368,4 @@ def row_update(
         _pointer(v),
         _pointer(hyper), normalize, _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
+    return None

@@ -49,8 +49,10 @@ def _kernel(
         _index_range(name, args)
         serve = oracle if dtype == torch.float64 else function
         result = serve(*(map(_contiguous, args) if native_ else args))
+        if result is NotImplemented:  # arguments that the kernel does not know
+            result = oracle(*args)
         if name == "row_update":  # written below autograd: tell it
-            written = [t for t in (args[6], *args[8:12], args[13]) if t is not None]
+            written = [t for t in (args[6], *args[8:12], args[13], *args[16:17]) if t is not None]
             torch.autograd.graph.increment_version(written)
         return result
 
@@ -517,7 +519,7 @@ row_grad_sq = _op(
 row_update = _op(
     "row_update",
     f"({_ROWS}, Tensor(f!)? parallel, Tensor? grad_b_enc, Tensor(a!) W, Tensor(b!)? master,"
-    " Tensor(c!) m, Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize)"
-    " -> ()",
+    " Tensor(c!) m, Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize,"
+    " Tensor(g!)? shadow=None, Tensor? noise=None) -> ()",
     fake=_fake_row_update,
 )

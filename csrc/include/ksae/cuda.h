@@ -111,6 +111,7 @@ struct LatentSumsGroup {
   const int32_t* order;    // [N * k]
   const void* values;      // [N, k] dtype
   const float* grads;      // [N, k] gradient of the values before scaling
+  int64_t entries;         // N * k
 };
 struct LatentSumsParams {
   int64_t F;
@@ -121,7 +122,8 @@ struct LatentSumsParams {
   float* grad_b_enc;  // [F] sum of scale * grad
   float* parallel;    // [F] sum of scale * value * grad = <dW_dec[i], W_dec[i]>
 };
-cudaError_t latent_sums(const LatentSumsParams& p, cudaStream_t stream);
+size_t latent_sums_workspace(const LatentSumsParams& p);
+cudaError_t latent_sums(const LatentSumsParams& p, void* workspace, cudaStream_t stream);
 
 // As ksae::cpu::RowUpdateParams: Adam on the rows of one matrix, with gradient
 //   sum over groups and entries of scale * coefficient * (row_n - centre), less its part along W_i.
@@ -149,7 +151,12 @@ struct RowUpdateParams {
   float* grad_b_dec;        // [d] or null: W^T grad_b_enc with W as it was
   void* W;                  // [F, d] dtype
   float* master;            // [F, d] float32 that W is the rounded copy of, or null
-  float *m, *v;             // [F, d] moments
+  void *m, *v;              // [F, d] moments: float32, or bfloat16 with noise
+  void* shadow;             // [F, d] bfloat16 copy of a float32 W, written with it, or null
+  // [2] seed and step, or null. With them W is bfloat16 without a master, and W, m and v are
+  // rounded stochastically, by bits that depend on seed, step, latent and column alone; start % 4
+  // is 0.
+  const int64_t* noise;
   const float* hyper;  // [8] lr/bc1, sqrt(bc2), beta1, beta2, eps, grad_scale, 1-beta1, 1-beta2
   bool normalize;      // unit rows at the end, over all d columns
   double* grad_sq;     // [F]: row_grad_sq only
