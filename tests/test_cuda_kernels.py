@@ -179,10 +179,11 @@ def test_grouping_in_tiles_and_passes(impl: Emulated, N: int, F: int, k: int) ->
 # ------------------------------------------------------------------------------------ long segments
 
 
-@pytest.mark.parametrize("side", ["encoder", "decoder"])
-def test_hot_latents_are_cut(impl: Emulated, side: str) -> None:
-    """Segments of several cuts that begin and end inside of them, and two that share one."""
-    N, F, d = 400, 7, 23
+@pytest.mark.parametrize(("side", "d"), [("encoder", 7), ("decoder", 7), ("encoder", 1110)])
+def test_hot_latents_are_cut(impl: Emulated, emulated: Emulator, side: str, d: int) -> None:
+    """Segments of several cuts that begin and end inside of them, and two that share one; with
+    1110 columns more to do than there are blocks. The same bits in another order of blocks."""
+    N, F = 400, 23
     a = row_arguments(torch.float32, side, N=N, d=d, F=F, ks=(2, 3))
     for g, k in enumerate((2, 3)):
         values = torch.rand(N, k, generator=torch.Generator().manual_seed(g))
@@ -193,15 +194,19 @@ def test_hot_latents_are_cut(impl: Emulated, side: str) -> None:
         a["offsets"][g], a["order"][g] = reference.group_by_latent(values, indices, F)
         a["coefficients"][g] = values
     assert int((a["offsets"][0][1:] - a["offsets"][0][:-1]).max()) > 256
-    plain, exact = clone_all(a), to_float64(a)
+    plain, again, exact = clone_all(a), clone_all(a), to_float64(a)
     got, want = (i.row_grad_sq(*norm_arguments(a)) for i in (impl, reference))
     eps = torch.finfo(torch.float32).eps
     assert_close("grad_sq", got, want, reference.row_grad_sq(*norm_arguments(exact)), eps)
     impl.row_update(*a.values())
     reference.row_update(*plain.values())
     reference.row_update(*exact.values())
+    emulated.seed(5)
+    emulated.blocks_in_flight(7)
+    impl.row_update(*again.values())
     for name, t in written(a).items():
         assert_close(name, t, written(plain)[name], written(exact)[name])
+        assert torch.equal(t, written(again)[name]), name
 
 
 @pytest.mark.parametrize("T", DTYPES, ids=dtype_id)

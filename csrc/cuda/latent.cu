@@ -9,37 +9,28 @@
 //
 // Bytes of an update, for each entry a row of `columns` numbers (from cache where they repeat), for
 // each parameter 24 of moments and parameter and 2 of a 16-bit copy, to read the copy 2; 12 in all
-// with noise, and about 35 integer instructions. Flops: 2 an entry and column, about 14 a
-// parameter. For a long segment 8 bytes a column and kCut entries, written and read. With
-// grad_b_dec the rows of W that have entries are read once more. Limits: four groups; N k and
-// 2^31 - 1 entries a group.
+// with noise, and about 35 integer instructions. For a piece of a long segment 8 bytes a column,
+// written and read. Flops: 2 an entry and column, about 14 a parameter. Limits: four groups; N k
+// and 2^31 - 1 entries a group.
+#include "latent.h"
 #include "rounding.h"
 #include "segments.h"
 
 namespace ksae::cuda {
 namespace {
 
-constexpr int kWideThreads = 256;
-constexpr int kThreads = 128;
-constexpr int64_t kShares = 512;  // of the latents, for grad_b_dec
+constexpr int kThreads = 256;
+constexpr int kPieceColumns = 128;
 
 enum class Pass { kUpdate, kGradSq, kWeight };
 
 struct Args {
   RowUpdateParams p;  // its host pointer to groups is not used
   RowGroup group[kMaxGroups];
-  Units units;
-  float* pieces;   // [units, 2, columns]
-  float* centres;  // [shares, d]
-  int64_t share;   // latents a share
+  Segments segments;
+  float* pieces;  // [slots, columns]
   bool aligned;
 };
-
-__device__ __forceinline__ bool all_finite(const RowUpdateParams& p) {
-  for (int g = 0; p.scales && g < p.n_groups; ++g)
-    if (!finite(p.scales[g])) return false;
-  return true;
-}
 
 __device__ __forceinline__ Four stream4(const float* p, int64_t valid, bool aligned) {
   if (!aligned || valid < 4) return load4(p, valid, false);
@@ -51,22 +42,6 @@ __device__ __forceinline__ Four stream4(const __nv_bfloat16* p, int64_t valid, b
   const uint2 r = __ldcs(reinterpret_cast<const uint2*>(p));
   return {{__uint_as_float(r.x << 16), __uint_as_float(r.x & 0xffff0000u),
            __uint_as_float(r.y << 16), __uint_as_float(r.y & 0xffff0000u)}};
-}
-
-template <class T>
-__device__ __forceinline__ void store4(T* p, const Four& r, int64_t valid, bool aligned) {
-  if (aligned && valid >= 4) {
-    struct alignas(4 * sizeof(T)) Raw {
-      T x[4];
-    } raw;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) store(&raw.x[e], r.x[e]);
-    *reinterpret_cast<Raw*>(p) = raw;
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (e < valid) store(p + e, r.x[e]);
-  }
 }
 
 // Adds scale * coefficient * (row - centre) of entries [from, to) to columns [c, c + 4).
@@ -93,23 +68,53 @@ __device__ __forceinline__ Four centre4(const RowUpdateParams& p, int64_t c) {
   return p.centre ? load4(static_cast<const R*>(p.centre) + c, p.columns - c, false) : Four{};
 }
 
-// Pieces of long segments, a block a unit.
+// Pieces of long segments, a block a piece and 128 columns: each warp adds kCut / 8 entries, and
+// the warps' sums are added in their order.
 template <class C, class R>
-__global__ void __launch_bounds__(kThreads, 8) pieces_kernel(Args args) {
+__global__ void __launch_bounds__(kThreads, 4) pieces_kernel(Args args) {
+  constexpr int kShare = kCut / (kThreads / 32);
+  static_assert(kShare == 32, "an entry a lane");
+  KSAE_SHARED_BYTES(shared);
+  auto* sums = reinterpret_cast<float*>(shared);  // [warps, 128]
   const RowUpdateParams& p = args.p;
-  if (!all_finite(p)) return;
-  const int64_t unit = blockIdx.x;
-  const int g = args.units.group_of(unit);
-  const RowGroup& group = args.group[g];
-  const float scale = p.scales ? p.scales[g] : 1.0f;
-  for (int slot = 0; slot < 2; ++slot) {
-    const Piece piece = piece_of(group.offsets, p.F, unit - args.units.first[g], slot);
-    if (piece.from == piece.to) continue;
-    for (int64_t c = 4 * threadIdx.x; c < p.columns; c += 4 * kThreads) {
-      Four sum{};
-      add_entries<C, R>(args, group, scale, piece.from, piece.to, c, centre4<R>(p, c), sum);
-      store4(args.pieces + (2 * unit + slot) * p.columns + c, sum, p.columns - c, args.aligned);
+  if (!all_finite(p.scales, p.n_groups)) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t slices = (p.columns + kPieceColumns - 1) / kPieceColumns;
+  const int64_t items = *args.segments.count * slices;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const Piece piece = args.segments.list[item / slices];
+    const RowGroup& group = args.group[piece.group];
+    const int64_t c0 = item % slices * kPieceColumns, c = c0 + 4 * lane;
+    const int32_t first = piece.from + warp * kShare;
+    const int count = piece.to - first < kShare ? piece.to - first : kShare;
+    uint32_t row = 0;
+    float a = 0;
+    if (lane < count) {
+      const auto at = static_cast<uint32_t>(group.order[first + lane]);
+      row = at / static_cast<uint32_t>(group.k);
+      a = (p.scales ? p.scales[piece.group] : 1.0f) *
+          load(static_cast<const C*>(group.coefficients) + at);
     }
+    const Four centre = c < p.columns ? centre4<R>(p, c) : Four{};
+    Four sum{};
+#pragma unroll 8
+    for (int e = 0; e < count; ++e) {
+      const float by = __shfl_sync(0xffffffffu, a, e);
+      const uint32_t n = __shfl_sync(0xffffffffu, row, e);
+      if (by == 0 || c >= p.columns) continue;
+      const Four r = load4(static_cast<const R*>(group.rows) + int64_t(n) * p.columns + c,
+                           p.columns - c, args.aligned);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(by, r.x[j] - centre.x[j], sum.x[j]);
+    }
+    *reinterpret_cast<Four*>(sums + warp * kPieceColumns + 4 * lane) = sum;
+    __syncthreads();
+    if (threadIdx.x < kPieceColumns && c0 + threadIdx.x < p.columns) {
+      float total = 0;
+      for (int w = 0; w < kThreads / 32; ++w) total += sums[w * kPieceColumns + threadIdx.x];
+      args.pieces[int64_t(piece.slot) * p.columns + c0 + threadIdx.x] = total;
+    }
+    __syncthreads();  // read before the next item's are written
   }
 }
 
@@ -129,7 +134,7 @@ __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c
     const int32_t last = (end - 1) / kCut;
 #pragma unroll 4
     for (int32_t u = begin / kCut; u <= last; ++u) {
-      const int64_t slot = slot_of(args.units.first[g], u, begin);
+      const int64_t slot = slot_of(args.segments, g, u, begin);
       const Four piece = load4(args.pieces + slot * p.columns + c, p.columns - c, args.aligned);
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum.x[j] += piece.x[j];
@@ -172,12 +177,12 @@ __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, doubl
 
 // M: of the moments; bfloat16 with noise.
 template <class C, class R, class T, class M, Pass kPass>
-__global__ void __launch_bounds__(kWideThreads, sizeof(M) == 2 ? 4 : 3) latent_kernel(Args args) {
+__global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kernel(Args args) {
   KSAE_SHARED_BYTES(shared);
   auto* scratch = reinterpret_cast<double*>(shared);
   const RowUpdateParams& p = args.p;
   const int64_t i = blockIdx.x;
-  if (!all_finite(p)) {
+  if (!all_finite(p.scales, p.n_groups)) {
     if (kPass == Pass::kGradSq && threadIdx.x == 0) p.grad_sq[i] = 0;
     return;
   }
@@ -262,44 +267,10 @@ __global__ void __launch_bounds__(kWideThreads, sizeof(M) == 2 ? 4 : 3) latent_k
   }
 }
 
-// W^T grad_b_enc over one share of the latents and 4 kThreads columns. Rows without entries have
-// sum 0 and are not read.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 8) centre_kernel(Args args, int64_t slices) {
-  const RowUpdateParams& p = args.p;
-  const int64_t share = blockIdx.x / slices;
-  const int64_t c = (blockIdx.x % slices * kThreads + threadIdx.x) * 4;
-  if (c >= p.d || !all_finite(p)) return;
-  const int64_t first = share * args.share;
-  const int64_t last = first + args.share < p.F ? first + args.share : p.F;
-  Four sum{};
-#pragma unroll 4
-  for (int64_t i = first; i < last; ++i) {
-    const float s = p.grad_b_enc[i];
-    if (s == 0) continue;
-    const Four w = load4(static_cast<const T*>(p.W) + i * p.d + c, p.d - c, args.aligned);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(s, w.x[j], sum.x[j]);
-  }
-  store4(args.centres + share * p.d + c, sum, p.d - c, false);
-}
-
-__global__ void __launch_bounds__(kThreads, 8) centre_sum_kernel(Args args, int64_t shares) {
-  const RowUpdateParams& p = args.p;
-  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (c >= p.d) return;
-  float sum = 0;
-  if (all_finite(p))
-    for (int64_t s = 0; s < shares; ++s) sum += args.centres[s * p.d + c];
-  p.grad_b_dec[c] = sum;
-}
-
 size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 size_t pieces_bytes(const RowUpdateParams& p) {
-  int64_t units = 0;
-  for (int g = 0; g < p.n_groups; ++g) units += units_of(p.groups[g].entries);
-  return rounded(2 * units * p.columns * sizeof(float));
+  return rounded(2 * units_of(p.groups, p.n_groups) * p.columns * sizeof(float));
 }
 
 template <class C, class R, class T, class M, Pass kPass>
@@ -307,9 +278,11 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
   if (p.n_groups > kMaxGroups || !grid_fits(p.F)) return cudaErrorInvalidValue;
   Args args{};
   args.p = p;
-  args.pieces = static_cast<float*>(workspace);
-  args.centres = reinterpret_cast<float*>(static_cast<char*>(workspace) + pieces_bytes(p));
-  args.share = (p.F + kShares - 1) / kShares;
+  const int64_t units = units_of(p.groups, p.n_groups);
+  if (!grid_fits(2 * units)) return cudaErrorInvalidConfiguration;
+  auto* memory = static_cast<char*>(workspace);
+  args.segments = segments_of(p.groups, p.n_groups, p.F, memory);
+  args.pieces = reinterpret_cast<float*>(memory + list_bytes(units));
   args.aligned = aligned4(static_cast<const T*>(p.W), p.d) &&
                  aligned4(static_cast<const M*>(p.m), p.d) &&
                  aligned4(static_cast<const M*>(p.v), p.d) && aligned4(p.master, p.d) &&
@@ -317,26 +290,27 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
                  p.columns % 4 == 0;
   for (int g = 0; g < p.n_groups; ++g) {
     args.group[g] = p.groups[g];
-    args.units.first[g + 1] = args.units.first[g] + units_of(p.groups[g].entries);
     args.aligned = args.aligned && aligned4(static_cast<const R*>(p.groups[g].rows), p.columns);
   }
-  const int64_t units = args.units.first[p.n_groups];
-  if (!grid_fits(units)) return cudaErrorInvalidConfiguration;
-  if (units)
-    KSAE_LAUNCH((pieces_kernel<C, R>), static_cast<unsigned>(units), kThreads, 0, stream, args);
+  if (units && p.columns) {
+    unsigned blocks = 0;
+    const int64_t slices = (p.columns + kPieceColumns - 1) / kPieceColumns;
+    cudaError_t error = grid_for(2 * units * slices, &blocks);
+    if (error == cudaSuccess) error = list_pieces(args.segments, stream);
+    if (error != cudaSuccess) return error;
+    KSAE_LAUNCH((pieces_kernel<C, R>), blocks, kThreads,
+                kThreads / 32 * kPieceColumns * sizeof(float), stream, args);
+  }
   if (p.grad_b_dec) {
-    const int64_t shares = (p.F + args.share - 1) / args.share;
-    const int64_t slices = (p.d + 4 * kThreads - 1) / (4 * kThreads);
-    KSAE_LAUNCH((centre_kernel<T>), static_cast<unsigned>(shares * slices), kThreads, 0, stream,
-                args, slices);
-    KSAE_LAUNCH(centre_sum_kernel, static_cast<unsigned>((p.d + kThreads - 1) / kThreads), kThreads,
-                0, stream, args, shares);
+    const cudaError_t error =
+        centre_gradient(p, memory + list_bytes(units) + pieces_bytes(p), stream);
+    if (error != cudaSuccess) return error;
   }
   const int64_t wanted = (p.columns + 127) / 128 * 32;
   const auto threads =
-      static_cast<unsigned>(wanted < 32 ? 32 : (wanted > kWideThreads ? kWideThreads : wanted));
+      static_cast<unsigned>(wanted < 32 ? 32 : (wanted > kThreads ? kThreads : wanted));
   KSAE_LAUNCH((latent_kernel<C, R, T, M, kPass>), static_cast<unsigned>(p.F), threads,
-              kWideThreads / 32 * sizeof(double), stream, args);
+              kThreads / 32 * sizeof(double), stream, args);
   return cudaGetLastError();
 }
 
@@ -361,10 +335,15 @@ RowUpdateParams weight_params(const DecodeBackwardWeightParams& p, RowGroup* gro
   return row;
 }
 
+ValueSumsParams sums_params(const DecodeBackwardWeightParams& p) {
+  return {p.F, p.dtype, p.offsets, p.order, p.values, p.N * p.k, p.value_sum};
+}
+
 }  // namespace
 
 size_t row_update_workspace(const RowUpdateParams& p) {
-  return pieces_bytes(p) + (p.grad_b_dec ? kShares * p.d * sizeof(float) : 0);
+  return list_bytes(units_of(p.groups, p.n_groups)) + pieces_bytes(p) +
+         (p.grad_b_dec ? centre_gradient_workspace(p) : 0);
 }
 
 cudaError_t row_update(const RowUpdateParams& p, void* workspace, cudaStream_t stream) {
@@ -384,7 +363,7 @@ cudaError_t row_grad_sq(const RowUpdateParams& p, void* workspace, cudaStream_t 
 size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams& p) {
   RowGroup group;
   const size_t rows = row_update_workspace(weight_params(p, &group));
-  const size_t sums = value_sums_workspace(p.N * p.k);
+  const size_t sums = value_sums_workspace(sums_params(p));
   return rows > sums ? rows : sums;  // one after the other
 }
 
@@ -392,8 +371,7 @@ cudaError_t sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, v
                                           cudaStream_t stream) {
   RowGroup group;
   const RowUpdateParams row = weight_params(p, &group);
-  const ValueSumsParams sums{p.F, p.dtype, p.offsets, p.order, p.values, p.N * p.k, p.value_sum};
-  const cudaError_t error = value_sums(sums, workspace, stream);
+  const cudaError_t error = value_sums(sums_params(p), workspace, stream);
   if (error != cudaSuccess) return error;
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -2,8 +2,9 @@
 // Two sums over the entries of each latent: the gradient of its bias, and of its decoder row along
 // that row. Summed in double, one warp a latent; long segments (segments.h) a warp a piece first.
 //
-// Bytes an entry: 4 of order, and gathered the value and its gradient; 16 a latent and 32 a unit
-// of kCut entries. Flops: 4 an entry.
+// Bytes an entry: 4 of order, and gathered the value and its gradient; 16 a latent and 32 a piece.
+// Flops: 4 an entry.
+#include "latent.h"
 #include "segments.h"
 
 namespace ksae::cuda {
@@ -15,8 +16,8 @@ constexpr int kWarps = kThreads / 32;
 struct Args {
   LatentSumsParams p;  // its host pointer to groups is not used
   LatentSumsGroup group[kMaxGroups];
-  Units units;
-  double* pieces;   // [units, 2, 2]: of a slot bias and parallel
+  Segments segments;
+  double* pieces;   // [slots, 2]: bias and parallel
   void* value_sum;  // not null: sums of the values alone, in their dtype
 };
 
@@ -39,26 +40,20 @@ __device__ __forceinline__ Sums sum_entries(const LatentSumsGroup& group, double
   return {warp_sum(sum.bias), warp_sum(sum.parallel)};
 }
 
-__device__ __forceinline__ bool all_finite(const LatentSumsParams& p) {
-  for (int g = 0; p.scales && g < p.n_groups; ++g)
-    if (!finite(p.scales[g])) return false;
-  return true;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_pieces_kernel(Args args) {
   const LatentSumsParams& p = args.p;
-  const int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (unit >= args.units.first[p.n_groups]) return;
-  const int g = args.units.group_of(unit);
-  const LatentSumsGroup& group = args.group[g];
-  const double scale = p.scales ? p.scales[g] : 1.0f;
-  for (int slot = 0; slot < 2; ++slot) {
-    const Piece piece = piece_of(group.offsets, p.F, unit - args.units.first[g], slot);
-    if (piece.from == piece.to) continue;
-    const Sums sum = sum_entries<T>(group, scale, piece.from, piece.to);
-    double* out = args.pieces + 2 * (2 * unit + slot);
-    if (threadIdx.x % 32 == 0) out[0] = sum.bias, out[1] = sum.parallel;
+  const int32_t count = *args.segments.count;
+  for (int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; i < count;
+       i += int64_t(gridDim.x) * kWarps) {
+    const Piece piece = args.segments.list[i];
+    const double scale = p.scales ? p.scales[piece.group] : 1.0f;
+    const Sums sum = sum_entries<T>(args.group[piece.group], scale, piece.from, piece.to);
+    double* out = args.pieces + 2 * int64_t(piece.slot);
+    if (threadIdx.x % 32 == 0) {
+      out[0] = sum.bias;
+      out[1] = sum.parallel;
+    }
   }
 }
 
@@ -68,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Args args) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (i >= p.F) return;
   Sums total{};
-  if (all_finite(p)) {
+  if (all_finite(p.scales, p.n_groups)) {
     for (int g = 0; g < p.n_groups; ++g) {
       const LatentSumsGroup& group = args.group[g];
       const int32_t begin = group.offsets[i], end = group.offsets[i + 1];
@@ -78,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Args args) {
       } else {
         const int32_t last = (end - 1) / kCut;
         for (int32_t u = begin / kCut + threadIdx.x % 32; u <= last; u += 32) {
-          const double* piece = args.pieces + 2 * slot_of(args.units.first[g], u, begin);
+          const double* piece = args.pieces + 2 * slot_of(args.segments, g, u, begin);
           sum.bias += piece[0];
           sum.parallel += piece[1];
         }
@@ -97,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Args args) {
   }
 }
 
-size_t pieces_bytes(int64_t units) { return 4 * units * sizeof(double); }
+size_t workspace_bytes(int64_t units) { return list_bytes(units) + 4 * units * sizeof(double); }
 
 cudaError_t launch(const LatentSumsParams& p, void* value_sum, void* workspace,
                    cudaStream_t stream) {
@@ -105,13 +100,17 @@ cudaError_t launch(const LatentSumsParams& p, void* value_sum, void* workspace,
   if (p.n_groups > kMaxGroups || !grid_fits(blocks)) return cudaErrorInvalidValue;
   Args args{};
   args.p = p;
-  args.pieces = static_cast<double*>(workspace);
+  for (int g = 0; g < p.n_groups; ++g) args.group[g] = p.groups[g];
+  args.segments = segments_of(p.groups, p.n_groups, p.F, workspace);
+  const int64_t units = args.segments.first_unit[p.n_groups];
+  args.pieces = reinterpret_cast<double*>(static_cast<char*>(workspace) + list_bytes(units));
   args.value_sum = value_sum;
-  for (int g = 0; g < p.n_groups; ++g) {
-    args.group[g] = p.groups[g];
-    args.units.first[g + 1] = args.units.first[g] + units_of(p.groups[g].entries);
+  unsigned cuts = 0;
+  if (units) {
+    cudaError_t error = grid_for((2 * units + kWarps - 1) / kWarps, &cuts);
+    if (error == cudaSuccess) error = list_pieces(args.segments, stream);
+    if (error != cudaSuccess) return error;
   }
-  const auto cuts = static_cast<unsigned>((args.units.first[p.n_groups] + kWarps - 1) / kWarps);
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (cuts) KSAE_LAUNCH((sum_pieces_kernel<T>), cuts, kThreads, 0, stream, args);
@@ -123,16 +122,14 @@ cudaError_t launch(const LatentSumsParams& p, void* value_sum, void* workspace,
 }  // namespace
 
 size_t latent_sums_workspace(const LatentSumsParams& p) {
-  int64_t units = 0;
-  for (int g = 0; g < p.n_groups; ++g) units += units_of(p.groups[g].entries);
-  return pieces_bytes(units);
+  return workspace_bytes(units_of(p.groups, p.n_groups));
 }
 
 cudaError_t latent_sums(const LatentSumsParams& p, void* workspace, cudaStream_t stream) {
   return launch(p, nullptr, workspace, stream);
 }
 
-size_t value_sums_workspace(int64_t entries) { return pieces_bytes(units_of(entries)); }
+size_t value_sums_workspace(const ValueSumsParams& p) { return workspace_bytes(units_of(&p, 1)); }
 
 cudaError_t value_sums(const ValueSumsParams& p, void* workspace, cudaStream_t stream) {
   const LatentSumsGroup group{p.offsets, p.order, p.values, nullptr, p.entries};
