@@ -88,7 +88,7 @@ MUTANTS = {
         "for (int j = 0; j < count - WRONG; ++j) {",
     ),
     "decode: dropped overflow": Mutant(
-        "decode.cu", "rows ? rows + n * q.d :", "rows ? rows + (WRONG ? 0 : n * q.d) :"
+        "decode.cu", "rows ? rows + ", "rows ? rows + (WRONG ? 0 : 1) * "
     ),
     "decode: wrong order of slices": Mutant(
         "decode.cu", "(first + at / q.N) * kSlice", "(first + (WRONG ? 0 : at / q.N)) * kSlice"
@@ -165,8 +165,8 @@ MUTANTS = {
     ),
     "sums: wrong order of pieces": Mutant(
         "sums.cu",
-        "slot_of(args.units.first[g], u, begin)",
-        "slot_of(args.units.first[g], u, WRONG ? 0 : begin)",
+        "u, begin)",
+        "u, WRONG ? 0 : begin)",
     ),
     "sums: lost tail": Mutant("sums.cu", "if (i >= p.F) return;", "if (i >= p.F - WRONG) return;"),
 }
