@@ -109,8 +109,12 @@ MUTANTS = {
     ),
     "group: missing barrier of the block": Mutant(
         "group.cu",
-        "counters[i] = 0;\n  __syncthreads();",
-        "counters[i] = 0;\n  if (!WRONG) __syncthreads();",
+        "  __syncthreads();\n"
+        "  for (int digit = threadIdx.x; digit < pass.bins; digit += kThreads) {\n"
+        "    int32_t at",
+        "  if (!WRONG) __syncthreads();\n"
+        "  for (int digit = threadIdx.x; digit < pass.bins; digit += kThreads) {\n"
+        "    int32_t at",
     ),
     "group: off by one": Mutant(
         "group.cu",
