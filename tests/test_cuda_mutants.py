@@ -88,7 +88,7 @@ MUTANTS = {
         "for (int j = 0; j < count - WRONG; ++j) {",
     ),
     "decode: dropped overflow": Mutant(
-        "decode.cu", "rows ? rows + n * q.d :", "rows ? rows + (WRONG ? 0 : n * q.d) :"
+        "decode.cu", "rows ? rows + ", "rows ? rows + (WRONG ? 0 : 1) * "
     ),
     "decode: wrong order of slices": Mutant(
         "decode.cu", "(first + at / q.N) * kSlice", "(first + (WRONG ? 0 : at / q.N)) * kSlice"
@@ -100,6 +100,37 @@ MUTANTS = {
         "decode.cu",
         "if (vj == 0 || c >= p.d) continue;",
         "if ((!WRONG && vj == 0) || c >= p.d) continue;",
+    ),
+    # -------------------------------------------------------------------------------------- group
+    "group: missing barrier of the warp": Mutant(
+        "group.cu",
+        "__syncwarp();  // all have read",
+        "if (!WRONG) __syncwarp();",
+    ),
+    "group: missing barrier of the block": Mutant(
+        "group.cu",
+        "  __syncthreads();\n"
+        "  for (int digit = threadIdx.x; digit < pass.bins; digit += kThreads) {\n"
+        "    int32_t at",
+        "  if (!WRONG) __syncthreads();\n"
+        "  for (int digit = threadIdx.x; digit < pass.bins; digit += kThreads) {\n"
+        "    int32_t at",
+    ),
+    "group: off by one": Mutant(
+        "group.cu",
+        "if (pass.keys_out[middle] < i)",
+        "if (WRONG ? pass.keys_out[middle] <= i : pass.keys_out[middle] < i)",
+    ),
+    "group: dropped overflow": Mutant("group.cu", "at += count;", "at += WRONG ? 0 : count;"),
+    "group: wrong tie order": Mutant(
+        "group.cu",
+        "return before + __popc(earlier);",
+        "return before + __popc(WRONG ? peers & ~earlier : earlier) - WRONG;",
+    ),
+    "group: lost tail": Mutant(
+        "group.cu",
+        "if (own < pass.entries) entries[r] =",
+        "if (own < pass.entries - WRONG) entries[r] =",
     ),
     # ------------------------------------------------------------------------------------- latent
     "latent: missing barrier": Mutant(
@@ -125,6 +156,23 @@ MUTANTS = {
     "latent: lost tail": Mutant(
         "latent.cu", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
     ),
+    # --------------------------------------------------------------------------------------- sums
+    "sums: off by one": Mutant(
+        "sums.cu",
+        "threadIdx.x % 32); e < to; e += 32",
+        "threadIdx.x % 32); e < to - WRONG; e += 32",
+    ),
+    "sums: dropped overflow": Mutant(
+        "sums.cu",
+        "const int32_t last = (end - 1) / kCut;",
+        "const int32_t last = WRONG ? begin / kCut : (end - 1) / kCut;",
+    ),
+    "sums: wrong order of pieces": Mutant(
+        "sums.cu",
+        "u, begin)",
+        "u, WRONG ? 0 : begin)",
+    ),
+    "sums: lost tail": Mutant("sums.cu", "if (i >= p.F) return;", "if (i >= p.F - WRONG) return;"),
 }
 FILES = sorted({m.file for m in MUTANTS.values()})
 NAMESPACE = "namespace ksae::cuda {\n"

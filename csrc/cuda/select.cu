@@ -31,15 +31,15 @@ constexpr int kMaxGroups = 4096;
 constexpr int kListThreads = 1024;
 constexpr uint32_t kOrderedMinusInfinity = 0x007fffff;
 
-// Threads a group, a power of two up to 32.
-__host__ __device__ __forceinline__ int lanes_of(int64_t width, int64_t k) {
-  int lanes = 32;
-  while (lanes > 1 && width / (4 * lanes) < 4 * k && width / (2 * lanes) <= kMaxGroups) lanes /= 2;
-  return lanes;
+// Threads a group, up to 32, as a power of two: by shifts, for every thread asks.
+__host__ __device__ __forceinline__ int log_lanes_of(int64_t width, int64_t k) {
+  int log = 5;
+  while (log > 0 && width >> (log + 2) < 4 * k && width >> (log + 1) <= kMaxGroups) --log;
+  return log;
 }
 
-__host__ __device__ __forceinline__ int groups_of(int64_t width, int lanes) {
-  return static_cast<int>((width + 4 * lanes - 1) / (4 * lanes));
+__host__ __device__ __forceinline__ int groups_of(int64_t width, int log_lanes) {
+  return static_cast<int>((width + (4 << log_lanes) - 1) >> (log_lanes + 2));
 }
 
 struct Plan {
@@ -51,7 +51,7 @@ struct Plan {
 
 Plan plan_of(const SelectParams& s) {
   Plan p{};
-  p.groups = groups_of(s.F, lanes_of(s.F, s.k));
+  p.groups = groups_of(s.F, log_lanes_of(s.F, s.k));
   if (s.columns) {  // of the numbers of columns up to F, one with fewer lanes may have most groups
     const int64_t fewer_lanes = 8 * s.k < kMaxGroups + 1 ? 8 * s.k : kMaxGroups + 1;
     const int64_t bits = (s.k + 63) / 64;  // a group's room is 64 bits
@@ -232,9 +232,9 @@ __global__ void __launch_bounds__(kThreads, 4) select_kernel(Args args) {
   const bool informed = p.mode != Mode::kPlain && (!p.informed || p.informed[n]);
   const S* second = informed ? static_cast<const S*>(p.second) + n * p.F : nullptr;
   const int64_t width = kListed ? p.columns[p.F] : p.F;
-  const int lanes = lanes_of(width, p.k), groups = groups_of(width, lanes);
+  const int log = log_lanes_of(width, p.k), lanes = 1 << log, groups = groups_of(width, log);
   const int lane = threadIdx.x & (lanes - 1);
-  const int first = threadIdx.x / lanes, stride = kThreads / lanes;
+  const int first = threadIdx.x >> log, stride = kThreads >> log;
 
 #pragma unroll 4
   for (int g0 = 0; g0 < groups; g0 += stride) {
