@@ -52,7 +52,7 @@ def _add_entries(
     total,
 ):
     """total + the sum over entries [first, last) of scale * coefficient * (row - centre)."""
-    for e in tl.range(first, last, loop_unroll_factor=4):
+    for e in tl.range(first, last, loop_unroll_factor=2):
         at = tl.load(order_ptr + e)
         a = scale * tl.load(coefficients_ptr + at).to(tl.float32)
         row = rows_ptr + (at // k).to(tl.int64) * columns
@@ -378,8 +378,8 @@ class Groups:
 
 
 def warps(block: int) -> int:
-    """At most 16 numbers of a vector of `block` in a thread, until there are 16 warps."""
-    return max(1, min(16, block // 512))
+    """8 numbers of a vector of `block` in a thread, until there are 16 warps."""
+    return max(1, min(16, block // 256))
 
 
 def row_update(

@@ -4,8 +4,9 @@
 1. maxima: the largest order of each group of consecutive columns; one read, spread over the device.
 2. select, one program a row: the k-th largest maximum bounds the k-th score from below, so only
    groups that reach it are read again. What passes is appended to a buffer of 64-bit keys (order,
-   then smaller index); a buffer without room for the next round is cut to its best k, the last of
-   which is the new bound. Last, the buffer is sorted. Exact on any data, in any order of appending.
+   then smaller index). At the end, and where there is no room for another round, the buffer is
+   sorted and cut to its best k, the last of which is the new bound. Exact on any data, and the
+   order of appending does not matter.
 
 Bytes a row: the scores once, about k groups again, the maxima and the buffer, which stay in cache.
 A larger k than MAX_K has no buffer: torch sorts the orders of whole rows.
@@ -150,7 +151,7 @@ def select_kernel(
         passed = ((key >= least) & (f < F)).to(tl.int32)
         tl.store(keys + count + tl.cumsum(passed, axis=0) - passed, key, passed != 0)
         count += tl.sum(passed)
-        if count > CAPACITY - ROUND:  # no room for another round: keep the best k
+        if (count > CAPACITY - ROUND) | (first + PARTS >= listed):  # no room, or the end: cut to k
             tl.debug_barrier()
             kept = tl.sort(tl.load(keys + c, c < count, EMPTY), descending=True)
             tl.debug_barrier()
@@ -159,7 +160,7 @@ def select_kernel(
             count = tl.minimum(count, k)
         tl.debug_barrier()
 
-    key = tl.sort(tl.load(keys + c, c < count, EMPTY), descending=True)
+    key = tl.load(keys + c, c < k, EMPTY)
     f = 0x7FFFFFFF - (key & 0xFFFFFFFF)
     z = _preactivation(scores_ptr, bias_ptr, mask_ptr, n, f, c < k, F, BIAS, MASK)
     if RELU:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The portable Triton kernels without a GPU: interpreted against the reference, compiled for five
-generations, and their errors. The first two run in processes of their own, because Triton reads
-TRITON_INTERPRET once, at its import."""
+"""The portable Triton kernels without a GPU: interpreted against the reference, in a process of its
+own, because Triton reads TRITON_INTERPRET once, at its import; errors; who serves what."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -21,11 +21,17 @@ import test_contracts
 import torch
 from cases import NAMES
 
-from ksae import checks, cuda, native, ops, reference
+from ksae import checks, cuda, gpu, native, ops, reference
 from ksae.triton import Kernels
 
 TESTS = Path(__file__).parent
 CASES = TESTS / "triton_ops_cases.py"
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "cpu": native,
+    "cuda": cuda.Kernels(types.ModuleType("no kernel is reached")),
+    "triton": Kernels(),
+}
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -82,19 +88,88 @@ def test_kernels_have_the_arguments_of_the_reference(name: str) -> None:
     assert own == list(inspect.signature(getattr(reference, name)).parameters)
 
 
+# ---------------------------------------------------------------------------------- who serves what
+
+
+def row(way: str) -> gpu.Row:
+    return gpu.Row("9.0", 768, 24576, way, "a test")
+
+
+def test_the_nearest_row_of_the_generation_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = gpu.Row("9.0", 4096, 131072, "product", "a test")
+    monkeypatch.setattr(gpu, "TABLE", (row("fused"), far, gpu.Row("8.0", 1, 1, "fused", "")))
+    gpu.row.cache_clear()
+    assert gpu.row("9.0", 1024, 24576) == row("fused") and gpu.row("9.0", 2048, 100_000) == far
+    assert gpu.row("hip", 768, 24576) is None and gpu.row("9.0", 0, 1) is not None
+    gpu.row.cache_clear()
+
+
+def test_the_table_claims_no_measurement_that_it_lacks() -> None:
+    for r in gpu.TABLE:
+        assert r.way in gpu.WAYS
+        assert (r.measured == gpu.UNMEASURED and r.way == "product") or " ms" in r.measured
+
+
+@pytest.mark.parametrize(
+    ("native_", "portable", "ways", "served"),
+    [
+        (True, True, ["product"], ("native", "native", "triton")),
+        (True, True, ["fused"], ("native", "triton", "triton")),
+        (True, True, ["product", "fused"], ("native", "native or triton", "triton")),
+        (False, True, ["product"], ("triton", "triton", "triton")),
+        (True, False, ["fused"], ("native", "native", None)),
+        (False, False, ["product"], (None, None, None)),
+    ],
+)
+def test_precedence(
+    monkeypatch: pytest.MonkeyPatch,
+    native_: bool,
+    portable: bool,
+    ways: list[str],
+    served: tuple[str | None, ...],
+) -> None:
+    monkeypatch.setattr(gpu.cuda, "kernels", IMPLEMENTATIONS["cuda"] if native_ else None)
+    monkeypatch.setattr(gpu.triton, "kernels", Kernels() if portable else None)
+    monkeypatch.setattr(gpu, "TABLE", tuple(map(row, ways)))
+    found = map(gpu.kernel, ("sparse_decode", "topk_encode", "grad_topk_encode"))
+    assert tuple(f and f[1] for f in found) == served
+
+
+@pytest.mark.parametrize("way", gpu.WAYS)
+def test_a_call_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(gpu, "override", way)
+    monkeypatch.setattr(gpu.triton, "kernels", Kernels())
+    monkeypatch.setattr(gpu.cuda, "kernels", None)
+    for name in ("fused_topk_encode", "topk_encode"):
+        monkeypatch.setattr(Kernels, name, lambda *args, name=name: name)
+    encode, server = gpu.kernel("topk_encode") or (None, None)
+    got = encode(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(5), 1)
+    assert server == "triton" and got == ("fused_" if way == "fused" else "") + "topk_encode"
+
+
+def config(**environment: str) -> subprocess.CompletedProcess[str]:
+    return python("-c", "import json, ksae; print(json.dumps(ksae.config()))", **environment)
+
+
+def test_switches_show_in_the_configuration() -> None:
+    on = json.loads(config(KSAE_ENCODE="fused", KSAE_TRITON="0").stdout)
+    assert on["gpu"]["encode"] == "fused, by KSAE_ENCODE"
+    assert on["gpu"]["triton"] == "left out by KSAE_TRITON=0"
+    assert on["switches"]["KSAE_ENCODE"] == "fused" and on["switches"]["KSAE_TRITON"] == "0"
+    plain = gpu.state()
+    assert plain["encode on 9.0, d=768, F=24576"] == "product (no measurement yet: product path)"
+    bad = config(KSAE_ENCODE="best")
+    assert bad.returncode != 0
+    assert "KSAE_ENCODE must be fused or product, got 'best'" in bad.stderr.splitlines()[-1]
+
+
 # ------------------------------------------------------------------------------------------- errors
 
 (BAD,) = (m.args for m in test_contracts.test_bad_arguments.pytestmark if m.name == "parametrize")
-IMPLEMENTATIONS = {
-    "reference": reference,
-    "cpu": native,
-    "cuda": cuda.Kernels(types.ModuleType("no kernel is reached")),
-    "triton": Kernels(),
-}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("call", "error", "message"), BAD[1], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.mark.parametrize(BAD[0], BAD[1], ids=lambda p: f"{p[0]}-{p[1]}" if type(p) is tuple else "")
 def test_bad_arguments(
     implementation: str, call: tuple[str, int, Any], error: type[Exception], message: str
 ) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import triton_interpreter  # noqa: F401  first: sets the mode
 
 # isort: split
-import numpy as np
 import pytest
 import test_ops
 import torch
@@ -33,7 +32,7 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_decode_of_special_numbers,
     test_latent_sums,
 )
-from triton.runtime.interpreter import TensorHandle
+from triton_sort import numpy_sort
 
 from ksae import cuda, reference, step
 from ksae.kernels import select
@@ -73,13 +72,8 @@ def same(got: Any, want: Any) -> None:
 @pytest.fixture(autouse=True)
 def quick_sort(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """NumPy's sort for Triton's, which takes the interpreter a second; one test has the latter."""
-
-    def sort(x: Any, dim: Any = None, descending: Any = False) -> Any:
-        data = np.sort(x.handle.data, axis=-1)
-        return tl.tensor(TensorHandle(data[..., ::-1].copy(), x.handle.dtype), x.type)
-
     if "own_sort" not in request.node.name:
-        monkeypatch.setattr(tl, "sort", sort)
+        monkeypatch.setattr(tl, "sort", numpy_sort)
 
 
 # ------------------------------------------------------------------------------------------- select
