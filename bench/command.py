@@ -22,13 +22,14 @@ JSON = "bench.json"
 
 
 def chosen(names: str | None, mode: str) -> list[str]:
-    """The suites of a comma-separated list; without one, all that this machine can run.
+    """The suites of a comma-separated list; without one, all of the mode that can run here.
 
     Raises:
         UserError: a name that is none.
     """
     if names is None:
-        return [n for n, s in SUITES.items() if s.device == "any" or torch.cuda.is_available()]
+        here = [n for n, s in SUITES.items() if s.device == "any" or torch.cuda.is_available()]
+        return [n for n in here if mode != "quick" or not SUITES[n].only_full]
     found = [name.strip() for name in names.split(",") if name.strip()]
     for name in found:
         if name not in SUITES:

@@ -7,10 +7,10 @@ its spread. Each block is also divided by that of its anchor, torch's way of the
 turn with it, so that a slower machine is not taken for slower code.
 
 A row is slower (faster) only if, both in time and relative to its anchor, it moved by more than
-MIN_EFFECT and its blocks do not overlap with those of the other run: with four blocks a side that
-happens by chance, for rows that did not move, in 1 of 70 (the exact rank test), before MIN_EFFECT
-and the second measure, which must agree. A row whose blocks differ among themselves by so much that
-a slow-down of TELL could hide is not called equal but "noisy".
+MIN_EFFECT and its spread, and its blocks do not overlap with those of the other run: with four
+blocks a side that happens by chance, for rows that did not move, in 1 of 70 (the exact rank test),
+before the size of the move and the second measure, which must agree. A row whose blocks differ
+among themselves by so much that a slow-down of TELL could hide is not called equal but "noisy".
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ TELL = 0.20
 
 @dataclass(frozen=True)
 class Estimate:
-    """A row's value in one run: median over blocks, lowest and highest block."""
+    """A row's value in one run: median over blocks, lowest and highest block.
+
+    Of four blocks and more the one farthest from the median is left out: a burst of other load
+    hits one.
+    """
 
     value: float
     low: float
@@ -39,7 +43,9 @@ class Estimate:
 
     @staticmethod
     def of(blocks: Sequence[float]) -> Estimate:
-        return Estimate(statistics.median(blocks), min(blocks), max(blocks))
+        middle = statistics.median(blocks)
+        kept = sorted(blocks, key=lambda b: abs(b - middle))[: max(3, len(blocks) - 1)]
+        return Estimate(statistics.median(kept), min(kept), max(kept))
 
     @property
     def spread(self) -> float:
@@ -77,9 +83,10 @@ def judge(old: tuple[Row, Row], new: tuple[Row, Row]) -> Verdict:
     spread = max(a.spread, b.spread, a_rel.spread, b_rel.spread)
     up = b.low > a.high and b_rel.low > a_rel.high
     down = b.high < a.low and b_rel.high < a_rel.low
-    if up and min(raw, anchored) > 1 + MIN_EFFECT:
+    bar = 1 + max(MIN_EFFECT, spread)
+    if up and min(raw, anchored) > bar:
         kind = "slower"
-    elif down and max(raw, anchored) < 1 / (1 + MIN_EFFECT):
+    elif down and max(raw, anchored) < 1 / bar:
         kind = "faster"
     else:
         kind = "noisy" if _hides(a, b) or _hides(a_rel, b_rel) else "same"

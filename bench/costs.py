@@ -49,6 +49,11 @@ def grad_topk_encode(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
     return topk_encode(N, d, F, k, s) + Cost((N * d + F * d) * s, 2 * N * F * d)
 
 
+def topk_encode_aux(N: int, d: int, F: int, k: int, k_aux: int, s: int = F32) -> Cost:
+    """Two selections from one product."""
+    return topk_encode(N, d, F, k, s) + Cost(N * k_aux * (s + I64) + F)
+
+
 def sparse_decode(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
     read = N * k * (s + I64) + (touched(N, F, k) * d + d) * s
     return Cost(read + N * d * s, 2 * N * k * d)

@@ -267,6 +267,24 @@ def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
     times = timer(ways)
     add_rows(record, shape, "encode + select", times, costs.topk_encode(N, d, F, k, s))
     note_choice(record, timer.device, shape, dtype, times)
+    grad, dead, k_aux = i.x.flip(0), torch.arange(F, device=timer.device) % 10 == 0, min(d, F) // 2
+    ways = {
+        "ksae": lambda: ops.grad_topk_encode(i.x, grad, i.W, i.b_enc, i.W, k, 0.5),
+        "Triton": lambda: portable.grad_topk_encode(i.x, grad, i.W, i.b_enc, i.W, k, 0.5),
+        "products alone": lambda: (i.product(), i.product()),
+    }
+    cost = costs.grad_topk_encode(N, d, F, k, s)
+    add_rows(record, shape, "grad encode + select", timer(ways), cost)
+    ways = {
+        "ksae": lambda: ops.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
+        "Triton": lambda: portable.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
+        "encoded twice": lambda: (
+            ops.topk_encode(i.x, i.W, i.b_enc, k),
+            ops.topk_encode(i.x, i.W, i.b_enc, k_aux, None, dead),
+        ),
+    }
+    cost = costs.topk_encode_aux(N, d, F, k, k_aux, s)
+    add_rows(record, shape, "encode + AuxK", timer(ways), cost)
 
     want = ops.sparse_decode(i.values, i.indices, i.W)
     check(record, f"decode {shape.name}", gpurivals.decode(i.values, i.indices, i.W), want, 1e-2)
@@ -452,6 +470,8 @@ def smoke(device: str) -> None:
         assert same > 0.9 and torch.allclose(values.float(), i.values.float(), atol=0.05), same
         from ksae import ops
 
+        dead = torch.arange(1100, device=device) % 10 == 0
+        ops.topk_encode_aux(i.x, i.W, i.b_enc, 9, 20, dead, None, i.x.flip(0), i.W, 0.5)
         latent_pass(i, ops.sparse_residual(i.values, i.indices, i.W, i.b_dec, i.x, 72), ops)()
     if device == "cuda":
         torch.cuda.synchronize()

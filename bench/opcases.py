@@ -39,6 +39,7 @@ class Problem:
     parts: dict[str, Call] = field(default_factory=dict)
     check: Callable[[Any], list[Tensor]] = lambda result: [result]
     dense_product: bool = False  # flops at the rate of a product, not of a gather
+    exchanges: bool = False  # near ties of a score may be decided either way
 
 
 class Case:
@@ -48,6 +49,7 @@ class Case:
         self, N: int, d: int, F: int, k: int, name: str, kind: str, device: str = "cpu"
     ) -> None:
         self.N, self.d, self.F, self.k, self.name = N, d, F, k, name
+        self.key = (N, d, F, k)
         self.dtype = DTYPES[name]
         start = {n: t.to(device, self.dtype) for n, t in data.initial_weights(F, d).items()}
         self.W, self.b_enc, self.b_dec = start["W_enc"], start["b_enc"], start["b_dec"]
@@ -57,6 +59,8 @@ class Case:
         self.values, self.indices = ops.topk_encode(self.x, self.W, self.b_enc, k, self.b_dec)
         # torch accumulates some of its ways in the storage dtype
         self.tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        # In the mean: one in ten thousand of the selected exchanged for another, one in any case.
+        self.exchanged = self.tolerance + (2 * max(1e-4, 1 / (N * k))) ** 0.5
         self.residual, _, self.grads = ops.sparse_residual(
             self.values, self.indices, self.W, self.b_dec, self.x, d
         )
@@ -145,6 +149,23 @@ def _forward(case: Case) -> Iterator[Problem]:
         ),
         {"two F.linear + topk": dense_scores},
         check=lambda r: [r[0].sort(1).values],  # near-ties of the score come in another order
+        dense_product=True,
+        exchanges=True,
+    )
+    dead = torch.arange(F, device=x.device) % 10 == 0
+    k_aux = min(d // 2, int(dead.sum()))
+
+    def dense_selections() -> tuple[Tensor, ...]:
+        z = case.scores()
+        return (*z.topk(k), *z.where(dead, -torch.inf).topk(k_aux))
+
+    yield Problem(
+        "topk_encode_aux",
+        "forward",
+        costs.topk_encode_aux(N, d, F, k, k_aux, s),
+        lambda impl: partial(impl.topk_encode_aux, x, W, b_enc, k, k_aux, dead, b_dec),
+        {"F.linear + two topk": dense_selections},
+        check=lambda r: [r[0].relu(), r[2].relu()],
         dense_product=True,
     )
     yield Problem(
@@ -296,6 +317,7 @@ def _backward(case: Case) -> Iterator[Problem]:
         {"F.linear + topk": _autograd(linear, *inputs)(None)},
         # of scores that round alike they take others, which moves single rows of the gradient
         check=lambda r: [g.norm() for g in r],
+        exchanges=True,
     )
 
     def decode(impl: Any, values: Tensor, W: Tensor, b_dec: Tensor) -> Tensor:

@@ -2,14 +2,18 @@
 """Suite `ops`: every op by implementation and by torch's ways; forward, backward and peak memory.
 
 A way's result is compared with the reference's before it is timed, and ksae's is computed twice
-and has to give the same bits. All implementations of an op are timed in turn; all ops are gone
-through several times, with inputs made anew, so that a disturbance hits few blocks of a row.
+and has to give the same bits. All implementations of an op are timed in turn, in one process; all
+ops are gone through several times, each time in a fresh one, so that a disturbance hits few blocks
+of a row.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +22,13 @@ from torch import Tensor
 from ksae import native, ops, reference
 
 from . import peaks
+from .children import in_process
 from .opcases import Call, Case, Problem, problems
-from .record import Row, low
+from .record import Record, Row, low
 from .session import Session
 
 PASSES = 4  # blocks of a row
+LEAST_FOR_MEMORY = 60.0  # seconds; less where it is done earlier
 Shape = tuple[int, int, int, int]
 TINY: list[Shape] = [(16, 24, 256, 4)]
 QUICK: list[Shape] = [(512, 256, 8192, 32)]
@@ -36,6 +42,7 @@ FULL: list[Shape] = [
     (256, 768, 4096, 512),
 ]
 REFERENCE = "reference"
+PATIENCE = 0.5  # seconds: a slower reference is timed while it is checked against, once
 SLOW = 12  # times the fastest: such a way is timed in the first pass only
 
 
@@ -87,11 +94,11 @@ def implementations(op: str, device: str, every_isa: bool) -> Iterator[Implement
         yield Implementation(f"ksae {best}, unscreened", ops, best, screen=False)
 
 
-def ways(problem: Problem, session: Session) -> dict[str, Callable[[], Call]]:
+def ways(problem: Problem, case: Case, session: Session) -> dict[str, Callable[[], Call]]:
     """Makers of the calls by name; ksae's own start with "ksae"."""
     found: dict[str, Callable[[], Call]] = {}
-    # Plain C++ would take minutes for a large product.
-    every_isa = not session.quick and problem.cost.flops <= 5e9 and problem.cost.bytes <= 1e8
+    # The lower instruction sets at one shape: plain C++ takes minutes for a large product.
+    every_isa = not session.quick and case.key in QUICK
     for impl in implementations(problem.op, session.device, every_isa):
         if impl.name.endswith("unscreened") and problem.mode != "forward":
             continue
@@ -127,10 +134,15 @@ def rows_of(problem: Problem, case: Case, names: list[str]) -> dict[str, Row]:
 
 
 def wrong(
-    problem: Problem, made: dict[str, Callable[[], Call]], tolerance: float
-) -> dict[str, str]:
-    """Ways whose first result is not the reference's, or differs from itself, and by how much."""
-    want = [t.double() for t in problem.check(made[REFERENCE]()())]
+    problem: Problem, made: dict[str, Callable[[], Call]], case: Case
+) -> tuple[dict[str, str], float]:
+    """Ways whose first result is not the reference's, or differs from itself, and by how much;
+    and the seconds that the reference took."""
+    call = made[REFERENCE]()
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    want = [t.double() for t in problem.check(result)]
     found = {}
     for name, make in made.items():
         if name == REFERENCE or name in problem.parts:
@@ -138,14 +150,15 @@ def wrong(
         try:
             # copies: an update writes into its argument, torch's ways may share theirs
             got = [t.clone() for t in problem.check(make()())]
-            error = max(_apart(a, b) for a, b in zip(got, want, strict=False))
-            if not error <= tolerance:
+            apart = _apart_in_the_mean if problem.exchanges else _apart
+            error = max(apart(a, b) for a, b in zip(got, want, strict=False))
+            if not error <= (case.exchanged if problem.exchanges else case.tolerance):
                 found[name] = f"result differs from the reference by {error:.1e}"
             elif name.startswith("ksae") and not _equal(got, problem.check(make()())):
                 found[name] = "a second run gave other bits"
         except (RuntimeError, MemoryError) as failure:
             found[name] = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-    return found
+    return found, seconds
 
 
 def _apart(got: Tensor, want: Tensor) -> float:
@@ -155,58 +168,121 @@ def _apart(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-30))
 
 
+def _apart_in_the_mean(got: Tensor, want: Tensor) -> float:
+    """The norm of the error over the norm."""
+    return float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
+
+
 def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def run(session: Session) -> None:
-    """Fill the suite's rows."""
+    """Fill the suite's rows, pass after pass."""
     shapes = TINY if session.tiny else QUICK if session.quick else FULL
     dtypes = ("fp32",) if session.tiny else ("fp32", "bf16")
     cases = [(shape, name) for shape in shapes for name in dtypes]
-    known: dict[tuple[str, str, str], dict[str, Row]] = {}
-    passes = 2 if session.tiny else PASSES
-    share = 0.85  # of the time; the rest is for the memory
-    blocks = 0
+    known: Known = {}
+    passes = 1 if session.tiny else PASSES
+    memory = 0.25 * session.left()  # seconds kept for it
     for turn in range(passes):
-        if turn >= 2 and session.left() < 0:  # two passes in any case: with one there is no spread
+        if turn >= 2 and session.left() < memory:  # with one pass there is no spread
             session.note(f"{turn} of {passes} passes: the time was spent")
             break
-        for shape, name in cases:
-            case = Case(*shape, name, session.data, session.device)
-            for problem in problems(case):
-                visits = passes * len(cases) * 14 if not turn else passes * len(known)
-                left = session.left() - (1 - share) * session._budget
-                _visit(session, problem, case, known, max(0.0, left / max(1, visits - blocks)))
-                blocks += 1
-                session.tick(f"{problem.op} {problem.mode}, {case}, {turn + 1} of {passes}")
-    _memory(session, cases, known)
+        seconds = max(0.0, session.left() - memory) / (passes - turn)
+        where = f"pass {turn + 1} of {passes}"
+        session.tick(where)
+        task = Task(session, cases, seconds, known)
+        for key, rows in in_process(_serve, task, partial(_waiting, session, where)):
+            _merge(session, known, key, rows)
+    _memory(session, cases[:1] if session.quick else cases[: 2 * len(dtypes)], known)
     _missing(session, known)
+
+
+Known = dict[tuple[str, str, str], dict[str, Row]]
+
+
+class Task:
+    """What the process of a pass is told: plain values that can be sent."""
+
+    def __init__(
+        self, session: Session, cases: list[tuple[Shape, str]], seconds: float, known: Known
+    ) -> None:
+        self.cases, self.seconds = cases, seconds
+        self.settings = {
+            name: getattr(session, name) for name in ("quick", "tiny", "threads", "device", "data")
+        }
+        # Known rows without their blocks but the first, which says who is slow.
+        self.known = {
+            key: {name: replace(row, blocks=row.blocks[:1]) for name, row in rows.items()}
+            for key, rows in known.items()
+        }
+
+
+def _serve(task: Task) -> Iterator[tuple[tuple[str, str, str], dict[str, Row]]]:
+    """One pass over all problems in a fresh process: rows with the block that it adds.
+
+    Where inputs and code come to lie in memory can make one process differ from the next by more
+    than its own samples tell, so that blocks of a row have to come from several.
+    """
+    torch.set_num_threads(task.settings["threads"])
+    session = Session(Record({}, "pass"), Path(), **task.settings)
+    session.begin("ops", task.seconds)
+    visits = len(task.known) or 14 * len(task.cases)
+    for shape, name in task.cases:
+        case = Case(*shape, name, session.data, session.device)
+        for problem in problems(case):
+            key = (str(case), problem.op, problem.mode)
+            before = {n: len(row.blocks) for n, row in task.known.get(key, {}).items()}
+            _visit(session, problem, case, task.known, max(0.0, session.left() / max(1, visits)))
+            visits -= 1
+            rows = task.known[key]
+            yield key, {n: replace(r, blocks=r.blocks[before.get(n, 0) :]) for n, r in rows.items()}
+
+
+def _waiting(session: Session, where: str, done: str) -> None:
+    session.tick(where + done)
+
+
+def _merge(session: Session, known: Known, key: tuple[str, str, str], rows: dict[str, Row]) -> None:
+    """Add the blocks of a pass to the rows of the run."""
+    if key not in known:
+        known[key] = rows
+        for row in rows.values():
+            session.add(row)
+        return
+    for name, row in rows.items():
+        known[key][name].blocks += row.blocks
 
 
 def _visit(
     session: Session,
     problem: Problem,
     case: Case,
-    known: dict[tuple[str, str, str], dict[str, Row]],
+    known: Known,
     seconds: float,
 ) -> None:
     """One block of one problem; at the first visit the check as well."""
-    made = ways(problem, session)
+    made = ways(problem, case, session)
     key = (str(case), problem.op, problem.mode)
     if key not in known:
         known[key] = rows = rows_of(problem, case, list(made))
         for row in rows.values():
             session.add(row)
-        for name, why in wrong(problem, made, case.tolerance).items():
+        failures, reference_s = wrong(problem, made, case)
+        for name, why in failures.items():
             rows[name].failure = why
+        if reference_s > PATIENCE and rows[REFERENCE].anchor != REFERENCE:
+            rows[REFERENCE].blocks.append([reference_s])
+            del made[REFERENCE]
     rows = known[key]
     lows = {name: low(row.blocks[0]) for name, row in rows.items() if row.blocks}
+    least = min(lows.values(), default=0.0)
     calls = {
         name: make()
         for name, make in made.items()
         if rows[name].failure is None
-        and (not lows or lows[name] <= SLOW * min(lows.values()) or name == rows[name].anchor)
+        and (lows.get(name, 0.0) <= SLOW * least or name == rows[name].anchor)
     }
     session.block(rows, calls, seconds)
 
@@ -214,22 +290,26 @@ def _visit(
 def _memory(
     session: Session,
     cases: list[tuple[Shape, str]],
-    known: dict[tuple[str, str, str], dict[str, Row]],
+    known: Known,
 ) -> None:
-    """The peak of each way, in a process of its own."""
-    for shape, name in cases:
+    """The peak of each way at these cases, in a process of their own each."""
+    until = session.spent() + max(session.left(), LEAST_FOR_MEMORY)
+    for number, (shape, name) in enumerate(cases):
         session.tick(f"peak memory, {name}")
-        found = peaks.of_ops(shape, name, session)
-        if found is None:
-            session.note(f"peak memory: not measured at {shape} {name}")
-            continue
-        for (case, op, mode, way), peak in found.items():
-            rows = known.get((case, op, mode), {})
-            if way in rows:
-                rows[way].peak = peak
+        seconds = (until - session.spent()) / (len(cases) - number)
+        complete = False
+        for found in peaks.of_ops(shape, name, session, seconds):
+            complete = found is None
+            if found is not None:
+                case, op, mode, way, peak = found
+                rows = known.get((case, op, mode), {})
+                if way in rows:
+                    rows[way].peak = peak
+        if not complete:
+            session.note(f"peak memory: the time was spent before the end of {shape} {name}")
 
 
-def _missing(session: Session, known: dict[tuple[str, str, str], dict[str, Row]]) -> None:
+def _missing(session: Session, known: Known) -> None:
     """Ops of the table that nothing here times are rows that say so."""
     timed = {op for _, op, _ in known}
     for op in ops.serving():

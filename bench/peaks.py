@@ -4,71 +4,66 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import signal
-from multiprocessing.connection import Connection
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .children import in_process
 from .measure import map_each_block, peak_extra
 
 if TYPE_CHECKING:
     from .session import Session
 
-Peaks = dict[tuple[str, str, str, str], int]  # case, op, mode, way -> bytes
-PATIENCE = 120.0  # seconds for a whole shape
+Peak = tuple[str, str, str, str, int]  # case, op, mode, way, bytes
 
 
-def of_ops(shape: tuple[int, int, int, int], name: str, session: Session) -> Peaks | None:
-    """Of every way of every op at one shape: outputs and workspaces, not the inputs."""
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe(duplex=False)
-    task = (shape, name, session.data, session.device, session.quick, session.threads)
-    child = context.Process(target=_serve, args=(theirs, *task), daemon=True)
-    child.start()
-    theirs.close()
-    try:
-        found: Peaks | None = mine.recv() if mine.poll(PATIENCE) else None
-    except EOFError:
-        found = None
-    finally:
-        if child.is_alive():
-            child.terminate()
-        child.join()
-    return found
+class Task:
+    """What the process is told: plain values that can be sent."""
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], name: str, session: Session, seconds: float
+    ) -> None:
+        self.shape, self.name, self.seconds = shape, name, seconds
+        self.data, self.device = session.data, session.device
+        self.quick, self.threads = session.quick, session.threads
 
 
-def _serve(
-    pipe: Connection,
-    shape: tuple[int, int, int, int],
-    name: str,
-    kind: str,
-    device: str,
-    quick: bool,
-    threads: int,
-) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+def of_ops(
+    shape: tuple[int, int, int, int], name: str, session: Session, seconds: float
+) -> Iterator[Peak | None]:
+    """Of every way of every op at one shape: outputs and workspaces, not the inputs. None is the
+    last, if the seconds are enough."""
+    yield from in_process(_serve, Task(shape, name, session, seconds), lambda text: None)
+
+
+def _serve(task: Task) -> Iterator[Peak | None]:
     from types import SimpleNamespace
 
     from .opcases import Case, problems
-    from .ops import ways
+    from .ops import REFERENCE, ways
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(task.threads)
+    end = time.perf_counter() + task.seconds
     map_each_block(True)
-    case = Case(*shape, name, kind, device)
-    settings: Any = SimpleNamespace(quick=quick, device=device)
-    found: Peaks = {}
+    case = Case(*task.shape, task.name, task.data, task.device)
+    settings: Any = SimpleNamespace(quick=task.quick, device=task.device)
     for problem in problems(case):
-        for way, make in ways(problem, settings).items():
+        for way, make in ways(problem, case, settings).items():
+            if time.perf_counter() > end:
+                return
             with contextlib.suppress(RuntimeError), torch.no_grad():
                 call = make()
-                call()  # graphs, pools and the state of an optimizer are made here
-                peak = _cuda_peak(call) if device == "cuda" else peak_extra(call)
+                # Graphs, pools and the state of an optimizer are made at the first call; of the
+                # reference, which can take seconds, the first call has to do.
+                if way != REFERENCE or problem.mode == "backward":
+                    call()
+                peak = _cuda_peak(call) if task.device == "cuda" else peak_extra(call)
                 if peak is not None:
-                    found[(str(case), problem.op, problem.mode, way)] = peak
+                    yield (str(case), problem.op, problem.mode, way, peak)
                 del call
-    pipe.send(found)
+    yield None
 
 
 def _cuda_peak(call: Any) -> int:

@@ -32,6 +32,7 @@ class Shape:
 
 NAMED = (
     Shape("GPT-2 small", TOKENS, 768, 24576, 32),
+    Shape("GPT-2 small, k=64", TOKENS, 768, 16384, 64),
     Shape("Pythia-410M", TOKENS, 1024, 65536, 32),
     Shape("Gemma-2-2B", TOKENS, 2304, 65536, 64),
     Shape("Llama-3.1-8B", TOKENS, 4096, 131072, 64),

@@ -22,16 +22,19 @@ class SuiteSpec:
     quick: float
     full: float
     device: str = "any"  # or "cuda": left out, with a note, where there is none
+    only_full: bool = False  # quick runs it only where it is asked for by name
 
     def seconds(self, mode: str) -> float:
         return {"quick": self.quick, "full": self.full, "tiny": 2.0}[mode]
 
 
 SUITES = {
-    "ops": SuiteSpec("every op by implementation: time and memory", 26, 300),
-    "step": SuiteSpec("a whole training step against other libraries", 28, 400),
-    "scaling": SuiteSpec("how cost grows with N, d, F and k", 12, 120),
-    "quality": SuiteSpec("what training reaches on real activations, and when", 26, 240),
+    "ops": SuiteSpec("every op by implementation: time and memory", 22, 360),
+    "step": SuiteSpec("a whole training step against other libraries", 28, 540),
+    "scaling": SuiteSpec("how cost grows with N, d, F and k", 10, 120),
+    "quality": SuiteSpec(
+        "what training reaches on real activations, and when", 26, 240, only_full=True
+    ),
     "roofline": SuiteSpec("share of the machine's limits", 8, 60),
     "threads": SuiteSpec("torch's ops and ksae's in turns", 3, 20),
     "gpu": SuiteSpec("kernels on a GPU", 60, 300, device="cuda"),

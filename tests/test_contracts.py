@@ -45,6 +45,10 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
         "topk": (W, k),
         "topk_encode": (x, W, b, k, b_dec, torch.arange(F) % 2 == 0),
         "grad_topk_encode": (x, x.detach().flip(0), W, b, W.detach(), k, 0.5, "signed", b_dec),
+        "topk_encode_aux": tuple(
+            t.detach() if isinstance(t, Tensor) else t
+            for t in (x, W, b, k, 2 * k, torch.arange(F) % 3 == 0, b_dec, x.flip(0), W, 0.5)
+        ),
         "sparse_decode": (values, indices, W, b_dec),
         "sparse_decode_backward_values": (x, indices, W),
         "sparse_decode_backward_weight": (x, values, indices, F),

@@ -14,6 +14,13 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Implementation, assert_close, assert_same, code, dtype_id, randn
+from test_grad_encode import (  # noqa: F401  (collected here with the `impl` below)
+    test_integers_are_the_reference_bit_by_bit,
+    test_normal_numbers,
+    test_scaled_inputs_keep_their_selection,
+    test_special_numbers,
+    test_without_weight_or_gradient_it_is_topk_encode_bit_for_bit,
+)
 from test_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_a_scale_that_is_not_finite_writes_nothing,
     test_decode,
@@ -78,9 +85,7 @@ dtypes = pytest.mark.parametrize("T", DTYPES, ids=dtype_id)
 
 def test_the_kernels_are_what_serves() -> None:
     assert cuda.kernels is not None, cuda.reason
-    left = {n: devices["cuda"] for n, devices in ops.serving().items()}
-    assert left.pop("grad_topk_encode") in ("native", "triton")
-    assert set(left.values()) == {"native"}
+    assert all(devices["cuda"] == "native" for devices in ops.serving().values())
 
 
 @dtypes
@@ -178,15 +183,53 @@ def test_triton_in_a_cuda_graph(T: torch.dtype) -> None:
         assert_same("replayed", got, want)
 
 
-def test_a_step_without_auxk_does_not_wait_for_the_device() -> None:
-    sae = ksae.TopKSAE(96, 1024, 16, auxk_alpha=0).cuda()
-    step, x = ksae.TrainStep(sae), torch.randn(512, 96, device="cuda")
-    step(x)
+@pytest.mark.parametrize("dead", [0, 200])
+@pytest.mark.parametrize("kind", [ksae.TopKSAE, ksae.GradTopKSAE])
+def test_no_step_waits_for_the_device(kind: type[ksae.TopKSAE], dead: int) -> None:
+    sae = kind(96, 1024, 16, k_aux=24).cuda()
+    step, x = ksae.TrainStep(sae, clip_norm=1.0), torch.randn(512, 96, device="cuda")
+    options = {"grad": torch.randn_like(x)} if kind is ksae.GradTopKSAE else {}
+    step(x, **options)
+    sae.tokens_since_fired[:dead] = sae.dead_after + 1
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(x)
+        metrics = step(x, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert (metrics["auxk_loss"] > 0) == (dead > 0)
+
+
+@pytest.mark.parametrize("dead", [0, 9, 5000, 20000])
+def test_both_selections_in_chunks(dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AuxK's latents from the step's own product, for any number of dead ones."""
+    N, d, F = 700, 96, 20000
+    x, W, grad = (randn(*s, seed=i).cuda() for i, s in enumerate([(N, d), (F, d), (N, d)]))
+    b, mask = torch.zeros(F, device="cuda"), torch.zeros(F, dtype=torch.bool, device="cuda")
+    mask[torch.randperm(F, generator=torch.Generator().manual_seed(0))[:dead].cuda()] = True
+    monkeypatch.setattr(cuda, "chunk_bytes", 256 * F * 4)
+    got = ops.topk_encode_aux(x, W, b, 32, 48, mask, None, grad, W, 0.5, "additive")
+    chosen = ops.grad_topk_encode(x, grad, W, b, W, 32, 0.5, "additive")
+    for name, g, w in zip(
+        ("values", "indices") * 2, got, (*chosen, *ops.topk_encode(x, W, b, 48, None, mask)),
+        strict=True,
+    ):  # fmt: skip
+        assert_same(name, g, w)
+    listed = mask[got[3]].sum(1)
+    assert (listed == min(dead, 48)).all() and (got[2][~mask[got[3]]] == 0).all()
+
+
+def test_float32_products_are_not_tf32() -> None:
+    """The bits do not depend on what torch may do to products of its own."""
+    x, W = randn(300, 512).cuda(), randn(5000, 512, seed=1).cuda()
+    b, settings = torch.zeros(5000, device="cuda"), torch.backends.cuda.matmul
+    want, before = ops.topk_encode(x, W, b, 16), settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        got = ops.topk_encode(x, W, b, 16)
+    finally:
+        settings.fp32_precision = before
+    for name, g, w in zip(("values", "indices"), got, want, strict=True):
+        assert_same(name, g, w)
 
 
 def test_peak_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

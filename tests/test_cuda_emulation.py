@@ -8,6 +8,7 @@ reject it, some order of threads must give a wrong result.
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -236,13 +237,21 @@ def test_a_dropped_overflow_gives_wrong_sums(kernels):
     assert out.item() == 63
 
 
-def test_a_write_past_shared_memory_is_seen():
-    """In a process of its own: AddressSanitizer, where it is on, ends it."""
+@pytest.mark.parametrize(
+    ("call", "report"),
+    [
+        ("shared_overrun(5)", "write past the end of shared memory, at byte 20 of 20"),
+        ("shared_overrun(1024)", r"outside of shared memory, at 0x\w+; thread \(0,0,0\); block"),
+        ("poison(3, 8)", r"outside of memory, at 0x\w+; thread \([0-2],0,0\); block \(0,0,0\), s"),
+    ],
+)
+def test_an_access_outside_of_memory_is_seen(call, report):
+    """In a process of its own, which it ends; so does AddressSanitizer, where it is on."""
     code = (
         "from emulation import build\n"
         "module = build.kernels().module\n"
         "assert module.empty(1, 32, 20) == 0\n"
-        "module.shared_overrun(5)\n"
+        f"module.{call}\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -251,5 +260,4 @@ def test_a_write_past_shared_memory_is_seen():
         text=True,
     )
     assert done.returncode != 0
-    seen = "write past the end of shared memory, at byte 20 of 20", "heap-buffer-overflow"
-    assert any(text in done.stderr for text in seen), done.stderr
+    assert re.search(f"{report}|AddressSanitizer", done.stderr), done.stderr

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    DTYPES,
     SCORES,
     Implementation,
     assert_close,
     assert_same,
     clone_all,
     code,
+    dtype_id,
     integers,
     norm_arguments,
     randn,
@@ -90,7 +92,8 @@ def select(
     values, indices = z.new_empty(z.shape[0], k), torch.empty(z.shape[0], k, dtype=torch.int64)
     dtype = cuda._DTYPES[z.dtype]
     impl.kernels.module.select(
-        *z.shape, k, dtype, dtype, z.data_ptr(), pointer(second), mode, beta, 0, pointer(scale), 0,
+        *z.shape, k, dtype, dtype, z.data_ptr(), pointer(second), mode, beta, 0, 0,
+        pointer(scale), 0,
         False, values.data_ptr(), indices.data_ptr(), cuda._Workspace(z.device), 0,
     )  # fmt: skip
     return values, indices
@@ -150,13 +153,37 @@ def test_encode_in_chunks_of_rows(
             assert_same(f"{rows} rows", got, w)
 
 
+# ---------------------------------------------------------------------------------------- grouping
+
+
+@pytest.mark.parametrize(
+    ("N", "F", "k"),
+    [(1, 1, 1), (700, 3, 3), (257, 511, 8), (300, 512, 8), (70, 5000, 33), (3, 300_000, 9)],
+    ids=lambda n: str(n),
+)
+def test_grouping_in_tiles_and_passes(impl: Emulated, N: int, F: int, k: int) -> None:
+    """One to four tiles, one to three passes, full tiles and a rest, a latent of every token."""
+    values, indices = code(N, F, k, torch.float32)
+    indices[:, -1] = F - 1
+    values[:, -1] = 1.0
+    for v, i in ((values, indices), (values, indices.int()), (torch.zeros_like(values), indices)):
+        for name, got, want in zip(
+            ("offsets", "order"),
+            impl.group_by_latent(v, i, F),
+            reference.group_by_latent(v, i, F),
+            strict=True,
+        ):
+            assert_same(name, got, want)
+
+
 # ------------------------------------------------------------------------------------ long segments
 
 
-@pytest.mark.parametrize("side", ["encoder", "decoder"])
-def test_hot_latents_are_cut(impl: Emulated, side: str) -> None:
-    """Segments of several cuts that begin and end inside of them, and two that share one."""
-    N, F, d = 400, 7, 23
+@pytest.mark.parametrize(("side", "d"), [("encoder", 7), ("decoder", 7), ("encoder", 1110)])
+def test_hot_latents_are_cut(impl: Emulated, emulated: Emulator, side: str, d: int) -> None:
+    """Segments of several cuts that begin and end inside of them, and two that share one; with
+    1110 columns more to do than there are blocks. The same bits in another order of blocks."""
+    N, F = 400, 23
     a = row_arguments(torch.float32, side, N=N, d=d, F=F, ks=(2, 3))
     for g, k in enumerate((2, 3)):
         values = torch.rand(N, k, generator=torch.Generator().manual_seed(g))
@@ -167,15 +194,124 @@ def test_hot_latents_are_cut(impl: Emulated, side: str) -> None:
         a["offsets"][g], a["order"][g] = reference.group_by_latent(values, indices, F)
         a["coefficients"][g] = values
     assert int((a["offsets"][0][1:] - a["offsets"][0][:-1]).max()) > 256
-    plain, exact = clone_all(a), to_float64(a)
+    plain, again, exact = clone_all(a), clone_all(a), to_float64(a)
     got, want = (i.row_grad_sq(*norm_arguments(a)) for i in (impl, reference))
     eps = torch.finfo(torch.float32).eps
     assert_close("grad_sq", got, want, reference.row_grad_sq(*norm_arguments(exact)), eps)
     impl.row_update(*a.values())
     reference.row_update(*plain.values())
     reference.row_update(*exact.values())
+    emulated.seed(5)
+    emulated.blocks_in_flight(7)
+    impl.row_update(*again.values())
     for name, t in written(a).items():
         assert_close(name, t, written(plain)[name], written(exact)[name])
+        assert torch.equal(t, written(again)[name]), name
+
+
+@pytest.mark.parametrize("T", DTYPES, ids=dtype_id)
+def test_sums_of_hot_latents_are_cut(impl: Emulated, emulated: Emulator, T: torch.dtype) -> None:
+    """Segments of one to three cuts that begin anywhere: the sums, and the same bits always."""
+    N, F = 700, 9
+    lists: dict[str, list[Tensor]] = {"values": [], "grads": [], "offsets": [], "order": []}
+    for g, k in enumerate((2, 3)):
+        values = randn(N, k, dtype=T, seed=g).abs() + 0.5
+        indices = torch.arange(N * k).reshape(N, k) % 7 // 5 * 3 + 2  # latents 2 and 5
+        indices[::9, 0] = 1
+        offsets, order = reference.group_by_latent(values, indices, F)
+        grads = randn(N, k, seed=g + 9)
+        for name, t in zip(lists, (values, grads, offsets, order), strict=True):
+            lists[name].append(t)
+    a: dict[str, Any] = lists | {"scales": torch.tensor([0.5, 0.03])}
+    plain, exact = (
+        reference.latent_sums(*a.values()),
+        reference.latent_sums(*to_float64(a).values()),
+    )
+    got = impl.latent_sums(*a.values())
+    for name, g, p, e in zip(("grad_b_enc", "parallel"), got, plain, exact, strict=True):
+        assert_close(name, g, p, e)
+    emulated.seed(5)
+    emulated.blocks_in_flight(7)
+    assert all(map(torch.equal, got, impl.latent_sums(*a.values())))
+
+
+# ------------------------------------------------------------------ stochastic rounding, the shadow
+
+
+def noisy(side: str, **options: Any) -> dict[str, Any]:
+    """Arguments of row_update with bfloat16 moments and seed 2^40 + 3 in step 7."""
+    a = row_arguments(torch.bfloat16, side, **options)
+    a |= {"master": None, "m": a["m"].bfloat16(), "v": a["v"].bfloat16(), "shadow": None}
+    return a | {"noise": torch.tensor([2**40 + 3, 7])}
+
+
+def one_neighbour_off(got: Tensor, want: Tensor) -> float:
+    """Share of numbers that differ; fails if one differs by more than a unit in its last place."""
+    assert got.dtype == want.dtype == torch.bfloat16
+    apart = (got.view(torch.int16).int() - want.view(torch.int16).int()).abs()
+    assert int(apart.max()) <= 1
+    return float((apart > 0).double().mean())
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_rounding_is_the_references(impl: Emulated, side: str) -> None:
+    """Whole, and in slices. Float32 sums in another order move few numbers across their bits."""
+    a = noisy(side)
+    want, sliced = clone_all(a), clone_all(a)
+    reference.row_update(*want.values())
+    impl.row_update(*a.values())
+    for start, stop in ((0, 8), (8, 23)) if side == "decoder" else ():
+        part = [r[:, start:stop].contiguous() for r in sliced["rows"]]
+        last = {"rows": part, "start": start, "normalize": stop == 23}
+        impl.row_update(*(sliced | last).values())
+    for result in (a, sliced) if side == "decoder" else (a,):
+        for name in ("W", "m", "v"):
+            assert one_neighbour_off(result[name], want[name]) < 0.01, name
+
+
+def test_rounding_by_the_same_bits_is_the_same(impl: Emulated, emulated: Emulator) -> None:
+    """No entry, so nothing is summed: bits equal the reference's, whatever the threads do; another
+    seed, step or matrix gives other bits."""
+    outcomes = []
+    for order, seed, step in ((0, 3, 7), (9, 3, 7), (0, 4, 7), (0, 3, 8), (0, 3 + 2**32, 7)):
+        emulated.seed(order)
+        a = noisy("encoder", N=0, ks=(3,)) | {"noise": torch.tensor([seed, step])}
+        want = clone_all(a)
+        reference.row_update(*want.values())
+        impl.row_update(*a.values())
+        for name in ("W", "m", "v"):
+            assert_same(name, a[name], want[name])
+        outcomes.append(torch.cat([a["W"], a["m"], a["v"]]))
+    assert torch.equal(outcomes[0], outcomes[1])
+    for n, other in enumerate(outcomes[2:]):
+        assert float((other != outcomes[0]).double().mean()) > 0.1, n
+
+
+def test_special_numbers_are_not_rounded_away(impl: Emulated) -> None:
+    a = noisy("encoder", N=0, ks=(3,))
+    a["m"][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    a["m"][1], a["v"][1], a["W"][1] = 0.0, 0.0, 1e-39
+    want = clone_all(a)
+    reference.row_update(*want.values())
+    impl.row_update(*a.values())
+    for name in ("W", "m", "v"):
+        assert_same(name, a[name], want[name])
+    assert a["m"][0, 0].isnan() and a["m"][0, 1] == torch.inf and (a["m"][1] == 0).all()
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_the_shadow_is_the_rounded_weight(impl: Emulated, side: str) -> None:
+    a = row_arguments(torch.float32, side)
+    plain, sliced = clone_all(a), clone_all(a)
+    a["shadow"], sliced["shadow"] = a["W"].bfloat16(), torch.zeros_like(a["W"]).bfloat16()
+    impl.row_update(*a.values())
+    impl.row_update(*plain.values())
+    assert_same("W", a["W"], plain["W"])
+    assert_same("shadow", a["shadow"], a["W"].bfloat16())
+    for start, stop in ((0, 8), (8, 23)) if side == "decoder" else ():
+        part = [r[:, start:stop].contiguous() for r in sliced["rows"]]
+        impl.row_update(*(sliced | {"rows": part, "start": start, "normalize": False}).values())
+        assert_same("slices", sliced["shadow"][:, :stop], sliced["W"].bfloat16()[:, :stop])
 
 
 # -------------------------------------------------------------------------------------- determinism
@@ -226,7 +362,7 @@ def test_kernels_have_the_names_and_arguments_of_the_native_ones() -> None:
     import inspect
 
     ops = [n for n in vars(Kernels) if not n.startswith("_")]
-    assert len(ops) == 11
+    assert len(ops) == 13
     for op in ops:
         own = list(inspect.signature(getattr(Kernels, op)).parameters)[1:]
         assert own == list(inspect.signature(getattr(native, op)).parameters), op

@@ -1,74 +1,182 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes put into the real select kernel: the comparison with the reference, in emulation, sees
-each. A mutant runs in a process of its own, because it may read anywhere."""
+"""Mistakes put into the real kernels: in emulation, the comparison with the reference sees each, or
+the emulator names kernel, block and thread.
+
+All mistakes of a file are compiled together, for float32, and switched on one at a time.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-
-COMPARE = """
-import json, sys
-sys.path.insert(0, sys.argv[2])
-import torch
-from cases import scores
 from emulation import build
-from ksae import reference
-from ksae.cuda import Kernels
 
-emulator = build.cuda(edit=json.loads(sys.argv[1]))
-impl = Kernels(emulator.module)
-for seed in range(4):
-    emulator.seed(seed)
-    for kind in ("random", "ties", "nan", "descending", "all equal"):
-        x = scores(kind, 2, 9001, torch.float32)
-        for k in (5, 700):
-            try:
-                got, want = impl.topk(x, k), reference.topk(x, k)
-            except RuntimeError as error:
-                sys.exit(f"rejected: {error}")
-            if not torch.equal(got[1], want[1]):
-                sys.exit(f"wrong: {kind}, k={k}, seed {seed}")
-print("right")
-"""
+KERNELS = build.ROOT / "csrc" / "cuda"
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str
+    new: str  # WRONG stands for: this mutant is on
+
 
 MUTANTS = {
-    "missing barrier": (
+    # ------------------------------------------------------------------------------------- select
+    "select: missing barrier": Mutant(
+        "select.cu",
         "    histogram[threadIdx.x] = 0;\n    __syncthreads();\n",
-        "    histogram[threadIdx.x] = 0;\n",
+        "    histogram[threadIdx.x] = 0;\n    if (!WRONG) __syncthreads();\n",
     ),
-    "off by one": ("if (maxima[g] >= bound)", "if (maxima[g] > bound)"),
-    "dropped overflow": ("state[3] = static_cast<uint32_t>(p.k);", "state[3] = 0;"),
-    "capacity ignored": ("if (count + kRound > plan.capacity &&", "if (false &&"),
-    "NaN by its sign": ("  if (s != s) return 0xffffffffu;\n", ""),
-    "wrong mask": ("__shfl_xor_sync(0xffffffffu, m, o)", "__shfl_xor_sync(0x0000ffffu, m, o)"),
-    "barrier in a branch": (
+    "select: off by one": Mutant(
+        "select.cu", "if (maxima[g] >= bound)", "if (maxima[g] >= bound + WRONG)"
+    ),
+    "select: dropped overflow": Mutant(
+        "select.cu",
+        "state[3] = static_cast<uint32_t>(p.k);",
+        "state[3] = WRONG ? 0 : static_cast<uint32_t>(p.k);",
+    ),
+    "select: capacity ignored": Mutant(
+        "select.cu",
+        "if (count + kRound > plan.capacity &&",
+        "if (!WRONG && count + kRound > plan.capacity &&",
+    ),
+    "select: wrong tie order": Mutant(
+        "select.cu", "if ((a < b) ==", "if ((WRONG ? a >> 32 < b >> 32 : a < b) =="
+    ),
+    "select: lost tail": Mutant(
+        "select.cu", "if (e >= valid) continue;", "if (e >= valid - WRONG) continue;"
+    ),
+    "select: NaN by its sign": Mutant(
+        "select.cu", "if (s != s) return", "if (!WRONG && s != s) return"
+    ),
+    "select: wrong mask": Mutant(
+        "select.cu",
+        "m = max(m, __shfl_xor_sync(0xffffffffu, m, o))",
+        "m = max(m, __shfl_xor_sync(WRONG ? 0x0000ffffu : 0xffffffffu, m, o))",
+    ),
+    "select: barrier in a branch": Mutant(
+        "select.cu",
         "  const uint32_t bound = kth_largest(",
-        "  if (threadIdx.x < 100) __syncthreads();\n  const uint32_t bound = kth_largest(",
+        "  if (WRONG && threadIdx.x < 100) __syncthreads();\n  const uint32_t bound = kth_largest(",
+    ),
+    "select: missing barrier of the list": Mutant(
+        "select.cu",
+        "  __syncthreads();\n  for (unsigned w = 0; w < threadIdx.x / 32; ++w) at += warps[w];",
+        "  if (!WRONG) __syncthreads();\n"
+        "  for (unsigned w = 0; w < threadIdx.x / 32; ++w) at += warps[w];",
+    ),
+    "select: fills one slot late": Mutant(
+        "select.cu", "slot += count - own;", "slot += count - own + WRONG;"
+    ),
+    "select: scored by no gradient": Mutant(
+        "select.cu", "(!p.informed || p.informed[n])", "(WRONG || !p.informed || p.informed[n])"
+    ),
+    # ------------------------------------------------------------------------------------- decode
+    "decode: missing barrier": Mutant(
+        "decode.cu",
+        "square = block_sum(square, scratch);  // a barrier: the row is complete",
+        "square = WRONG ? warp_sum(square) : block_sum(square, scratch);",
+    ),
+    "decode: off by one": Mutant(
+        "decode.cu",
+        "for (int j = 0; j < count; ++j) {",
+        "for (int j = 0; j < count - WRONG; ++j) {",
+    ),
+    "decode: dropped overflow": Mutant(
+        "decode.cu", "rows ? rows + n * q.d :", "rows ? rows + (WRONG ? 0 : n * q.d) :"
+    ),
+    "decode: wrong order of slices": Mutant(
+        "decode.cu", "(first + at / q.N) * kSlice", "(first + (WRONG ? 0 : at / q.N)) * kSlice"
+    ),
+    "decode: lost tail": Mutant(
+        "decode.cu", "if (column >= q.d) continue;", "if (column >= q.d - WRONG) continue;"
+    ),
+    "decode: a zero meets infinity": Mutant(
+        "decode.cu",
+        "if (vj == 0 || c >= p.d) continue;",
+        "if ((!WRONG && vj == 0) || c >= p.d) continue;",
+    ),
+    # ------------------------------------------------------------------------------------- latent
+    "latent: missing barrier": Mutant(
+        "latent.cu",
+        "{  // the other columns count as well\n      __syncthreads();",
+        "{\n      if (!WRONG) __syncthreads();",
+    ),
+    "latent: off by one": Mutant(
+        "latent.cu",
+        "for (int32_t e = from; e < to; ++e) {",
+        "for (int32_t e = from; e < to - WRONG; ++e) {",
+    ),
+    "latent: dropped overflow": Mutant(
+        "latent.cu",
+        "    if (end - begin <= kCut) {",
+        "    if (WRONG && end - begin > kCut) continue;\n    if (end - begin <= kCut) {",
+    ),
+    "latent: wrong order of entries": Mutant(
+        "latent.cu",
+        "int64_t(at / k) * columns + c",
+        "int64_t(WRONG ? at % k : at / k) * columns + c",
+    ),
+    "latent: lost tail": Mutant(
+        "latent.cu", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
     ),
 }
+FILES = sorted({m.file for m in MUTANTS.values()})
+NAMESPACE = "namespace ksae::cuda {\n"
+SWITCH = """extern "C" {
+inline __attribute__((visibility("default"))) int ksae_mutant = 0;
+}
+"""
+FLOAT_ALONE = """template <class Run>
+cudaError_t with_float(Dtype, Run run) {
+  return run(static_cast<float*>(nullptr));
+}
+"""
 
 
-def compare(edit: dict[str, tuple[str, str]]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", COMPARE, json.dumps(edit), str(Path(__file__).parent)],
+def mutated(file: str) -> str:
+    """The file with all of its mutants, each asleep until ksae_mutant is its number."""
+    text = (KERNELS / file).read_text()
+    text = text.replace(NAMESPACE, SWITCH + NAMESPACE + FLOAT_ALONE, 1)
+    text = text.replace("with_type(", "with_float(")
+    for number, mutant in enumerate(MUTANTS.values(), 1):
+        if mutant.file == file:
+            count = text.count(mutant.old)
+            assert count == 1, f"{file} must contain {mutant.old!r} once, got {count}"
+            text = text.replace(
+                mutant.old, mutant.new.replace("WRONG", f"(ksae_mutant == {number})")
+            )
+    return text
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    emulator = build.cuda({file: mutated(file) for file in FILES})
+    names = [*FILES, *MUTANTS]
+    jobs = [(0, file) for file in FILES]
+    jobs += [(number, m.file) for number, m in enumerate(MUTANTS.values(), 1)]
+    done = subprocess.run(
+        [sys.executable, str(build.HERE / "mutants.py"), str(emulator.path)],
+        input=json.dumps(jobs),
         capture_output=True,
         text=True,
         timeout=600,
     )
+    assert done.returncode == 0, done.stderr
+    return dict(zip(names, json.loads(done.stdout), strict=True))
 
 
-def test_the_kernel_itself_is_right():
-    done = compare({})
-    assert done.returncode == 0 and done.stdout == "right\n", done.stderr
+@pytest.mark.parametrize("file", FILES)
+def test_the_kernels_themselves_are_right(outcomes, file):
+    assert outcomes[file] == "right"
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(name):
-    done = compare({"select.cu": MUTANTS[name]})
-    died = done.returncode < 0 or "AddressSanitizer" in done.stderr
-    assert died or done.stderr.startswith(("wrong: ", "rejected: ")), done.stdout + done.stderr
+def test_mutant_is_caught(outcomes, name):
+    seen = r"^(wrong|rejected): |emulation of |AddressSanitizer|runtime error: "
+    assert re.search(seen, outcomes[name]), outcomes[name]

@@ -49,6 +49,8 @@ def test_every_op_and_way_is_measured(results):
             "product alone",
             "cuBLAS + torch.topk",
         },
+        "grad encode + select": {"ksae", "Triton", "products alone"},
+        "encode + AuxK": {"ksae", "Triton", "encoded twice"},
         "decode": {"ksae", "Triton", "Triton gather", "embedding_bag"},
         "group": {"ksae", "Triton", "stable sort"},
         "residual": {"ksae", "Triton"},

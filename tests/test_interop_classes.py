@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from cases import assert_close, randn
 from torch.nn import functional as nnf
 
-from ksae.interop import accelerate, accelerated, lazy, libraries, openai
+from ksae.interop import accelerate, accelerated, lazy, libraries, openai, sparse
 from ksae.interop.dictionary_learning import AutoEncoderTopK
 from ksae.interop.sparsify import SparseCoder, SparseCoderConfig
 
@@ -76,6 +78,29 @@ def test_a_code_counts_without_its_zeros():
     assert lazy.known(code) is None  # somebody has seen it: it is an ordinary tensor from here
 
 
+@pytest.mark.parametrize("threshold", [0, 0.25], ids=str)
+def test_the_bookkeeping_of_loops_needs_no_zeros(threshold):
+    values, indices = randn(N, K, seed=1), torch.arange(N * K).reshape(N, K) % F
+    dense = torch.zeros(N, F).scatter(1, indices, values)
+    kept = []
+    for code in (lazy.code(values, indices, F), dense):
+        answers = [
+            (torch.abs(code) >= (threshold or 1e-6)).float().sum(0),
+            torch.mean((code.abs() > threshold).float(), 0),
+            torch.mean(code.abs(), dim=-1),
+            (code > threshold).any(dim=0),
+            (code.square() > threshold).any(),
+            code.square().sum(),
+            code.mean(),
+        ]
+        assert code is dense or not code.built
+        kept.append(answers)
+    for got, expected in zip(*kept, strict=True):
+        torch.testing.assert_close(got, expected)
+    code = lazy.code(values, indices, F)
+    assert torch.equal(code >= 0, dense >= 0) and code.built  # zeros pass: they must be there
+
+
 def test_pre_activations_of_changed_weights_are_refused():
     u, _, W = pre_activations(relu=True)
     with torch.no_grad():
@@ -102,6 +127,35 @@ def test_a_version_outside_the_tested_range_warns_once(monkeypatch):
         warnings.simplefilter("error")
         assert libraries.installed("torch")
     assert not libraries.installed("no_such_library")
+
+
+# ----------------------------------------------------------------------------------------- SAELens
+
+
+def test_saelens_needs_the_library(monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("ksae.interop.saelens")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sae_lens", None)
+    with pytest.raises(ImportError, match=r"ksae\.interop\.saelens: sae-lens must be installed"):
+        importlib.import_module("ksae.interop.saelens")
+
+
+def test_selection_by_decoder_norms():
+    """By u * scale, values relu(u): NaN stays NaN, a latent of scale 0 has value 0."""
+    x, W, b = randn(N, D, seed=1), randn(F, D, seed=2), randn(F, seed=3)
+    x[3, 2] = torch.nan
+    scale = randn(F, seed=4).abs()
+    scale[::5] = 0
+    outs = []
+    for dtype in (torch.float32, torch.float64):
+        u = nnf.linear(x.to(dtype), W.to(dtype), b.to(dtype))
+        values, indices = (u * scale.to(dtype)).topk(K)
+        values = torch.where(values == 0, 0, u.gather(1, indices)).relu()
+        outs.append(torch.zeros_like(u).scatter(1, indices, values)[x.isfinite().all(1)])
+    values, indices = sparse.scaled_topk(x, W, b, scale, K)
+    assert values[3].isnan().all()
+    code = sparse.scatter(values, indices, F)[x.isfinite().all(1)]
+    assert_close("code", code, *outs)
 
 
 # ---------------------------------------------------------------------------------------- sparsify

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import ksae
@@ -15,6 +17,7 @@ from ksae import checkpoint
 from ksae.cli import run
 from ksae.errors import UserError
 from ksae.interop import convert
+from ksae.interop.dictionary_learning import AutoEncoderTopK
 from ksae.interop.formats import FORMATS, Coder
 from ksae.interop.formats.nvidia import STANDARDIZE as NVIDIA
 from ksae.interop.formats.openai import STANDARDIZE as OPENAI
@@ -224,14 +227,42 @@ def test_missing_extra_and_misshapen_tensors(name: str, tmp_path: Path) -> None:
     store()
     with pytest.raises(UserError, match="holds strange"):
         ksae.load(file)
+    state.pop("strange")
+    for weight in [key for key, t in state.items() if getattr(t, "ndim", 0) == 2]:
+        for shape in ((F * D,), (F, D, 1), (F + 1, D)):
+            right, state[weight] = state[weight], torch.zeros(shape)
+            store()
+            with pytest.raises(UserError, match=r"load: .* (must|subtracts|cannot)"):
+                ksae.load(file)
+            state[weight] = right
+    store()
+    assert ksae.load(file).d_sae == F
 
 
-def test_unsupported_activation(tmp_path: Path) -> None:
-    convert.write(make(), tmp_path / "s", "saelens")
-    config = json.loads((tmp_path / "s" / "cfg.json").read_text())
-    (tmp_path / "s" / "cfg.json").write_text(json.dumps({**config, "architecture": "gated"}))
-    with pytest.raises(UserError, match=r"architecture of .* got 'gated'"):
+UNSUPPORTED = {
+    "saelens": ("cfg.json", {"architecture": "gated"}),
+    "sparsify": ("cfg.json", {"activation": "gated"}),
+    "dictionary-learning": ("config.json", {"trainer": {"dict_class": "gated"}}),
+    "circuit-tracer": ("config.yaml", {"activation": "gated"}),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_activation(name: str, tmp_path: Path) -> None:
+    convert.write(make(centred=name != "circuit-tracer"), tmp_path / "s", name)
+    file, change = UNSUPPORTED[name]
+    config = yaml.safe_load((tmp_path / "s" / file).read_text())  # JSON is YAML
+    (tmp_path / "s" / file).write_text(json.dumps({**config, **change}))
+    with pytest.raises(UserError, match=r"(activation|architecture|dict_class) of .* got 'gated'"):
         ksae.load(tmp_path / "s")
+
+
+def test_unsupported_activation_in_a_pickle(tmp_path: Path) -> None:
+    convert.write(make(normalization=OPENAI), tmp_path / "a.pt", "openai")
+    state = torch.load(tmp_path / "a.pt", weights_only=True)
+    torch.save({**state, "activation": "Gated"}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"activation of .* must be TopK or ReLU, got 'Gated'"):
+        ksae.load(tmp_path / "a.pt")
 
 
 def test_what_the_runner_of_saelens_saves_of_our_class(tmp_path: Path) -> None:
@@ -253,6 +284,8 @@ def test_a_pickle_is_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.save({"encoder.weight": Evil()}, tmp_path / "ae.pt")
     with pytest.raises(UserError, match="nothing else is unpickled"):
         ksae.load(tmp_path / "ae.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt")
     assert not (tmp_path / "pwned").exists()
 
 

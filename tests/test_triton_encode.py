@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton encode without a GPU: interpreted against the reference, and compiled only.
+"""The Triton encodes without a GPU: interpreted against the reference, and compiled only.
 
-Both run in processes of their own, because Triton reads TRITON_INTERPRET once, at its import.
+Both run in processes of their own, because Triton reads TRITON_INTERPRET once, at its import; one
+process runs all cases of a kind, because to import torch takes longer than a case.
 """
+
+from __future__ import annotations
 
 import json
 import os
@@ -11,40 +14,97 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ksae.checks import MODES
+from ksae.kernels import encode, grad_encode
 
 TESTS = Path(__file__).parent
-CASES = (
-    "random", "no row", "one row", "k is F", "overflow", "shortfall", "all equal", "infinite",
-    "one NaN latent", "winners in one tile", "centred", "masked", "half",
-)  # fmt: skip
 
 
-def run(script: str, *arguments: str, **environment: str) -> str:
+def report(script: str, *arguments: str, **environment: str) -> dict:
+    """What a script of this folder prints."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(TESTS / script), *arguments],
         env=inherited | environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return json.loads(done.stdout)
+
+
+TOPK = (
+    "random", "no row", "one row", "k is F", "half", "bf16", "two tiles of rows", "sampled",
+    "overflow", "overflow of one row", "shortfall", "all equal", "infinite", "one NaN latent",
+    "NaN row", "winners in one tile", "centred", "masked", "masked, overflow", "scaled", "linear",
+    "absolute", "absolute, overflow", "absolute, shortfall", "absolute, masked", "thresholds",
+    "thresholds, overflow", "threshold that nothing reaches",
+)  # fmt: skip
+GRAD = [f"{mode}, {kind}" for mode in MODES for kind in ("wide", "NaN")]
+GRAD += [
+    f"additive, {kind}"
+    for kind in (
+        "half", "bf16", "overflow", "shortfall", "no beta", "no gradient", "infinite", "negative",
+        "centred",
+    )
+]  # fmt: skip
+CASES = [f"topk, {case}" for case in TOPK] + [f"grad, {case}" for case in GRAD]
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    return report("triton_encode_cases.py", *CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"triton-interpreted-{case}")
-def test_equals_the_reference_bit_for_bit(case):
-    assert run("triton_encode_cases.py", case, TRITON_INTERPRET="1").strip() == "equal"
+def test_equals_the_reference_bit_for_bit(interpreted: dict[str, str], case: str) -> None:
+    assert interpreted[case] == "equal"
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
-def test_gate_compiles_without_spills(capability, dtype):
-    report = json.loads(run("triton_compile.py", str(capability), dtype))
-    assert report["stack"] == 0
-    assert not {"LDL", "STL"} & set(report["instructions"])
-    assert report["registers"] <= 255
-    assert report["shared"] <= 99 * 1024  # what a block may have on sm_89 and sm_120
-    if dtype == "bf16":
-        product = {90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA")
-        assert product in report["instructions"]
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict]:
+    """{"case, capability": {kernel: what it costs}}"""
+    return report("triton_compile.py", *COMPILED)
+
+
+COMPILED = [f"topk-bf16, {capability}" for capability in (80, 89, 90, 100, 120)]
+COMPILED += [f"grad-bf16, {capability}" for capability in (80, 90, 100, 120)]
+COMPILED += ["topk-fp32, 90", "grad-fp32, 90", "topk-bf16-k1024, 90", "topk-bf16-abs, 90"]
+PRODUCTS = {"maxima_kernel", "gate_kernel", "redo_kernel"}
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiles_without_spills(compiled: dict[str, dict], case: str) -> None:
+    kernels = compiled[case]
+    assert kernels.keys() >= PRODUCTS | {"guess_kernel", "list_kernel", "pick_kernel"}
+    for name, cost in kernels.items():
+        assert cost["stack"] == 0, name
+        assert not {"LDL", "STL"} & set(cost["instructions"]), name
+        assert cost["registers"] <= 255, name
+        assert cost["shared"] <= 99 * 1024, name  # what a block may have on sm_89 and sm_120
+        if name in PRODUCTS:
+            tensor_cores = {"90": "HGMMA", "100": "UTCHMMA"}.get(case[-3:].strip(), "HMMA")
+            wanted = tensor_cores if "bf16" in case else "FFMA"
+            assert wanted in cost["instructions"], name
+
+
+@pytest.mark.parametrize("op", ["topk_encode", "grad_topk_encode"])
+def test_refuses_a_k_that_one_program_cannot_sort(op: str) -> None:
+    x, W, b = torch.zeros(1, 2), torch.zeros(1100, 2), torch.zeros(1100)
+    call = {
+        "topk_encode": lambda: encode.topk_encode(x, W, b, 1025),
+        "grad_topk_encode": lambda: grad_encode.grad_topk_encode(x, x, W, b, W, 1025, 0.5),
+    }[op]
+    message = f"^{op}: k must be at most 1024 in the Triton kernel, got 1025$"
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_refuses_an_unknown_activation() -> None:
+    x, W, b = torch.zeros(1, 2), torch.zeros(11, 2), torch.zeros(11)
+    message = "^topk_encode: activation must be one of relu, none, abs, got 'gelu'$"
+    with pytest.raises(ValueError, match=message):
+        encode.topk_encode(x, W, b, 3, activation="gelu")

@@ -160,6 +160,29 @@ def test_gradient_aware_encode(impl: Implementation, dtype: torch.dtype, mode: s
         same(impl.grad_topk_encode(*args), reference.grad_topk_encode(*args))
 
 
+@pytest.mark.parametrize("T", [T32, F16])
+def test_fused_encodes(impl: Implementation, T: torch.dtype) -> None:
+    """The other way to encode; a k that it does not take goes the way of the product."""
+    N, d, F = 2, 5, 1_030
+    x, W, b = (integers(*s, dtype=T, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
+    for W_, b_, k in ((W[:40], b[:40], 3), (W, b, 1_025)):
+        args = (x, W_, b_, k, x[0], b_ > 0)
+        same(impl.fused_topk_encode(*args), reference.topk_encode(*args))
+        args = (x, x.flip(0), W_, b_, W_.flip(0), k, 0.5, "signed", x[0])
+        same(impl.fused_grad_topk_encode(*args), reference.grad_topk_encode(*args))
+
+
+def test_both_selections_of_a_step(impl: Implementation, dtype: torch.dtype) -> None:
+    N, d, F, k = 2, 5, 60, 4
+    x, W, b = (integers(*s, dtype=dtype, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
+    dead = torch.arange(F) % 7 == 0
+    for downstream in ((), (x.flip(0), W.flip(0), 0.5, "additive")):
+        args = (x, W, b, k, 12, dead, x[0], *downstream)
+        got, want = impl.topk_encode_aux(*args), reference.topk_encode_aux(*args)
+        same(got[:2], want[:2])
+        same(got[2:], want[2:])
+
+
 # --------------------------------------------------------------------------------- decode and group
 
 
@@ -235,6 +258,15 @@ def test_a_scale_that_is_not_finite_writes_nothing(
 @pytest.mark.parametrize(("T", "side"), [(T32, "encoder"), (B16, "decoder")])
 def test_latent_pass_without_tokens(impl: Implementation, T: torch.dtype, side: str) -> None:
     test_ops.test_latent_pass_without_tokens(impl, T, side)
+
+
+def test_shadow_is_written_and_noise_is_left_to_the_reference(impl: Implementation) -> None:
+    a = row_arguments(T32, "decoder", N=5, d=6, F=8, ks=(2,))
+    shadow, before = torch.zeros(8, 6, dtype=B16), clone_all(a)
+    assert impl.row_update(*a.values(), shadow, torch.zeros(2, dtype=torch.int64)) is NotImplemented
+    assert torch.equal(a["W"], before["W"])
+    impl.row_update(*a.values(), shadow)
+    assert not torch.equal(a["W"], before["W"]) and torch.equal(shadow, a["W"].bfloat16())
 
 
 def test_one_latent_takes_every_token(impl: Implementation, dtype: torch.dtype) -> None:

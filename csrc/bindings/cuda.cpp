@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #ifndef KSAE_CUDA_MODULE
@@ -39,9 +40,14 @@ int value_or_raise(const char* name, cudaError_t (*function)(int*)) {
   return value;
 }
 
+// The op and those of its sizes that it has: the others are 0.
 std::string sizes(const char* op, int64_t N, int64_t d, int64_t F, int64_t k) {
-  return std::string(op) + " with N=" + std::to_string(N) + ", d=" + std::to_string(d) +
-         ", F=" + std::to_string(F) + ", k=" + std::to_string(k);
+  std::string text = std::string(op) + " with";
+  const std::pair<const char*, int64_t> all[] = {{" N=", N}, {" d=", d}, {" F=", F}, {" k=", k}};
+  for (const auto& [name, size] : all)
+    if (size) text += name + std::to_string(size) + ",";
+  text.pop_back();
+  return text;
 }
 
 DecodeParams decode_params(int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values,
@@ -99,9 +105,9 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
   module.def("device_count", [] { return value_or_raise("device_count", device_count); });
 
   module.def("select", [](int64_t rows, int64_t F, int64_t k, int score_dtype, int dtype,
-                          Pointer scores, Pointer second, int mode, float beta, Pointer bias,
-                          Pointer scale, Pointer mask, bool relu, Pointer values, Pointer indices,
-                          const py::function& allocate, Pointer stream) {
+                          Pointer scores, Pointer second, int mode, float beta, Pointer informed,
+                          Pointer bias, Pointer scale, Pointer columns, bool relu, Pointer values,
+                          Pointer indices, const py::function& allocate, Pointer stream) {
     const SelectParams p{rows,
                          F,
                          k,
@@ -111,14 +117,19 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                          as<const void>(second),
                          Mode(mode),
                          beta,
+                         as<const uint8_t>(informed),
                          as<const void>(bias),
                          as<const float>(scale),
-                         as<const uint8_t>(mask),
+                         as<const int32_t>(columns),
                          relu,
                          as<void>(values),
                          as<int64_t>(indices)};
     void* workspace = as<void>(allocate(select_workspace(p)).cast<Pointer>());
     check(select(p, workspace, as<CUstream_st>(stream)), sizes("select", rows, 0, F, k));
+  });
+  module.def("list_columns", [](int64_t F, Pointer mask, Pointer columns, Pointer stream) {
+    check(list_columns(F, as<const uint8_t>(mask), as<int32_t>(columns), as<CUstream_st>(stream)),
+          sizes("list_columns", 0, 0, F, 0));
   });
   module.def("sparse_decode", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype,
                                  Pointer values, Pointer indices, int index_bytes, Pointer W_dec,
@@ -180,11 +191,12 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
           sizes("group_by_latent", N, 0, F, k));
   });
   module.def("latent_sums", [](int64_t F, int dtype, const std::vector<Group>& from, Pointer scales,
-                               Pointer grad_b_enc, Pointer parallel, Pointer stream) {
+                               Pointer grad_b_enc, Pointer parallel, const py::function& allocate,
+                               Pointer stream) {
     std::vector<LatentSumsGroup> groups;
     for (const auto& [offsets, order, values, grads, k, entries] : from)
       groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
-                        as<const void>(values), as<const float>(grads)});
+                        as<const void>(values), as<const float>(grads), entries});
     const LatentSumsParams p{F,
                              Dtype(dtype),
                              groups.data(),
@@ -192,7 +204,8 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                              static_cast<int>(groups.size()),
                              as<float>(grad_b_enc),
                              as<float>(parallel)};
-    check(latent_sums(p, as<CUstream_st>(stream)), sizes("latent_sums", 0, 0, F, 0));
+    void* workspace = as<void>(allocate(latent_sums_workspace(p)).cast<Pointer>());
+    check(latent_sums(p, workspace, as<CUstream_st>(stream)), sizes("latent_sums", 0, 0, F, 0));
   });
   module.def("row_grad_sq", [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
                                bool encoder, const std::vector<Group>& groups, Pointer scales,
@@ -203,23 +216,25 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
     void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());
     check(row_grad_sq(r.p, workspace, as<CUstream_st>(stream)), sizes("row_grad_sq", 0, d, F, 0));
   });
-  module.def(
-      "row_update",
-      [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype, bool encoder,
-         const std::vector<Group>& groups, Pointer scales, Pointer centre, Pointer parallel,
-         Pointer grad_b_enc, Pointer grad_b_dec, Pointer W, Pointer master, Pointer m, Pointer v,
-         Pointer hyper, bool normalize, const py::function& allocate, Pointer stream) {
-        Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
-        r.p.grad_b_enc = as<const float>(grad_b_enc);
-        r.p.grad_b_dec = as<float>(grad_b_dec);
-        r.p.master = as<float>(master);
-        r.p.m = as<float>(m);
-        r.p.v = as<float>(v);
-        r.p.hyper = as<const float>(hyper);
-        r.p.normalize = normalize;
-        void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());
-        check(row_update(r.p, workspace, as<CUstream_st>(stream)), sizes("row_update", 0, d, F, 0));
-      });
+  module.def("row_update", [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
+                              bool encoder, const std::vector<Group>& groups, Pointer scales,
+                              Pointer centre, Pointer parallel, Pointer grad_b_enc,
+                              Pointer grad_b_dec, Pointer W, Pointer master, Pointer m, Pointer v,
+                              Pointer hyper, bool normalize, Pointer shadow, Pointer noise,
+                              const py::function& allocate, Pointer stream) {
+    Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
+    r.p.grad_b_enc = as<const float>(grad_b_enc);
+    r.p.grad_b_dec = as<float>(grad_b_dec);
+    r.p.master = as<float>(master);
+    r.p.m = as<void>(m);
+    r.p.v = as<void>(v);
+    r.p.shadow = as<void>(shadow);
+    r.p.noise = as<const int64_t>(noise);
+    r.p.hyper = as<const float>(hyper);
+    r.p.normalize = normalize;
+    void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());
+    check(row_update(r.p, workspace, as<CUstream_st>(stream)), sizes("row_update", 0, d, F, 0));
+  });
   module.def("sparse_decode_backward_weight",
              [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer grad, Pointer values,
                 Pointer offsets, Pointer order, Pointer grad_W, Pointer value_sum,

@@ -38,6 +38,23 @@ __device__ __forceinline__ Four load4(const T* p, int64_t valid, bool aligned) {
   return r;
 }
 
+// Stores the first `valid` of four numbers; as load4.
+template <class T>
+__device__ __forceinline__ void store4(T* p, const Four& r, int64_t valid, bool aligned) {
+  if (aligned && valid >= 4) {
+    struct alignas(4 * sizeof(T)) Raw {
+      T x[4];
+    } raw;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) store(&raw.x[e], r.x[e]);
+    *reinterpret_cast<Raw*>(p) = raw;
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (e < valid) store(p + e, r.x[e]);
+  }
+}
+
 // Whether rows of `width` numbers from p on may be read four at a time.
 template <class T>
 inline bool aligned4(const T* p, int64_t width) {

@@ -3,70 +3,45 @@
 //
 // One block a latent. A thread owns four columns at a time: it adds the rows of the latent's
 // entries in their order, takes off the part along W_i, moves m, v and the parameter, and forgets
-// the gradient. Segments longer than kCut entries are cut at multiples of kCut entries of `order`,
-// whatever latents these fall in: other blocks sum the pieces first, into the workspace, and the
-// latent's block adds the pieces in order. So no sum depends on scheduling, and a latent that every
-// token selects is spread over the device.
+// the gradient. Pieces of long segments (segments.h) are summed by other blocks first, so no sum
+// depends on scheduling, and a latent that every token selects is spread over the device. With
+// noise, bfloat16 weights have no master and are rounded stochastically, as are their moments.
 //
 // Bytes of an update, for each entry a row of `columns` numbers (from cache where they repeat), for
-// each parameter 24 of moments and parameter, 2 of the 16-bit copy and 2 to read it. Flops: 2 an
-// entry and column, about 14 a parameter. With grad_b_dec the rows of W that have entries are read
-// once more. Limits: four groups; N k and 2^31 - 1 entries a group.
-#include "common.h"
+// each parameter 24 of moments and parameter and 2 of a 16-bit copy, to read the copy 2; 12 in all
+// with noise, and about 35 integer instructions. For a piece of a long segment 8 bytes a column,
+// written and read. Flops: 2 an entry and column, about 14 a parameter. Limits: four groups; N k
+// and 2^31 - 1 entries a group.
+#include "latent.h"
+#include "rounding.h"
+#include "segments.h"
 
 namespace ksae::cuda {
 namespace {
 
-constexpr int kCut = 256;
-constexpr int kMaxGroups = 4;
-constexpr int kWideThreads = 256;
-constexpr int kThreads = 128;
-constexpr int64_t kShares = 512;  // of the latents, for grad_b_dec
+constexpr int kThreads = 256;
+constexpr int kPieceColumns = 128;
 
 enum class Pass { kUpdate, kGradSq, kWeight };
 
-struct Groups {
-  RowGroup group[kMaxGroups];
-  int64_t first_unit[kMaxGroups + 1];  // units of kCut entries, numbered through all groups
-  int count;
-};
-
 struct Args {
   RowUpdateParams p;  // its host pointer to groups is not used
-  Groups groups;
-  float* pieces;   // [units, 2, columns]
-  float* centres;  // [shares, d]
-  int64_t share;   // latents a share
+  RowGroup group[kMaxGroups];
+  Segments segments;
+  float* pieces;  // [slots, columns]
   bool aligned;
-  void* value_sum;  // [F], kWeight only; the gradient goes to p.W
 };
-
-__device__ __forceinline__ bool all_finite(const RowUpdateParams& p) {
-  for (int g = 0; p.scales && g < p.n_groups; ++g)
-    if (!finite(p.scales[g])) return false;
-  return true;
-}
 
 __device__ __forceinline__ Four stream4(const float* p, int64_t valid, bool aligned) {
   if (!aligned || valid < 4) return load4(p, valid, false);
   const float4 r = __ldcs(reinterpret_cast<const float4*>(p));
   return {{r.x, r.y, r.z, r.w}};
 }
-
-template <class T>
-__device__ __forceinline__ void store4(T* p, const Four& r, int64_t valid, bool aligned) {
-  if (aligned && valid >= 4) {
-    struct alignas(4 * sizeof(T)) Raw {
-      T x[4];
-    } raw;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) store(&raw.x[e], r.x[e]);
-    *reinterpret_cast<Raw*>(p) = raw;
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (e < valid) store(p + e, r.x[e]);
-  }
+__device__ __forceinline__ Four stream4(const __nv_bfloat16* p, int64_t valid, bool aligned) {
+  if (!aligned || valid < 4) return load4(p, valid, false);
+  const uint2 r = __ldcs(reinterpret_cast<const uint2*>(p));
+  return {{__uint_as_float(r.x << 16), __uint_as_float(r.x & 0xffff0000u),
+           __uint_as_float(r.y << 16), __uint_as_float(r.y & 0xffff0000u)}};
 }
 
 // Adds scale * coefficient * (row - centre) of entries [from, to) to columns [c, c + 4).
@@ -93,38 +68,53 @@ __device__ __forceinline__ Four centre4(const RowUpdateParams& p, int64_t c) {
   return p.centre ? load4(static_cast<const R*>(p.centre) + c, p.columns - c, false) : Four{};
 }
 
-// Pieces of long segments: unit u of a group is entries [kCut u, kCut (u + 1)) of its order. At
-// most two long segments meet it: the one that its first entry is in, and the one that its last is
-// in.
+// Pieces of long segments, a block a piece and 128 columns: each warp adds kCut / 8 entries, and
+// the warps' sums are added in their order.
 template <class C, class R>
-__global__ void __launch_bounds__(kThreads, 8) pieces_kernel(Args args) {
+__global__ void __launch_bounds__(kThreads, 4) pieces_kernel(Args args) {
+  constexpr int kShare = kCut / (kThreads / 32);
+  static_assert(kShare == 32, "an entry a lane");
+  KSAE_SHARED_BYTES(shared);
+  auto* sums = reinterpret_cast<float*>(shared);  // [warps, 128]
   const RowUpdateParams& p = args.p;
-  if (!all_finite(p)) return;
-  const int64_t unit = blockIdx.x;
-  int g = 0;
-  while (unit >= args.groups.first_unit[g + 1]) ++g;
-  const RowGroup& group = args.groups.group[g];
-  const float scale = p.scales ? p.scales[g] : 1.0f;
-  const int32_t used = group.offsets[p.F];
-  const auto from = static_cast<int32_t>((unit - args.groups.first_unit[g]) * kCut);
-  const int32_t to = used - from < kCut ? used : from + kCut;
-  int64_t before = -1;
-  for (int slot = 0; slot < 2 && from < to; ++slot) {
-    const int32_t entry = slot == 0 ? from : to - 1;
-    int64_t low = 0, high = p.F;  // offsets[low] <= entry < offsets[high]
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (group.offsets[middle] <= entry ? low : high) = middle;
+  if (!all_finite(p.scales, p.n_groups)) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t slices = (p.columns + kPieceColumns - 1) / kPieceColumns;
+  const int64_t items = *args.segments.count * slices;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const Piece piece = args.segments.list[item / slices];
+    const RowGroup& group = args.group[piece.group];
+    const int64_t c0 = item % slices * kPieceColumns, c = c0 + 4 * lane;
+    const int32_t first = piece.from + warp * kShare;
+    const int count = piece.to - first < kShare ? piece.to - first : kShare;
+    uint32_t row = 0;
+    float a = 0;
+    if (lane < count) {
+      const auto at = static_cast<uint32_t>(group.order[first + lane]);
+      row = at / static_cast<uint32_t>(group.k);
+      a = (p.scales ? p.scales[piece.group] : 1.0f) *
+          load(static_cast<const C*>(group.coefficients) + at);
     }
-    const int32_t begin = group.offsets[low], end = group.offsets[low + 1];
-    if (low == before || end - begin <= kCut) continue;
-    before = low;
-    for (int64_t c = 4 * threadIdx.x; c < p.columns; c += 4 * kThreads) {
-      Four sum{};
-      add_entries<C, R>(args, group, scale, begin > from ? begin : from, end < to ? end : to, c,
-                        centre4<R>(p, c), sum);
-      store4(args.pieces + (2 * unit + slot) * p.columns + c, sum, p.columns - c, args.aligned);
+    const Four centre = c < p.columns ? centre4<R>(p, c) : Four{};
+    Four sum{};
+#pragma unroll 8
+    for (int e = 0; e < count; ++e) {
+      const float by = __shfl_sync(0xffffffffu, a, e);
+      const uint32_t n = __shfl_sync(0xffffffffu, row, e);
+      if (by == 0 || c >= p.columns) continue;
+      const Four r = load4(static_cast<const R*>(group.rows) + int64_t(n) * p.columns + c,
+                           p.columns - c, args.aligned);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(by, r.x[j] - centre.x[j], sum.x[j]);
     }
+    *reinterpret_cast<Four*>(sums + warp * kPieceColumns + 4 * lane) = sum;
+    __syncthreads();
+    if (threadIdx.x < kPieceColumns && c0 + threadIdx.x < p.columns) {
+      float total = 0;
+      for (int w = 0; w < kThreads / 32; ++w) total += sums[w * kPieceColumns + threadIdx.x];
+      args.pieces[int64_t(piece.slot) * p.columns + c0 + threadIdx.x] = total;
+    }
+    __syncthreads();  // read before the next item's are written
   }
 }
 
@@ -134,15 +124,17 @@ __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c
   const RowUpdateParams& p = args.p;
   const Four centre = centre4<R>(p, c);
   Four sum{};
-  for (int g = 0; g < args.groups.count; ++g) {
-    const RowGroup& group = args.groups.group[g];
+  for (int g = 0; g < p.n_groups; ++g) {
+    const RowGroup& group = args.group[g];
     const int32_t begin = group.offsets[i], end = group.offsets[i + 1];
     if (end - begin <= kCut) {
       add_entries<C, R>(args, group, p.scales ? p.scales[g] : 1.0f, begin, end, c, centre, sum);
       continue;
     }
-    for (int32_t u = begin / kCut; u <= (end - 1) / kCut; ++u) {
-      const int64_t slot = 2 * (args.groups.first_unit[g] + u) + (u * kCut < begin ? 1 : 0);
+    const int32_t last = (end - 1) / kCut;
+#pragma unroll 4
+    for (int32_t u = begin / kCut; u <= last; ++u) {
+      const int64_t slot = slot_of(args.segments, g, u, begin);
       const Four piece = load4(args.pieces + slot * p.columns + c, p.columns - c, args.aligned);
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum.x[j] += piece.x[j];
@@ -151,12 +143,23 @@ __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c
   return sum;
 }
 
-// Unit row: theta /= |theta|, and its rounded copy. `square` is this thread's part of |theta|^2.
+// The parameters' row as it is after the update: the weights, and a copy of them if there is one.
 template <class T>
+__device__ __forceinline__ void store_weights(const Args& args, int64_t at, const Four& theta,
+                                              int64_t valid) {
+  store4(static_cast<T*>(args.p.W) + at, theta, valid, args.aligned);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (args.p.shadow)
+      store4(static_cast<__nv_bfloat16*>(args.p.shadow) + at, theta, valid, args.aligned);
+  }
+}
+
+// Unit row: theta /= |theta|, and its rounded copy. `square` is this thread's part of |theta|^2.
+template <class T, class M>
 __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, double square,
                                               double* scratch) {
   const RowUpdateParams& p = args.p;
-  T* W = static_cast<T*>(p.W) + i * p.d;
+  const T* W = static_cast<const T*>(p.W) + i * p.d;
   float* master = p.master ? p.master + i * p.d : nullptr;
   const float norm = static_cast<float>(sqrt(block_sum(square, scratch)));
   const float by = norm > 0 ? norm : 1.0f;
@@ -165,18 +168,21 @@ __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, doubl
         master ? load4(master + c, p.d - c, args.aligned) : load4(W + c, p.d - c, args.aligned);
 #pragma unroll
     for (int j = 0; j < 4; ++j) theta.x[j] /= by;
+    if constexpr (sizeof(M) == 2)
+      theta = stochastic4(theta, noise4(p.noise, i, c, kRoundWeights).second);
     if (master) store4(master + c, theta, p.d - c, args.aligned);
-    store4(W + c, theta, p.d - c, args.aligned);
+    store_weights<T>(args, i * p.d + c, theta, p.d - c);
   }
 }
 
-template <class C, class R, class T, Pass kPass>
-__global__ void __launch_bounds__(kWideThreads, 3) latent_kernel(Args args) {
+// M: of the moments; bfloat16 with noise.
+template <class C, class R, class T, class M, Pass kPass>
+__global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kernel(Args args) {
   KSAE_SHARED_BYTES(shared);
   auto* scratch = reinterpret_cast<double*>(shared);
   const RowUpdateParams& p = args.p;
   const int64_t i = blockIdx.x;
-  if (!all_finite(p)) {
+  if (!all_finite(p.scales, p.n_groups)) {
     if (kPass == Pass::kGradSq && threadIdx.x == 0) p.grad_sq[i] = 0;
     return;
   }
@@ -218,7 +224,8 @@ __global__ void __launch_bounds__(kWideThreads, 3) latent_kernel(Args args) {
     }
     const float step = p.hyper[0], root = p.hyper[1], b1 = p.hyper[2], b2 = p.hyper[3];
     const float eps = p.hyper[4], grad_scale = p.hyper[5], rest1 = p.hyper[6], rest2 = p.hyper[7];
-    Four m = stream4(p.m + at, valid, args.aligned), v = stream4(p.v + at, valid, args.aligned);
+    M *moment = static_cast<M*>(p.m) + at, *second = static_cast<M*>(p.v) + at;
+    Four m = stream4(moment, valid, args.aligned), v = stream4(second, valid, args.aligned);
     Four theta = master ? stream4(master + p.start + c, valid, args.aligned) : w;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -227,12 +234,21 @@ __global__ void __launch_bounds__(kWideThreads, 3) latent_kernel(Args args) {
       m.x[j] = b1 * m.x[j] + rest1 * gj;
       v.x[j] = b2 * v.x[j] + rest2 * gj * gj;
       theta.x[j] -= step * m.x[j] / (sqrtf(v.x[j]) / root + eps);
-      square += double(theta.x[j]) * theta.x[j];
     }
-    store4(p.m + at, m, valid, args.aligned);
-    store4(p.v + at, v, valid, args.aligned);
+    if constexpr (sizeof(M) == 2) {
+      const Noise noise = noise4(p.noise, i, p.start + c, kRoundMoments);
+      m = stochastic4(m, noise.first);
+      v = stochastic4(v, noise.second);
+    }
+    store4(moment, m, valid, args.aligned);
+    store4(second, v, valid, args.aligned);
+    if constexpr (sizeof(M) == 2)
+      theta = stochastic4(theta, noise4(p.noise, i, p.start + c, kRoundWeights).first);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (j < valid) square += double(theta.x[j]) * theta.x[j];
     if (master) store4(master + p.start + c, theta, valid, args.aligned);
-    if (!master || !p.normalize) store4(W + p.start + c, theta, valid, args.aligned);
+    if (!master || !p.normalize) store_weights<T>(args, at, theta, valid);
   }
   if (kPass == Pass::kGradSq) {
     const double total = block_sum(square, scratch);
@@ -247,130 +263,54 @@ __global__ void __launch_bounds__(kWideThreads, 3) latent_kernel(Args args) {
         square += double(theta) * theta;
       }
     }
-    normalize_row<T>(args, i, square, scratch);
-  }
-  if (kPass == Pass::kWeight) {
-    const RowGroup& group = args.groups.group[0];
-    double sum = 0;
-    for (int32_t e = group.offsets[i] + threadIdx.x; e < group.offsets[i + 1]; e += blockDim.x)
-      sum += load(static_cast<const C*>(group.coefficients) + group.order[e]);
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) store(static_cast<T*>(args.value_sum) + i, static_cast<float>(sum));
-  }
-}
-
-// W^T grad_b_enc over one share of the latents and 4 kThreads columns. Rows without entries have
-// sum 0 and are not read.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 8) centre_kernel(Args args, int64_t slices) {
-  const RowUpdateParams& p = args.p;
-  const int64_t share = blockIdx.x / slices;
-  const int64_t c = (blockIdx.x % slices * kThreads + threadIdx.x) * 4;
-  if (c >= p.d || !all_finite(p)) return;
-  const int64_t first = share * args.share;
-  const int64_t last = first + args.share < p.F ? first + args.share : p.F;
-  Four sum{};
-#pragma unroll 4
-  for (int64_t i = first; i < last; ++i) {
-    const float s = p.grad_b_enc[i];
-    if (s == 0) continue;
-    const Four w = load4(static_cast<const T*>(p.W) + i * p.d + c, p.d - c, args.aligned);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(s, w.x[j], sum.x[j]);
-  }
-  store4(args.centres + share * p.d + c, sum, p.d - c, false);
-}
-
-__global__ void __launch_bounds__(kThreads, 8) centre_sum_kernel(Args args, int64_t shares) {
-  const RowUpdateParams& p = args.p;
-  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (c >= p.d) return;
-  float sum = 0;
-  if (all_finite(p))
-    for (int64_t s = 0; s < shares; ++s) sum += args.centres[s * p.d + c];
-  p.grad_b_dec[c] = sum;
-}
-
-struct SumsArgs {
-  LatentSumsParams p;
-  LatentSumsGroup group[kMaxGroups];
-};
-
-// One warp a latent.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 8) sums_kernel(SumsArgs args) {
-  const LatentSumsParams& p = args.p;
-  const int64_t i = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (i >= p.F) return;
-  bool good = true;
-  for (int g = 0; g < p.n_groups; ++g) good = good && finite(p.scales[g]);
-  double bias = 0, parallel = 0;
-  for (int g = 0; good && g < p.n_groups; ++g) {
-    const LatentSumsGroup& group = args.group[g];
-    const double scale = p.scales[g];
-    const int32_t end = group.offsets[i + 1];
-    for (int32_t e = group.offsets[i] + threadIdx.x % 32; e < end; e += 32) {
-      const int32_t at = group.order[e];
-      const float v = load(static_cast<const T*>(group.values) + at);
-      const double product = scale * group.grads[at];
-      bias += product;  // entries have values that are not 0
-      parallel += v * product;
-    }
-  }
-  bias = warp_sum(bias);
-  parallel = warp_sum(parallel);
-  if (threadIdx.x % 32 == 0) {
-    p.grad_b_enc[i] = static_cast<float>(bias);
-    p.parallel[i] = static_cast<float>(parallel);
+    normalize_row<T, M>(args, i, square, scratch);
   }
 }
 
 size_t rounded(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-int64_t units_of(const RowGroup& group) { return (group.entries + kCut - 1) / kCut; }
-
 size_t pieces_bytes(const RowUpdateParams& p) {
-  int64_t units = 0;
-  for (int g = 0; g < p.n_groups; ++g) units += units_of(p.groups[g]);
-  return rounded(2 * units * p.columns * sizeof(float));
+  return rounded(2 * units_of(p.groups, p.n_groups) * p.columns * sizeof(float));
 }
 
-template <class C, class R, class T, Pass kPass>
-cudaError_t launch(const RowUpdateParams& p, void* value_sum, void* workspace,
-                   cudaStream_t stream) {
+template <class C, class R, class T, class M, Pass kPass>
+cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t stream) {
   if (p.n_groups > kMaxGroups || !grid_fits(p.F)) return cudaErrorInvalidValue;
   Args args{};
   args.p = p;
-  args.value_sum = value_sum;
-  args.pieces = static_cast<float*>(workspace);
-  args.centres = reinterpret_cast<float*>(static_cast<char*>(workspace) + pieces_bytes(p));
-  args.share = (p.F + kShares - 1) / kShares;
-  args.groups.count = p.n_groups;
-  args.aligned = aligned4(static_cast<const T*>(p.W), p.d) && aligned4(p.m, p.d) &&
-                 aligned4(p.v, p.d) && aligned4(p.master, p.d) && p.start % 4 == 0 &&
+  const int64_t units = units_of(p.groups, p.n_groups);
+  if (!grid_fits(2 * units)) return cudaErrorInvalidConfiguration;
+  auto* memory = static_cast<char*>(workspace);
+  args.segments = segments_of(p.groups, p.n_groups, p.F, memory);
+  args.pieces = reinterpret_cast<float*>(memory + list_bytes(units));
+  args.aligned = aligned4(static_cast<const T*>(p.W), p.d) &&
+                 aligned4(static_cast<const M*>(p.m), p.d) &&
+                 aligned4(static_cast<const M*>(p.v), p.d) && aligned4(p.master, p.d) &&
+                 aligned4(static_cast<const __nv_bfloat16*>(p.shadow), p.d) && p.start % 4 == 0 &&
                  p.columns % 4 == 0;
   for (int g = 0; g < p.n_groups; ++g) {
-    args.groups.group[g] = p.groups[g];
-    args.groups.first_unit[g + 1] = args.groups.first_unit[g] + units_of(p.groups[g]);
+    args.group[g] = p.groups[g];
     args.aligned = args.aligned && aligned4(static_cast<const R*>(p.groups[g].rows), p.columns);
   }
-  const int64_t units = args.groups.first_unit[p.n_groups];
-  if (!grid_fits(units)) return cudaErrorInvalidConfiguration;
-  if (units)
-    KSAE_LAUNCH((pieces_kernel<C, R>), static_cast<unsigned>(units), kThreads, 0, stream, args);
+  if (units && p.columns) {
+    unsigned blocks = 0;
+    const int64_t slices = (p.columns + kPieceColumns - 1) / kPieceColumns;
+    cudaError_t error = grid_for(2 * units * slices, &blocks);
+    if (error == cudaSuccess) error = list_pieces(args.segments, stream);
+    if (error != cudaSuccess) return error;
+    KSAE_LAUNCH((pieces_kernel<C, R>), blocks, kThreads,
+                kThreads / 32 * kPieceColumns * sizeof(float), stream, args);
+  }
   if (p.grad_b_dec) {
-    const int64_t shares = (p.F + args.share - 1) / args.share;
-    const int64_t slices = (p.d + 4 * kThreads - 1) / (4 * kThreads);
-    KSAE_LAUNCH((centre_kernel<T>), static_cast<unsigned>(shares * slices), kThreads, 0, stream,
-                args, slices);
-    KSAE_LAUNCH(centre_sum_kernel, static_cast<unsigned>((p.d + kThreads - 1) / kThreads), kThreads,
-                0, stream, args, shares);
+    const cudaError_t error =
+        centre_gradient(p, memory + list_bytes(units) + pieces_bytes(p), stream);
+    if (error != cudaSuccess) return error;
   }
   const int64_t wanted = (p.columns + 127) / 128 * 32;
   const auto threads =
-      static_cast<unsigned>(wanted < 32 ? 32 : (wanted > kWideThreads ? kWideThreads : wanted));
-  KSAE_LAUNCH((latent_kernel<C, R, T, kPass>), static_cast<unsigned>(p.F), threads,
-              kWideThreads / 32 * sizeof(double), stream, args);
+      static_cast<unsigned>(wanted < 32 ? 32 : (wanted > kThreads ? kThreads : wanted));
+  KSAE_LAUNCH((latent_kernel<C, R, T, M, kPass>), static_cast<unsigned>(p.F), threads,
+              kThreads / 32 * sizeof(double), stream, args);
   return cudaGetLastError();
 }
 
@@ -378,8 +318,8 @@ template <Pass kPass>
 cudaError_t launch_side(const RowUpdateParams& p, void* workspace, cudaStream_t stream) {
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return p.encoder ? launch<float, T, T, kPass>(p, nullptr, workspace, stream)
-                     : launch<T, float, T, kPass>(p, nullptr, workspace, stream);
+    return p.encoder ? launch<float, T, T, float, kPass>(p, workspace, stream)
+                     : launch<T, float, T, float, kPass>(p, workspace, stream);
   });
 }
 
@@ -395,26 +335,24 @@ RowUpdateParams weight_params(const DecodeBackwardWeightParams& p, RowGroup* gro
   return row;
 }
 
-}  // namespace
-
-cudaError_t latent_sums(const LatentSumsParams& p, cudaStream_t stream) {
-  const int64_t blocks = (p.F + kThreads / 32 - 1) / (kThreads / 32);
-  if (p.n_groups > kMaxGroups || !grid_fits(blocks)) return cudaErrorInvalidValue;
-  SumsArgs args{};
-  args.p = p;
-  for (int g = 0; g < p.n_groups; ++g) args.group[g] = p.groups[g];
-  return with_type(p.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    KSAE_LAUNCH((sums_kernel<T>), static_cast<unsigned>(blocks), kThreads, 0, stream, args);
-    return cudaGetLastError();
-  });
+ValueSumsParams sums_params(const DecodeBackwardWeightParams& p) {
+  return {p.F, p.dtype, p.offsets, p.order, p.values, p.N * p.k, p.value_sum};
 }
 
+}  // namespace
+
 size_t row_update_workspace(const RowUpdateParams& p) {
-  return pieces_bytes(p) + (p.grad_b_dec ? kShares * p.d * sizeof(float) : 0);
+  return list_bytes(units_of(p.groups, p.n_groups)) + pieces_bytes(p) +
+         (p.grad_b_dec ? centre_gradient_workspace(p) : 0);
 }
 
 cudaError_t row_update(const RowUpdateParams& p, void* workspace, cudaStream_t stream) {
+  if (p.noise) {
+    using B = __nv_bfloat16;
+    if (p.dtype != Dtype::kBFloat16 || p.master || p.start % 4) return cudaErrorInvalidValue;
+    return p.encoder ? launch<float, B, B, B, Pass::kUpdate>(p, workspace, stream)
+                     : launch<B, float, B, B, Pass::kUpdate>(p, workspace, stream);
+  }
   return launch_side<Pass::kUpdate>(p, workspace, stream);
 }
 
@@ -424,16 +362,20 @@ cudaError_t row_grad_sq(const RowUpdateParams& p, void* workspace, cudaStream_t 
 
 size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams& p) {
   RowGroup group;
-  return row_update_workspace(weight_params(p, &group));
+  const size_t rows = row_update_workspace(weight_params(p, &group));
+  const size_t sums = value_sums_workspace(sums_params(p));
+  return rows > sums ? rows : sums;  // one after the other
 }
 
 cudaError_t sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, void* workspace,
                                           cudaStream_t stream) {
   RowGroup group;
   const RowUpdateParams row = weight_params(p, &group);
+  const cudaError_t error = value_sums(sums_params(p), workspace, stream);
+  if (error != cudaSuccess) return error;
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch<T, T, T, Pass::kWeight>(row, p.value_sum, workspace, stream);
+    return launch<T, T, T, float, Pass::kWeight>(row, workspace, stream);
   });
 }
 

@@ -22,15 +22,17 @@ def select(
     second: int,
     mode: int,
     beta: float,
+    informed: int,
     bias: int,
     scale: int,
-    mask: int,
+    columns: int,
     relu: bool,
     values: int,
     indices: int,
     allocate: _Allocate,
     stream: int,
 ) -> None: ...
+def list_columns(F: int, mask: int, columns: int, stream: int) -> None: ...
 def sparse_decode(
     N: int,
     d: int,
@@ -108,7 +110,14 @@ def group_by_latent(
     stream: int,
 ) -> None: ...
 def latent_sums(
-    F: int, dtype: int, groups: _Groups, scales: int, grad_b_enc: int, parallel: int, stream: int
+    F: int,
+    dtype: int,
+    groups: _Groups,
+    scales: int,
+    grad_b_enc: int,
+    parallel: int,
+    allocate: _Allocate,
+    stream: int,
 ) -> None: ...
 def row_grad_sq(
     F: int,
@@ -145,6 +154,8 @@ def row_update(
     v: int,
     hyper: int,
     normalize: bool,
+    shadow: int,
+    noise: int,
     allocate: _Allocate,
     stream: int,
 ) -> None: ...

@@ -151,6 +151,47 @@ def grad_topk_encode(
     return T
 
 
+def topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    k_aux: int,
+    dead: Tensor,
+    b_dec: Tensor | None = None,
+    grad: Tensor | None = None,
+    W_dec: Tensor | None = None,
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> torch.dtype:
+    op = "topk_encode_aux"
+    T = _encoder(op, x, W_enc, b_enc, k, b_dec)
+    F = W_enc.shape[0]
+    _like(op, "dead", dead, (F,), torch.bool, x)
+    if not 1 <= k_aux <= F:
+        raise fail(op, "k_aux", f"in [1, {F}] for W_enc of shape {_text(W_enc.shape)}", k_aux)
+    if (grad is None) != (W_dec is None):
+        raise fail(op, "grad", "given with W_dec", "one without the other")
+    if grad is not None and W_dec is not None:
+        _like(op, "W_dec", W_dec, (F, -1), T, x)
+        _like(op, "grad", grad, (x.shape[0], W_dec.shape[1]), T, x)
+        score(op, beta, mode)
+    return T
+
+
+def _encoder(
+    op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None
+) -> torch.dtype:
+    T = x.dtype
+    _matrix(op, "x", x)
+    _like(op, "W_enc", W_enc, (-1, x.shape[1]), T, x)
+    _like(op, "b_enc", b_enc, (W_enc.shape[0],), T, x)
+    if b_dec is not None:
+        _like(op, "b_dec", b_dec, (x.shape[1],), T, x)
+    _k(op, k, W_enc.shape[0], "W_enc", W_enc)
+    return T
+
+
 def sparse_decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
 ) -> torch.dtype:
@@ -346,15 +387,24 @@ def row_update(
     grad_b_dec: Tensor | None,
     start: int,
     normalize: bool,
+    shadow: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> torch.dtype:
     op = "row_update"
     T = _rows(op, coefficients, offsets, order, rows, scales, centre, parallel, W, start)
     acc = accumulator(T)
-    if (master is None) != (acc == T):
-        want = "None" if acc == T else "a tensor"
-        raise fail(
-            op, "master", f"{want} for {T} weights", "None" if master is None else "a tensor"
-        )
+    if noise is not None:
+        if W.dtype != torch.bfloat16:
+            raise TypeError(f"{op}: W must be torch.bfloat16 with noise, got {T}")
+        _like(op, "noise", noise, (2,), torch.int64, W)
+        if start % 4:  # a group of four columns shares its random words
+            raise fail(op, "start", "a multiple of 4 with noise", start)
+    if (master is None) != (acc == T or noise is not None):
+        want = "a tensor" if master is None else "None"
+        weights = f"{T} weights" + (" with noise" if noise is not None else "")
+        raise fail(op, "master", f"{want} for {weights}", "None" if master is None else "a tensor")
+    if shadow is not None and W.dtype != torch.float32:
+        raise fail(op, "shadow", f"None for {T} weights", "a tensor")
     if (grad_b_enc is None) != (grad_b_dec is None):
         raise fail(op, "grad_b_dec", "given with grad_b_enc", "one without the other")
     if grad_b_dec is not None and rows[0].shape[1] != W.shape[1]:
@@ -362,8 +412,13 @@ def row_update(
     written: dict[str, Tensor] = {"W": W, "m": m, "v": v}
     if master is not None:
         written["master"] = master
+    moment = acc if noise is None else T
     for arg, t in written.items():
-        _like(op, arg, t, W.shape, T if t is W else acc, W)
+        kind = moment if arg in "mv" else T if t is W else acc
+        _like(op, arg, t, W.shape, kind, W)
+    if shadow is not None:
+        _like(op, "shadow", shadow, W.shape, torch.bfloat16, W)
+        written["shadow"] = shadow
     if grad_b_enc is not None and grad_b_dec is not None:
         _like(op, "grad_b_enc", grad_b_enc, (W.shape[0],), acc, W)
         _like(op, "grad_b_dec", grad_b_dec, (W.shape[1],), acc, W)

@@ -7,20 +7,29 @@ torch's; work goes to torch's current stream on the tensors' device. The product
 torch's, in chunks of rows.
 
 Environment, read once at import: KSAE_NATIVE=0 leaves the native code out, KSAE_CHUNK_BYTES is the
-memory that the scores of one chunk may take, 256 MiB if not set.
+memory that the scores of one chunk may take, 256 MiB if not set, and twice that where there are two
+products: chunks have the same rows then, so that a row without a gradient gives topk_encode's bits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import MODES
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+OLDEST = (8, 0)  # compute capability
+_known: set[torch.device] = set()  # devices that have it
+_product_lock = threading.Lock()
 chunk_bytes = int(os.environ.get("KSAE_CHUNK_BYTES", 256 << 20))
 
 
@@ -59,11 +68,40 @@ def _stream(t: Tensor) -> int:
     return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
 
 
+@contextlib.contextmanager
+def _float32_products() -> Iterator[None]:
+    """cuBLAS multiplies float32 as float32 here, even where torch is allowed to take TF32.
+
+    The setting is the process's: one thread at a time changes it, and nothing does by default.
+    """
+    settings = torch.backends.cuda.matmul
+    with _product_lock:
+        before = settings.fp32_precision
+        changed = before not in ("none", "ieee")
+        if changed:
+            settings.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            if changed:
+                settings.fp32_precision = before
+
+
 def _scores(x: Tensor, W: Tensor) -> Tensor:
-    """x @ W.T [rows, F] in float32, whatever torch may be allowed to do to float32 products."""
+    """x @ W.T [rows, F] in float32, never TF32."""
     if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, W.T, out_dtype=torch.float32)
-    return x.float() @ W.float().T
+    with _float32_products():
+        return torch.mm(x.float(), W.float().T)
+
+
+class _Downstream(NamedTuple):
+    """What a gradient-aware score adds to the pre-activations."""
+
+    grad: Tensor  # [N, d_out]
+    W_dec: Tensor  # [F, d_out]
+    beta: float
+    mode: str
 
 
 class Kernels:
@@ -72,20 +110,75 @@ class Kernels:
     def __init__(self, module: ModuleType) -> None:
         self.module = module
 
-    def _select(self, scores: Tensor, k: int, values: Tensor, indices: Tensor, bias: Tensor | None,
-                mask: Tensor | None, relu: bool) -> None:  # fmt: skip
+    def _select(
+        self,
+        scores: Tensor,  # [rows, F] T or float32
+        k: int,
+        values: Tensor,  # [rows, k] T, written
+        indices: Tensor,  # [rows, k] int64, written
+        bias: Tensor | None = None,  # [F] T
+        columns: Tensor | None = None,  # [F + 1] of _list_columns
+        relu: bool = False,
+        second: Tensor | None = None,  # [rows, F] as scores
+        mode: str | None = None,
+        beta: float = 0.0,
+        informed: Tensor | None = None,  # [rows] bool: False: second does not count
+    ) -> None:
         rows, F = scores.shape
+        number = 0 if mode is None else 1 + MODES.index(mode)
         with _guard(scores):
             self.module.select(
-                rows, F, k, _DTYPES[scores.dtype], _DTYPES[values.dtype], _pointer(scores), 0, 0,
-                0.0, _pointer(bias), 0, _pointer(mask), relu, _pointer(values), _pointer(indices),
+                rows, F, k, _DTYPES[scores.dtype], _DTYPES[values.dtype], _pointer(scores),
+                _pointer(second), number, beta, _pointer(informed), _pointer(bias), 0,
+                _pointer(columns), relu, _pointer(values), _pointer(indices),
                 _Workspace(scores.device), _stream(scores),
             )  # fmt: skip
+
+    def _list_columns(self, mask: Tensor) -> Tensor:
+        """The positions of True in mask [F], ascending, and in the last of [F + 1] their number."""
+        columns = mask.new_empty(mask.numel() + 1, dtype=torch.int32)
+        with _guard(mask):
+            self.module.list_columns(mask.numel(), _pointer(mask), _pointer(columns), _stream(mask))
+        return columns
+
+    def _encode(
+        self,
+        x: Tensor,  # [N, d]
+        W_enc: Tensor,  # [F, d]
+        b_enc: Tensor,  # [F]
+        b_dec: Tensor | None,  # [d]
+        wanted: Sequence[tuple[int, Tensor | None]],  # k and mask [F] of each selection
+        downstream: _Downstream | None = None,  # of the first selection
+    ) -> list[Tensor]:
+        """Values [N, k] and indices [N, k] of each selection; all share one product."""
+        N, F = x.shape[0], W_enc.shape[0]
+        out = [x.new_empty(N, k, dtype=T) for k, _ in wanted for T in (x.dtype, torch.int64)]
+        columns = [None if mask is None else self._list_columns(mask) for _, mask in wanted]
+        xc = x if b_dec is None else x - b_dec
+        informed = None
+        if downstream is not None:
+            g = downstream.grad
+            informed = (g != 0).any(1) & g.isfinite().all(1)  # [N]
+        rows = max(chunk_bytes // (4 * F), 1)
+        for n in range(0, N, rows):
+            part = slice(n, n + rows)
+            scores, second = _scores(xc[part], W_enc), None
+            score: dict[str, Any] = {}
+            if downstream is not None and informed is not None:
+                second = _scores(downstream.grad[part], downstream.W_dec)
+                score = {"mode": downstream.mode, "beta": downstream.beta}
+                score |= {"second": second, "informed": informed[part]}
+            for i, (k, _) in enumerate(wanted):
+                values, indices = out[2 * i][part], out[2 * i + 1][part]
+                own = score if i == 0 else {}
+                self._select(scores, k, values, indices, b_enc, columns[i], True, **own)
+            del scores, second, score, own  # before the next chunk's: one at a time
+        return out
 
     def topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values = x.new_empty(x.shape[0], k)
         indices = x.new_empty(x.shape[0], k, dtype=torch.int64)
-        self._select(x, k, values, indices, None, None, False)
+        self._select(x, k, values, indices)
         return values, indices
 
     def topk_encode(
@@ -97,16 +190,46 @@ class Kernels:
         b_dec: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        N, F = x.shape[0], W_enc.shape[0]
-        values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
-        xc = x if b_dec is None else x - b_dec
-        rows = max(chunk_bytes // (4 * F), 1)
-        for n in range(0, N, rows):
-            part = slice(n, n + rows)
-            scores = _scores(xc[part], W_enc)
-            self._select(scores, k, values[part], indices[part], b_enc, mask, True)
-            del scores  # before the next chunk's: one at a time
+        values, indices = self._encode(x, W_enc, b_enc, b_dec, [(k, mask)])
         return values, indices
+
+    def grad_topk_encode(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        k: int,
+        beta: float,
+        mode: str = "additive",
+        b_dec: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        plain = beta == 0 and mode != "multiplicative"
+        downstream = None if plain else _Downstream(grad, W_dec, beta, mode)
+        values, indices = self._encode(x, W_enc, b_enc, b_dec, [(k, None)], downstream)
+        return values, indices
+
+    def topk_encode_aux(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        k_aux: int,
+        dead: Tensor,
+        b_dec: Tensor | None = None,
+        grad: Tensor | None = None,
+        W_dec: Tensor | None = None,
+        beta: float = 0.0,
+        mode: str = "additive",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        downstream = None
+        if grad is not None and W_dec is not None and (beta > 0 or mode == "multiplicative"):
+            downstream = _Downstream(grad, W_dec, beta, mode)
+        wanted = [(k, None), (k_aux, dead)]
+        values, indices, *aux = self._encode(x, W_enc, b_enc, b_dec, wanted, downstream)
+        return values, indices, aux[0], aux[1]
 
     def sparse_decode(
         self, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
@@ -220,7 +343,8 @@ class Kernels:
         with _guard(scales):
             self.module.latent_sums(
                 F, _DTYPES[values[0].dtype], _groups(values, offsets, order, grads),
-                _pointer(scales), _pointer(grad_b_enc), _pointer(parallel), _stream(scales),
+                _pointer(scales), _pointer(grad_b_enc), _pointer(parallel),
+                _Workspace(scales.device), _stream(scales),
             )  # fmt: skip
         return grad_b_enc, parallel
 
@@ -265,6 +389,8 @@ class Kernels:
         grad_b_dec: Tensor | None,
         start: int,
         normalize: bool,
+        shadow: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> None:
         F, d = W.shape
         with _guard(W):
@@ -273,12 +399,68 @@ class Kernels:
                 _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
                 _pointer(parallel), _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W),
                 _pointer(master), _pointer(m), _pointer(v), _pointer(hyper), normalize,
-                _Workspace(W.device), _stream(W),
+                _pointer(shadow), _pointer(noise), _Workspace(W.device), _stream(W),
             )  # fmt: skip
 
 
+def why_not(module: ModuleType) -> str:
+    """Why the kernels of `module` cannot run here, in one line; empty if they can.
+
+    Asks the driver for a device, but opens none.
+    """
+    driver, runtime = module.driver_version(), module.runtime_version()
+    if 0 < driver // 1000 < runtime // 1000:
+        newest, built = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
+        return (
+            f"the driver is too old: it runs CUDA up to {newest}, the kernels are built with"
+            f" {built}; update the driver"
+        )
+    try:
+        return "" if module.device_count() else "no CUDA device"
+    except RuntimeError as error:
+        return str(error)
+
+
+def _require(op: str, arg: str, device: torch.device) -> None:
+    """The GPU is one that the kernels are compiled for; asked once a device."""
+    if device not in _known:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            name = f"{device} ({torch.cuda.get_device_name(device)}, {_dotted(capability)})"
+            raise RuntimeError(
+                f"{op}: {arg} must be on a GPU of compute capability {_dotted(OLDEST)} or newer,"
+                f" got {name}"
+            )
+        _known.add(device)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def served(op: str, by: Kernels) -> Callable[..., Any]:
+    """The op as `by` computes it, for GPUs that it can run on; a failed launch names the op."""
+    function = getattr(by, op)
+    names = list(inspect.signature(function).parameters)
+
+    def run(*args: Any) -> Any:
+        for arg, t in zip(names, args, strict=False):
+            first = t[0] if isinstance(t, list | tuple) and t else t
+            if isinstance(first, Tensor) and first.is_cuda:
+                _require(op, arg, first.device)
+                break
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            if ": CUDA error " not in str(error) or str(error).startswith(f"{op} "):
+                raise
+            raise RuntimeError(f"{op}: {error}") from error
+
+    return run
+
+
 def _load() -> tuple[Kernels | None, str]:
-    """The kernels, or why there are none. Asks the driver for a device, but opens none."""
+    """The kernels, or why there are none."""
     if os.environ.get("KSAE_NATIVE", "1") == "0":
         return None, "left out by KSAE_NATIVE=0"
     try:
@@ -287,11 +469,8 @@ def _load() -> tuple[Kernels | None, str]:
         return None, f"not importable: {error}"
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is built without CUDA"
-    try:
-        devices = _cuda.device_count()
-    except RuntimeError as error:
-        return None, str(error)
-    return (Kernels(_cuda), "") if devices else (None, "no CUDA device")
+    reason = why_not(_cuda)
+    return (None if reason else Kernels(_cuda), reason)
 
 
 kernels, reason = _load()

@@ -69,10 +69,11 @@ def topk_encode(
     Raises:
         ValueError: shapes that do not fit, k outside [1, F]. TypeError: dtypes that differ.
 
-    Numerics: u is accumulated and compared in float32 whatever the dtype (float64 for float64);
-    order and determinism as `topk`. Gradients for x, W_enc, b_enc and b_dec flow through the slots
-    with value > 0, none through the selection. Under autocast the floating inputs are cast to the
-    autocast dtype.
+    Numerics: u is accumulated and compared in float32 whatever the dtype (float64 for float64), on
+    CUDA too and never in TF32, even where torch.backends.cuda.matmul allows it: 10 bits of mantissa
+    would choose other latents; order and determinism as `topk`. Gradients for x, W_enc, b_enc and
+    b_dec flow through the slots with value > 0, none through the selection. Under autocast the
+    floating inputs are cast to the autocast dtype.
 
     Example:
         >>> import torch, ksae
@@ -133,10 +134,10 @@ def grad_topk_encode(
         ValueError: shapes that do not fit, k, beta or mode out of range, grad that requires a
         gradient. TypeError: dtypes that differ.
 
-    Numerics: u, a and s are float32 whatever the dtype (float64 for float64); order and determinism
-    as `topk`. The selection is fixed for the gradients, which are those of `topk_encode`: nothing
-    flows through the score, neither to grad nor to W_dec. Under autocast the floating inputs are
-    cast to the autocast dtype.
+    Numerics: u, a and s are float32 whatever the dtype (float64 for float64), and never TF32, as in
+    `topk_encode`; order and determinism as `topk`. The selection is fixed for the gradients, which
+    are those of `topk_encode`: nothing flows through the score, neither to grad nor to W_dec. Under
+    autocast the floating inputs are cast to the autocast dtype.
 
     Example:
         >>> import torch, ksae

@@ -86,8 +86,11 @@ def way(W_enc: Tensor) -> str:
 
 def kernel(name: str) -> tuple[Callable[..., Any], str] | None:
     """What serves an op on CUDA tensors and its name; None where the reference does."""
-    served = [("native", cuda.kernels), ("triton", triton.kernels)]
-    found = [(getattr(k, name), server) for server, k in served if hasattr(k, name)]
+    found: list[tuple[Callable[..., Any], str]] = []
+    if cuda.kernels is not None:
+        found.append((cuda.served(name, cuda.kernels), "native"))
+    if triton.kernels is not None:
+        found.append((getattr(triton.kernels, name), "triton"))
     if not found:
         return None
     fused = getattr(triton.kernels, f"fused_{name}", None)

@@ -121,6 +121,9 @@ class GradSelection(SparseCoder):
             rows, grad, self.W_enc, self.b_enc, self.W_dec, k, self.beta, self.mode, b_dec
         )
 
+    def _score(self, grad: Tensor | None) -> tuple[Any, ...]:
+        return () if grad is None else (grad, self.W_dec, self.beta, self.mode)
+
     def encode(self, x: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64.
 

@@ -93,6 +93,8 @@ def _cuda() -> dict[str, Any]:
     }
     if _switches["KSAE_NATIVE"] == "0":
         return state | {"reason": "KSAE_NATIVE=0 skips native code"}
+    from . import cuda
+
     try:
         module = importlib.import_module("ksae._cuda")
     except ModuleNotFoundError:
@@ -105,14 +107,9 @@ def _cuda() -> dict[str, Any]:
         "driver": _cuda_version(module.driver_version()),
         "architectures": module.architectures.split(),
     }
-    try:
-        state["devices"] = module.device_count()
-    except RuntimeError as error:
-        return state | {"reason": str(error)}
-    return state | {
-        "usable": state["devices"] > 0,
-        "reason": None if state["devices"] else "no CUDA device",
-    }
+    if reason := cuda.why_not(module):
+        return state | {"reason": reason}
+    return state | {"usable": True, "devices": module.device_count()}
 
 
 def _cuda_version(number: int) -> str | None:

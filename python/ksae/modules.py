@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from . import functional
+from . import functional, ops
 from .checks import FLOATS, accumulator
 from .losses import LOSSES, squared_error, total_variance
 
@@ -199,6 +199,20 @@ class SparseCoder(nn.Module):
     def select(self, rows: Tensor, k: int, grad: Tensor | None) -> tuple[Tensor, Tensor]:
         """Values and indices [N, k] of the k latents that x's rows [N, d_in] choose."""
         return self._encode(rows, k)
+
+    def select_aux(
+        self, rows: Tensor, k: int, k_aux: int, grad: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `select` returns, then the code [N, k_aux] of AuxK, of dead latents alone."""
+        b_dec = self.b_dec if self.centred else None
+        chosen: tuple[Tensor, Tensor, Tensor, Tensor] = ops.topk_encode_aux(
+            rows, self.W_enc, self.b_enc, k, k_aux, self.dead, b_dec, *self._score(grad)
+        )
+        return chosen
+
+    def _score(self, grad: Tensor | None) -> tuple[Any, ...]:
+        """The last arguments of topk_encode_aux."""
+        return ()
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64."""

@@ -12,8 +12,11 @@ screening of float32 encodes off (on where the CPU has BF16 dot instructions).
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +52,23 @@ def reason() -> str:
 
 def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
+
+
+_HUGE = 1 << 21  # bytes of a huge page
+_MAPPED = 1 << 25  # from here on malloc maps pages anew at each call, and the kernel clears them
+
+
+def _huge_pages(t: Tensor) -> Tensor:
+    """A fresh t, whose pages are to be huge if it has many: one fault instead of 512."""
+    size = t.numel() * t.element_size()
+    if size > _MAPPED and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
+        start = -(-t.data_ptr() // _HUGE) * _HUGE
+        length = (t.data_ptr() + size) // _HUGE * _HUGE - start
+        # A kernel that refuses leaves small pages, which are as good but for the time.
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
+        )
+    return t
 
 
 class _Workspace:
@@ -160,6 +180,26 @@ def grad_topk_encode_counted(
     return values, indices, counts
 
 
+def topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    k_aux: int,
+    dead: Tensor,
+    b_dec: Tensor | None = None,
+    grad: Tensor | None = None,
+    W_dec: Tensor | None = None,
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if grad is None or W_dec is None:
+        chosen = topk_encode(x, W_enc, b_enc, k, b_dec)
+    else:
+        chosen = grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+    return (*chosen, *topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
+
+
 def encode_product(x: Tensor, W_enc: Tensor, *, screen: bool | None = None) -> None:
     """The product of topk_encode in its own microkernel, packing included, without selection."""
     bias = W_enc.new_zeros(W_enc.shape[0])
@@ -244,7 +284,7 @@ def sparse_decode_backward_weight(
     grad: Tensor, values: Tensor, indices: Tensor, F: int
 ) -> tuple[Tensor, Tensor]:
     (N, d), k = grad.shape, values.shape[1]
-    grad_W, value_sum = grad.new_empty(F, d), grad.new_empty(F)
+    grad_W, value_sum = _huge_pages(grad.new_empty(F, d)), grad.new_empty(F)
     _cpu.sparse_decode_backward_weight(
         N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values), _pointer(indices),
         indices.element_size(),
@@ -332,7 +372,12 @@ def row_update(
     grad_b_dec: Tensor | None,
     start: int,
     normalize: bool,
-) -> None:
+    shadow: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Any:
+    """NotImplemented with a shadow or with noise, which are the reference's."""
+    if shadow is not None or noise is not None:
+        return NotImplemented
     F, d = W.shape
     _cpu.row_update(
         F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
@@ -342,3 +387,4 @@ def row_update(
         _pointer(v),
         _pointer(hyper), normalize, _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
+    return None

@@ -49,8 +49,10 @@ def _kernel(
         _index_range(name, args)
         serve = oracle if dtype == torch.float64 else function
         result = serve(*(map(_contiguous, args) if native_ else args))
+        if result is NotImplemented:  # arguments that the kernel does not know
+            result = oracle(*args)
         if name == "row_update":  # written below autograd: tell it
-            written = [t for t in (args[6], *args[8:12], args[13]) if t is not None]
+            written = [t for t in (args[6], *args[8:12], args[13], *args[16:17]) if t is not None]
             torch.autograd.graph.increment_version(written)
         return result
 
@@ -98,6 +100,22 @@ def _fake_grad_topk_encode(
     b_dec: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _fake_topk(x, k)
+
+
+def _fake_topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    k_aux: int,
+    dead: Tensor,
+    b_dec: Tensor | None = None,
+    grad: Tensor | None = None,
+    W_dec: Tensor | None = None,
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_fake_topk(x, k), *_fake_topk(x, k_aux))
 
 
 def _fake_sparse_decode(
@@ -434,6 +452,13 @@ grad_topk_encode = _op(
     vmap=_by_row("grad_topk_encode", (0, 1)),
     autocast=True,
 )
+topk_encode_aux = _op(
+    "topk_encode_aux",
+    "(Tensor x, Tensor W_enc, Tensor b_enc, int k, int k_aux, Tensor dead, Tensor? b_dec=None,"
+    ' Tensor? grad=None, Tensor? W_dec=None, float beta=0.0, str mode="additive")'
+    " -> (Tensor values, Tensor indices, Tensor aux_values, Tensor aux_indices)",
+    fake=_fake_topk_encode_aux,
+)
 _sparse_decode = sparse_decode = _op(
     "sparse_decode",
     "(Tensor values, Tensor indices, Tensor W_dec, Tensor? b_dec=None) -> Tensor",
@@ -494,7 +519,7 @@ row_grad_sq = _op(
 row_update = _op(
     "row_update",
     f"({_ROWS}, Tensor(f!)? parallel, Tensor? grad_b_enc, Tensor(a!) W, Tensor(b!)? master,"
-    " Tensor(c!) m, Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize)"
-    " -> ()",
+    " Tensor(c!) m, Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize,"
+    " Tensor(g!)? shadow=None, Tensor? noise=None) -> ()",
     fake=_fake_row_update,
 )

@@ -98,6 +98,31 @@ def grad_topk_encode(
     return torch.where(v <= 0, 0, v).to(x.dtype), indices
 
 
+def topk_encode_aux(
+    x: Tensor,  # [N, d_in]
+    W_enc: Tensor,  # [F, d_in]
+    b_enc: Tensor,  # [F]
+    k: int,
+    k_aux: int,
+    dead: Tensor,  # [F] bool
+    b_dec: Tensor | None = None,  # [d_in]
+    grad: Tensor | None = None,  # [N, d_out]
+    W_dec: Tensor | None = None,  # [F, d_out]
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The selection of a training step and that of AuxK, which share a product.
+
+    Values and indices [N, k] of `topk_encode`, or of `grad_topk_encode` where grad and W_dec are
+    given; then those [N, k_aux] of `topk_encode` with the mask `dead`.
+    """
+    if grad is None or W_dec is None:
+        chosen = topk_encode(x, W_enc, b_enc, k, b_dec)
+    else:
+        chosen = grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+    return (*chosen, *topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
+
+
 def _decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """Unrounded sum over j of values[:, j] * W_dec[indices[:, j]]: [N, d], accumulated."""
     acc = accumulator(values.dtype)
@@ -307,6 +332,9 @@ def row_update(
     grad_b_dec: Tensor | None,  # [d] float32, written: W.T @ grad_b_enc with W as it was
     start: int,
     normalize: bool,
+    shadow: Tensor | None = None,  # [F, d] bfloat16 copy of a float32 W, written with it
+    # [2] int64, seed and step: W (without a master), m and v are bfloat16, rounded stochastically
+    noise: Tensor | None = None,
 ) -> None:
     """Gradient, projection and Adam of the rows of one matrix, in place; then, if asked, unit rows.
 
@@ -315,6 +343,9 @@ def row_update(
     without an entry has gradient 0 and still moves (dense Adam). Where the columns are a slice, the
     slice that starts at 0 comes first and divides `parallel` by |W_i|^2 in place: later slices see
     W half updated. A scale that is not finite writes nothing but zeros into grad_b_dec.
+
+    With noise, m, v and W are rounded by draws 0, 1 and 2 of `stochastic_bfloat16`, and unit rows,
+    which are taken of the rounded W, by draw 3.
     """
     if not bool(scales.isfinite().all()):
         if grad_b_dec is not None:
@@ -331,12 +362,54 @@ def row_update(
     # 1 - beta2 comes rounded from float64: in float32 it would be off by 1e-5
     step, root_bc2, b1, b2, eps, grad_scale, rest1, rest2 = hyper
     g = g * grad_scale
-    m_new = b1 * m[:, part] + rest1 * g
-    v_new = b2 * v[:, part] + rest2 * g * g
-    m[:, part], v[:, part] = m_new, v_new
-    theta[:, part] -= step * m_new / (v_new.sqrt() / root_bc2 + eps)
+    m_new = b1 * m[:, part].to(g.dtype) + rest1 * g
+    v_new = b2 * v[:, part].to(g.dtype) + rest2 * g * g
+    moved = theta[:, part].to(g.dtype) - step * m_new / (v_new.sqrt() / root_bc2 + eps)
+    rounded = [m_new, v_new, moved]
+    if noise is not None:
+        rounded = [stochastic_bfloat16(t, noise, i, start) for i, t in enumerate(rounded)]
+    m[:, part], v[:, part], theta[:, part] = rounded
     if normalize:
-        norm = theta.norm(dim=1, keepdim=True)
-        theta.div_(torch.where(norm > 0, norm, 1))
+        norm = theta.double().norm(dim=1, keepdim=True).to(g.dtype)
+        unit = theta / torch.where(norm > 0, norm, 1)
+        theta.copy_(unit if noise is None else stochastic_bfloat16(unit, noise, 3, 0))
     if master is not None:
         W.copy_(master)
+    if shadow is not None:
+        shadow.copy_(W)
+
+
+def stochastic_bfloat16(x: Tensor, noise: Tensor, draw: int, start: int) -> Tensor:
+    """x [F, columns] float32 at columns [start, start + columns) of a matrix, rounded to a bfloat16
+    neighbour, away from zero with the probability of the share that lies below x.
+
+    The 16 bits that are added before the last 16 are cut off are those of `draw`, 0 to 3, of the
+    seed and step in noise [2] int64. Infinities and NaN stay.
+    """
+    row = torch.arange(x.shape[0], device=x.device)[:, None]
+    column = torch.arange(start, start + x.shape[1], device=x.device)
+    words = _philox((column // 4, row, noise[1] & _WORD, draw // 2), noise[0])
+    low, high = words[2 * (draw % 2) : 2 * (draw % 2) + 2]
+    bits = torch.where(column % 4 < 2, low, high) >> 16 * (column % 2) & 0xFFFF
+    cut = (x.contiguous().view(torch.int32) + bits.int()) >> 16 << 16  # [F, columns]
+    return torch.where(x.isfinite(), cut.view(torch.float32), x).bfloat16()
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _philox(counter: Sequence[Tensor | int], key: Tensor) -> list[Tensor]:
+    """Four words of 32 bits, in int64, of Philox4x32-10 (Salmon et al., SC 2011)."""
+    zero = torch.zeros_like(key)
+    c0, c1, c2, c3 = (c + zero for c in counter)
+    k0, k1 = key & _WORD, key >> 32 & _WORD
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # the lower 64 bits, which is all of them
+        c0, c1, c2, c3 = (
+            (b >> 32 & _WORD) ^ c1 ^ k0,
+            b & _WORD,
+            (a >> 32 & _WORD) ^ c3 ^ k1,
+            a & _WORD,
+        )
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return [c0, c1, c2, c3]

@@ -46,17 +46,20 @@ class TrainStep:
         betas, eps: of Adam.
         clip_norm: largest global gradient norm; None: no clipping.
         fused: False runs autograd and torch.optim.Adam instead.
+        moments: "bfloat16", for the fused step of bfloat16 models: W_enc and W_dec have no masters,
+            and they and their moments are bfloat16, rounded stochastically. A step then moves 12
+            bytes of theirs a parameter instead of 28, by count. On the CPU plain torch does it.
 
     Raises:
         ValueError: a setting out of range, or parameters of different dtypes or devices.
 
     Numerics: gradients, moments and update in float32 (float64 for float64 parameters). bfloat16
-    and float16 parameters have float32 masters here: a master is updated and the parameter is the
-    master rounded. Parameters written from outside between steps are taken over. A step whose loss
-    (or, if clipping, gradient norm) is not finite changes nothing and returns that loss. The fused
-    step gives the same bits on every run and, natively, for every number of threads. On CUDA it
-    can be captured in a CUDA graph after a warm-up step; outside of one, AuxK alone waits for the
-    device, to learn whether any latent is dead.
+    and float16 parameters have float32 masters here, except as `moments` says: a master is updated
+    and the parameter is the master rounded. Parameters written from outside between steps are taken
+    over. A step whose loss (or, if clipping, gradient norm) is not finite changes nothing and
+    returns that loss. The fused step gives the same bits on every run and, natively, for every
+    number of threads. On CUDA it never waits for the device, and after a warm-up step it can be
+    captured in a CUDA graph.
 
     Example:
         >>> import torch, ksae
@@ -76,6 +79,7 @@ class TrainStep:
         eps: float = 1e-8,
         clip_norm: float | None = None,
         fused: bool = True,
+        moments: str = "float32",
     ) -> None:
         if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
             raise ValueError(f"TrainStep: betas must be in [0, 1), got {betas}")
@@ -83,8 +87,14 @@ class TrainStep:
             raise ValueError(f"TrainStep: eps must be > 0, got {eps}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"TrainStep: clip_norm must be > 0 or None, got {clip_norm}")
+        if moments not in ("float32", "bfloat16"):
+            raise ValueError(f"TrainStep: moments must be float32 or bfloat16, got {moments!r}")
         parameters = dict(model.named_parameters())
         first = model.W_enc
+        if moments == "bfloat16" and not (fused and first.dtype == torch.bfloat16):
+            got = f"{first.dtype} and fused={fused}"
+            want = "float32 without fused=True and a torch.bfloat16 model"
+            raise ValueError(f"TrainStep: moments must be {want}, got bfloat16 with {got}")
         for name, p in parameters.items():
             if p.dtype != first.dtype or p.device != first.device:
                 want = f"{first.dtype} on {first.device} as W_enc"
@@ -93,15 +103,21 @@ class TrainStep:
         self.fused = fused
         self.acc = acc = accumulator(first.dtype)
         self.parameters = parameters
+        # the seeds of those that are rounded stochastically
+        names = ("W_enc", "W_dec") if moments == "bfloat16" else ()
+        self._seeds = {n: torch.tensor(i, device=first.device) for i, n in enumerate(names)}
         with torch.no_grad():
-            self.masters = (
-                {} if acc == first.dtype else {n: p.to(acc) for n, p in parameters.items()}
-            )
+            self.masters = {
+                n: p.to(acc)
+                for n, p in parameters.items()
+                if acc != first.dtype and n not in self._seeds
+            }
         # theta is what Adam moves
-        self.theta: Mapping[str, Tensor] = self.masters or parameters
+        self.theta: Mapping[str, Tensor] = parameters | self.masters
         self.moments = {
-            n: (torch.zeros_like(p, dtype=acc), torch.zeros_like(p, dtype=acc))
+            n: (torch.zeros_like(p, dtype=kind), torch.zeros_like(p, dtype=kind))
             for n, p in parameters.items()
+            for kind in [p.dtype if n in self._seeds else acc]
         }
         self.t = torch.zeros((), dtype=torch.float64, device=first.device)  # steps taken
         constants = torch.tensor([*betas, eps, 1 - betas[0], 1 - betas[1]], dtype=torch.float64)
@@ -178,12 +194,15 @@ class TrainStep:
         # 16-bit copy of the batch is there as well, half of it exists at a time.
         small_part = (64 if self.masters else 32) * d <= F
         whole = bool(model.multi_topk or k_aux or model.skip or self.clip_norm) or small_part
-        columns = d if whole else (d + 1) // 2
+        columns = d if whole else min(d, (d + 7) // 8 * 4)  # a multiple of 4
         # With a skip connection the sparse part predicts what the linear part leaves.
         target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
 
         k = model.k_multi if model.multi_topk else model.k
-        wide = model.select(x, k, grad)  # [N, k] twice, sorted
+        if k_aux:
+            *wide, aux_values, aux_indices = model.select_aux(x, k, k_aux, grad)
+        else:
+            wide = [*model.select(x, k, grad)]  # [N, k] twice, sorted
         code = (wide[0][:, : model.k].contiguous(), wide[1][:, : model.k].contiguous())
         decoder = (model.W_dec, model.b_dec, target)
         group, error = self._group(code, decoder, columns)
@@ -195,15 +214,15 @@ class TrainStep:
 
         groups, scales = [group], [2 * inverse]
         if model.multi_topk:
-            group, error = self._group(wide, decoder, d)
+            group, error = self._group((wide[0], wide[1]), decoder, d)
             metrics["multi_topk_loss"] = error * inverse
             loss = loss + error * inverse / 8
             groups.append(group)
             scales.append(inverse / 4)
         with_bias = len(groups)  # AuxK decodes without bias and without skip
         if k_aux:
-            aux = ops.topk_encode(x, model.W_enc, model.b_enc, k_aux, b_dec, dead)
             left = -groups[0].residual  # what AuxK predicts: y - recon
+            aux = (aux_values, aux_indices)
             group, error = self._group(aux, (model.W_dec, None, left), d)
             spread = total_variance(left)
             weight = torch.where((spread > 0) & dead.any(), 1 / spread, 0)
@@ -246,10 +265,10 @@ class TrainStep:
         centre_grad = torch.empty(model.d_in, dtype=acc, device=x.device) if model.centred else None
         centre_sums = grad_b_enc if model.centred else None
         state = self._state("W_enc")
-        ops.row_update(
-            *encoder, scale, b_dec, None, centre_sums, *state, hyper, centre_grad, 0, False
-        )
+        options = (hyper, centre_grad, 0, False, None, self._noise("W_enc"))
+        ops.row_update(*encoder, scale, b_dec, None, centre_sums, *state, *options)
         state, unit = self._state("W_dec"), model.normalize_decoder
+        noise = self._noise("W_dec")
         last = columns == d
         ops.row_update(
             values,
@@ -265,6 +284,8 @@ class TrainStep:
             None,
             0,
             unit and last,
+            None,
+            noise,
         )
         if not last:  # the other half, from the columns of W_dec that are still as they were
             del group, groups
@@ -285,6 +306,8 @@ class TrainStep:
                 None,
                 columns,
                 unit,
+                None,
+                noise,
             )
         fired = offsets[0][1:] > offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
         del residuals, values, grads, order, encoder
@@ -300,10 +323,10 @@ class TrainStep:
     def _k_aux(self, dead: Tensor) -> int:
         """Latents a token that AuxK takes, no more than are dead; 0: none are.
 
-        A CUDA graph is recorded without knowing how many are dead: there the last of k_aux slots
-        may be masked latents, whose value is 0.
+        On CUDA only the device knows how many are dead: there the last of k_aux slots may be
+        living latents, whose value is 0.
         """
-        if dead.is_cuda and torch.cuda.is_current_stream_capturing():
+        if dead.is_cuda:
             return min(self.model.k_aux, dead.numel())
         return min(self.model.k_aux, int(dead.sum()))
 
@@ -322,6 +345,11 @@ class TrainStep:
     def _state(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Parameter, master and moments, as row_update wants them."""
         return self.parameters[name], self.masters.get(name), *self.moments[name]
+
+    def _noise(self, name: str) -> Tensor | None:
+        """Seed and step of the stochastic rounding of a matrix, as row_update wants them."""
+        seed = self._seeds.get(name)
+        return None if seed is None else torch.stack([seed, self.t.long()])
 
     def _hyper(self, grad_scale: Tensor) -> Tensor:
         """The [8] numbers of `row_update`, made on the device so that no step waits for them."""

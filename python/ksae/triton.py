@@ -14,12 +14,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cuda
-from .cuda import _guard, _scores
+from .cuda import _guard
 
 
 class Kernels(cuda.Kernels):
@@ -28,12 +29,30 @@ class Kernels(cuda.Kernels):
     def __init__(self) -> None:
         pass
 
-    def _select(self, scores: Tensor, k: int, values: Tensor, indices: Tensor, bias: Tensor | None,
-                mask: Tensor | None, relu: bool) -> None:  # fmt: skip
+    def _select(
+        self,
+        scores: Tensor,  # [rows, F]
+        k: int,
+        values: Tensor,  # [rows, k], written
+        indices: Tensor,  # [rows, k] int64, written
+        bias: Tensor | None = None,  # [F]
+        columns: Tensor | None = None,  # [F] bool of _list_columns
+        relu: bool = False,
+        second: Tensor | None = None,  # [rows, F] float32
+        mode: str | None = None,
+        beta: float = 0.0,
+        informed: Tensor | None = None,  # [rows] bool
+    ) -> None:
         from .kernels.select import select
 
         with _guard(scores):
-            select(scores, k, values, indices, bias=bias, mask=mask, relu=relu)
+            select(
+                scores, k, values, indices, bias=bias, mask=columns, relu=relu, second=second,
+                informed=informed, mode=mode or "plain", beta=beta,
+            )  # fmt: skip
+
+    def _list_columns(self, mask: Tensor) -> Tensor:
+        return mask  # which `_select` takes as it is
 
     def fused_topk_encode(
         self,
@@ -44,15 +63,17 @@ class Kernels(cuda.Kernels):
         b_dec: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`topk_encode` without the N x F scores."""
-        from .kernels import encode
+        """`topk_encode` without the N x F scores; float32 is screened in bfloat16."""
+        from .kernels import encode, gate, screen
 
-        if k > encode.MAX_K:
+        if k > gate.MAX_K:
             return self.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
+        float32 = x.dtype == torch.float32
+        fused = screen.screened_topk_encode if float32 else encode.topk_encode
         with _guard(x):
-            return encode.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
+            return fused(x, W_enc, b_enc, k, b_dec, mask)
 
-    def grad_topk_encode(
+    def fused_grad_topk_encode(
         self,
         x: Tensor,
         grad: Tensor,
@@ -64,25 +85,13 @@ class Kernels(cuda.Kernels):
         mode: str = "additive",
         b_dec: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if beta == 0 and mode != "multiplicative":
-            return self.topk_encode(x, W_enc, b_enc, k, b_dec)
-        from .kernels.select import select
+        """`grad_topk_encode` without the scores."""
+        from .kernels import gate, grad_encode
 
-        N, F = x.shape[0], W_enc.shape[0]
-        values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
-        xc = x if b_dec is None else x - b_dec
-        informed = (grad != 0).any(1) & grad.isfinite().all(1)  # [N]
-        rows = max(cuda.chunk_bytes // (8 * F), 1)
-        for n in range(0, N, rows):
-            part = slice(n, n + rows)
-            scores, second = _scores(xc[part], W_enc), _scores(grad[part], W_dec)
-            with _guard(x):
-                select(
-                    scores, k, values[part], indices[part], bias=b_enc, relu=True,
-                    second=second, informed=informed[part], mode=mode, beta=beta,
-                )  # fmt: skip
-            del scores, second  # before the next chunk's: one pair at a time
-        return values, indices
+        if k > gate.MAX_K:
+            return self.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+        with _guard(x):
+            return grad_encode.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
 
     def sparse_decode(
         self, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
@@ -214,7 +223,12 @@ class Kernels(cuda.Kernels):
         grad_b_dec: Tensor | None,
         start: int,
         normalize: bool,
-    ) -> None:
+        shadow: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Any:
+        """NotImplemented with noise, which is left to the reference."""
+        if noise is not None:
+            return NotImplemented
         from .kernels.latent import Groups, row_update
 
         with _guard(W):
@@ -223,6 +237,9 @@ class Kernels(cuda.Kernels):
                 groups, scales, centre, parallel, grad_b_enc, W, master, m, v, hyper, grad_b_dec,
                 start, normalize,
             )  # fmt: skip
+            if shadow is not None:
+                shadow.copy_(W)
+        return None
 
 
 def _load() -> tuple[Kernels | None, str]:

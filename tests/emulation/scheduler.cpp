@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "scheduler.h"
 
+#include <signal.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <bit>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -12,13 +16,13 @@
 #include <utility>
 #include <vector>
 
+#include "arena.h"
 #include "fiber.h"
 
 namespace ksae::emulation {
 namespace {
 
-constexpr size_t kGuardBytes = KSAE_ASAN ? 0 : 64;  // ASan has red zones
-constexpr unsigned char kGuard = 0xa5, kPoison = 0xff;
+constexpr unsigned char kPoison = 0xff;
 constexpr const char* kNames[] = {
     "__syncthreads", "__syncthreads_count", "__syncthreads_or", "__syncthreads_and", "__syncwarp",
     "a shuffle",     "__ballot_sync",       "a vote",           "__match_any_sync",  "a reduction"};
@@ -66,7 +70,7 @@ struct Block {
   std::vector<Warp> warps;
   unsigned live = 0, at_barrier = 0;
   int predicates = 0, released_predicates = 0, released_live = 0;
-  unsigned char* shared = nullptr;
+  std::unique_ptr<Arena> shared;
 };
 
 // All that lives during one launch.
@@ -85,6 +89,7 @@ Thread* current = nullptr;
 std::vector<std::unique_ptr<Thread>> idle_threads;
 std::vector<std::unique_ptr<Meeting>> all_meetings;
 std::vector<Meeting*> idle_meetings;
+std::vector<std::unique_ptr<Arena>> idle_arenas;  // of the launch's size
 
 uint3 position(uint64_t i, dim3 size) {
   return {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)};
@@ -120,6 +125,53 @@ void wait(Operation operation, const Site& site) {
   current->site = site;
   current->fiber->suspend();
 }
+
+// ------------------------------------------------------------------------- wild accesses
+
+struct sigaction handlers_before[2];
+constexpr int kFaults[] = {SIGSEGV, SIGBUS};
+
+// Tells who it was; then whoever handled such signals before has the word.
+void report_fault(int signal, siginfo_t* info, void*) {
+  for (int i = 0; i < 2; i++)
+    if (kFaults[i] == signal) sigaction(signal, &handlers_before[i], nullptr);
+  if (current == nullptr) return;
+  const Block& block = *current->block;
+  const bool shared = block.shared->guards(info->si_addr);
+  const uint3 t = position(current->index, grid->block), b = block.index;
+  char report[400];
+  const int length = std::snprintf(
+      report, sizeof(report),
+      "emulation of %s: a read or write outside of %s, at %p; thread (%u,%u,%u); block (%u,%u,%u),"
+      " seed %llu\n",
+      grid->kernel, shared ? "shared memory" : "memory", info->si_addr, t.x, t.y, t.z, b.x, b.y,
+      b.z, static_cast<unsigned long long>(seed_));
+  if (write(STDERR_FILENO, report, size_t(length)) < 0) return;
+}
+
+// While it lives, a fault is reported. On a stack of its own, for a fiber's may have overflowed.
+class FaultReports {
+ public:
+  FaultReports() : memory_(64 * 1024) {
+    if (KSAE_ASAN) return;  // it reports more
+    const stack_t own{memory_.data(), 0, memory_.size()};
+    sigaltstack(&own, &stack_before_);
+    struct sigaction action{};
+    action.sa_sigaction = report_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    for (int i = 0; i < 2; i++) sigaction(kFaults[i], &action, &handlers_before[i]);
+  }
+  ~FaultReports() {
+    if (KSAE_ASAN) return;
+    for (int i = 0; i < 2; i++) sigaction(kFaults[i], &handlers_before[i], nullptr);
+    sigaltstack(&stack_before_, nullptr);
+  }
+  FaultReports(const FaultReports&) = delete;
+
+ private:
+  std::vector<char> memory_;
+  stack_t stack_before_{};
+};
 
 // ------------------------------------------------------------------------- releasing who waits
 
@@ -189,11 +241,10 @@ std::unique_ptr<Block> start_block(uint64_t index) {
   block->index = position(index, grid->grid);
   block->live = grid->block.x * grid->block.y * grid->block.z;
   block->warps.resize((block->live + 31) / 32);
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 16, grid->shared_bytes + kGuardBytes) != 0) throw std::bad_alloc();
-  block->shared = static_cast<unsigned char*>(memory);
-  std::memset(block->shared, kPoison, grid->shared_bytes);
-  std::memset(block->shared + grid->shared_bytes, kGuard, kGuardBytes);
+  if (idle_arenas.empty()) idle_arenas.push_back(std::make_unique<Arena>(grid->shared_bytes));
+  block->shared = std::move(idle_arenas.back());
+  idle_arenas.pop_back();
+  block->shared->fill(kPoison);
   for (unsigned i = 0; i < block->live; i++) {
     if (idle_threads.empty()) idle_threads.push_back(std::make_unique<Thread>());
     Thread* t = idle_threads.back().release();
@@ -214,16 +265,14 @@ void end_block(Block& block) {
   for (const Warp& warp : block.warps) {
     for (Meeting* m : warp.open) idle_meetings.push_back(m);
   }
-  std::free(block.shared);
+  idle_arenas.push_back(std::move(block.shared));
 }
 
 void check_guard(const Block& block) {
-  for (size_t i = 0; i < kGuardBytes; i++) {
-    if (block.shared[grid->shared_bytes + i] != kGuard) {
-      throw error(block, "a write past the end of shared memory, at byte " +
-                             std::to_string(grid->shared_bytes + i) + " of " +
-                             std::to_string(grid->shared_bytes));
-    }
+  const size_t written = block.shared->written_past_end();
+  if (written > 0) {
+    throw error(block, "a write past the end of shared memory, at byte " + std::to_string(written) +
+                           " of " + std::to_string(grid->shared_bytes));
   }
 }
 
@@ -282,6 +331,8 @@ void run(const char* kernel, dim3 grid_size, dim3 block_size, size_t shared_byte
     std::swap(order[i - 1], order[random_below(unsigned(i))]);
   }
   std::vector<std::unique_ptr<Block>> alive;
+  idle_arenas.clear();
+  const FaultReports reports;
   try {
     while (!alive.empty() || !order.empty()) {
       while (alive.size() < in_flight && !order.empty()) {
@@ -306,7 +357,7 @@ void run(const char* kernel, dim3 grid_size, dim3 block_size, size_t shared_byte
   grid = nullptr;
 }
 
-unsigned char* shared_bytes() { return current->block->shared; }
+unsigned char* shared_bytes() { return current->block->shared->begin(); }
 
 unsigned lane() { return current->index % 32; }
 

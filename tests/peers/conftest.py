@@ -4,6 +4,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from types import ModuleType
 
 # sparsify chooses its decoder when imported: with Triton installed it refuses CPU tensors.
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+
+# overcomplete imports its vision models, which want a torchvision built for this very torch.
+models = ModuleType("overcomplete.models")
+for name in ("DinoV2", "SigLIP", "ViT", "ResNet", "ConvNeXt"):
+    setattr(models, name, object)
+sys.modules["overcomplete.models"] = models

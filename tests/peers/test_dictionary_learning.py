@@ -9,6 +9,7 @@ from agree import assert_agree, assert_same_curve, build, copies, data, gradient
 from dictionary_learning.trainers.top_k import AutoEncoderTopK as Original
 from dictionary_learning.trainers.top_k import TopKTrainer
 
+from ksae.interop import dictionary_learning as ours
 from ksae.interop.dictionary_learning import AutoEncoderTopK
 
 N, D, F, K = 40, 16, 128, 4
@@ -76,6 +77,53 @@ def test_the_trainer_has_the_curve_of_the_original(dead):
         assert not dead or trainer.dead_features >= 0
     assert_same_curve(curves)
     assert isinstance(trainer.ae, AutoEncoderTopK) and float(trainer.ae.threshold) > 0
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["alive", "dead latents"])
+def test_the_fused_trainer_takes_the_steps_of_the_original(dead):
+    trainers, curves = [], []
+    for cls, options in ((TopKTrainer, {}), (ours.TopKTrainer, {"fused": True})):
+        options |= {"lr": 5e-3, "warmup_steps": 5, "decay_start": 50, "seed": 0, "device": "cpu"}
+        trainer = cls(100, D, F, K, 0, "none", threshold_start_step=10, **options)
+        if dead:
+            trainer.num_tokens_since_fired[::3] = trainer.dead_feature_threshold
+        curves.append([trainer.update(s, data(256, D, seed=s)) for s in range(60)])
+        trainers.append(trainer)
+    assert_same_curve(curves)
+    theirs, fused = trainers
+    assert isinstance(fused, TopKTrainer) and fused.fused_step is not None
+    assert fused.config == theirs.config
+    assert fused.ae.state_dict().keys() == theirs.ae.state_dict().keys()
+    for name in ("threshold", "encoder.weight", "decoder.weight", "b_dec"):
+        expected, value = theirs.ae.state_dict()[name], fused.ae.state_dict()[name]
+        assert (value - expected).norm() < 0.02 * expected.norm(), name
+    for name in ("effective_l0", "dead_features"):
+        assert abs(getattr(theirs, name) - getattr(fused, name)) <= 2, name
+    for name, p in fused.fused_step.model.named_parameters():
+        assert any(p.data_ptr() == q.data_ptr() for q in fused.ae.parameters()), name
+    fused.ae.load_state_dict(theirs.ae.state_dict())  # the step works on these numbers from here
+    x = data(256, D, seed=99)
+    assert fused.update(60, x) == pytest.approx(theirs.loss(x, step=0).item(), rel=1e-3)
+
+
+def test_one_fused_step_from_the_same_weights_is_one_step_of_the_original():
+    states = []
+    for cls, options in ((TopKTrainer, {}), (ours.TopKTrainer, {"fused": True})):
+        trainer = cls(
+            9, D, F, K, 0, "none", lr=1e-2, warmup_steps=1, seed=0, device="cpu", **options
+        )
+        before = {name: p.detach().clone() for name, p in trainer.ae.named_parameters()}
+        for s in range(3):
+            trainer.update(s + 1, data(256, D))
+        after = trainer.ae.named_parameters()
+        states.append({name: p.detach() - before[name] for name, p in after})
+    for name, moved in states[0].items():
+        assert (states[1][name] - moved).norm() <= 1e-3 * moved.norm(), name
+
+
+def test_the_fused_trainer_refuses_other_classes():
+    with pytest.raises(ValueError, match="dict_class must be ksae's AutoEncoderTopK"):
+        ours.TopKTrainer(9, D, F, K, 0, "none", Original, warmup_steps=1, device="cpu", fused=True)
 
 
 def test_auxk_has_the_gradient_of_the_original(models):

@@ -8,7 +8,7 @@ import sae_lens
 import torch
 from agree import assert_agree, assert_same_curve, copies, data, gradients
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.sae_trainer import SAETrainer
 
 from ksae.interop import lazy, saelens
@@ -22,6 +22,7 @@ def models(sparse=False, **settings):
 
     The library's are dense: its sparse step cannot be differentiated where it rescales.
     """
+    torch.manual_seed(0)
     cfg = {"d_in": D, "d_sae": F, "k": K, **settings}
     own = saelens.TopKTrainingSAEConfig(**cfg, use_sparse_activations=sparse)
     ours = saelens.TopKTrainingSAE(own)
@@ -35,6 +36,8 @@ def models(sparse=False, **settings):
 def step(model, dead):
     x = data(N, D).to(model.dtype)
     out = model.training_forward_pass(TrainStepInput(x, {}, dead, 0, False))
+    assert type(out) is TrainStepOutput
+    torch.testing.assert_close(out.loss, sum(out.losses.values()))
     out.loss.backward()
     acts = out.feature_acts.to_dense() if out.feature_acts.is_sparse else out.feature_acts * 1
     return {"out": out.sae_out, "acts": acts, **out.losses}, gradients(model), out
@@ -83,32 +86,88 @@ def test_hooks_fire_and_change_what_follows():
     assert_agree("hooked", *outs)
 
 
-def trainer(model):
+def trainer(model, **settings):
     cfg = SAETrainerConfig(
-        total_training_samples=10**6,
+        total_training_samples=60 * 256,
         train_batch_size_samples=256,
         lr=5e-3,
         lr_end=5e-3,
         lr_warm_up_steps=5,
         dead_feature_window=5,
         logger=LoggingConfig(log_to_wandb=False),
+        n_batches_for_norm_estimate=3,
+        **settings,
     )
     return SAETrainer(cfg, model, data_provider=iter(()))
 
 
-def test_the_trainer_has_the_curve_of_the_original():
-    ours, theirs, _ = models()
+def curve(own):
+    """The loss of each step of the trainer's `fit`."""
+    losses = []
+    step = own.step
+
+    def recorded(batch):
+        out = step(batch)
+        losses.append(float(out.loss.detach()))
+        return out
+
+    own.step = recorded
+    own.data_provider = (data(256, D, seed=s) for s in range(1000))
+    own.fit()
+    return losses
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"normalize_activations": "expected_average_only_in"},
+        {"normalize_activations": "covariance_whitening"},
+    ],
+    ids=["plain", "scaled input", "whitened input"],
+)
+def test_the_trainer_has_the_curve_of_the_original(settings):
+    ours, theirs, _ = models(**settings)
     curves, trainers = [], []
     for model in (theirs, ours):
-        own = trainer(model)
-        curves.append([])
-        for s in range(60):
-            curves[-1].append(float(own.step(data(256, D, seed=s)).loss.detach()))
-            own.n_training_steps += 1
-        trainers.append(own)
+        trainers.append(trainer(model))
+        curves.append(curve(trainers[-1]))
     assert_same_curve(curves)
     a, b = trainers
     assert torch.allclose(a.act_freq_scores, b.act_freq_scores, rtol=0.05, atol=256)
+    x = data(256, D, seed=1000)
+    with torch.no_grad():  # what `fit` folded into the weights
+        errors = [(model(x) - x).square().sum() for model in (theirs, ours)]
+    torch.testing.assert_close(*errors, rtol=0.05, atol=0)
+
+
+def test_under_autocast_the_curve_stays():
+    """bfloat16 rounds each product to 3 digits, so that some selections differ."""
+    curves = [curve(trainer(model, autocast=True)) for model in models()[:2]]
+    worst = max(abs(a - b) / abs(a) for a, b in zip(*curves, strict=True))
+    assert worst < 0.05
+
+
+def test_fused_adam_is_the_same_adam(tmp_path):
+    """From the beginning, and from a checkpoint whose moments are laid out as the original's."""
+    _, theirs, _ = models()
+    first = trainer(theirs)
+    for s in range(5):
+        first.step(data(256, D, seed=s))
+    first.save_trainer_state(tmp_path)
+    curves = []
+    for fused in (False, True):
+        for resumed in (False, True):
+            ours, _, _ = models()
+            own = trainer(ours)
+            if resumed:
+                ours.load_state_dict(theirs.state_dict())
+                own.load_trainer_state(tmp_path)
+                own.n_training_samples = 0
+            curves.append(curve(saelens.fused_adam(own) if fused else own))
+    assert all(group["fused"] for group in own.optimizer.param_groups)
+    for plain, fused in zip(curves[:2], curves[2:], strict=True):
+        assert_same_curve([plain, fused])
 
 
 def test_the_registry_and_files(tmp_path):
@@ -126,6 +185,76 @@ def test_the_registry_and_files(tmp_path):
     want = sae_lens.SAE.load_from_disk(tmp_path / "theirs")
     assert torch.equal(loaded(x), want(x))
     torch.testing.assert_close(again(x), ours(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalization", ["layer_norm", "constant_norm_rescale"])
+def test_inputs_normalized_by_token(normalization):
+    runs = models(normalize_activations=normalization)
+    assert_agree("normalized", *({"x": m(data(N, D).to(m.dtype))} for m in runs))
+    x = data(N, D)
+    with pytest.raises(ValueError, match="normalize_activations must leave the residual's scale"):
+        runs[0].training_forward_pass(TrainStepInput(x, {}, DEAD, 0, False))
+    with pytest.raises(ValueError, match="does not support activation normalization"):
+        runs[1].training_forward_pass(TrainStepInput(x, {}, DEAD, 0, False))
+
+
+@torch.no_grad()
+def test_the_error_term_completes_the_output():
+    ours, _, _ = models()
+    with pytest.warns(DeprecationWarning):
+        ours.use_error_term = True
+    x = data(N, D)
+    torch.testing.assert_close(ours(x), x)
+    seen = {}
+    ours.run_with_hooks(
+        x, fwd_hooks=[("hook_sae_error", lambda t, hook: seen.update({hook.name: t}))]
+    )
+    assert list(seen) == ["hook_sae_error"]
+
+
+@torch.no_grad()
+def test_a_dense_code_is_decoded_as_any_other():
+    runs = models()
+    outs = []
+    for model in runs:
+        f = model.encode(data(N, D).to(model.dtype))
+        lazily = model.encode_with_hidden_pre(data(N, D).to(model.dtype))[0].detach()
+        outs.append(
+            {
+                "dense": model.decode(f),
+                "sparse": model.decode(f.to_sparse()),
+                "detached": model.decode(lazily),
+            }
+        )
+    assert_agree("decode", *outs)
+
+
+def test_a_latent_without_a_decoder_row_adds_nothing():
+    ours, theirs, _ = models()
+    for model in (ours, theirs):
+        model.W_dec.data[5] = 0
+    x = data(N, D)
+    out = ours(x)
+    out.square().sum().backward()
+    assert all(g.isfinite().all() for g in gradients(ours).values())
+    hooked = ours.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_pre", lambda t, hook: t)])
+    torch.testing.assert_close(out, hooked)
+    assert theirs(x).isnan().any()  # 0 / 0
+
+
+@torch.no_grad()
+def test_decoder_norms_fold_in_training():
+    outs = []
+    for model in models():
+        model.fold_W_dec_norm()
+        x = data(N, D).to(model.dtype)
+        outs.append({"x": model(x), **{n: p.detach() for n, p in model.named_parameters()}})
+    assert_agree("folded", *outs)
+    plain, theirs, _ = models(rescale_acts_by_decoder_norm=False)
+    for model in (plain, theirs):
+        with pytest.raises(NotImplementedError, match="not safe"):
+            model.fold_W_dec_norm()
 
 
 def test_inference_and_folding():

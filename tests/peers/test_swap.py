@@ -42,11 +42,11 @@ MAKE = {
     ),
     "sae_lens": (
         lambda: sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(d_in=D, d_sae=F, k=K)),
-        "ksae.interop.saelens.TopKTrainingSAE",
+        "ksae.interop.saelens.topk.TopKTrainingSAE",
     ),
     "sae_lens inference": (
         lambda: sae_lens.TopKSAE(sae_lens.TopKSAEConfig(d_in=D, d_sae=F, k=K)),
-        "ksae.interop.saelens.TopKSAE",
+        "ksae.interop.saelens.topk.TopKSAE",
     ),
 }
 
@@ -77,7 +77,7 @@ def test_a_script_gets_ours_and_the_names_come_back():
         trainer = dl.TopKTrainer(10, D, F, K, 0, "none", warmup_steps=1, device="cpu")
         assert type(trainer.ae).__module__ == "ksae.interop.dictionary_learning"
         sae = sae_lens.TrainingSAE.from_dict(cfg.to_dict())
-        assert type(sae).__module__ == "ksae.interop.saelens"
+        assert type(sae).__module__ == "ksae.interop.saelens.topk"
     assert originals == (sparsify.SparseCoder, dl.AutoEncoderTopK, sae_lens.TopKTrainingSAE)
     trainer = dl.TopKTrainer(10, D, F, K, 0, "none", warmup_steps=1, device="cpu")
     assert type(trainer.ae) is dl.AutoEncoderTopK

@@ -37,15 +37,19 @@ struct SelectParams {
   const void* second;  // [rows, F] or null: <W_dec[i], g>, used as `mode` says where z > 0
   Mode mode;           // score s = z, z (1 + beta |a|), z |a|, z (1 + beta relu(-a))
   float beta;
-  const void* bias;     // [F] or null: z = score + bias
-  const float* scale;   // [F] or null: multiplies s, not the value
-  const uint8_t* mask;  // [F] or null: z of latents with 0 is -inf
-  bool relu;            // values are relu(z); else z
-  void* values;         // [rows, k] z of the selected
-  int64_t* indices;     // [rows, k]
+  const uint8_t* informed;  // [rows] or null: where 0, second is not read and s = z
+  const void* bias;         // [F] or null: z = score + bias
+  const float* scale;       // [F] or null: multiplies s, not the value
+  const int32_t* columns;   // [F + 1] of list_columns or null: z of all others is -inf
+  bool relu;                // values are relu(z); else z
+  void* values;             // [rows, k] z of the selected
+  int64_t* indices;         // [rows, k]
 };
 size_t select_workspace(const SelectParams& p);
 cudaError_t select(const SelectParams& p, void* workspace, cudaStream_t stream);
+
+// The columns i with mask[i] != 0, ascending, in columns [F + 1], whose last entry is their number.
+cudaError_t list_columns(int64_t F, const uint8_t* mask, int32_t* columns, cudaStream_t stream);
 
 // ---- sparse_decode and its backward products -------------------------------------------------
 // Slots with value 0 contribute nothing. Exactly one of indices64 and indices32 is not null.
@@ -107,6 +111,7 @@ struct LatentSumsGroup {
   const int32_t* order;    // [N * k]
   const void* values;      // [N, k] dtype
   const float* grads;      // [N, k] gradient of the values before scaling
+  int64_t entries;         // N * k
 };
 struct LatentSumsParams {
   int64_t F;
@@ -117,7 +122,8 @@ struct LatentSumsParams {
   float* grad_b_enc;  // [F] sum of scale * grad
   float* parallel;    // [F] sum of scale * value * grad = <dW_dec[i], W_dec[i]>
 };
-cudaError_t latent_sums(const LatentSumsParams& p, cudaStream_t stream);
+size_t latent_sums_workspace(const LatentSumsParams& p);
+cudaError_t latent_sums(const LatentSumsParams& p, void* workspace, cudaStream_t stream);
 
 // As ksae::cpu::RowUpdateParams: Adam on the rows of one matrix, with gradient
 //   sum over groups and entries of scale * coefficient * (row_n - centre), less its part along W_i.
@@ -145,7 +151,12 @@ struct RowUpdateParams {
   float* grad_b_dec;        // [d] or null: W^T grad_b_enc with W as it was
   void* W;                  // [F, d] dtype
   float* master;            // [F, d] float32 that W is the rounded copy of, or null
-  float *m, *v;             // [F, d] moments
+  void *m, *v;              // [F, d] moments: float32, or bfloat16 with noise
+  void* shadow;             // [F, d] bfloat16 copy of a float32 W, written with it, or null
+  // [2] seed and step, or null. With them W is bfloat16 without a master, and W, m and v are
+  // rounded stochastically, by bits that depend on seed, step, latent and column alone; start % 4
+  // is 0.
+  const int64_t* noise;
   const float* hyper;  // [8] lr/bc1, sqrt(bc2), beta1, beta2, eps, grad_scale, 1-beta1, 1-beta2
   bool normalize;      // unit rows at the end, over all d columns
   double* grad_sq;     // [F]: row_grad_sq only

@@ -4,7 +4,8 @@ with `from ksae.interop.dictionary_learning import AutoEncoderTopK`.
 
 `encode(x)` returns the dense code as there. With `return_topk=True`, which the trainer asks for,
 the dense code and the post-ReLU activations are lazy: the decoder and AuxK work on the selected
-latents, and any other use builds the tensor.
+latents, and any other use builds the tensor. `TopKTrainer(fused=True)` is the library's trainer
+without its passes over dense gradients.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, modules
+from ..step import TrainStep
 from . import lazy, libraries, sparse
 
+_PATH = "dictionary_learning.trainers.top_k"
 if TYPE_CHECKING:
     _Base = nn.Module
+
+    class _Trainer:
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+        def update(self, step: int, x: Tensor) -> float: ...
+
 else:
-    _Base = libraries.base("dictionary_learning.trainers.top_k", "AutoEncoderTopK", nn.Module)
+    _Base = libraries.base(_PATH, "AutoEncoderTopK", nn.Module)
+    _Trainer = libraries.base(_PATH, "TopKTrainer", object)
 
 
 class Decoder(nn.Linear):
@@ -151,6 +161,106 @@ class AutoEncoderTopK(_Base):
         autoencoder = cls(d, F, stored)
         autoencoder.load_state_dict(state)
         return autoencoder if device is None else autoencoder.to(device)
+
+
+class _Coder(modules.TopKSAE):
+    """A trainer's autoencoder as `TrainStep` wants it: the same memory, the trainer's counters.
+
+    TrainStep's loss is the mean over all entries, the trainer's the sum over d: all of it, AuxK,
+    clipping and Adam's eps included, is divided by d, which Adam does not see.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        ae = trainer.ae
+        d, F = ae.activation_dim, ae.dict_size
+        alpha = trainer.auxk_alpha / d
+        super().__init__(d, F, int(ae.k), loss="mse", auxk_alpha=alpha, device="meta")
+        self.k_aux = min(trainer.top_k_aux, F)
+        for name, p in self.views(ae).items():
+            setattr(self, name, nn.Parameter(p))
+        self.tokens_since_fired = torch.zeros(F, dtype=torch.long, device=self.b_dec.device)
+        self.trainer = (trainer,)  # in a tuple: no state of this module
+        self.code: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def views(ae: Any) -> dict[str, Tensor]:
+        """The autoencoder's parameters by our names."""
+        W_dec = sparse.latent_rows(ae.decoder.weight)
+        views = {"W_enc": ae.encoder.weight, "b_enc": ae.encoder.bias, "W_dec": W_dec}
+        return {name: p.data for name, p in {**views, "b_dec": ae.b_dec}.items()}
+
+    @property
+    def dead(self) -> Tensor:
+        (trainer,) = self.trainer
+        mask: Tensor = trainer.num_tokens_since_fired >= trainer.dead_feature_threshold
+        return mask
+
+    def select(self, rows: Tensor, k: int, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self.code is not None
+        return self.code
+
+
+class TopKTrainer(_Trainer):
+    """dictionary_learning's TopKTrainer, with its loop's dense passes as an option.
+
+    Args:
+        fused: take each step with `ksae.TrainStep`: the same losses, projection, clipping, Adam,
+            unit norm, counters, threshold and schedule, without a dense gradient. `dict_class` has
+            to be `AutoEncoderTopK` of this module, the default. Adam's moments are then in
+            `fused_step.state_dict()`, `optimizer` has none, and `pre_norm_auxk_loss` stays -1.
+        Others as in the library.
+
+    Raises:
+        ImportError: the library is not installed.
+        ValueError: fused with another dict_class.
+    """
+
+    def __init__(self, *args: Any, fused: bool = False, **kwargs: Any) -> None:
+        if not libraries.installed("dictionary_learning"):
+            raise ImportError(
+                "TopKTrainer: dictionary-learning must be installed, got no such package"
+            )
+        if len(args) < 7:  # its position in the library's signature
+            kwargs.setdefault("dict_class", AutoEncoderTopK)
+        super().__init__(*args, **kwargs)
+        self.fused_step: TrainStep | None = None
+        if fused:
+            if not isinstance(self.ae, AutoEncoderTopK):
+                name = type(self.ae).__name__
+                raise ValueError(
+                    "TopKTrainer: dict_class must be ksae's AutoEncoderTopK to be fused, got"
+                    f" {name}"
+                )
+            d = self.ae.activation_dim
+            self.fused_step = TrainStep(_Coder(self), eps=1e-8 / d, clip_norm=1 / d)
+
+    def update(self, step: int, x: Tensor) -> float:
+        """One training step on x [N, d]; the loss."""
+        if self.fused_step is None:
+            return super().update(step, x)
+        train: Any = self.fused_step
+        ae, coder = self.ae, train.model
+        if step == 0:
+            median = libraries.module(_PATH).geometric_median(x)  # type: ignore[union-attr]
+            ae.b_dec.data.copy_(median)
+        for name, data in _Coder.views(ae).items():  # where somebody gave them other memory
+            getattr(coder, name).data = data
+        x = x.to(self.device)
+        with torch.no_grad():
+            coder.code = values, indices = ae._topk(x)
+            if step > self.threshold_start_step:
+                self.update_threshold(values)
+            self.effective_l0 = values.shape[1]
+            since: Tensor = self.num_tokens_since_fired
+            since += x.shape[0]
+            since[indices.flatten()] = 0
+            self.dead_features = int(coder.dead.sum()) if self.auxk_alpha > 0 else -1
+        train.lr = self.scheduler.get_last_lr()[0]
+        metrics = train(x)
+        coder.code = None
+        self.optimizer.step()  # without gradients: only the schedule counts its steps
+        self.scheduler.step()
+        return float(metrics["loss"] * ae.activation_dim)
 
 
 def adopt(module: Any) -> None:

@@ -38,8 +38,8 @@ def _to_dense(arg: Any) -> Any:
 
 
 class LazyDense(Tensor):
-    """A tensor with a recipe. `shortcuts` maps torch functions to methods that may answer without
-    the entries, or return NotImplemented."""
+    """A tensor with a recipe. `shortcuts` maps torch functions to methods that, called with the
+    function and its arguments, may answer without the entries or return NotImplemented."""
 
     _dense: Tensor | None = None
     recording: bool  # whether gradients were recorded where the tensor was made
@@ -80,7 +80,9 @@ class LazyDense(Tensor):
                 if func == Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
                     return arg.recording and arg.needs_grad()
                 method = arg.shortcuts.get(func)
-                answer = getattr(arg, method)(*args, **kwargs) if method else NotImplemented
+                answer = NotImplemented
+                if method is not None:
+                    answer = getattr(arg, method)(func, *args, **kwargs)
                 if answer is not NotImplemented:
                     return answer
         args, kwargs = tree_map(_to_dense, (args, kwargs))
@@ -122,23 +124,39 @@ class Code(LazyDense):
     def _with(self, values: Tensor) -> Code:
         return Code(values, self.indices_, self.shape[-1])
 
-    def _bool(self, *args: Any, **kwargs: Any) -> Any:
-        return NotImplemented if kwargs else self._with(self.values_.bool())
+    def _each(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """A function of one entry that keeps 0."""
+        return NotImplemented if kwargs or len(args) != 1 else self._with(func(self.values_))
 
-    def _float(self, *args: Any, **kwargs: Any) -> Any:
-        return NotImplemented if kwargs else self._with(self.values_.float())
-
-    def _detach(self, *args: Any) -> Any:
-        return self._with(self.values_.detach())
-
-    def _above(self, *args: Any) -> Any:
-        zero = len(args) == 2 and args[0] is self and isinstance(args[1], int | float)
-        return self._with(self.values_ > 0) if zero and args[1] == 0 else NotImplemented
-
-    def _sum(self, *args: Any, **kwargs: Any) -> Any:
-        dim = args[1] if len(args) == 2 else kwargs.pop("dim", None) if len(args) == 1 else None
-        if kwargs or dim is None or len(args) > 2:
+    def _above(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """A comparison with a number that 0 does not pass."""
+        plain = len(args) == 2 and args[0] is self and isinstance(args[1], int | float)
+        strict = func in (Tensor.gt, Tensor.__gt__)
+        if kwargs or not plain or args[1] < 0 or (args[1] == 0 and not strict):
             return NotImplemented
+        return self._with(func(self.values_, args[1]))
+
+    def _any(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.dtype != torch.bool or kwargs.get("keepdim"):
+            return NotImplemented
+        count = self._sum(func, *args, **kwargs)
+        return count if count is NotImplemented else count > 0
+
+    def _mean(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.dtype not in (torch.float32, torch.float64):  # a sum in half precision overflows
+            return NotImplemented
+        total = self._sum(func, *args, **kwargs)
+        if total is NotImplemented:
+            return NotImplemented
+        return total / (self.numel() // max(total.numel(), 1))
+
+    def _sum(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {n: v for n, v in kwargs.items() if n == "dim" or not (v is None or v is False)}
+        dim = args[1] if len(args) == 2 else kwargs.pop("dim", None) if len(args) == 1 else None
+        if kwargs or len(args) > 2:
+            return NotImplemented
+        if dim is None:
+            return self.values_.sum()
         if dim in (-1, self.dim() - 1, [-1], (-1,)):
             return self.values_.sum(-1)
         if not _is_rows(dim, self.dim()):
@@ -147,7 +165,7 @@ class Code(LazyDense):
         sums = values.new_zeros(self.shape[-1])
         return sums.index_add(0, self.indices_.reshape(-1), values.reshape(-1))
 
-    def _scatter(self, *args: Any, **kwargs: Any) -> Any:
+    def _scatter(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """Into zeros: what a loop does with the top-k of the dead latents."""
         inplace = kwargs.pop("inplace", False)
         names = dict(zip(("self", "dim", "index", "src"), args, strict=False)) | kwargs
@@ -162,17 +180,16 @@ class Code(LazyDense):
         self.values_, self.indices_ = src, index
         return self
 
-    def _scatter_(self, *args: Any, **kwargs: Any) -> Any:
-        return self._scatter(*args, **kwargs, inplace=True)
+    def _scatter_(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._scatter(func, *args, **kwargs, inplace=True)
 
     shortcuts = {  # noqa: RUF012
-        Tensor.bool: "_bool",
-        Tensor.float: "_float",
-        Tensor.detach: "_detach",
-        Tensor.__gt__: "_above",
-        Tensor.gt: "_above",
-        Tensor.sum: "_sum",
-        torch.sum: "_sum",
+        **dict.fromkeys((Tensor.bool, Tensor.float, Tensor.detach), "_each"),
+        **dict.fromkeys((Tensor.abs, torch.abs, Tensor.square, torch.square), "_each"),
+        **dict.fromkeys((Tensor.__gt__, Tensor.gt, Tensor.__ge__, Tensor.ge), "_above"),
+        **dict.fromkeys((Tensor.any, torch.any), "_any"),
+        **dict.fromkeys((Tensor.mean, torch.mean), "_mean"),
+        **dict.fromkeys((Tensor.sum, torch.sum), "_sum"),
         Tensor.scatter_: "_scatter_",
         Tensor.scatter: "_scatter",
     }
@@ -239,7 +256,7 @@ class PreActivations(LazyDense):
     def needs_grad(self) -> bool:
         return any(t is not None and t.requires_grad for t in (self.x, *self.weights))
 
-    def _where(self, *args: Any, **kwargs: Any) -> Any:
+    def _where(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """where(mask, u, -inf): the candidates of AuxK."""
         if kwargs or len(args) != 3 or args[1] is not self or self.mask is not None:
             return NotImplemented
@@ -266,7 +283,7 @@ class PreActivations(LazyDense):
         other.recording, other.versions = self.recording, self.versions
         return other
 
-    def _topk(self, *args: Any, **kwargs: Any) -> Any:
+    def _topk(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         names = dict(zip(("self", "k", "dim", "largest", "sorted"), args, strict=False)) | kwargs
         k, dim = names.get("k"), names.get("dim", -1)
         plain = dim in (-1, self.dim() - 1) and names.get("largest", True) and "out" not in names
@@ -306,10 +323,10 @@ class PreActivations(LazyDense):
         shape = (*self.shape[:-1], values.shape[-1])
         return values.reshape(shape), indices.reshape(shape)
 
-    def _zeros(self, *args: Any, **kwargs: Any) -> Any:
+    def _zeros(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented if kwargs else zeros(self)
 
-    def _detach(self, *args: Any) -> Any:
+    def _detach(self, func: Any, *args: Any) -> Any:
         other = self._with(self.mask)
         other.recording = False
         return other

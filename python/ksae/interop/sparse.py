@@ -130,7 +130,7 @@ def scaled_topk(
     x, W_enc, b_enc, scale, b_dec = _cast(x, W_enc, b_enc, scale, b_dec)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         score, indices = ops.topk_encode(x, W_enc * scale[:, None], b_enc * scale, k, b_dec, mask)
-        values = torch.where(score > 0, score / scale[indices], 0)
+        values = torch.where(score == 0, 0, score / scale[indices])  # NaN stays
     return at(x, W_enc, b_enc, b_dec, indices, values=values, gate=score > 0), indices
 
 
@@ -155,3 +155,11 @@ def signed_topk(
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """`ksae.sparse_decode` in the weights' dtype."""
     return functional.sparse_decode(values.to(W_dec.dtype), indices, W_dec, b_dec)
+
+
+@torch.no_grad()
+def project_(grad: Tensor, W: Tensor) -> None:
+    """Take from each row of grad [F, d] its component along the (unit) row of W [F, d]."""
+    own = torch.arange(W.shape[0], device=W.device)[:, None]
+    along = ops.sparse_decode_backward_values(grad, own, W)  # [F, 1], without an [F, d] product
+    grad.addcmul_(along, W, value=-1)

@@ -95,6 +95,7 @@ def fused_encoder(
     activation: str = "topk",
     *,
     compat: bool = False,
+    b_dec: Tensor | None = None,
 ) -> EncoderOutput:
     """The library's encoder: ReLU, selection.
 
@@ -102,6 +103,7 @@ def fused_encoder(
         input: [..., d]. weight: [F, d]. bias: [F].
         k: latents a row. activation: "topk", or "groupmax" (the best of each of k groups).
         compat: as the library: pre_acts pass no gradient, latents chosen at value 0 do.
+        b_dec: [d], subtracted from the input first.
 
     Returns:
         top_acts, top_indices [..., k], and pre_acts [..., F], computed when somebody reads it.
@@ -114,31 +116,27 @@ def fused_encoder(
         raise ValueError(f"fused_encoder: activation must be {names}, got {activation!r}")
     pre_acts: Tensor
     if torch.compiler.is_compiling():
-        pre_acts = nn.functional.linear(input, weight, bias).relu()
+        pre_acts = nn.functional.linear(_centre(input, b_dec), weight, bias).relu()
     else:
-        pre_acts = lazy.PreActivations(input, weight, bias, relu=True)
+        pre_acts = lazy.PreActivations(input, weight, bias, b_dec, relu=True)
     if compat:
         pre_acts = pre_acts.detach()
-    if activation == "groupmax":
-        with torch.no_grad():
+    if activation == "topk" and not compat:
+        values, indices = functional.topk_encode(input, weight, bias, k, b_dec)
+        return EncoderOutput(values, indices, pre_acts)
+    with torch.no_grad():
+        if activation == "groupmax":
             values, indices = _groupmax(lazy.dense(pre_acts.detach()), k)
-        values = _at(input, weight, bias, values, indices, compat)
-    elif compat:
-        with torch.no_grad():
-            values, indices = functional.topk_encode(input, weight, bias, k)
-        values = _at(input, weight, bias, values, indices, compat)
-    else:
-        values, indices = functional.topk_encode(input, weight, bias, k)
-    return EncoderOutput(values, indices, pre_acts)
-
-
-def _at(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, values: Tensor, indices: Tensor, compat: bool
-) -> Tensor:
+        else:
+            values, indices = functional.topk_encode(input, weight, bias, k, b_dec)
     rows, flat = sparse.flat(indices), sparse.flat(values)
     gate = None if compat else flat > 0
-    out = sparse.at(sparse.flat(x), W_enc, b_enc, None, rows, values=flat, gate=gate)
-    return out.reshape(values.shape)
+    out = sparse.at(sparse.flat(input), weight, bias, b_dec, rows, values=flat, gate=gate)
+    return EncoderOutput(out.reshape(values.shape), indices, pre_acts)
+
+
+def _centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
+    return x if b_dec is None else x - b_dec
 
 
 def decoder_impl(top_indices: Tensor, top_acts: Tensor, W_dec: Tensor) -> Tensor:
@@ -288,9 +286,12 @@ class SparseCoder(_Base):
 
     def _encode(self, x: Tensor, k: int) -> EncoderOutput:
         x = x.to(torch.promote_types(x.dtype, self.dtype))
-        x = x if self.cfg.transcode else x - self.b_dec
-        encoder, activation = self.encoder, self.cfg.activation
-        return fused_encoder(x, encoder.weight, encoder.bias, k, activation, compat=self.compat)
+        b_dec = None if self.cfg.transcode else self.b_dec
+        if x.requires_grad or torch.is_autocast_enabled(x.device.type):
+            # Autocast would round x before it is centred; a gradient of x is b_dec's as well.
+            x, b_dec = _centre(x, b_dec), None
+        weights = self.encoder.weight, self.encoder.bias
+        return fused_encoder(x, *weights, k, self.cfg.activation, compat=self.compat, b_dec=b_dec)
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
         """Output [..., d] of a code, without the skip connection."""
@@ -357,14 +358,12 @@ class SparseCoder(_Base):
         W_dec = self._decoder()
         W_dec.data /= W_dec.data.norm(dim=1, keepdim=True) + torch.finfo(W_dec.dtype).eps
 
-    @torch.no_grad()
     def remove_gradient_parallel_to_decoder_directions(self) -> None:
         """Take from each row of W_dec.grad its component along the (unit) row of W_dec."""
         W_dec = self._decoder()
         if W_dec.grad is None:
             raise ValueError("SparseCoder: W_dec.grad must be there after backward(), got None")
-        along = torch.linalg.vecdot(W_dec.grad, W_dec.data)
-        W_dec.grad.addcmul_(along[:, None], W_dec.data, value=-1)
+        sparse.project_(W_dec.grad, W_dec.data)
 
 
 Sae = SparseCoder

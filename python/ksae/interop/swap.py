@@ -28,6 +28,7 @@ CLASSES = {
             ("sae_lens.saes.topk_sae", "TopKTrainingSAE"): "TopKTrainingSAE",
         },
     ),
+    "overcomplete": ("overcomplete", {("overcomplete.sae.topk_sae", "TopKSAE"): "TopKSAE"}),
 }
 FUNCTIONS = {
     "sparsify": {
@@ -93,7 +94,7 @@ def accelerated(library: str) -> Iterator[None]:
     `accelerate`. Leaving restores every name.
 
     Args:
-        library: "sparsify", "dictionary_learning" or "sae_lens".
+        library: "sparsify", "dictionary_learning", "sae_lens" or "overcomplete".
 
     Raises:
         ValueError: an unknown library. ImportError: the library is not installed.

@@ -2,7 +2,8 @@
 """circuit-tracer: one `layer_{i}.safetensors` a layer and a `config.yaml`; W_enc is [F, d].
 
 Its TopK has no ReLU: a token with fewer than k positive pre-activations has negative latents there
-and zeros here. Its bias is never subtracted from the input.
+and zeros here. Its bias is never subtracted from the input. Its own TopK files hold `k`, which its
+own loader refuses: it is read here, never written.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ def matches(source: Source) -> bool:
     names = set(source.state)
     if "W_enc" not in names or "tokens_since_fired" in names or "group_sizes" in names:
         return False
-    return source.config("model_kind") is not None or THRESHOLD in names
+    return source.config("model_kind") is not None or THRESHOLD in names or "k" in names
 
 
 def read(source: Source) -> Coder:
-    tensors = source.tensors(KEYS, {"W_skip", THRESHOLD})
+    tensors = source.tensors(KEYS, {"W_skip", THRESHOLD, "k"})
     config = source.config("model_kind") or {}
+    own = {"activation": "topk", "k": int(tensors["k"])} if "k" in tensors else {}
+    config = {**own, **config}
     activation = config.get("activation", "jumprelu" if THRESHOLD in tensors else "relu")
     if activation not in ("topk", "relu", "jumprelu"):
         raise UserError(

@@ -2,7 +2,8 @@
 """SAELens: `sae_weights.safetensors` and `cfg.json` in a folder; W_enc is [d, F].
 
 SAELens has no TopK transcoder. One whose output is as wide as its input is its TopK SAE that does
-not subtract b_dec; with a skip connection or another width it is of ksae's own architecture.
+not subtract b_dec; with a skip connection or another width it is of ksae's own architecture, which
+importing `ksae.interop.saelens` registers.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ def read(source: Source) -> Coder:
     F = integer(fields, "num_latents", source.path) or (
         integer(fields, "d_in", source.path) * integer(fields, "expansion_factor", source.path)
     )
-    rows, width = tensors["encoder.weight"].shape
-    if (F, fields["d_in"]) != (rows, width):
+    shape = list(tensors["encoder.weight"].shape)
+    if shape != [F, fields["d_in"]]:
         raise UserError(
             f"load: encoder.weight of {source.path} must have the shape {[F, fields['d_in']]} that "
-            f"its config gives, got {[rows, width]}"
+            f"its config gives, got {shape}"
         )
     if fields["activation"] not in ("topk", "groupmax"):
         raise UserError(

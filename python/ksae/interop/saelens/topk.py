@@ -1,12 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAELens' TopK classes on ksae's kernels: `from ksae.interop.saelens import TopKTrainingSAE,
-TopKTrainingSAEConfig`.
-
-They derive from SAELens' own and need it installed. The configs here carry the architecture
-"ksae_topk", registered on import, so that SAELens' runner and trainer build these classes;
-inference files are saved as "topk", which SAELens reads without ksae. `encode` returns the dense
-code as there; inside `forward` and a training step it is lazy, unless a hook wants to see it.
-"""
+"""SAELens' TopK sparse autoencoders on ksae's kernels."""
 
 from __future__ import annotations
 
@@ -16,33 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import lazy, libraries, sparse
-
-if not libraries.installed("sae_lens"):
-    raise ImportError("ksae.interop.saelens: sae-lens must be installed, got no such package")
+from .. import lazy, sparse
 
 if TYPE_CHECKING:
     _SAE = nn.Module
     _TrainingSAE = nn.Module
     _Config = object
     _TrainingConfig = object
-    Transcoder = nn.Module
-    SkipTranscoder = nn.Module
 else:
-    from sae_lens import SkipTranscoder, Transcoder  # ReLU: there is no selection to speed up
     from sae_lens import TopKSAE as _SAE
     from sae_lens import TopKSAEConfig as _Config
     from sae_lens import TopKTrainingSAE as _TrainingSAE
     from sae_lens import TopKTrainingSAEConfig as _TrainingConfig
-
-__all__ = [
-    "SkipTranscoder",
-    "TopKSAE",
-    "TopKSAEConfig",
-    "TopKTrainingSAE",
-    "TopKTrainingSAEConfig",
-    "Transcoder",
-]
 
 ARCHITECTURE = "ksae_topk"
 
@@ -74,8 +52,8 @@ def _watched(hook: nn.Module) -> bool:
     return bool(hook._forward_hooks or hook._forward_pre_hooks or hook._backward_hooks)
 
 
-class _TopK:
-    """Encoder and decoder of both classes."""
+class TopK:
+    """Encoder and decoder of all classes."""
 
     if TYPE_CHECKING:
         cfg: Any
@@ -120,10 +98,23 @@ class _TopK:
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction [..., d] of a code [..., F]: lazy, dense or sparse."""
         code: Any = getattr(feature_acts, "code", feature_acts)
-        if lazy.known(code) is None:
-            dense: Tensor = super().decode(feature_acts)  # type: ignore[misc]
-            return dense
-        out = sparse.decode(code.unscaled, code.indices_, self.W_dec, self.b_dec)
+        if (known := lazy.known(code)) is not None:
+            values, indices = known
+            values = code.unscaled if hasattr(code, "unscaled") else self._unscaled(values, indices)
+            return self._decoded(sparse.decode(values, indices, self.W_dec, self.b_dec))
+        acts = lazy.dense(feature_acts.to_dense() if feature_acts.is_sparse else feature_acts)
+        return self._decoded(self._unscaled(acts) @ self.W_dec + self.b_dec)
+
+    def _unscaled(self, acts: Tensor, indices: Tensor | None = None) -> Tensor:
+        """The dense code [..., F], or its entries [..., k] at indices, as the decoder takes it."""
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            return acts
+        norm: Tensor = self.W_dec.norm(dim=-1)  # [F]
+        norm = norm.clamp(min=torch.finfo(norm.dtype).tiny)  # 0 / 0 is 0
+        return acts / (norm if indices is None else norm[indices])
+
+    def _decoded(self, out: Tensor) -> Tensor:
+        """What follows the decoder's product: hook, the input's normalization undone, heads."""
         out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out))
         result: Tensor = self.reshape_fn_out(out, self.d_head)
         return result
@@ -152,16 +143,18 @@ def _coo(code: lazy.Code) -> Tensor:
     rows = torch.unravel_index(torch.arange(lead.numel(), device=code.device), lead)
     at = [r.repeat_interleave(k) for r in rows]
     at.append(code.indices_.flatten())
-    coo = torch.sparse_coo_tensor(torch.stack(at), code.values_.flatten(), code.shape)
+    coo = torch.sparse_coo_tensor(
+        torch.stack(at), code.values_.flatten(), code.shape, check_invariants=False
+    )
     coo.code = code  # type: ignore[attr-defined]
     return coo
 
 
-class TopKSAE(_TopK, _SAE):
+class TopKSAE(TopK, _SAE):
     """SAELens' TopKSAE for inference."""
 
 
-class TopKTrainingSAE(_TopK, _TrainingSAE):
+class TopKTrainingSAE(TopK, _TrainingSAE):
     """SAELens' TopKTrainingSAE: hooks, losses and AuxK as there."""
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,21 +188,3 @@ class TopKTrainingSAE(_TopK, _TrainingSAE):
         recons = self.reshape_fn_out(sparse.decode(values, indices, self.W_dec), self.d_head)
         loss = weight * (recons - residual).pow(2).sum(dim=-1).mean()
         return loss
-
-
-def adopt(module: Any) -> None:
-    """Make a swapped instance of the library's class what ours is."""
-    sparse.latent_rows(module.W_enc)
-
-
-def _register() -> None:
-    from sae_lens import register_sae_class, register_sae_training_class
-    from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-
-    if ARCHITECTURE not in SAE_CLASS_REGISTRY:
-        register_sae_class(ARCHITECTURE, TopKSAE, TopKSAEConfig)
-    if ARCHITECTURE not in SAE_TRAINING_CLASS_REGISTRY:
-        register_sae_training_class(ARCHITECTURE, TopKTrainingSAE, TopKTrainingSAEConfig)
-
-
-_register()

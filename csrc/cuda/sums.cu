@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// Two sums over the entries of each latent: the gradient of its bias, and of its decoder row along
+// that row. Summed in double, one warp a latent; long segments (segments.h) a warp a piece first.
+//
+// Bytes an entry: 4 of order, and gathered the value and its gradient; 16 a latent and 32 a piece.
+// Flops: 4 an entry.
+#include "latent.h"
+#include "segments.h"
+
+namespace ksae::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+
+struct Args {
+  LatentSumsParams p;  // its host pointer to groups is not used
+  LatentSumsGroup group[kMaxGroups];
+  Segments segments;
+  double* pieces;   // [slots, 2]: bias and parallel
+  void* value_sum;  // not null: sums of the values alone, in their dtype
+};
+
+struct Sums {
+  double bias, parallel;
+};
+
+// The sums of entries [from, to) by one warp; the same numbers in every lane.
+template <class T>
+__device__ __forceinline__ Sums sum_entries(const LatentSumsGroup& group, double scale,
+                                            int32_t from, int32_t to) {
+  Sums sum{};
+#pragma unroll 4
+  for (int32_t e = from + static_cast<int32_t>(threadIdx.x % 32); e < to; e += 32) {
+    const int32_t at = group.order[e];
+    const double product = group.grads ? scale * group.grads[at] : scale;
+    sum.bias += product;  // entries have values that are not 0
+    sum.parallel += load(static_cast<const T*>(group.values) + at) * product;
+  }
+  return {warp_sum(sum.bias), warp_sum(sum.parallel)};
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_pieces_kernel(Args args) {
+  const LatentSumsParams& p = args.p;
+  const int32_t count = *args.segments.count;
+  for (int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; i < count;
+       i += int64_t(gridDim.x) * kWarps) {
+    const Piece piece = args.segments.list[i];
+    const double scale = p.scales ? p.scales[piece.group] : 1.0f;
+    const Sums sum = sum_entries<T>(args.group[piece.group], scale, piece.from, piece.to);
+    double* out = args.pieces + 2 * int64_t(piece.slot);
+    if (threadIdx.x % 32 == 0) {
+      out[0] = sum.bias;
+      out[1] = sum.parallel;
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) sums_kernel(Args args) {
+  const LatentSumsParams& p = args.p;
+  const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (i >= p.F) return;
+  Sums total{};
+  if (all_finite(p.scales, p.n_groups)) {
+    for (int g = 0; g < p.n_groups; ++g) {
+      const LatentSumsGroup& group = args.group[g];
+      const int32_t begin = group.offsets[i], end = group.offsets[i + 1];
+      Sums sum{};
+      if (end - begin <= kCut) {
+        sum = sum_entries<T>(group, p.scales ? p.scales[g] : 1.0f, begin, end);
+      } else {
+        const int32_t last = (end - 1) / kCut;
+        for (int32_t u = begin / kCut + threadIdx.x % 32; u <= last; u += 32) {
+          const double* piece = args.pieces + 2 * slot_of(args.segments, g, u, begin);
+          sum.bias += piece[0];
+          sum.parallel += piece[1];
+        }
+        sum = {warp_sum(sum.bias), warp_sum(sum.parallel)};
+      }
+      total.bias += sum.bias;
+      total.parallel += sum.parallel;
+    }
+  }
+  if (threadIdx.x % 32 != 0) return;
+  if (args.value_sum) {
+    store(static_cast<T*>(args.value_sum) + i, static_cast<float>(total.parallel));
+  } else {
+    p.grad_b_enc[i] = static_cast<float>(total.bias);
+    p.parallel[i] = static_cast<float>(total.parallel);
+  }
+}
+
+size_t workspace_bytes(int64_t units) { return list_bytes(units) + 4 * units * sizeof(double); }
+
+cudaError_t launch(const LatentSumsParams& p, void* value_sum, void* workspace,
+                   cudaStream_t stream) {
+  const int64_t blocks = (p.F + kWarps - 1) / kWarps;
+  if (p.n_groups > kMaxGroups || !grid_fits(blocks)) return cudaErrorInvalidValue;
+  Args args{};
+  args.p = p;
+  for (int g = 0; g < p.n_groups; ++g) args.group[g] = p.groups[g];
+  args.segments = segments_of(p.groups, p.n_groups, p.F, workspace);
+  const int64_t units = args.segments.first_unit[p.n_groups];
+  args.pieces = reinterpret_cast<double*>(static_cast<char*>(workspace) + list_bytes(units));
+  args.value_sum = value_sum;
+  unsigned cuts = 0;
+  if (units) {
+    cudaError_t error = grid_for((2 * units + kWarps - 1) / kWarps, &cuts);
+    if (error == cudaSuccess) error = list_pieces(args.segments, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return with_type(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (cuts) KSAE_LAUNCH((sum_pieces_kernel<T>), cuts, kThreads, 0, stream, args);
+    KSAE_LAUNCH((sums_kernel<T>), static_cast<unsigned>(blocks), kThreads, 0, stream, args);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace
+
+size_t latent_sums_workspace(const LatentSumsParams& p) {
+  return workspace_bytes(units_of(p.groups, p.n_groups));
+}
+
+cudaError_t latent_sums(const LatentSumsParams& p, void* workspace, cudaStream_t stream) {
+  return launch(p, nullptr, workspace, stream);
+}
+
+size_t value_sums_workspace(const ValueSumsParams& p) { return workspace_bytes(units_of(&p, 1)); }
+
+cudaError_t value_sums(const ValueSumsParams& p, void* workspace, cudaStream_t stream) {
+  const LatentSumsGroup group{p.offsets, p.order, p.values, nullptr, p.entries};
+  LatentSumsParams all{};
+  all.F = p.F;
+  all.dtype = p.dtype;
+  all.groups = &group;
+  all.n_groups = 1;
+  return launch(all, p.value_sum, workspace, stream);
+}
+
+}  // namespace ksae::cuda

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proven bound of a score that was computed from bf16 copies.
+
+With x^, w^ the copies, s^ = <w^, x^> + b in float32 and g = (d + 16) 2^-22 bounding what either
+accumulation loses,
+  |s - s^| <= |w - w^| |x| (1 + g) + |w^| (|x - x^| + g |x^| + g |x|) + 2^-20 |b| + d 2^-124 = m.
+Tensor cores truncate where a chain of float32 sums rounds: hence 2^-22, four times the rounding.
+
+Norms are float32 sums, rounded up; the floor of d 2^-126 under each square sum covers squares and
+inputs lost to underflow. Where a sum might overflow (a norm above 2^60, a bias above 1e37, a NaN)
+the norm is made infinite, and so is m: such a latent is always a candidate and proves nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def norms_kernel(
+    t_ptr,  # [rows, d] float32
+    rounded_ptr,  # [rows, d] bf16
+    norms_ptr,  # [3, rows]: of t, of t - rounded, of rounded
+    rows, d, slack,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    full = tl.zeros((BLOCK,), tl.float32)
+    lost = tl.zeros((BLOCK,), tl.float32)
+    rounded = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, d, BLOCK):
+        t = tl.load(t_ptr + n * d + start + c, start + c < d, 0.0)
+        r = tl.load(rounded_ptr + n * d + start + c, start + c < d, 0.0).to(tl.float32)
+        full += t * t
+        lost += (t - r) * (t - r)
+        rounded += r * r
+    size = _above(tl.sum(full), d)
+    safe = size <= 2.0**60  # not if it is NaN
+    size = tl.where(safe, size, float("inf"))
+    of_lost = tl.where(safe, _above(tl.sum(lost), d), float("inf"))
+    of_rounded = tl.where(safe, _above(tl.sum(rounded), d), float("inf"))
+    tl.store(norms_ptr + n, size * slack)
+    tl.store(norms_ptr + rows + n, of_lost * slack)
+    tl.store(norms_ptr + 2 * rows + n, of_rounded * slack)
+
+
+@triton.jit
+def _above(squares, d):
+    """An upper bound of the norm from a float32 sum of squares."""
+    return tl.sqrt(squares * (1 + (d + 64) * 2.0**-22) + d * 2.0**-126) * (1 + 2.0**-18)
+
+
+def norms(t: Tensor, rounded: Tensor, slack: float = 1.0) -> Tensor:
+    """Upper bounds of the norms of the rows of t [rows, d] float32, of what its bf16 copy lost and
+    of the copy -> [3, rows] float32. A slack below 1 breaks the bound: tests want to see that."""
+    rows, d = t.shape
+    out = torch.empty(3, rows, dtype=torch.float32, device=t.device)
+    norms_kernel[(rows,)](t, rounded, out, rows, d, slack, BLOCK=min(1024, _power(d)), num_warps=4)
+    return out
+
+
+def _power(n: int) -> int:
+    return int(triton.next_power_of_2(n))
+
+
+@triton.jit
+def margins(op, rows, f, b):
+    """m [BLOCK_N, BLOCK_F] of a tile; b [BLOCK_F] float32."""
+    g = (op.d + 16) * 2.0**-22
+    full = tl.load(op.x_norms + rows)
+    lost = tl.load(op.x_norms + op.N + rows)
+    rounded = tl.load(op.x_norms + 2 * op.N + rows)
+    of_lost = full * (1 + g)
+    of_rounded = lost + g * (rounded + full)
+    w_lost = tl.load(op.w_norms + op.F + f)
+    w_rounded = tl.load(op.w_norms + 2 * op.F + f)
+    size = tl.abs(b)
+    of_bias = tl.where(size < 1e37, size * 2.0**-20, float("inf"))
+    of_bias += op.d * 2.0**-124
+    m = w_lost[None, :] * of_lost[:, None] + w_rounded[None, :] * of_rounded[:, None]
+    return m + of_bias[None, :]

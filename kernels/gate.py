@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The k largest scores of a row while the product runs: N x F scores are never stored.
+
+1. maxima: the product on tiles of latents spread over F; maxima of groups of columns are stored.
+2. guess: per row the r-th largest maximum, r = k p + 4 sqrt(k p), p the sampled share.
+3. gate: the whole product; each score that is not below the guess is appended to the row's
+   buffer as a 64-bit key (keys.py), at the place that the row's counter gives.
+4. redo: a row whose count is below k or above the capacity is done again, tile by tile, above a
+   running threshold; exact on any data. The grid is fixed and leaves at once with nothing to do.
+5. pick: sorts the buffer of each row by key and writes the first k.
+
+The count is the proof: at least k scores reach the guess, so none below it wins. A score of -inf
+is never appended: rows with fewer than k others are filled with the first latents not chosen.
+
+Cost: 1 + p products. Memory beyond inputs and outputs: the buffers, N * capacity * 8 bytes (12
+where values are not the scores), and the sampled maxima, N * F * p / group * 4 bytes. Nothing
+synchronises with the host. A redone row is slow: one program works on a tile of rows alone.
+Portable Triton; run on no AMD GPU, and so far on no GPU: interpreted and compiled only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .keys import (
+    EMPTY,
+    NOTHING,
+    index_of,
+    keep_best,
+    key_of,
+    kth_largest,
+    of_order,
+    order_of,
+    score_of,
+)
+from .product import Operands, Tile, scores
+
+MAX_K = 1024
+REDO_PROGRAMS = 132
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the least score above -inf
+# Row tiles that run side by side, so that a tile of weights is used by all of them from L2.
+ABREAST = tl.constexpr(16)
+
+
+@triton.jit
+def _place(op, tiles, BLOCK_N: tl.constexpr):
+    """Tile of rows and tile of latents of this program."""
+    row_tiles = tl.cdiv(op.N, BLOCK_N)
+    pid = tl.program_id(0)
+    first = pid // (ABREAST * tiles) * ABREAST
+    within = pid % (ABREAST * tiles)
+    abreast = tl.minimum(row_tiles - first, ABREAST)
+    return first + within % abreast, within // abreast
+
+
+@triton.jit
+def maxima_kernel(
+    op,
+    maxima_ptr,  # [N, groups] float32
+    scores_ptr,  # [N, F] or None
+    tiles, groups, stride,
+    SCORE: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Maxima of GROUP columns each, of every stride-th tile of latents."""
+    row_tile, tile = _place(op, tiles, BLOCK_N)
+    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    f = tile * stride * BLOCK_F + tl.arange(0, BLOCK_F)
+    s, u = scores(op, rows, f, SCORE, BLOCK_N, BLOCK_F, BLOCK_D)
+    inside = (rows < op.N)[:, None] & (f < op.F)[None, :]
+    if scores_ptr is not None:
+        here = scores_ptr + rows.to(tl.int64)[:, None] * op.F + f[None, :]
+        tl.store(here, s.to(scores_ptr.dtype.element_ty), inside)
+    if SCORE == "screen":
+        s = u  # what is certain
+    ordered = order_of(tl.where((f < op.F)[None, :], s, float("-inf")))
+    PARTS: tl.constexpr = BLOCK_F // GROUP
+    best = of_order(tl.max(tl.reshape(ordered, (BLOCK_N, PARTS, GROUP)), axis=2))
+    g = tile * PARTS + tl.arange(0, PARTS)
+    here = maxima_ptr + rows.to(tl.int64)[:, None] * groups + g[None, :]
+    tl.store(here, best, (rows < op.N)[:, None] & (g < groups)[None, :])
+
+
+@triton.jit
+def guess_kernel(
+    maxima_ptr,  # [N, groups]
+    tau_ptr,  # [N]
+    groups, r,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The r-th largest of a row, or the least number if there are fewer."""
+    n = tl.program_id(0).to(tl.int64)
+    g = tl.arange(0, BLOCK)
+    m = tl.load(maxima_ptr + n * groups + g, g < groups, float("-inf"))
+    ordered = tl.where(g < groups, order_of(m).to(tl.int64), NOTHING)
+    best = kth_largest(ordered, r, 32)
+    tau = tl.where(best == NOTHING, LOWEST, of_order(best.to(tl.int32)))
+    tl.store(tau_ptr + n, tl.where(tau < LOWEST, LOWEST, tau))
+
+
+@triton.jit
+def gate_kernel(
+    op,
+    tau_ptr,  # [N]
+    count_ptr,  # [N] int32, zero
+    keys_ptr,  # [N, CAPACITY] int64
+    carried_ptr,  # [N, CAPACITY] float32 or None
+    tiles,
+    SCORE: tl.constexpr, CAPACITY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row_tile, tile = _place(op, tiles, BLOCK_N)
+    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+    s, u = scores(op, rows, f, SCORE, BLOCK_N, BLOCK_F, BLOCK_D)
+    tau = tl.load(tau_ptr + rows, rows < op.N, 0.0)
+    below = s < tau[:, None]  # a NaN is not below
+    passed = (below == 0) & (rows < op.N)[:, None] & (f < op.F)[None, :]
+    counter = count_ptr + rows[:, None] + tl.zeros((BLOCK_N, BLOCK_F), tl.int32)
+    place = tl.atomic_add(counter, 1, mask=passed, sem="relaxed")  # only survivors reach memory
+    passed = passed & (place < CAPACITY)
+    here = rows.to(tl.int64)[:, None] * CAPACITY + place
+    tl.store(keys_ptr + here, key_of(s, f[None, :]), passed)
+    if carried_ptr is not None:
+        tl.store(carried_ptr + here, u, passed)
+
+
+@triton.jit
+def list_kernel(
+    tau_ptr,  # [N]
+    count_ptr,  # [N]
+    list_ptr,  # [N]
+    listed_ptr,  # [1] int32, zero
+    N, k,
+    CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows whose count proves nothing. Their order in the list does not show in the result."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(count_ptr + n, n < N, k)
+    tau = tl.load(tau_ptr + n, n < N, 0.0)
+    all_passed = tau <= LOWEST
+    bad = ((count < k) & (all_passed == 0) | (count > CAPACITY)) & (n < N)
+    place = tl.atomic_add(listed_ptr + tl.zeros((BLOCK,), tl.int32), 1, mask=bad, sem="relaxed")
+    tl.store(list_ptr + place, n, bad)
+
+
+@triton.jit
+def redo_kernel(
+    op,
+    list_ptr, listed_ptr,
+    count_ptr, keys_ptr, carried_ptr,
+    k,
+    SCORE: tl.constexpr, CAPACITY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    listed = tl.load(listed_ptr)
+    slot = tl.arange(0, BLOCK_N)
+    for first in range(tl.program_id(0) * BLOCK_N, listed, tl.num_programs(0) * BLOCK_N):
+        valid = first + slot < listed
+        rows = tl.load(list_ptr + first + slot, valid, 0)
+        count = tl.zeros((BLOCK_N,), tl.int32)
+        # keys at or below it have lost, and so has -inf
+        least = key_of(tl.full((BLOCK_N,), float("-inf"), tl.float32), tl.zeros_like(slot))
+        for start in range(0, op.F, BLOCK_F):
+            f = start + tl.arange(0, BLOCK_F)
+            s, u = scores(op, rows, f, SCORE, BLOCK_N, BLOCK_F, BLOCK_D)
+            key = key_of(s, f[None, :])
+            passed = (key > least[:, None]) & valid[:, None] & (f < op.F)[None, :]
+            one = passed.to(tl.int32)
+            place = count[:, None] + tl.cumsum(one, axis=1) - one
+            here = rows.to(tl.int64)[:, None] * CAPACITY + place
+            tl.store(keys_ptr + here, key, passed)
+            if carried_ptr is not None:
+                tl.store(carried_ptr + here, u, passed)
+            count += tl.sum(one, axis=1)
+            tl.debug_barrier()  # other threads of the program read what was stored
+            full = count > CAPACITY - BLOCK_F  # no room for another tile: keep the best k
+            if tl.max(full.to(tl.int32)) > 0:
+                for i in range(BLOCK_N):
+                    mine = tl.sum(tl.where(slot == i, count, 0))
+                    if mine > CAPACITY - BLOCK_F:
+                        at = tl.sum(tl.where(slot == i, rows, 0)).to(tl.int64) * CAPACITY
+                        if carried_ptr is not None:
+                            last = keep_best(keys_ptr + at, carried_ptr + at, mine, k, CAPACITY)
+                        else:
+                            last = keep_best(keys_ptr + at, None, mine, k, CAPACITY)
+                        least = tl.where(slot == i, last, least)
+                        count = tl.where(slot == i, k, count)
+        tl.store(count_ptr + rows, count, valid)
+
+
+@triton.jit
+def pick_kernel(
+    count_ptr, keys_ptr,
+    carried_ptr,  # [N, CAPACITY] float32, or None: the scores are the values
+    values_ptr,  # [N, k] T
+    indices_ptr,  # [N, k] int64
+    k,
+    RELU: tl.constexpr, CAPACITY: tl.constexpr, LOG: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, CAPACITY)
+    count = tl.load(count_ptr + n)
+    held = tl.load(keys_ptr + n * CAPACITY + c, c < count, EMPTY)
+    key = tl.sort(held, descending=True)
+    f = index_of(key)
+    found = (c < count) & (c < k)
+    if carried_ptr is None:
+        v, place, out = score_of(key), c, found
+    else:
+        v = tl.load(carried_ptr + n * CAPACITY + c, c < count, 0.0)
+        place = tl.zeros((CAPACITY,), tl.int32)  # how many keys are larger, by bisection
+        for i in tl.static_range(LOG):
+            larger = tl.gather(key, place + ((CAPACITY >> (i + 1)) - 1), 0) > held
+            place = tl.where(larger, place + (CAPACITY >> (i + 1)), place)
+        out = (c < count) & (place < k)
+    if RELU:
+        v = tl.where(v <= 0, 0.0, v)
+    tl.store(values_ptr + n * k + place, v.to(values_ptr.dtype.element_ty), out)
+    tl.store(indices_ptr + n * k + c, f, found)
+    if count < k:  # the first latents not chosen; at least k - count of the first k are free
+        flags = keys_ptr + n * CAPACITY
+        tl.debug_barrier()
+        tl.store(flags + c, tl.zeros_like(key), c < k)
+        tl.debug_barrier()
+        tl.store(flags + f, tl.zeros_like(key) + 1, found & (f < k))
+        tl.debug_barrier()
+        free = tl.load(flags + c, c < k, 1) == 0
+        one = free.to(tl.int32)
+        place = count + tl.cumsum(one, axis=0) - one
+        out = free & (place < k)
+        none = tl.zeros((CAPACITY,), tl.float32)
+        tl.store(values_ptr + n * k + place, none.to(values_ptr.dtype.element_ty), out)
+        tl.store(indices_ptr + n * k + place, c.to(tl.int64), out)
+
+
+class Candidates(NamedTuple):
+    """What passed the gate; a count above the capacity says that keys are missing."""
+
+    counts: Tensor  # [N + 1] int32, the last one free for a total
+    keys: Tensor  # [N, capacity] int64
+    carried: Tensor | None  # [N, capacity] float32, where values are not the scores
+
+
+def capacity_of(k: int, block_f: int) -> int:
+    """Keys that a row's buffer holds: several times what is expected, and k plus a tile."""
+    return int(triton.next_power_of_2(max(8 * k if k <= 64 else 4 * k, k + block_f, 256)))
+
+
+def guess(op: Operands, k: int, score: str, tile: Tile) -> Tensor:
+    """A threshold [N] float32 that about the k largest scores of each row reach."""
+    tiles = triton.cdiv(op.F, tile.f)
+    stride = min(16, max(1, tiles // 16))
+    sampled = triton.cdiv(tiles, stride)
+    group = 4 if sampled * tile.f > 2048 and stride > 1 else 1
+    groups = sampled * tile.f // group
+    share = k / stride
+    r = min(k, math.ceil(share + 4 * math.sqrt(share)))
+    maxima = op.x.new_empty(op.N, groups, dtype=torch.float32)
+    tau = op.x.new_empty(op.N, dtype=torch.float32)
+    maxima_kernel[(triton.cdiv(op.N, tile.n) * sampled,)](
+        op, maxima, None, sampled, groups, stride, SCORE=score, GROUP=group, **tile.meta()
+    )
+    guess_kernel[(op.N,)](maxima, tau, groups, r, BLOCK=triton.next_power_of_2(groups))
+    return tau
+
+
+def gated(op: Operands, tau: Tensor, score: str, tile: Tile, capacity: int) -> Candidates:
+    """All scores that are not below tau [N] float32."""
+    x, N = op.x, op.N
+    count = torch.zeros(N + 1, dtype=torch.int32, device=x.device)
+    keys = x.new_empty(N, capacity, dtype=torch.int64)
+    carried = None if score == "plain" else x.new_empty(N, capacity, dtype=torch.float32)
+    tiles = triton.cdiv(op.F, tile.f)
+    gate_kernel[(triton.cdiv(N, tile.n) * tiles,)](
+        op, tau, count, keys, carried, tiles, SCORE=score, CAPACITY=capacity, **tile.meta()
+    )
+    return Candidates(count, keys, carried)
+
+
+def redo(op: Operands, tau: Tensor, found: Candidates, k: int, score: str, tile: Tile) -> None:
+    """Brings rows that came short or overflowed to their k best."""
+    N, capacity = found.keys.shape
+    rows = tau.new_empty(N, dtype=torch.int32)
+    total = found.counts[N:]
+    list_kernel[(triton.cdiv(N, 256),)](
+        tau, found.counts, rows, total, N, k, CAPACITY=capacity, BLOCK=256
+    )
+    tile = tile._replace(f=tile.f // 2)  # half, for what it keeps beside a tile
+    redo_kernel[(min(REDO_PROGRAMS, triton.cdiv(N, tile.n)),)](
+        op, rows, total, *found, k, SCORE=score, CAPACITY=capacity, **tile.meta()
+    )
+
+
+def pick(found: Candidates, k: int, dtype: torch.dtype, relu: bool) -> tuple[Tensor, Tensor]:
+    """The k first candidates of each row -> values [N, k] dtype, indices [N, k] int64."""
+    N, capacity = found.keys.shape
+    values = found.keys.new_empty(N, k, dtype=dtype)
+    indices = found.keys.new_empty(N, k)
+    pick_kernel[(N,)](
+        *found, values, indices, k, RELU=relu, CAPACITY=capacity, LOG=capacity.bit_length() - 1
+    )
+    return values, indices

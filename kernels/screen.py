@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Certified screening: the float32 encode at about the price of a bf16 product.
+
+1. Copies of x and W_enc in bf16, and the norms that bound what they lost (bound.py).
+2. The gate of gate.py over the bf16 product: each latent has an interval [s^ - m, s^ + m] that
+   holds its score. The threshold is guessed from the lower ends; a latent passes by its upper end,
+   and its lower end travels along.
+3. rescore, a program a row: L = the k-th largest lower end bounds the k-th score from below. With
+   tau <= L and no overflow, what the gate dropped cannot win, nor what has its upper end below L.
+   The others, about 2 k, are scored in float32. A row without that proof is scored in full by the
+   same loop above a running threshold.
+4. pick, as in gate.py.
+
+Every float32 score comes from one loop of one kernel, so the result is that of scoring each latent
+with it: which path a row took does not show. Cost: 1 + p bf16 products and the reading of about
+2 k rows of W_enc a row of x. A row without proof reads all of W_enc: where x has entries that
+dwarf the others (and b_dec does not remove them) the plain encode is the faster one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .bound import norms
+from .gate import LOWEST, MAX_K, Candidates, capacity_of, gated, guess, pick
+from .keys import (
+    EMPTY,
+    NOTHING,
+    index_of,
+    keep_best,
+    key_of,
+    kth_largest,
+    order_of,
+)
+from .product import Operands, tile_of
+
+BLOCK_C = 32  # latents scored at a time
+
+
+class Shadow(NamedTuple):
+    """bf16 copy of float32 weights, with the norms that bound what it lost."""
+
+    rounded: Tensor  # [F, d] bfloat16
+    norms: Tensor  # [3, F] float32
+
+
+def shadow(W: Tensor, rounded: Tensor | None = None) -> Shadow:
+    """The shadow of W [F, d] float32; of the given copy, if there is one already."""
+    W = W.contiguous()
+    rounded = W.bfloat16() if rounded is None else rounded.contiguous()
+    return Shadow(rounded, norms(W, rounded))
+
+
+@triton.jit
+def rescore_kernel(
+    x_ptr,  # [N, d] float32
+    w_ptr,  # [F, d] float32
+    b_ptr,  # [F] float32
+    mask_ptr,  # [F] int8 or None
+    tau_ptr,  # [N]
+    count_ptr,  # [N] in: what passed the gate; out: scored keys
+    keys_ptr,  # [N, CAPACITY] in: of the upper ends; out: of the scores
+    low_ptr,  # [N, CAPACITY]
+    redone_ptr,  # [N] int8
+    F, d, k,
+    CAPACITY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    keys = keys_ptr + n * CAPACITY
+    count = tl.load(count_ptr + n)
+    tau = tl.load(tau_ptr + n)
+    c = tl.arange(0, CAPACITY)
+    held = tl.load(keys + c, c < count, EMPTY)
+    low = tl.load(low_ptr + n * CAPACITY + c, c < count, float("-inf"))
+    certain = tl.where(c < count, order_of(low).to(tl.int64), NOTHING)
+    bound = kth_largest(certain, k, 32)
+    proven = (count <= CAPACITY) & ((bound >= order_of(tau)) | (tau <= LOWEST))
+    survives = (c < count) & ((held >> 32) >= bound) & proven
+    one = survives.to(tl.int32)
+    place = tl.cumsum(one, axis=0) - one
+    tl.debug_barrier()  # every thread has read what others overwrite
+    tl.store(keys + place, held, survives)
+    tl.debug_barrier()
+    total = tl.where(proven, tl.sum(one), F)
+    kept = 0
+    least = key_of(float("-inf") + tl.zeros((), tl.float32), tl.zeros((), tl.int32))
+    of_block = tl.arange(0, BLOCK_C)
+    column = tl.arange(0, BLOCK_D)
+    for start in range(0, total, BLOCK_C):
+        i = start + of_block
+        listed = tl.load(keys + i, (i < total) & proven, 0)
+        f = tl.where(proven, index_of(listed).to(tl.int32), i)
+        f = tl.where(i < total, f, 0)
+        acc = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+        w_rows = w_ptr + f.to(tl.int64)[:, None] * d
+        for first in range(0, d, BLOCK_D):
+            inside = first + column < d
+            x = tl.load(x_ptr + n * d + first + column, inside, 0.0)
+            w = tl.load(w_rows + (first + column)[None, :], inside[None, :], 0.0)
+            acc += w * x[None, :]
+        s = tl.sum(acc, axis=1) + tl.load(b_ptr + f)
+        if mask_ptr is not None:
+            s = tl.where(tl.load(mask_ptr + f) != 0, s, float("-inf"))
+        key = key_of(s, f)
+        wins = (i < total) & (key > least)
+        one_more = wins.to(tl.int32)
+        at = kept + tl.cumsum(one_more, axis=0) - one_more
+        tl.debug_barrier()  # the list is read before scores take its place
+        tl.store(keys + at, key, wins)
+        kept += tl.sum(one_more)
+        tl.debug_barrier()
+        if kept > CAPACITY - BLOCK_C:
+            least = keep_best(keys, None, kept, k, CAPACITY)
+            kept = tl.minimum(kept, k)
+    tl.store(count_ptr + n, kept)
+    tl.store(redone_ptr + n, (proven == 0).to(tl.int8))
+
+
+def screened_topk_encode(
+    x: Tensor,  # [N, d] float32
+    W_enc: Tensor,  # [F, d] float32
+    b_enc: Tensor,  # [F] float32
+    k: int,
+    b_dec: Tensor | None = None,  # [d]
+    mask: Tensor | None = None,  # [F] bool
+    *,
+    of_W: Shadow | None = None,
+    tau: Tensor | None = None,  # [N] float32: a guess of the caller's, in place of the sample's
+    capacity: int | None = None,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`topk_encode` of float32 tensors -> values [N, k] float32, indices [N, k] int64.
+
+    Selection and values are those of float32 arithmetic, whatever the data.
+
+    Args:
+        k: at most 1024; ValueError above it.
+        of_W: the shadow of W_enc, where it outlives the call; else it is made here.
+        tau, capacity: as in `topk_encode`. A slack below 1 breaks the proof: tests want to see it.
+    """
+    return screened_and_redone(
+        x, W_enc, b_enc, k, b_dec, mask, of_W=of_W, tau=tau, capacity=capacity, slack=slack
+    )[:2]
+
+
+def screened_and_redone(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    of_W: Shadow | None = None,
+    tau: Tensor | None = None,
+    capacity: int | None = None,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`screened_topk_encode`, and [N] int8 which rows had no proof and were scored in full."""
+    if k > MAX_K:
+        raise ValueError(f"topk_encode: k must be at most {MAX_K} in the Triton kernel, got {k}")
+    (N, d), F = x.shape, W_enc.shape[0]
+    redone = torch.empty(N, dtype=torch.int8, device=x.device)
+    if N == 0:
+        return x.new_empty(0, k), x.new_empty(0, k, dtype=torch.int64), redone
+    x = (x if b_dec is None else x - b_dec).contiguous()
+    W_enc, b_enc = W_enc.contiguous(), b_enc.contiguous()
+    of_W = shadow(W_enc) if of_W is None else of_W
+    rounded = x.bfloat16()
+    living = None if mask is None else mask.contiguous().view(torch.int8)
+    op = Operands(
+        rounded,
+        of_W.rounded,
+        b_enc,
+        N,
+        F,
+        d,
+        mask=living,
+        x_norms=norms(x, rounded, slack),
+        w_norms=of_W.norms,
+    )
+    tile = tile_of(rounded)
+    if tau is None:
+        tau = guess(op, k, "screen", tile)
+    # twice the room of the plain gate: latents that cannot be told apart pass as well
+    found = gated(op, tau, "screen", tile, capacity or 2 * capacity_of(k, tile.f))
+    assert found.carried is not None
+    capacity = found.keys.shape[1]
+    block_d = min(128, int(triton.next_power_of_2(d)))
+    rescore_kernel[(N,)](
+        x, W_enc, b_enc, living, tau, found.counts, found.keys, found.carried, redone, F, d, k,
+        CAPACITY=capacity, BLOCK_C=BLOCK_C, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+    values, indices = pick(Candidates(found.counts, found.keys, None), k, x.dtype, relu=True)
+    return values, indices, redone

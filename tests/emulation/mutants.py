@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs kernels with mistakes in them: what each one's comparison with the reference comes to.
+
+    python mutants.py MODULE < jobs.json > outcomes.json
+
+MODULE is a module of build.cuda whose mistakes wait for the number in its variable `ksae_mutant`;
+jobs are [number, file of the kernel]. Each runs in a child of its own, because a broken kernel may
+read and write anywhere and need not end. An outcome is "right", "wrong: " and the case,
+"rejected: " and what the emulator threw, or, where the child died, what it said before that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from cases import (
+    clone_all,
+    code,
+    integers,
+    norm_arguments,
+    row_arguments,
+    scores,
+    written,
+)
+from emulation.build import Emulator
+from torch import Tensor
+
+from ksae import reference
+from ksae.cuda import Kernels
+
+SECONDS = 60  # for one child
+Case = tuple[str, bool]
+
+
+def same(got: Tensor, want: Tensor) -> bool:
+    return bool(((got == want) | (got.isnan() & want.isnan())).all())
+
+
+def all_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
+    return all(same(g, w) for g, w in zip(got, want, strict=True))
+
+
+def select(kernels: Kernels) -> Iterator[Case]:
+    for kind, F in (("ties", 1001), ("nan", 1001), ("one late winner", 1001), ("random", 5000)):
+        x = scores(kind, 2, F, torch.float32)
+        for k in (5, 700):
+            yield f"{kind}, k={k}", all_same(kernels.topk(x, k), reference.topk(x, k))
+    x = scores("descending", 1, 5000, torch.float32).flip(1).contiguous()  # the buffer overflows
+    yield "ascending", all_same(kernels.topk(x, 700), reference.topk(x, 700))
+    N, d, F, k = 3, 5, 1100, 40
+    x, W, b = (integers(*s, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
+    few = torch.zeros(F, dtype=torch.bool)
+    few[torch.tensor([3, 39, 40, 1064, 1099])] = True
+    for mask in (few, torch.arange(F) % 2 == 0):
+        yield (
+            f"{int(mask.sum())} listed",
+            all_same(
+                kernels.topk_encode(x, W, b, k, None, mask),
+                reference.topk_encode(x, W, b, k, None, mask),
+            ),
+        )
+    grad = integers(N, d, seed=3)
+    grad[1] = 0
+    yield (
+        "without a gradient",
+        all_same(
+            kernels.grad_topk_encode(x, grad, W, b, W, k, 0.5, "multiplicative"),
+            reference.grad_topk_encode(x, grad, W, b, W, k, 0.5, "multiplicative"),
+        ),
+    )
+
+
+def decode(kernels: Kernels) -> Iterator[Case]:
+    for N, d, F, k in ((3, 21, 33, 35), (3, 11_300, 7, 3)):  # the second: rows in the workspace
+        values, indices = code(N, F, k, torch.float32)
+        values = (values * 2).round()
+        W, target = integers(F, d), integers(N, d, seed=1)
+        W[indices[1, 0]] = torch.inf
+        values[indices == indices[1, 0]] = 0
+        args = (values, indices, W, target[0], target)
+        shape = f"N={N}, d={d}, k={k}"
+        yield (
+            f"decode, {shape}",
+            same(kernels.sparse_decode(*args[:4]), reference.sparse_decode(*args[:4])),
+        )
+        got, want = kernels.sparse_residual(*args, d), reference.sparse_residual(*args, d)
+        yield f"residual, {shape}", all_same(got, want)
+        part = (*args, d // 3, d - 2)
+        got_part = kernels.sparse_residual_slice(*part)
+        yield f"slice, {shape}", same(got_part, reference.sparse_residual_slice(*part))
+        W = W.nan_to_num(posinf=1.0)
+        back = (target, indices, W)
+        yield (
+            f"products, {shape}",
+            same(
+                kernels.sparse_decode_backward_values(*back),
+                reference.sparse_decode_backward_values(*back),
+            ),
+        )
+
+
+def group(kernels: Kernels) -> Iterator[Case]:
+    for N, F, k in ((1, 3, 1), (37, 40, 9), (130, 1000, 33)):  # the last: several tiles and digits
+        values, indices = code(N, F, k, torch.float32)
+        hot = torch.where(indices % 3 == 0, F - 1, indices)
+        for what, latents in (("spread", indices), ("hot", hot)):
+            got, want = (g.group_by_latent(values, latents, F) for g in (kernels, reference))
+            yield f"{what}, N={N}, F={F}, k={k}", all_same(got, want)
+
+
+def long_segments(side: str) -> dict[str, Any]:
+    """Arguments of row_update in integers: two groups, segments of several cuts."""
+    N, d, F = 400, 21, 23
+    a = row_arguments(torch.float32, side, N=N, d=d, F=F, ks=(2, 3))
+    for g, k in enumerate((2, 3)):
+        values, indices = integers(N, k, seed=g).abs(), torch.full((N, k), 2)
+        indices[:, 1], indices[::50], indices[1::50, 0] = 4, 5, 0
+        a["offsets"][g], a["order"][g] = reference.group_by_latent(values, indices, F)
+        a["coefficients"][g] = values
+        a["rows"][g] = integers(N, d, seed=g)
+    a["scales"] = torch.tensor([0.5, 2.0])
+    for name in ("W", "centre", "grad_b_enc"):
+        if a[name] is not None:
+            a[name] = integers(*a[name].shape, seed=5)
+    return a
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    return torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def latent(kernels: Kernels) -> Iterator[Case]:
+    for side in ("encoder", "decoder"):
+        for slices in ((0, 21), (0, 8, 21)):
+            a = long_segments(side)
+            if side == "encoder" and len(slices) > 2:
+                continue
+            want = clone_all(a)
+            for start, stop in itertools.pairwise(slices):
+                part = [[r[:, start:stop].contiguous() for r in b["rows"]] for b in (a, want)]
+                last = {"start": start, "normalize": side == "decoder" and stop == 21}
+                kernels.row_update(*(a | last | {"rows": part[0]}).values())
+                reference.row_update(*(want | last | {"rows": part[1]}).values())
+            names = written(a).keys()
+            right = all(close(written(a)[n], written(want)[n]) for n in names)
+            yield f"update, {side}, {len(slices) - 1} slices", right
+        a = long_segments(side)
+        got, want_sq = (g.row_grad_sq(*norm_arguments(a)) for g in (kernels, reference))
+        yield f"norm, {side}", close(got, want_sq)
+
+
+def sums(kernels: Kernels) -> Iterator[Case]:
+    a = long_segments("decoder")
+    grads = [integers(*c.shape, seed=7 + g) for g, c in enumerate(a["coefficients"])]
+    grads = [torch.where(c == 0, 0, g) for c, g in zip(a["coefficients"], grads, strict=True)]
+    arguments = (a["coefficients"], grads, a["offsets"], a["order"], a["scales"])
+    got, want = (g.latent_sums(*arguments) for g in (kernels, reference))
+    yield "latent sums", all_same(got, want)
+    N, d, F = 700, 5, 33
+    back = (integers(N, d), integers(N, 1, seed=1).abs(), torch.full((N, 1), 31), F)
+    pair = (g.sparse_decode_backward_weight(*back) for g in (kernels, reference))
+    yield "weight gradient", all_same(*pair)
+
+
+CASES: dict[str, Callable[[Kernels], Iterator[Case]]] = {
+    "select.cu": select,
+    "decode.cu": decode,
+    "group.cu": group,
+    "latent.cu": latent,
+    "sums.cu": sums,
+}
+
+
+def outcome(emulator: Emulator, file: str) -> str:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
+    kernels = Kernels(emulator.module)
+    emulator.step_limit(2**26)
+    for seed in range(2):
+        emulator.seed(seed)
+        try:
+            for what, right in CASES[file](kernels):
+                if not right:
+                    return f"wrong: {what}, seed {seed}"
+        except RuntimeError as error:
+            return f"rejected: {error}"
+    return "right"
+
+
+def in_child(emulator: Emulator, number: int, file: str) -> str:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 2)
+        signal.alarm(SECONDS)
+        ctypes.c_int.in_dll(ctypes.CDLL(str(emulator.path)), "ksae_mutant").value = number
+        os.write(write, outcome(emulator, file).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as said:
+        text = said.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return text if status == 0 else f"died of {status}: {text}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # no thread of it is there after a fork
+    loaded = Emulator(Path(sys.argv[1]), "_cuda")
+    print(json.dumps([in_child(loaded, *job) for job in json.load(sys.stdin)]))

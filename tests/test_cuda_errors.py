@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What CUDA users are told when something does not fit, without a GPU: devices, drivers, launches,
+and that no float32 product is taken in TF32."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import randn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ksae import checks, cuda
+
+
+def module(driver: int, devices: int | str = 1) -> Any:
+    """A native module with CUDA 13.0 in it, on a machine with that driver."""
+
+    def device_count() -> int:
+        if isinstance(devices, str):
+            raise RuntimeError(devices)
+        return devices
+
+    return SimpleNamespace(
+        driver_version=lambda: driver, runtime_version=lambda: 13000, device_count=device_count
+    )
+
+
+@pytest.mark.parametrize(
+    ("native", "reason"),
+    [
+        (module(13000), ""),
+        (module(13020), ""),
+        (module(13000, 0), "no CUDA device"),
+        (module(0, "device_count: CUDA error 35 (old)"), "device_count: CUDA error 35 (old)"),
+        (
+            module(12040, "device_count: CUDA error 35 (old)"),
+            "the driver is too old: it runs CUDA up to 12.4, the kernels are built with 13.0;"
+            " update the driver",
+        ),
+    ],
+    ids=["right", "newer", "no device", "no driver", "old driver"],
+)
+def test_why_the_kernels_cannot_run(native: Any, reason: str) -> None:
+    assert cuda.why_not(native) == reason
+
+
+def test_an_old_gpu_is_refused_and_a_new_one_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def capability(device: torch.device) -> tuple[int, int]:
+        asked.append(device.index)
+        return (7, 5) if device.index else (8, 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(cuda, "_known", set())
+    ran = []
+    kernels: Any = SimpleNamespace(topk=lambda x, k: ran.append(x.device.index))
+    topk = cuda.served("topk", kernels)
+    with FakeTensorMode():
+        new, old = (torch.empty(3, 9, device=f"cuda:{n}") for n in range(2))
+    topk(new, 2)
+    topk(new, 2)
+    want = r"topk: x must be on a GPU of compute capability 8\.0 or newer, got cuda:1 \(Tesla T4, 7"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=want):
+            topk(old, 2)
+    assert ran == [0, 0] and asked == [0, 1, 1]
+
+
+def test_a_failed_launch_names_the_op_that_was_called() -> None:
+    text = "select with N=3, F=9, k=2: CUDA error 209 (no kernel image is available)"
+
+    def fails(*args: Any) -> None:
+        raise RuntimeError(text)
+
+    topk_encode = cuda.served("topk_encode", SimpleNamespace(topk_encode=fails))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError) as caught:
+        topk_encode(randn(3, 4), randn(9, 4), randn(9), 2)
+    assert str(caught.value) == f"topk_encode: {text}"
+    own = cuda.served("select", SimpleNamespace(select=fails))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError) as caught:
+        own()
+    assert str(caught.value) == text
+    full = torch.OutOfMemoryError("CUDA out of memory")
+
+    def allocates() -> None:
+        raise full
+
+    with pytest.raises(torch.OutOfMemoryError):  # torch's own errors stay what they are
+        cuda.served("topk", SimpleNamespace(topk=allocates))()  # type: ignore[arg-type]
+
+
+def test_tensors_on_several_devices_are_refused() -> None:
+    """Dispatch goes to CUDA as soon as one tensor is there; the checks name the one that is not."""
+
+    def encode(*devices: str) -> str:
+        sizes = ((3, 4), (9, 4), (9,))
+        with FakeTensorMode():
+            args = [torch.empty(*s, device=d) for s, d in zip(sizes, devices, strict=True)]
+            with pytest.raises(ValueError, match=r"^topk_encode: ") as caught:
+                checks.topk_encode(*args, 2)  # type: ignore[arg-type]
+        return str(caught.value).removeprefix("topk_encode: ")
+
+    assert encode("cuda:0", "cpu", "cuda:0") == "W_enc must be on cuda:0, got cpu"
+    assert encode("cuda:0", "cuda:0", "cpu") == "b_enc must be on cuda:0, got cpu"
+    assert encode("cpu", "cuda:0", "cuda:0") == "W_enc must be on cpu, got cuda:0"
+    assert encode("cuda:0", "cuda:1", "cuda:1") == "W_enc must be on cuda:0, got cuda:1"
+
+
+def test_dtypes_and_k_are_checked_on_cuda_as_everywhere() -> None:
+    with FakeTensorMode():
+        x, W, b = (torch.empty(*s, device="cuda:0") for s in ((3, 4), (9, 4), (9,)))
+        with pytest.raises(TypeError, match=r"^topk_encode: W_enc must be torch.float32, got"):
+            checks.topk_encode(x, W.half(), b, 2)
+        with pytest.raises(TypeError, match=r"^topk_encode: x must be one of .*, got torch.int32"):
+            checks.topk_encode(x.int(), W, b, 2)
+        for k in (0, 10):
+            want = rf"^topk_encode: k must be in \[1, 9\] for W_enc of shape \[9, 4\], got {k}"
+            with pytest.raises(ValueError, match=want):
+                checks.topk_encode(x, W, b, k)
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["ieee", "tf32"])
+def test_float32_products_are_never_tf32(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, seen = torch.backends.cuda.matmul, []
+    product = torch.mm
+
+    def mm(a: Tensor, b: Tensor) -> Tensor:
+        seen.append(settings.fp32_precision)
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32" if allowed else before
+        with_setting = settings.fp32_precision
+        for dtype in (torch.float32, torch.bfloat16):
+            cuda._scores(randn(3, 4, dtype=dtype), randn(9, 4, dtype=dtype))
+        assert settings.fp32_precision == with_setting
+        monkeypatch.setattr(torch, "mm", lambda a, b: a.no_such_attribute)
+        with pytest.raises(AttributeError):
+            cuda._scores(randn(3, 4), randn(9, 4))
+        assert settings.fp32_precision == with_setting
+    finally:
+        settings.fp32_precision = before
+    assert len(seen) == 2 and not {"tf32"} & set(seen)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole training steps on the CUDA kernels, executed by the emulator: as on a GPU, AuxK does not
+know how many latents are dead, and nothing asks the device for a number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cases import Implementation, assert_same, integers, randn
+from test_cuda_kernels import Emulated, impl  # noqa: F401  (the emulated kernels)
+from test_step import (  # noqa: F401  (a fixture)
+    LR,
+    batch,
+    build,
+    oracle,
+)
+from test_step import (
+    test_one_step_has_at_most_twice_torchs_error as at_most_twice_torchs_error,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ksae
+from ksae import cuda, reference
+from ksae.checks import MODES
+
+N, D, F, K, K_AUX = 11, 17, 130, 9, 20
+
+
+@pytest.fixture(autouse=True)
+def as_on_cuda(impl: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: F811
+    """Every op of the fused step is the emulated kernel, and the step takes CUDA's way."""
+    monkeypatch.setattr("ksae.step.ops", impl)
+    monkeypatch.setattr("ksae.modules.ops", impl)
+    monkeypatch.setattr(
+        ksae.TrainStep, "_k_aux", lambda self, dead: min(self.model.k_aux, dead.numel())
+    )
+    yield
+
+
+@pytest.mark.parametrize("case", ["clip", "few dead", "more dead than k_aux", "skip, all"])
+def test_one_step(
+    impl: Implementation,  # noqa: F811
+    dtype: torch.dtype,
+    oracle: dict[str, Any],  # noqa: F811
+    case: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_most_twice_torchs_error(impl, dtype, oracle, case, monkeypatch)
+
+
+class NothingAsksTheDevice(TorchDispatchMode):
+    """Fails where a number or a size would have to come from the device."""
+
+    asking = ("_local_scalar_dense", "item", "nonzero", "equal", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        assert name not in self.asking and not name.startswith("unique"), f"{name} in a step"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dead", [0, 3, 40])
+@pytest.mark.parametrize("kind", ["sae", "skip", "gradient"])
+def test_no_step_asks_the_device(kind: str, dead: int) -> None:
+    if kind == "gradient":
+        model = ksae.GradTopKSAE(D, F, K, beta=0.5, k_aux=8)
+    else:
+        model = build(kind, torch.float32, k_aux=8, multi_topk=True)
+    model.tokens_since_fired[: 2 * dead : 2] = model.dead_after + 1
+    step = ksae.TrainStep(model, lr=LR, clip_norm=1.0)
+    rows = batch("sae" if kind == "gradient" else kind)
+    options = {"grad": randn(*rows[0].shape, seed=3)} if kind == "gradient" else {}
+    step(*rows, **options)  # what is told of once, is told of here
+    model.tokens_since_fired[: 2 * dead : 2] = model.dead_after + 1
+    with NothingAsksTheDevice():
+        metrics = step(*rows, **options)
+    assert (metrics["auxk_loss"] > 0) == (dead > 0)
+
+
+# ---------------------------------------------------------------------------------- both selections
+
+
+def arguments(dtype: torch.dtype) -> list[torch.Tensor]:
+    """x, W_enc, b_enc, b_dec, grad, W_dec in integers."""
+    sizes = [(N, D), (F, D), (F,), (D,), (N, 5), (F, 5)]
+    return [integers(*s, dtype=dtype, seed=i) for i, s in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("dead", [0, 7, F])
+def test_both_selections_are_those_of_the_reference(
+    impl: Implementation,  # noqa: F811
+    dtype: torch.dtype,
+    dead: int,
+    mode: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, W_enc, b_enc, b_dec, grad, W_dec = arguments(dtype)
+    grad[3] = 0
+    mask = torch.arange(F) % 5 == 2 if dead == 7 else torch.full((F,), dead > 0)
+    score = () if mode is None else (grad, W_dec, 0.5, mode)
+    want = reference.topk_encode_aux(x, W_enc, b_enc, K, K_AUX, mask, b_dec, *score)
+    for rows in (4, N):
+        monkeypatch.setattr(cuda, "chunk_bytes", rows * F * 4)
+        got = impl.topk_encode_aux(x, W_enc, b_enc, K, K_AUX, mask, b_dec, *score)
+        for name, g, w in zip(("values", "indices") * 2, got, want, strict=True):
+            assert_same(name, g, w)
