@@ -238,9 +238,11 @@ class Inputs:
 def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
     import torch
 
-    from ksae import ops
+    from ksae import gpu, ops
     from ksae.bench import costs, gpurivals
+    from ksae.triton import Kernels
 
+    portable = Kernels()
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     s = torch.empty(0, dtype=dtype).element_size()
     i = Inputs(shape, timer.device, dtype)
@@ -251,21 +253,31 @@ def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
         for part in i.x.split(CHUNK):
             torch.addmm(i.b_enc, part, i.W.T).topk(k)
 
+    tokens = (i.x, i.W, i.b_enc, k)
+    with_product = gpu.cuda.kernels or portable
     ways = {
-        "ksae": lambda: ops.topk_encode(i.x, i.W, i.b_enc, k),
+        "ksae": lambda: ops.topk_encode(*tokens),
+        "fused Triton": lambda: portable.fused_topk_encode(*tokens),
+        "product + select": lambda: with_product.topk_encode(*tokens),
         "product alone": i.product,
         "cuBLAS + torch.topk": dense_encode,
     }
-    add_rows(record, shape, "encode + select", timer(ways), costs.topk_encode(N, d, F, k, s))
+    for way in list(ways)[1:3]:
+        check(record, f"{way} {shape.name}", ways[way]()[0], i.values, 1e-2)
+    times = timer(ways)
+    add_rows(record, shape, "encode + select", times, costs.topk_encode(N, d, F, k, s))
+    note_choice(record, timer.device, shape, dtype, times)
     grad, dead, k_aux = i.x.flip(0), torch.arange(F, device=timer.device) % 10 == 0, min(d, F) // 2
     ways = {
         "ksae": lambda: ops.grad_topk_encode(i.x, grad, i.W, i.b_enc, i.W, k, 0.5),
+        "Triton": lambda: portable.grad_topk_encode(i.x, grad, i.W, i.b_enc, i.W, k, 0.5),
         "products alone": lambda: (i.product(), i.product()),
     }
     cost = costs.grad_topk_encode(N, d, F, k, s)
     add_rows(record, shape, "grad encode + select", timer(ways), cost)
     ways = {
         "ksae": lambda: ops.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
+        "Triton": lambda: portable.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
         "encoded twice": lambda: (
             ops.topk_encode(i.x, i.W, i.b_enc, k),
             ops.topk_encode(i.x, i.W, i.b_enc, k_aux, None, dead),
@@ -276,9 +288,12 @@ def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
 
     want = ops.sparse_decode(i.values, i.indices, i.W)
     check(record, f"decode {shape.name}", gpurivals.decode(i.values, i.indices, i.W), want, 1e-2)
+    got = portable.sparse_decode(i.values, i.indices, i.W)
+    check(record, f"Triton decode {shape.name}", got, want, 1e-2)
     bag = torch.nn.functional.embedding_bag
     ways = {
         "ksae": lambda: ops.sparse_decode(i.values, i.indices, i.W),
+        "Triton": lambda: portable.sparse_decode(i.values, i.indices, i.W),
         "Triton gather": lambda: gpurivals.decode(i.values, i.indices, i.W),
         "embedding_bag": lambda: bag(i.indices, i.W, mode="sum", per_sample_weights=i.values),
     }
@@ -286,32 +301,61 @@ def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
     add_rows(record, shape, "decode", timer(ways), cost, gathered=N * k * d * s)
 
     ways = {"ksae": lambda: ops.group_by_latent(i.values, i.indices, F),
+            "Triton": lambda: portable.group_by_latent(i.values, i.indices, F),
             "stable sort": lambda: i.indices.reshape(-1).sort(stable=True)}  # fmt: skip
     add_rows(record, shape, "group", timer(ways), costs.group_by_latent(N, F, k, s))
 
-    residual = lambda: ops.sparse_residual(i.values, i.indices, i.W, i.b_dec, i.x, d)
+    code = (i.values, i.indices, i.W, i.b_dec, i.x, d)
+    residual = lambda: ops.sparse_residual(*code)
+    ways = {"ksae": residual, "Triton": lambda: portable.sparse_residual(*code)}
+    for got, want in zip(ways["Triton"](), residual(), strict=True):
+        check(record, f"Triton residual {shape.name}", got, want, 1e-4)
     cost = costs.sparse_residual(N, d, F, k, s)
-    add_rows(record, shape, "residual", timer({"ksae": residual}), cost, gathered=N * k * d * s)
+    add_rows(record, shape, "residual", timer(ways), cost, gathered=N * k * d * s)
 
     cost = costs.latent_sums(N, F, k, s) + costs.row_update(N, d, F, k, s, row=s)
     cost += costs.row_update(N, d, F, k, s, coefficient=s)
-    add_rows(record, shape, "latent pass", timer({"ksae": latent_pass(i, residual())}), cost)
+    ways = {"ksae": latent_pass(i, residual(), ops), "Triton": latent_pass(i, residual(), portable)}
+    got, want = (way() for way in reversed(ways.values()))
+    check(record, f"Triton latent pass {shape.name}", got - i.W, want - i.W, 1e-2)
+    add_rows(record, shape, "latent pass", timer(ways), cost)
+
+
+def note_choice(record: Record, device: str, shape: Shape, dtype: Any, times: Any) -> None:
+    """The row for the table of python/ksae/gpu.py that these times give."""
+    import torch
+
+    from ksae import gpu
+
+    fused, product = (times[way].median * 1e3 for way in ("fused Triton", "product + select"))
+    way = "fused" if fused < product else "product"
+    generation = gpu.generation(torch.device("cuda")) if device == "cuda" else "dry run"
+    said = f"{record.data['machine'].get('gpu')}, N={shape.N}, k={shape.k}, {dtype}: fused"
+    said += f" {fused:.4g} ms, product {product:.4g} ms, {time.strftime('%Y-%m-%d')}"
+    row = gpu.Row(generation, shape.d, shape.F, way, said)
+    record.note("choice", **{shape.name: repr(row)})
 
 
 def measure_select(record: Record, timer: Timer, i: Inputs, op: str, scores: Any) -> None:
     from ksae import ops
     from ksae.bench import costs
+    from ksae.triton import Kernels
 
-    k = i.shape.k
-    got, want = ops.topk(scores, k)[0], scores.topk(k)[0]
-    check(record, f"{op} {i.shape.name}", got, want, 0)
-    ways = {"ksae": lambda: ops.topk(scores, k), "torch.topk": lambda: scores.topk(k)}
+    k, portable = i.shape.k, Kernels()
+    want = scores.topk(k)[0]
+    for served, name in ((ops, op), (portable, f"Triton {op}")):
+        check(record, f"{name} {i.shape.name}", served.topk(scores, k)[0], want, 0)
+    ways = {
+        "ksae": lambda: ops.topk(scores, k),
+        "Triton": lambda: portable.topk(scores, k),
+        "torch.topk": lambda: scores.topk(k),
+    }
     cost = costs.topk(*scores.shape, k, scores.element_size())
     add_rows(record, i.shape, op, timer(ways), cost)
 
 
-def latent_pass(i: Inputs, residual: Any) -> Way:
-    """Gradients, projection, Adam and unit rows of both matrices."""
+def latent_pass(i: Inputs, residual: Any, served: Any) -> Way:
+    """Gradients, projection, Adam and unit rows of both matrices, as `served` computes them."""
     import torch
 
     from ksae import ops
@@ -326,12 +370,13 @@ def latent_pass(i: Inputs, residual: Any) -> Way:
     scale = torch.full((1,), 1e-6, device=i.W.device)
     offsets, order = ([t] for t in ops.group_by_latent(i.values, i.indices, i.shape.F))
 
-    def call() -> None:
-        b_enc, along = ops.latent_sums([i.values], [grads], offsets, order, scale)
+    def call() -> Any:
+        b_enc, along = served.latent_sums([i.values], [grads], offsets, order, scale)
         encoder = ([grads], offsets, order, [i.x], scale, i.b_dec, None, b_enc, W_enc, masters[0])
-        ops.row_update(*encoder, moments[0], moments[1], hyper, grad_b_dec, 0, False)
+        served.row_update(*encoder, moments[0], moments[1], hyper, grad_b_dec, 0, False)
         decoder = ([i.values], offsets, order, [error], scale, None, along, None, W_dec, masters[1])
-        ops.row_update(*decoder, moments[2], moments[3], hyper, None, 0, True)
+        served.row_update(*decoder, moments[2], moments[3], hyper, None, 0, True)
+        return W_dec
 
     return call
 
@@ -427,7 +472,7 @@ def smoke(device: str) -> None:
 
         dead = torch.arange(1100, device=device) % 10 == 0
         ops.topk_encode_aux(i.x, i.W, i.b_enc, 9, 20, dead, None, i.x.flip(0), i.W, 0.5)
-        latent_pass(i, ops.sparse_residual(i.values, i.indices, i.W, i.b_dec, i.x, 72))()
+        latent_pass(i, ops.sparse_residual(i.values, i.indices, i.W, i.b_dec, i.x, 72), ops)()
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -481,7 +526,10 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="each op once, and no results")
     arguments = parser.parse_args()
     if arguments.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
+        sys.path.insert(0, str(ROOT / "tests"))
+        import triton_sort
+
+        triton_sort.tl.sort = triton_sort.numpy_sort
     import torch
 
     if not arguments.dry_run and not torch.cuda.is_available():

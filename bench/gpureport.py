@@ -18,7 +18,7 @@ class Record:
         self.base = folder / f"gpu_{name}_{time.strftime('%Y-%m-%d')}"
         self.data: dict[str, Any] = {
             "finished": False, "machine": {}, "build": {}, "tests": {}, "ceilings": {},
-            "rows": [], "problems": [],
+            "choice": {}, "rows": [], "problems": [],
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self.save()
@@ -92,6 +92,7 @@ def report(data: Mapping[str, Any]) -> str:
         data[a].get(b, "not run") for a, b in (("build", "status"), ("tests", "pytest"))
     )
     lines += [f"- build: {built}; tests marked gpu: {tested}; finished: {data['finished']}"]
+    lines += [f"- for the table in ksae/gpu.py: {row}" for row in data["choice"].values()]
     lines += [f"- PROBLEM: {text}" for text in data["problems"]]
     lines += ["", "| shape | op | way | ms | quartiles | of ceiling | products | extra MB |"]
     lines += ["|---|---|---|---:|---:|---:|---:|---:|"]

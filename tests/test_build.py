@@ -122,7 +122,7 @@ def test_screening_can_be_switched_off():
 
 
 def test_native_code_can_be_switched_off():
-    config = config_with(KSAE_NATIVE="0")
+    config = config_with(KSAE_NATIVE="0", KSAE_TRITON="0")
     for module in ("cpu", "cuda"):
         assert not config[module]["usable"]
         assert "KSAE_NATIVE=0" in config[module]["reason"]
@@ -199,6 +199,8 @@ def test_backward_through_an_op_without_formula_is_an_error():
 LAYERS = [
     {"_cpu", "_cuda", "checks", "errors", "version"},
     {"reference", "native", "cuda", "kernels"},
+    {"triton"},
+    {"gpu"},
     {"ops"},
     {"functional", "losses"},
     {"modules"},

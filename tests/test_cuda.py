@@ -44,27 +44,29 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
 from torch import Tensor
 
 import ksae
-from ksae import cuda, ops, reference
+from ksae import cuda, ops, reference, triton
 
 
 def to(arg: Any, device: str) -> Any:
-    """Tensors and lists of tensors on a device; the same objects where they are there."""
+    """Tensors and lists of tensors on a device, contiguous; the same objects where they are so."""
     if isinstance(arg, list | tuple):
         return [to(a, device) for a in arg]
-    return arg.to(device) if isinstance(arg, Tensor) else arg
+    return arg.to(device).contiguous() if isinstance(arg, Tensor) else arg
 
 
 class OnCuda(Implementation):
-    """The ops on the GPU, for tests whose tensors are on the CPU; what was written is copied."""
+    """The ops, or the Triton kernels, on the GPU, for tests whose tensors are on the CPU; what was
+    written is copied."""
 
-    def __init__(self) -> None:
-        super().__init__("cuda")
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
         self.native = True
+        self.served = triton.Kernels() if name == "triton" else ops
 
     def __getattr__(self, op: str) -> Any:
         def run(*args: Any) -> Any:
             there = [to(a, "cuda") for a in args]
-            result = getattr(ops, op)(*there)
+            result = getattr(self.served, op)(*there)
             if op == "row_update":
                 for here, t in zip(args, there, strict=True):
                     if isinstance(here, Tensor):
@@ -78,9 +80,9 @@ class OnCuda(Implementation):
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["cuda"])
-def impl() -> Iterator[Implementation]:
-    yield OnCuda()
+@pytest.fixture(params=["cuda", "triton"])
+def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
+    yield OnCuda(request.param)
 
 
 dtypes = pytest.mark.parametrize("T", DTYPES, ids=dtype_id)
@@ -171,6 +173,27 @@ def test_steps_in_a_cuda_graph(T: torch.dtype) -> None:
         torch.testing.assert_close(metrics["loss"], loss, rtol=1e-5, atol=0)
     for a, b in zip(state(plain), state(recorded), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@dtypes
+def test_triton_in_a_cuda_graph(T: torch.dtype) -> None:
+    """Both ways to encode, and decode, replayed with new rows."""
+    kernels = triton.Kernels()
+    x, W, b = (randn(*s, seed=i).to("cuda", T) for i, s in enumerate([(64, 96), (999, 96), (999,)]))
+
+    def call(rows: Tensor) -> list[Tensor]:
+        code = kernels.fused_topk_encode(rows, W, b, 9)
+        return [*kernels.topk_encode(rows, W, b, 9), *code, kernels.sparse_decode(*code, W)]
+
+    call(x)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = call(x)
+    x.copy_(x.flip(0))
+    graph.replay()
+    for got, want in zip(recorded, call(x), strict=True):
+        assert_same("replayed", got, want)
 
 
 @pytest.mark.parametrize("dead", [0, 200])

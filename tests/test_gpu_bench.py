@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ksae import gpu
+
 BENCH = Path(__file__).parents[1] / "bench"
 
 
@@ -38,17 +40,31 @@ def test_every_op_and_way_is_measured(results):
         assert row["median"] > 0 and row["fraction"] > 0
         assert f"| {row['shape']} | {row['op']} | {row['way']} |" in table
     assert ways == {
-        "select": {"ksae", "torch.topk"},
-        "select float32": {"ksae", "torch.topk"},
-        "encode + select": {"ksae", "product alone", "cuBLAS + torch.topk"},
-        "grad encode + select": {"ksae", "products alone"},
-        "encode + AuxK": {"ksae", "encoded twice"},
-        "decode": {"ksae", "Triton gather", "embedding_bag"},
-        "group": {"ksae", "stable sort"},
-        "residual": {"ksae"},
-        "latent pass": {"ksae"},
+        "select": {"ksae", "Triton", "torch.topk"},
+        "select float32": {"ksae", "Triton", "torch.topk"},
+        "encode + select": {
+            "ksae",
+            "fused Triton",
+            "product + select",
+            "product alone",
+            "cuBLAS + torch.topk",
+        },
+        "grad encode + select": {"ksae", "Triton", "products alone"},
+        "encode + AuxK": {"ksae", "Triton", "encoded twice"},
+        "decode": {"ksae", "Triton", "Triton gather", "embedding_bag"},
+        "group": {"ksae", "Triton", "stable sort"},
+        "residual": {"ksae", "Triton"},
+        "latent pass": {"ksae", "Triton"},
         "step": {"ksae", "Triton decoder", "dense torch"},
     }
+
+
+def test_the_row_for_the_table_of_ways_to_encode_is_printed(results):
+    data, table = results
+    for shape in ("A", "B"):
+        row = eval(data["choice"][shape], {"Row": gpu.Row})
+        assert row.way in gpu.WAYS and "ms" in row.measured
+        assert f"for the table in ksae/gpu.py: {row}" in table
 
 
 def test_all_ways_take_the_same_steps(results):

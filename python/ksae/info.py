@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-SWITCHES = ("KSAE_NATIVE", "KSAE_ISA", "KSAE_SCREEN", "KSAE_CHECK", "KSAE_CHUNK_BYTES")
+SWITCHES = (
+    "KSAE_NATIVE", "KSAE_ISA", "KSAE_SCREEN", "KSAE_CHECK", "KSAE_CHUNK_BYTES", "KSAE_TRITON",
+    "KSAE_ENCODE",
+)  # fmt: skip
 _switches = {name: os.environ.get(name) for name in SWITCHES}  # later changes have no effect
 
 
@@ -23,14 +26,14 @@ def config() -> Config:
     """Versions, native modules and their state, switches, and the implementation of each op.
 
     Returns:
-        A dict with the keys version, python, platform, torch, triton, cpu, cuda, switches and ops.
-        Its ``str`` is for people.
+        A dict with the keys version, python, platform, torch, triton, cpu, cuda, gpu, switches and
+        ops. Its ``str`` is for people.
 
     Example:
         >>> sorted(config()["cuda"])
         ['architectures', 'built', 'devices', 'driver', 'reason', 'runtime', 'usable']
     """
-    from . import ops
+    from . import gpu, ops
 
     return Config(
         version=metadata.version("ksae"),
@@ -40,6 +43,7 @@ def config() -> Config:
         triton=_version("triton"),
         cpu=_cpu(),
         cuda=_cuda(),
+        gpu=gpu.state(),
         switches=dict(_switches),
         ops=ops.serving(),
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, cuda, native, reference
+from . import checks, gpu, native, reference
 from .checks import accumulator
 
 _serving: dict[str, dict[str, str]] = {}
@@ -405,10 +405,10 @@ def _op(
             qualified, "cpu", _kernel(name, check, getattr(native, name), native_=True)
         )
         _serving[name]["cpu"] = "native"
-    if cuda.kernels is not None:
-        served = _kernel(name, check, cuda.served(name, cuda.kernels), native_=True)
+    if (on_gpu := gpu.kernel(name)) is not None:
+        served = _kernel(name, check, on_gpu[0], native_=True)
         torch.library.register_kernel(qualified, "cuda", served)
-        _serving[name]["cuda"] = "native"
+        _serving[name]["cuda"] = on_gpu[1]
 
     def checked_fake(*args: Any) -> Any:
         check(*args)

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bridge from torch tensors to the Triton kernels: outputs, workspaces, order of launches.
+
+Each method of `Kernels` has the name, arguments and meaning of its reference; tensors come checked,
+contiguous and in float32, bfloat16 or float16 (ops.py sees to it). Triton and the kernels are
+imported by the first call, which compiles; work goes to torch's current stream, and nothing waits
+for the device. Run on no AMD GPU, and so far on no GPU: interpreted and compiled only.
+
+Environment, read once at import: KSAE_TRITON=0 leaves the Triton kernels out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cuda
+from .cuda import _guard
+
+
+class Kernels(cuda.Kernels):
+    """The ops in Triton; torch's product in chunks of rows, where it encodes, is cuda.py's."""
+
+    def __init__(self) -> None:
+        pass
+
+    def _select(
+        self,
+        scores: Tensor,  # [rows, F]
+        k: int,
+        values: Tensor,  # [rows, k], written
+        indices: Tensor,  # [rows, k] int64, written
+        bias: Tensor | None = None,  # [F]
+        columns: Tensor | None = None,  # [F] bool of _list_columns
+        relu: bool = False,
+        second: Tensor | None = None,  # [rows, F] float32
+        mode: str | None = None,
+        beta: float = 0.0,
+        informed: Tensor | None = None,  # [rows] bool
+    ) -> None:
+        from .kernels.select import select
+
+        with _guard(scores):
+            select(
+                scores, k, values, indices, bias=bias, mask=columns, relu=relu, second=second,
+                informed=informed, mode=mode or "plain", beta=beta,
+            )  # fmt: skip
+
+    def _list_columns(self, mask: Tensor) -> Tensor:
+        return mask  # which `_select` takes as it is
+
+    def fused_topk_encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        b_dec: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`topk_encode` without the N x F scores; float32 is screened in bfloat16."""
+        from .kernels import encode, gate, screen
+
+        if k > gate.MAX_K:
+            return self.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
+        float32 = x.dtype == torch.float32
+        fused = screen.screened_topk_encode if float32 else encode.topk_encode
+        with _guard(x):
+            return fused(x, W_enc, b_enc, k, b_dec, mask)
+
+    def fused_grad_topk_encode(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        k: int,
+        beta: float,
+        mode: str = "additive",
+        b_dec: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`grad_topk_encode` without the scores."""
+        from .kernels import gate, grad_encode
+
+        if k > gate.MAX_K:
+            return self.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+        with _guard(x):
+            return grad_encode.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+
+    def sparse_decode(
+        self, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+    ) -> Tensor:
+        from .kernels.decode import decode
+
+        d = W_dec.shape[1]
+        out = values.new_empty(values.shape[0], d)
+        with _guard(values):
+            decode(values, indices, W_dec, b_dec, None, 0, d, out)
+        return out
+
+    def sparse_residual(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        target: Tensor,
+        columns: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from .kernels import decode
+
+        N, d = target.shape
+        residual = target.new_empty(N, columns, dtype=torch.float32)
+        square = target.new_empty(N, dtype=torch.float64)
+        grads = target.new_empty(values.shape, dtype=torch.float32)
+        chunk = max(cuda.chunk_bytes // (4 * max(d, 1)), 1)
+        with _guard(values):
+            decode.sparse_residual(
+                values, indices, W_dec, b_dec, target, residual, square, grads, chunk
+            )
+        return residual, square, grads
+
+    def sparse_residual_slice(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        target: Tensor,
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        from .kernels.decode import decode
+
+        residual = target.new_empty(values.shape[0], stop - start, dtype=torch.float32)
+        with _guard(values):
+            decode(values, indices, W_dec, b_dec, target, start, stop, residual)
+        return residual
+
+    def sparse_decode_backward_values(self, grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+        from .kernels.decode import value_products
+
+        out = grad.new_empty(indices.shape)
+        with _guard(grad):
+            value_products(grad, None, indices, W_dec, out)
+        return out
+
+    def group_by_latent(self, values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
+        from .kernels.group import group_by_latent
+
+        with _guard(values):
+            return group_by_latent(values, indices, F)
+
+    def sparse_decode_backward_weight(
+        self, grad: Tensor, values: Tensor, indices: Tensor, F: int
+    ) -> tuple[Tensor, Tensor]:
+        from .kernels.latent import Groups, weight_gradient
+
+        offsets, order = self.group_by_latent(values, indices, F)
+        grad_W, value_sum = grad.new_empty(F, grad.shape[1]), grad.new_empty(F)
+        with _guard(grad):
+            groups = Groups([values], [offsets], [order], [grad], None, None)
+            weight_gradient(groups, grad_W, value_sum)
+        return grad_W, value_sum
+
+    def latent_sums(
+        self,
+        values: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        scales: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        from .kernels.latent import latent_sums
+
+        F = offsets[0].numel() - 1
+        grad_b_enc, parallel = scales.new_empty(F), scales.new_empty(F)
+        with _guard(scales):
+            latent_sums(values, grads, offsets, order, scales, grad_b_enc, parallel)
+        return grad_b_enc, parallel
+
+    def row_grad_sq(
+        self,
+        coefficients: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        scales: Tensor,
+        centre: Tensor | None,
+        parallel: Tensor | None,
+        W: Tensor,
+        start: int,
+    ) -> Tensor:
+        from .kernels.latent import Groups, row_grad_sq
+
+        grad_sq = scales.new_empty(W.shape[0], dtype=torch.float64)
+        with _guard(W):
+            groups = Groups(coefficients, offsets, order, rows, scales, centre)
+            row_grad_sq(groups, scales, centre, parallel, W, start, grad_sq)
+        return grad_sq
+
+    def row_update(
+        self,
+        coefficients: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        scales: Tensor,
+        centre: Tensor | None,
+        parallel: Tensor | None,
+        grad_b_enc: Tensor | None,
+        W: Tensor,
+        master: Tensor | None,
+        m: Tensor,
+        v: Tensor,
+        hyper: Tensor,
+        grad_b_dec: Tensor | None,
+        start: int,
+        normalize: bool,
+        shadow: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Any:
+        """NotImplemented with noise, which is left to the reference."""
+        if noise is not None:
+            return NotImplemented
+        from .kernels.latent import Groups, row_update
+
+        with _guard(W):
+            groups = Groups(coefficients, offsets, order, rows, scales, centre)
+            row_update(
+                groups, scales, centre, parallel, grad_b_enc, W, master, m, v, hyper, grad_b_dec,
+                start, normalize,
+            )  # fmt: skip
+            if shadow is not None:
+                shadow.copy_(W)
+        return None
+
+
+def _load() -> tuple[Kernels | None, str]:
+    """The kernels, or why there are none. Imports nothing: triton is heavy."""
+    if os.environ.get("KSAE_TRITON", "1") == "0":
+        return None, "left out by KSAE_TRITON=0"
+    if importlib.util.find_spec("triton") is None:
+        return None, "triton is not installed"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return None, f"torch {torch.__version__} is built for no GPU"
+    return Kernels(), ""
+
+
+kernels, reason = _load()

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The portable Triton kernels without a GPU: interpreted against the reference, in a process of its
+own, because Triton reads TRITON_INTERPRET once, at its import; errors; who serves what."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_contracts
+import torch
+from cases import NAMES
+
+from ksae import checks, cuda, gpu, native, ops, reference
+from ksae.triton import Kernels
+
+TESTS = Path(__file__).parent
+CASES = TESTS / "triton_ops_cases.py"
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "cpu": native,
+    "cuda": cuda.Kernels(types.ModuleType("no kernel is reached")),
+    "triton": Kernels(),
+}
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=inherited | environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+# -------------------------------------------------------------------------------------- interpreted
+
+
+def cases() -> list[str]:
+    """Names of the tests that the file defines or imports."""
+    names = []
+    for node in ast.parse(CASES.read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            names += [a.asname or a.name for a in node.names]
+        elif isinstance(node, ast.FunctionDef):
+            names.append(node.name)
+    return [name for name in names if name.startswith("test_")]
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Of each test of the file the failures; one process runs them all."""
+    report = tmp_path_factory.mktemp("triton") / "report.xml"
+    options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}")
+    done = python("-m", "pytest", str(CASES), *options, TRITON_INTERPRET="1")
+    assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]
+    found: dict[str, list[str]] = {}
+    for case in ET.parse(report).iter("testcase"):
+        failures = found.setdefault(case.get("name", "").split("[")[0], [])
+        failures += [f"{case.get('name')}: {(bad.text or '')[-2000:]}" for bad in case]
+    return found
+
+
+@pytest.mark.parametrize("name", cases(), ids=lambda name: f"triton-interpreted-{name[5:]}")
+def test_equals_the_reference(interpreted: dict[str, list[str]], name: str) -> None:
+    assert interpreted[name] == []
+
+
+# --------------------------------------------------------------------------------------- signatures
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_have_the_arguments_of_the_reference(name: str) -> None:
+    own = list(inspect.signature(getattr(Kernels, name)).parameters)[1:]
+    assert own == list(inspect.signature(getattr(reference, name)).parameters)
+
+
+# ---------------------------------------------------------------------------------- who serves what
+
+
+def row(way: str) -> gpu.Row:
+    return gpu.Row("9.0", 768, 24576, way, "a test")
+
+
+def test_the_nearest_row_of_the_generation_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = gpu.Row("9.0", 4096, 131072, "product", "a test")
+    monkeypatch.setattr(gpu, "TABLE", (row("fused"), far, gpu.Row("8.0", 1, 1, "fused", "")))
+    gpu.row.cache_clear()
+    assert gpu.row("9.0", 1024, 24576) == row("fused") and gpu.row("9.0", 2048, 100_000) == far
+    assert gpu.row("hip", 768, 24576) is None and gpu.row("9.0", 0, 1) is not None
+    gpu.row.cache_clear()
+
+
+def test_the_table_claims_no_measurement_that_it_lacks() -> None:
+    for r in gpu.TABLE:
+        assert r.way in gpu.WAYS
+        assert (r.measured == gpu.UNMEASURED and r.way == "product") or " ms" in r.measured
+
+
+@pytest.mark.parametrize(
+    ("native_", "portable", "ways", "served"),
+    [
+        (True, True, ["product"], ("native", "native", "native")),
+        (True, True, ["fused"], ("native", "triton", "triton")),
+        (True, True, ["product", "fused"], ("native", *["native or triton"] * 2)),
+        (False, True, ["product"], ("triton", "triton", "triton")),
+        (True, False, ["fused"], ("native", "native", "native")),
+        (False, False, ["product"], (None, None, None)),
+    ],
+)
+def test_precedence(
+    monkeypatch: pytest.MonkeyPatch,
+    native_: bool,
+    portable: bool,
+    ways: list[str],
+    served: tuple[str | None, ...],
+) -> None:
+    monkeypatch.setattr(gpu.cuda, "kernels", IMPLEMENTATIONS["cuda"] if native_ else None)
+    monkeypatch.setattr(gpu.triton, "kernels", Kernels() if portable else None)
+    monkeypatch.setattr(gpu, "TABLE", tuple(map(row, ways)))
+    found = map(gpu.kernel, ("sparse_decode", "topk_encode", "grad_topk_encode"))
+    assert tuple(f and f[1] for f in found) == served
+
+
+@pytest.mark.parametrize("way", gpu.WAYS)
+def test_a_call_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setattr(gpu, "override", way)
+    monkeypatch.setattr(gpu.triton, "kernels", Kernels())
+    monkeypatch.setattr(gpu.cuda, "kernels", None)
+    for name in ("fused_topk_encode", "topk_encode"):
+        monkeypatch.setattr(Kernels, name, lambda *args, name=name: name)
+    encode, server = gpu.kernel("topk_encode") or (None, None)
+    got = encode(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(5), 1)
+    assert server == "triton" and got == ("fused_" if way == "fused" else "") + "topk_encode"
+
+
+def config(**environment: str) -> subprocess.CompletedProcess[str]:
+    return python("-c", "import json, ksae; print(json.dumps(ksae.config()))", **environment)
+
+
+def test_switches_show_in_the_configuration() -> None:
+    on = json.loads(config(KSAE_ENCODE="fused", KSAE_TRITON="0").stdout)
+    assert on["gpu"]["encode"] == "fused, by KSAE_ENCODE"
+    assert on["gpu"]["triton"] == "left out by KSAE_TRITON=0"
+    assert on["switches"]["KSAE_ENCODE"] == "fused" and on["switches"]["KSAE_TRITON"] == "0"
+    plain = gpu.state()
+    assert plain["encode on 9.0, d=768, F=24576"] == "product (no measurement yet: product path)"
+    bad = config(KSAE_ENCODE="best")
+    assert bad.returncode != 0
+    assert "KSAE_ENCODE must be fused or product, got 'best'" in bad.stderr.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+(BAD,) = (m.args for m in test_contracts.test_bad_arguments.pytestmark if m.name == "parametrize")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(BAD[0], BAD[1], ids=lambda p: f"{p[0]}-{p[1]}" if type(p) is tuple else "")
+def test_bad_arguments(
+    implementation: str, call: tuple[str, int, Any], error: type[Exception], message: str
+) -> None:
+    """One message, whichever implementation would have served the call."""
+    name, position, value = call
+    function = getattr(IMPLEMENTATIONS[implementation], name, getattr(reference, name))
+    kernel = ops._kernel(name, getattr(checks, name), function, native_=True)
+    args = list(test_contracts.arguments(name, torch.float32))
+    args[position] = value(args[position]) if callable(value) else value
+    with pytest.raises(error, match=re.escape(message)):
+        kernel(*args)
