@@ -112,6 +112,7 @@ class Kernels(cuda.Kernels):
         b_dec: Tensor | None,
         target: Tensor,
         columns: int,
+        column_sums: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from .kernels import decode
 
@@ -124,6 +125,12 @@ class Kernels(cuda.Kernels):
             decode.sparse_residual(
                 values, indices, W_dec, b_dec, target, residual, square, grads, chunk
             )
+        if column_sums is not None:
+            torch.sum(residual, 0, out=column_sums[:columns])
+            if columns < d:
+                code = (values, indices, W_dec, b_dec, target)
+                rest = self.sparse_residual_slice(*code, columns, d)
+                torch.sum(rest, 0, out=column_sums[columns:])
         return residual, square, grads
 
     def sparse_residual_slice(
