@@ -178,10 +178,10 @@ def batch_topk_encode(
         return empty, empty.long(), x.new_full((), math.inf, dtype=torch.float32)
     taus = (_batch_guess(op, k) if tau is None else tau.float()).expand(N).contiguous()
     found = gated(op, taus, "plain", tile, capacity or capacity_of(most, tile.f))
-    short = (found.count[:N].clamp(max=most).sum() < N * k).to(torch.int8)
+    short = (found.counts[:N].clamp(max=most).sum() < N * k).to(torch.int8)
     redo(op, taus, found, most, "plain", tile, short)
     u, indices = pick(found, most, torch.float32, relu=False)
-    held = torch.arange(most, device=x.device) < found.count[:N, None]
+    held = torch.arange(most, device=x.device) < found.counts[:N, None]
     flat = u.masked_fill(~held, -math.inf).flatten()
     # rows are sorted by score and latent: a stable sort keeps that order among equal scores
     ordered, places = flat.sort(descending=True, stable=True)

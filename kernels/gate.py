@@ -249,7 +249,7 @@ def pick_kernel(
 class Candidates(NamedTuple):
     """What passed the gate; a count above the capacity says that keys are missing."""
 
-    count: Tensor  # [N + 1] int32, the last one free for a total
+    counts: Tensor  # [N + 1] int32, the last one free for a total
     keys: Tensor  # [N, capacity] int64
     carried: Tensor | None  # [N, capacity] float32, where values are not the scores
 
@@ -303,9 +303,9 @@ def redo(
     """Brings rows that came short or overflowed to their k best."""
     N, capacity = found.keys.shape
     rows = tau.new_empty(N, dtype=torch.int32)
-    total = found.count[N:]
+    total = found.counts[N:]
     list_kernel[(triton.cdiv(N, 256),)](
-        tau, found.count, rows, total, short, N, k, CAPACITY=capacity, BLOCK=256
+        tau, found.counts, rows, total, short, N, k, CAPACITY=capacity, BLOCK=256
     )
     tile = tile._replace(f=tile.f // 2)  # half, for what it keeps beside a tile
     redo_kernel[(min(REDO_PROGRAMS, triton.cdiv(N, tile.n)),)](

@@ -193,8 +193,8 @@ def screened_and_redone(
     capacity = found.keys.shape[1]
     block_d = min(128, int(triton.next_power_of_2(d)))
     rescore_kernel[(N,)](
-        x, W_enc, b_enc, living, tau, found.count, found.keys, found.carried, redone, F, d, k,
+        x, W_enc, b_enc, living, tau, found.counts, found.keys, found.carried, redone, F, d, k,
         CAPACITY=capacity, BLOCK_C=BLOCK_C, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
-    values, indices = pick(Candidates(found.count, found.keys, None), k, x.dtype, relu=True)
+    values, indices = pick(Candidates(found.counts, found.keys, None), k, x.dtype, relu=True)
     return values, indices, redone
