@@ -7,34 +7,12 @@ process runs all cases of a kind, because to import torch takes longer than a ca
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from triton_process import report
 
 from ksae.checks import MODES
 from ksae.kernels import encode, grad_encode
-
-TESTS = Path(__file__).parent
-
-
-def report(script: str, *arguments: str, **environment: str) -> dict:
-    """What a script of this folder prints."""
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(TESTS / script), *arguments],
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
 
 TOPK = (
     "random", "no row", "one row", "k is F", "half", "bf16", "two tiles of rows", "sampled",

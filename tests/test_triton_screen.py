@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_triton_encode import report
+from triton_process import report
 
 from ksae.kernels import screen
 
