@@ -378,8 +378,8 @@ class Groups:
 
 
 def warps(block: int) -> int:
-    """8 numbers of a vector of `block` in a thread, until there are 16 warps."""
-    return max(1, min(16, block // 256))
+    """16 numbers of a vector of `block` in a thread, until there are 16 warps."""
+    return max(1, min(16, block // 512))
 
 
 def row_update(
