@@ -116,7 +116,7 @@ def speedup(run: Record) -> Figure | None:
             a.errorbar(values, at, xerr=errors, fmt="none", ecolor=INK, lw=0.8)
             for y, v in zip(at, values, strict=True):
                 side = (6, -3) if v >= 1 else (-24, -3)
-                a.annotate(f"{v:.2g}", (v, y), side, textcoords="offset points", fontsize=7)
+                a.annotate(_short(v), (v, y), side, textcoords="offset points", fontsize=7)
         a.axvline(1, color="#b22222", lw=1.2, ls="--", label="as fast as torch")
         _log_ticks(a)
         a.margins(x=0.08)
@@ -124,9 +124,14 @@ def speedup(run: Record) -> Figure | None:
         a.invert_yaxis()
         a.set_title(shape, fontsize=10)
         a.set_xlabel("speed-up over torch's fastest way (times)")
-        a.legend(frameon=True, fontsize=8, loc="lower right")
+        a.legend(frameon=True, fontsize=8, loc="upper right")
     _caption(figure, run, "Medians; lines: quartiles. Right of the dashed line ksae wins.")
     return figure
+
+
+def _short(value: float) -> str:
+    """Two or three digits, never an exponent."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def steps(run: Record) -> Figure | None:
@@ -149,11 +154,11 @@ def steps(run: Record) -> Figure | None:
             color = OURS[0] if row.ours else OTHERS[0]
             a.barh(y, t.median * 1e3, 0.7, xerr=error, color=color, ecolor=INK)
             a.annotate(
-                f"{t.median * 1e3:.3g}", (t.q3 * 1e3, y), (4, -3), textcoords="offset points",
+                _short(t.median * 1e3), (t.q3 * 1e3, y), (4, -3), textcoords="offset points",
                 fontsize=8,
             )  # fmt: skip
         for color, label in ((OURS[0], "ksae"), (OTHERS[0], "others")):
-            a.barh([], [], color=color, label=label)
+            a.plot([], [], "s", color=color, label=label)
         _log_ticks(a)
         a.set_yticks(range(len(members)), [r.way for r in members], fontsize=8)
         a.invert_yaxis()

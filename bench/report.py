@@ -9,7 +9,7 @@ writes that section anew, from the committed result.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import record
@@ -216,22 +216,42 @@ def terminal(run: Record) -> str:
     return "\n".join(lines)
 
 
-def losing(run: Record) -> list[str]:
-    """Where torch or a peer is faster, or a result was wrong; a line each."""
-    lines = []
+def _faster_rivals(run: Record) -> Iterator[tuple[Row, Row, float]]:
+    """The best of ksae, a faster rival, and how many times faster; of each thing ksae loses."""
     for suite, case, op, mode in groups(run.rows):
-        members = [r for r in run.rows if r.group == (suite, case, op, mode)]
         if suite not in ("ops", "step", "quality"):
             continue
+        members = [r for r in run.rows if r.group == (suite, case, op, mode)]
         ours, rival = best_of_ours(members), best_rival(members)
         if ours and rival and quotient(rival, ours) < 1:
-            times = 1 / quotient(rival, ours)
-            lines.append(
-                f"{suite}: {op} {mode} at {case}: {rival.way} takes 1/{times:.2f} of ksae's time"
-            )
-        lines += [f"{suite}: {op} at {case}: {r.way}: {r.failure}" for r in members if _wrong(r)]
+            yield ours, rival, 1 / quotient(rival, ours)
+
+
+def losing(run: Record) -> list[str]:
+    """Where torch or a peer is faster, or a result was wrong; a line each."""
+    lines = [
+        f"{r.suite}: {r.op} {r.mode} at {r.case}: {r.way} takes 1/{times:.2f} of ksae's time"
+        for _, r, times in _faster_rivals(run)
+    ]
+    lines += [f"{r.suite}: {r.op} at {r.case}: {r.way}: {r.failure}" for r in run.rows if _wrong(r)]
     head = "Where ksae loses:" if lines else "No row in which ksae loses."
     return [head, *(f"- {line}" for line in lines)]
+
+
+def losing_in_short(run: Record) -> list[str]:
+    """The same with a line an op: at how many shapes, and where most."""
+    found: dict[tuple[str, str], list[tuple[float, Row]]] = {}
+    for ours, rival, times in _faster_rivals(run):
+        found.setdefault((ours.op, ours.mode), []).append((times, rival))
+    lines = []
+    for (op, mode), each in found.items():
+        shapes = len({r.case for r in run.rows if (r.op, r.mode) == (op, mode)})
+        times, rival = max(each, key=lambda pair: pair[0])
+        lines.append(
+            f"- {op} {mode}: at {len(each)} of {shapes} shapes and types, most at {rival.case},"
+            f" where {rival.way} is {times:.1f} times faster"
+        )
+    return ["Where ksae loses:", *lines] if lines else ["No row in which ksae loses."]
 
 
 def _wrong(row: Row) -> bool:
@@ -292,14 +312,13 @@ def readme_section(run: Record, path: str = RESULT) -> str:
     lines[-1] += f" other plots: [report]({folder / 'report.md'}). Reproduce:"
     lines += ["", "```sh", reproduce(run), "```", ""]
     rows = [r for r in run.rows if r.suite == "step"]
-    for case, members in _by_case(rows).items():
+    for case, members in list(_by_case(rows).items())[:2]:
         lines += [
             f"One training step (forward, backward, projection, Adam, unit norm), {case}:",
             "",
         ]
         lines += [*_markdown_table(*_short(members)), ""]
-        break
-    lines += [f"![{CAPTIONS['step']}]({folder / 'step.png'})", "", *losing(run)]
+    lines += [f"![{CAPTIONS['step']}]({folder / 'step.png'})", "", *losing_in_short(run)]
     return "\n".join(lines).rstrip()
 
 

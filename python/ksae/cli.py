@@ -434,7 +434,7 @@ def _bench(
         typer.Option(help="Comma-separated: ops, step, scaling, quality, roofline, threads, gpu"),
     ] = None,
     full: Annotated[
-        bool, typer.Option("--full/--quick", help="At most 25 minutes, or 2, on two cores")
+        bool, typer.Option("--full/--quick", help="About 40 minutes, or 2, on two cores")
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder of the results")] = Path("ksae-bench"),
     compare: Annotated[
