@@ -144,7 +144,7 @@ def _rounds(session: Session, workers: list[Worker], rows: dict[str, Row], until
 def _turn(worker: Worker) -> list[float]:
     """Seconds of the steps of one turn."""
     before = len(worker.seconds)
-    if worker.seconds and min(worker.seconds) < RUN:
+    if min(worker.seconds, default=0.0) < RUN:
         worker.step(timed=False)
     while worker.failure is None:
         worker.step()

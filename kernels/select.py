@@ -21,22 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .keys import EMPTY, NOTHING, index_of, kth_largest, order_of
+
 MAX_K = 128 if triton.knobs.runtime.interpret else 2048
 WIDEST = 4096  # groups a row, where F is not too large for that
 INTERPRETED = triton.knobs.runtime.interpret
 ROUND = 64 if INTERPRETED else 512  # columns that are appended at once
 TILE = 64 if INTERPRETED else 4096  # columns of a program of maxima
-EMPTY = tl.constexpr(-(2**63))
-LOWEST = tl.constexpr(-(2**31))  # below the order of any score
 MODES = {"plain": 0, "additive": 1, "multiplicative": 2, "signed": 3}
-
-
-@triton.jit
-def _order(s):
-    """int32 in the order of selection: any NaN largest, -0 equal to +0."""
-    bits = (s + 0.0).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(s != s, 0x7FFFFFFF, ordered)
 
 
 @triton.jit
@@ -75,7 +67,7 @@ def _ordered(
     MASK: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    """The order of the scores of columns f of row n; LOWEST where not inside."""
+    """The order of the scores of columns f of row n; NOTHING where not inside."""
     s = _preactivation(scores_ptr, bias_ptr, mask_ptr, n, f, inside, F, BIAS, MASK)
     if MODE != 0:
         a = tl.load(second_ptr + n * F + f, inside, 0.0)
@@ -85,7 +77,7 @@ def _ordered(
         gained = s * gain if MODE == 2 else s * (1 + beta * gain)
         plain = (s <= 0) | (tl.load(informed_ptr + n) == 0)
         s = tl.where(plain, s, gained)
-    return tl.where(inside, _order(s), LOWEST)
+    return tl.where(inside, order_of(s), NOTHING)
 
 
 @triton.jit
@@ -121,14 +113,9 @@ def select_kernel(
     n = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, GROUPS)
     own = maxima_ptr + n * groups
-    best = tl.load(own + g, g < groups, LOWEST)
-
-    # the k-th largest maximum, bit by bit; LOWEST, which all reach, if there are fewer than k
-    bound = tl.full((), -(2**31), tl.int64)
-    for i in range(32):
-        trial = bound + (tl.full((), 1, tl.int64) << (31 - i))
-        bound = tl.where(tl.sum((best.to(tl.int64) >= trial).to(tl.int32)) >= k, trial, bound)
-    wanted = ((best.to(tl.int64) >= bound) & (g < groups)).to(tl.int32)
+    best = tl.load(own + g, g < groups, NOTHING).to(tl.int64)
+    bound = kth_largest(best, k, 32)  # NOTHING, which all reach, if there are fewer than k
+    wanted = ((best >= bound) & (g < groups)).to(tl.int32)
     listed = tl.sum(wanted)
     tl.debug_barrier()  # all of the maxima are read
     tl.store(own + tl.cumsum(wanted, axis=0) - wanted, g, wanted != 0)
@@ -161,7 +148,7 @@ def select_kernel(
         tl.debug_barrier()
 
     key = tl.load(keys + c, c < k, EMPTY)
-    f = 0x7FFFFFFF - (key & 0xFFFFFFFF)
+    f = index_of(key)
     z = _preactivation(scores_ptr, bias_ptr, mask_ptr, n, f, c < k, F, BIAS, MASK)
     if RELU:
         z = tl.where(z <= 0, 0.0, z)

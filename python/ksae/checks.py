@@ -105,16 +105,10 @@ def topk_encode(
     b_dec: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> torch.dtype:
-    op, T = "topk_encode", x.dtype
-    _matrix(op, "x", x)
-    _like(op, "W_enc", W_enc, (-1, x.shape[1]), T, x)
-    F = W_enc.shape[0]
-    _like(op, "b_enc", b_enc, (F,), T, x)
-    if b_dec is not None:
-        _like(op, "b_dec", b_dec, (x.shape[1],), T, x)
+    op = "topk_encode"
+    T = _encoder(op, x, W_enc, b_enc, k, b_dec)
     if mask is not None:
-        _like(op, "mask", mask, (F,), torch.bool, x)
-    _k(op, k, F, "W_enc", W_enc)
+        _like(op, "mask", mask, (W_enc.shape[0],), torch.bool, x)
     return T
 
 
@@ -137,17 +131,9 @@ def grad_topk_encode(
     mode: str = "additive",
     b_dec: Tensor | None = None,
 ) -> torch.dtype:
-    op, T = "grad_topk_encode", x.dtype
-    _matrix(op, "x", x)
-    _like(op, "W_enc", W_enc, (-1, x.shape[1]), T, x)
-    F = W_enc.shape[0]
-    _like(op, "b_enc", b_enc, (F,), T, x)
-    _like(op, "W_dec", W_dec, (F, -1), T, x)
-    _like(op, "grad", grad, (x.shape[0], W_dec.shape[1]), T, x)
-    if b_dec is not None:
-        _like(op, "b_dec", b_dec, (x.shape[1],), T, x)
-    _k(op, k, F, "W_enc", W_enc)
-    score(op, beta, mode)
+    op = "grad_topk_encode"
+    T = _encoder(op, x, W_enc, b_enc, k, b_dec)
+    _downstream(op, x, grad, W_enc, W_dec, beta, mode)
     return T
 
 
@@ -173,9 +159,7 @@ def topk_encode_aux(
     if (grad is None) != (W_dec is None):
         raise fail(op, "grad", "given with W_dec", "one without the other")
     if grad is not None and W_dec is not None:
-        _like(op, "W_dec", W_dec, (F, -1), T, x)
-        _like(op, "grad", grad, (x.shape[0], W_dec.shape[1]), T, x)
-        score(op, beta, mode)
+        _downstream(op, x, grad, W_enc, W_dec, beta, mode)
     return T
 
 
@@ -190,6 +174,14 @@ def _encoder(
         _like(op, "b_dec", b_dec, (x.shape[1],), T, x)
     _k(op, k, W_enc.shape[0], "W_enc", W_enc)
     return T
+
+
+def _downstream(
+    op: str, x: Tensor, grad: Tensor, W_enc: Tensor, W_dec: Tensor, beta: float, mode: str
+) -> None:
+    _like(op, "W_dec", W_dec, (W_enc.shape[0], -1), x.dtype, x)
+    _like(op, "grad", grad, (x.shape[0], W_dec.shape[1]), x.dtype, x)
+    score(op, beta, mode)
 
 
 def sparse_decode(

@@ -103,6 +103,11 @@ class _Downstream(NamedTuple):
     beta: float
     mode: str
 
+    @property
+    def counts(self) -> bool:
+        """Whether the scores differ from the pre-activations."""
+        return self.beta > 0 or self.mode == "multiplicative"
+
 
 class Kernels:
     """The ops as the extension `module` computes them: `ksae._cuda`, or its emulation in tests."""
@@ -156,6 +161,8 @@ class Kernels:
         columns = [None if mask is None else self._list_columns(mask) for _, mask in wanted]
         xc = x if b_dec is None else x - b_dec
         informed = None
+        if downstream is not None and not downstream.counts:
+            downstream = None
         if downstream is not None:
             g = downstream.grad
             informed = (g != 0).any(1) & g.isfinite().all(1)  # [N]
@@ -205,8 +212,7 @@ class Kernels:
         mode: str = "additive",
         b_dec: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        plain = beta == 0 and mode != "multiplicative"
-        downstream = None if plain else _Downstream(grad, W_dec, beta, mode)
+        downstream = _Downstream(grad, W_dec, beta, mode)
         values, indices = self._encode(x, W_enc, b_enc, b_dec, [(k, None)], downstream)
         return values, indices
 
@@ -225,7 +231,7 @@ class Kernels:
         mode: str = "additive",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         downstream = None
-        if grad is not None and W_dec is not None and (beta > 0 or mode == "multiplicative"):
+        if grad is not None and W_dec is not None:
             downstream = _Downstream(grad, W_dec, beta, mode)
         wanted = [(k, None), (k_aux, dead)]
         values, indices, *aux = self._encode(x, W_enc, b_enc, b_dec, wanted, downstream)

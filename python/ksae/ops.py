@@ -43,6 +43,8 @@ def _kernel(
 ) -> Callable[..., Any]:
     """`function` behind the checks. Native leaves float64, the oracle's type, to the reference."""
     oracle = getattr(reference, name)
+    arguments = getattr(torch.ops.ksae, name).default._schema.arguments
+    writes = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
 
     def kernel(*args: Any) -> Any:
         dtype = check(*args)
@@ -51,10 +53,8 @@ def _kernel(
         result = serve(*(map(_contiguous, args) if native_ else args))
         if result is NotImplemented:  # arguments that the kernel does not know
             result = oracle(*args)
-        if name == "sparse_residual":  # written below autograd: tell it
-            torch.autograd.graph.increment_version([t for t in args[6:7] if t is not None])
-        if name == "row_update":
-            written = [t for t in (args[6], *args[8:12], args[13], *args[16:17]) if t is not None]
+        if writes:  # below autograd: tell it
+            written = [args[i] for i in writes if i < len(args) and args[i] is not None]
             torch.autograd.graph.increment_version(written)
         return result
 
