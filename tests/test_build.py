@@ -204,7 +204,7 @@ LAYERS = [
     {"ops"},
     {"functional", "losses"},
     {"modules"},
-    {"gradtopk"},
+    {"gradtopk", "unfused"},
     {"step", "initialize"},
 ]
 TRAINING, COMMANDS, PACKAGE = len(LAYERS), len(LAYERS) + 1, len(LAYERS) + 2

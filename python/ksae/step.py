@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training step: gradients, projection, clipping, Adam and unit decoder rows.
 
-fused=True does it in one pass over latents, without a dense gradient; fused=False is autograd and
-torch.optim.Adam in the same order, and the oracle of the first. Adam is dense in both: a latent
-with zero gradient still moves.
+fused=True does it in one pass over latents, without a dense gradient; fused=False (unfused.py) is
+autograd and torch.optim.Adam in the same order, and the oracle of the first. Adam is dense in both:
+a latent with zero gradient still moves.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from . import ops
 from .checks import accumulator
 from .losses import total_variance
 from .modules import SparseCoder
-
-Metrics = dict[str, Tensor]
+from .unfused import Metrics, Unfused
 
 
 class _Group(NamedTuple):
@@ -125,7 +124,10 @@ class TrainStep:
         self._constants = constants.to(first.device)
         self._sums_in_decode = first.is_cuda  # one reading of the residual less
         self._versions = self._read_versions()
-        self._optimizer = None if fused else self._torch_adam()
+        self._unfused: Unfused | None = None
+        if not fused:
+            shared = (model, parameters, self.masters, self.theta, self.moments, self.t)
+            self._unfused = Unfused(*shared, betas=betas, eps=eps, clip_norm=clip_norm)
         self._lr_on_device = torch.zeros_like(self.t)  # a CUDA graph reads it at every replay
         self.lr = lr
 
@@ -140,8 +142,8 @@ class TrainStep:
             raise ValueError(f"TrainStep: lr must be a finite number >= 0, got {lr}")
         self._lr = float(lr)
         self._lr_on_device.fill_(self._lr)
-        if self._optimizer is not None:
-            self._optimizer.param_groups[0]["lr"] = self._lr
+        if self._unfused is not None:
+            self._unfused.optimizer.param_groups[0]["lr"] = self._lr
 
     def __call__(
         self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None
@@ -164,13 +166,13 @@ class TrainStep:
         running = [(b, b.clone()) for name, b in buffers if name != "tokens_since_fired"]
         with torch.autocast(rows.device.type, enabled=False):
             scaled = model.gradients(x, grad, training=True)  # [N, d_out]
-            if self.fused:
+            if self._unfused is None:
                 metrics, finite = self._fused(rows, target.contiguous(), scaled)
             else:
                 for buffer, old in running:  # the module's forward counts the batch itself
                     buffer.copy_(old)
                 flat = None if grad is None else grad.reshape(-1, model.d_out)
-                metrics, finite = self._unfused(rows, target.contiguous(), flat)
+                metrics, finite = self._unfused.step(rows, target.contiguous(), flat)
         for buffer, old in running:
             buffer.copy_(torch.where(finite, buffer, old))
         if scaled is not None:
@@ -381,79 +383,6 @@ class TrainStep:
         if self.masters:
             self.parameters[name].copy_(theta)
 
-    # -------------------------------------------------------------------------------------- unfused
-
-    def _unfused(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
-        model = self.model
-        training, since = model.training, model.tokens_since_fired.clone()
-        dead = model.dead.to(self.acc).mean()
-        model.train()
-        for p in self.parameters.values():
-            p.requires_grad_(True)
-        out = model(x, y, grad=grad)
-        model.train(training)
-        metrics: Metrics = {
-            "loss": out.loss.detach(),
-            "fvu": out.fvu,
-            "auxk_loss": out.auxk_loss.detach(),
-            "l0": (out.values > 0).sum().to(self.acc) / x.shape[0],
-            "dead": dead,
-        }
-        if model.multi_topk:
-            metrics["multi_topk_loss"] = out.multi_topk_loss.detach()
-        finite = bool(metrics["loss"].isfinite())
-        if finite:
-            grads = torch.autograd.grad(out.loss, list(self.parameters.values()), allow_unused=True)
-            finite = self._torch_step(dict(zip(self.parameters, grads, strict=True)), metrics)
-        if not finite:
-            model.tokens_since_fired.copy_(since)
-        return metrics, torch.tensor(finite, device=x.device)
-
-    @torch.no_grad()
-    def _torch_step(self, grads: Mapping[str, Tensor | None], metrics: Metrics) -> bool:
-        """Projection, clipping, torch's Adam, unit rows; False if the norm is not finite."""
-        assert self._optimizer is not None
-        W_dec = self.theta["W_dec"]
-        for name, theta in self.theta.items():
-            g = grads[name]
-            theta.grad = torch.zeros_like(theta) if g is None else g.to(self.acc)
-        try:
-            if self.model.normalize_decoder:
-                assert W_dec.grad is not None
-                w = self.model.W_dec.to(self.acc)  # the rows that the gradient was taken at
-                square = w.square().sum(1, keepdim=True)
-                along = (W_dec.grad * w).sum(1, keepdim=True)
-                W_dec.grad -= torch.where(square > 0, along / square, 0) * w
-            if self.clip_norm is not None:
-                norm = torch.nn.utils.get_total_norm(
-                    [p.grad for p in self.theta.values() if p.grad is not None]
-                )
-                metrics["grad_norm"] = norm
-                if not norm.isfinite():
-                    return False
-                torch.nn.utils.clip_grads_with_norm_(self.theta.values(), self.clip_norm, norm)
-            self._optimizer.step()
-        finally:
-            for theta in self.theta.values():
-                theta.grad = None
-        if self.model.normalize_decoder:
-            norms = W_dec.norm(dim=1, keepdim=True)
-            W_dec /= torch.where(norms > 0, norms, 1)
-        for name, master in self.masters.items():
-            self.parameters[name].copy_(master)
-        self.t += 1
-        return True
-
-    def _torch_adam(self) -> torch.optim.Adam:
-        """torch's Adam over theta, its state being our moments."""
-        thetas = list(self.theta.values())
-        optimizer = torch.optim.Adam(thetas, lr=0.0, betas=self.betas, eps=self.eps, foreach=False)
-        for name, theta in self.theta.items():
-            m, v = self.moments[name]
-            step = torch.tensor(float(self.t))
-            optimizer.state[theta] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
-        return optimizer
-
     # ---------------------------------------------------------------------------------------- state
 
     def _read_versions(self) -> dict[str, tuple[int, int]]:
@@ -503,9 +432,8 @@ class TrainStep:
         for name, master in self.masters.items():
             self.parameters[name].copy_(master)
         self._versions = self._read_versions()
-        if self._optimizer is not None:
-            for entry in self._optimizer.state.values():
-                entry["step"].fill_(float(self.t))
+        if self._unfused is not None:
+            self._unfused.set_steps_taken()
 
 
 def _column_sums(residuals: list[Tensor], sums: list[Tensor | None], scale: Tensor) -> Tensor:
