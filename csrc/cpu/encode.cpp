@@ -23,9 +23,13 @@
 namespace ksae::cpu {
 namespace {
 
-constexpr int64_t kChunkBytes = int64_t(2500) << 10;  // packed rows and candidates of one chunk
-constexpr int64_t kGroupBytes = int64_t(200) << 10;   // packed weights that share L2 with the rows
-constexpr int64_t kRingBytes = int64_t(800) << 10;
+// Packed rows and candidates of one chunk: a share of the N x F scores that are not stored, for W
+// is packed once a chunk (k=64, F=16384, N=2048, d=768: 2 chunks instead of 5 take 0.85 times the
+// time).
+constexpr int64_t kChunkBytes = int64_t(2500) << 10, kMostChunkBytes = int64_t(32) << 20;
+constexpr int64_t kChunkShare = 32;
+constexpr int64_t kGroupBytes = int64_t(200) << 10;  // packed weights that share L2 with the rows
+constexpr int64_t kRingBytes = int64_t(400) << 10;
 constexpr int kMaxSlots = 8;
 
 // Pruning pays up to this many expected candidates a row (see bench/grad_encode.py): in float32 on
@@ -133,15 +137,20 @@ Plan plan(const EncodeParams& p, const Second& second, Scoring scoring, int64_t 
   const bool screen = scoring == Scoring::kScreen;
   // Enough that refining is rare; never more than all candidates and a vector's slack.
   int64_t wanted =
-      screen ? std::max<int64_t>(4 * p.k + 128, 256) : p.k + std::max<int64_t>(p.k, 96);
+      screen ? std::max<int64_t>(2 * p.k + 128, 256) : p.k + std::max<int64_t>(p.k, 96);
   const bool certified = screen || second.pruned;
   if (second.p && certified) wanted = 8 * p.k + 256 + 2 * second.candidates;
   c.capacity = round_up(std::min(wanted, panels * width) + 2 * width, 16);
   // The candidates of a pruned row are many, but few of them are touched at a time.
   const int64_t touched = second.pruned ? std::min(c.capacity, 4 * p.k + 128) : c.capacity;
-  const int64_t row_bytes = step_bytes + (screen ? 12 : 8) * touched;
+  // The list of survivors lies over the packed rows, which are done with by then, if it fits.
+  c.pair_stride = std::max(c.capacity, step_bytes / 4);
+  const bool over = c.pair_stride > c.capacity;
+  const int64_t row_bytes = step_bytes + (screen && !over ? 12 : 8) * touched;
   const int64_t unit = t.tile_rows * std::max(threads, 1);
-  int64_t rows = std::max<int64_t>(kChunkBytes * std::max(threads / 2, 1) / row_bytes, unit);
+  int64_t bytes = std::max(kChunkBytes * std::max(threads / 2, 1),
+                           std::min(N * p.F * 4 / kChunkShare, kMostChunkBytes));
+  int64_t rows = std::max(bytes / row_bytes, unit);
   const int64_t chunks = std::max<int64_t>((N + rows - 1) / rows, 1);
   rows = round_up((N + chunks - 1) / chunks, unit);
   plan.chunk_rows = std::min(rows, round_up(std::max<int64_t>(N, 1), t.tile_rows));
@@ -167,7 +176,7 @@ Plan plan(const EncodeParams& p, const Second& second, Scoring scoring, int64_t 
   }
   if (certified) {
     c.redo = static_cast<uint8_t*>(arena.take(R));
-    c.pairs = static_cast<uint32_t*>(arena.take(R * c.capacity * 4));
+    c.pairs = static_cast<uint32_t*>(over ? c.x_pack : arena.take(R * c.capacity * 4));
   }
   if (second.p) plan_second(plan, second, arena);
   plan.scratch_bytes = encode_scratch(second.p ? std::max(p.d, second.p->d_out) : p.d, c.capacity);

@@ -25,21 +25,22 @@ struct EncodeChunk {
   const int32_t* ids;   // [M] ascending, or null: every latent
   const int32_t* rows;  // [R] rows of x, or null: row0, row0 + 1, ...
   int64_t M, row0, R;
-  int64_t panels;      // of a group: packed together, they stay in L2 while rows go by
-  int slots;           // packed groups that exist at a time: group g is in slot g % slots
-  void* x_pack;        // [tiles][d][tile_rows] float32, or [tiles][d/2][tile_rows] bf16 pairs
-  void* w_pack;        // [slots][panels][d][panel_width], or bf16 pairs
-  float* bias;         // [M padded]
-  float* bound_w;      // kScreen: [M padded / width][3][width] |w - w^|, |w^|, bias term
-  float* bound_panel;  // kScreen: [M padded / width][4] the largest of these three and of |w|
-  float* bound_x;      // kScreen: [R][2] factors of the first two, rounding slack included
-  float* score;        // [R][capacity] candidates that passed the gate
-  int32_t* index;      // [R][capacity] ascending
-  int32_t* count;      // [R]
-  float* tau;          // [R] the gate: a proven lower bound of the k-th score; NaN passes all
-  float* margin;       // [R] kScreen: the largest bound that the row has met
-  uint8_t* redo;       // [R] kScreen: set when the row must be scored in full
-  uint32_t* pairs;     // [R][capacity] kScreen: survivors in the order of rescoring
+  int64_t panels;       // of a group: packed together, they stay in L2 while rows go by
+  int slots;            // packed groups that exist at a time: group g is in slot g % slots
+  void* x_pack;         // [tiles][d][tile_rows] float32, or [tiles][d/2][tile_rows] bf16 pairs
+  void* w_pack;         // [slots][panels][d][panel_width], or bf16 pairs
+  float* bias;          // [M padded]
+  float* bound_w;       // kScreen: [M padded / width][3][width] |w - w^|, |w^|, bias term
+  float* bound_panel;   // kScreen: [M padded / width][4] the largest of these three and of |w|
+  float* bound_x;       // kScreen: [R][2] factors of the first two, rounding slack included
+  float* score;         // [R][capacity] candidates that passed the gate
+  int32_t* index;       // [R][capacity] ascending
+  int32_t* count;       // [R]
+  float* tau;           // [R] the gate: a proven lower bound of the k-th score; NaN passes all
+  float* margin;        // [R] kScreen: the largest bound that the row has met
+  uint8_t* redo;        // [R] kScreen: set when the row must be scored in full
+  uint32_t* pairs;      // [R][pair_stride] kScreen: survivors in the order of rescoring
+  int64_t pair_stride;  // >= capacity
   int64_t capacity;
   const GradChunk* grad;  // grad_topk_encode: what else it needs; null for topk_encode
 };

@@ -39,7 +39,7 @@ from torch import Tensor
 from ksae import cuda, reference
 from ksae.cuda import Kernels
 
-SECONDS = 60  # for one child
+SECONDS = 60  # of processor time for one child: a busy machine is no mutant
 ROOM = 1 << 16  # numbers
 Case = tuple[str, bool]
 
@@ -217,7 +217,7 @@ def in_child(emulator: Emulator, number: int, file: str) -> str:
     child = os.fork()
     if child == 0:
         os.dup2(write, 2)
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         ctypes.c_int.in_dll(ctypes.CDLL(str(emulator.path)), "ksae_mutant").value = number
         os.write(write, outcome(emulator, file).encode())
         os._exit(0)

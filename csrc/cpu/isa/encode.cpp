@@ -192,8 +192,11 @@ void finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch, Enc
   const int64_t k = c.p->k;
   const bool screen = c.scoring == Scoring::kScreen;
   if (screen) {
-    for (int64_t r = row0; r < row1; ++r)
-      if (!c.redo[r] && c.count[r] > k) screen_refine(c, r, s.keys);
+    for (int64_t r = row0; r < row1; ++r) {
+      if (c.redo[r]) continue;
+      if (c.count[r] > 2 * k) coarse_refine(c, r, s.keys);  // leaves fewer bounds to look at
+      if (c.count[r] > k) screen_refine(c, r, s.keys);
+    }
     rescore(c, row0, row1);
   }
   for (int64_t r = row0; r < row1; ++r) {

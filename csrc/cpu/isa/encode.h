@@ -107,13 +107,17 @@ struct Ahead {
   }
 };
 
+inline uint32_t* pairs_of(const EncodeChunk& c, int64_t row0) {
+  return c.pairs + row0 * c.pair_stride;
+}
+
 // Lists the survivors of rows [row0, row1) in the order of their latents, to within a bucket of at
-// least bucket / 2 latents and there by row; each in c.pairs + row0 * capacity as (row - row0) *
-// capacity + place in the row. Returns their number.
+// least bucket / 2 latents and there by row; each in pairs_of(c, row0) as (row - row0) * capacity +
+// place in the row. Returns their number.
 inline int64_t by_latent(const EncodeChunk& c, int64_t row0, int64_t row1, int64_t bucket) {
   constexpr int kBuckets = 1024;
   const int64_t capacity = c.capacity;
-  uint32_t* pairs = c.pairs + row0 * capacity;
+  uint32_t* pairs = pairs_of(c, row0);
   int shift = 0;
   while ((c.M >> shift) >= kBuckets || (int64_t(2) << shift) <= bucket) ++shift;
   uint32_t first[kBuckets + 1] = {};
@@ -128,47 +132,73 @@ inline int64_t by_latent(const EncodeChunk& c, int64_t row0, int64_t row1, int64
   return n;
 }
 
+// to[s][l] = rows[l][j + s], s < lanes, less b[s] where there is a b; fetches ahead[l][at].
+template <bool kWhole>
+KSAE_INLINE void columns(const float* const* rows, const float* b, int64_t j, int lanes,
+                         const float* const* ahead, int64_t at, float (*to)[kWidth]) {
+  Vec block[kWidth], centre = splat(0);
+  if (b) centre = kWhole ? load(b + j) : load_n(b + j, lanes);
+#pragma GCC unroll 16
+  for (int l = 0; l < kWidth; ++l) {
+    block[l] = kWhole ? load(rows[l] + j) : load_n(rows[l] + j, lanes);
+    if (b) block[l] = block[l] - centre;
+    __builtin_prefetch(ahead[l] + at);
+  }
+  transpose(block);
+#pragma GCC unroll 16
+  for (int s = 0; s < kWidth; ++s) store(to[s], block[s]);
+}
+
+// Where the kWidth (row, latent) pairs of a group lie.
+struct Pairs {
+  const float *w[kWidth], *x[kWidth];
+};
+
+// acc += columns [j, j + lanes) of the pairs' chains; fetches column `at` of `ahead`.
+template <bool kWhole>
+KSAE_INLINE void rescore_columns(const Pairs& p, const float* b_dec, int64_t j, int lanes,
+                                 const Pairs& ahead, int64_t at, Vec& acc) {
+  alignas(64) float w[kWidth][kWidth], x[kWidth][kWidth];
+  columns<kWhole>(p.w, nullptr, j, lanes, ahead.w, at, w);
+  columns<kWhole>(p.x, b_dec, j, lanes, ahead.x, at, x);
+  for (int s = 0; s < lanes; ++s) acc = fma(load(x[s]), load(w[s]), acc);
+}
+
 // Float32 scores of the survivors of rows [row0, row1), by the chain of score_tile<kFloat>, kWidth
-// (row, latent) pairs at a time. Pairs are taken in the order of their latents (to within a bucket
-// that fits L2), so that W comes from memory once and x, the smaller table, from cache.
+// pairs at a time: both sides are transposed so that a pair is a lane. Pairs are taken in the order
+// of their latents, so that W comes from memory once and x, the smaller table, from cache.
 // Tried: row by row, W gathered from memory: no slower on one busy core (216 against 229 ms a call
-// at F=24576, k=32); prefetching to L2 instead of L1: 10 % slower.
+// at F=24576, k=32); two and four groups at a time against the latency of the chain: 1.2 times
+// slower; fetching the whole of the next group: 1.3 times slower, for it is larger than L1.
 inline void rescore(const EncodeChunk& c, int64_t row0, int64_t row1) {
-  const int64_t d = c.p->d, capacity = c.capacity;
+  constexpr int64_t kFetch =
+      6 * kWidth;  // columns between the fetch and the use (3 to 8: the same)
+  const int64_t d = c.p->d, capacity = c.capacity, whole = d / kWidth * kWidth;
   const auto* W = static_cast<const float*>(c.p->W_enc);
   const auto* X = static_cast<const float*>(c.p->x);
   const auto* b_dec = static_cast<const float*>(c.p->b_dec);
   const int64_t n = by_latent(c, row0, row1, 1);
-  const uint32_t* pairs = c.pairs + row0 * capacity;
-  const float *w[2][kWidth], *x[2][kWidth];
-  const auto point = [&](int side, int64_t i) {
+  const uint32_t* pairs = pairs_of(c, row0);
+  Pairs groups[2];
+  const auto point = [&](Pairs& p, int64_t i) {
     for (int l = 0; l < kWidth; ++l) {
       const int64_t at = row0 * capacity + pairs[i + l < n ? i + l : n - 1];
-      w[side][l] = W + latent_of(c, c.index[at]) * d;
-      x[side][l] = X + row_of(c, at / capacity) * d;
+      p.w[l] = W + latent_of(c, c.index[at]) * d;
+      p.x[l] = X + row_of(c, at / capacity) * d;
     }
   };
-  if (n) point(0, 0);
+  if (n) point(groups[0], 0);
   for (int64_t i = 0, side = 0; i < n; i += kWidth, side ^= 1) {
-    if (i + kWidth < n) point(int(side ^ 1), i + kWidth);
-    const auto &wi = w[side], &xi = x[side], &next_w = w[side ^ 1], &next_x = x[side ^ 1];
-    const bool more = i + kWidth < n;
-    Vec acc = splat(0), wb[kWidth], xb[kWidth];
-    for (int64_t j = 0; j < d; j += kWidth) {
-      const int lanes = d - j < kWidth ? int(d - j) : kWidth;
-      const Vec b = b_dec ? load_n(b_dec + j, lanes) : splat(0);
-      for (int l = 0; l < kWidth; ++l) {
-        wb[l] = lanes == kWidth ? load(wi[l] + j) : load_n(wi[l] + j, lanes);
-        xb[l] = (lanes == kWidth ? load(xi[l] + j) : load_n(xi[l] + j, lanes)) - b;
-        if (more) {
-          __builtin_prefetch(next_w[l] + j);
-          __builtin_prefetch(next_x[l] + j);
-        }
-      }
-      transpose(wb);
-      transpose(xb);
-      for (int s = 0; s < lanes; ++s) acc = fma(xb[s], wb[s], acc);
+    const Pairs& p = groups[side];
+    Pairs& next = groups[side ^ 1];
+    point(next, i + kWidth);
+    Vec acc = splat(0);
+    for (int64_t j = 0; j < whole; j += kWidth) {
+      const int64_t at = j + kFetch;
+      const bool here = at < whole;
+      rescore_columns<true>(p, b_dec, j, kWidth, here ? p : next, here ? at : at - whole, acc);
     }
+    if (whole < d) rescore_columns<false>(p, b_dec, whole, int(d - whole), next, 0, acc);
     float scores[kWidth];
     store(scores, acc);
     for (int l = 0; l < kWidth && i + l < n; ++l) {

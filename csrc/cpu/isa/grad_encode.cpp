@@ -315,7 +315,7 @@ void dots(const EncodeChunk& c, int64_t row0, int64_t row1) {
   const auto* W = static_cast<const float*>(g.a.p->W_enc);
   const auto* G = static_cast<const float*>(g.a.p->x);
   const int64_t n = by_latent(c, row0, row1, kBucketBytes / (4 * d));
-  const uint32_t* pairs = c.pairs + row0 * c.capacity;
+  const uint32_t* pairs = pairs_of(c, row0);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t at = row0 * c.capacity + pairs[i];
     const float* w = W + c.index[at] * d;
