@@ -149,12 +149,14 @@ def _rounds(
 ) -> int:
     """Interleaved steps in BLOCKS blocks; slow contestants take part once a block.
 
-    After `until` only LEAST blocks are filled, of one round each, after `latest` the first alone.
+    After `until` LEAST blocks are filled (in a quick run all), of one round each; after `latest`
+    the first alone.
     """
     rounds = 0
     try:
         for block in range(BLOCKS):
-            if session.spent() > (until if block >= LEAST else latest) and block:
+            late = latest if block < LEAST or session.quick else until
+            if block and session.spent() > late:
                 break
             end = session.spent() + (until - session.spent()) / (BLOCKS - block)
             taken: dict[str, list[float]] = {w.name: [] for w in workers if w.failure is None}

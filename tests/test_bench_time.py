@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,8 @@ class FakeSession(Session):
         pass
 
 
-def rounds_of(until, latest, interrupt_at=None):
-    session = FakeSession(Record({}, "full"), Path())
+def rounds_of(until, latest, interrupt_at=None, quick=False):
+    session = FakeSession(Record({}, "full"), Path(), quick=quick)
     both = [Sleeper("a", session), Sleeper("b", session, interrupt_at)]
     rows = {w.name: Row("step", "case", "train_step", "step", w.name) for w in both}
     try:
@@ -63,6 +64,11 @@ def test_step_fills_its_blocks_in_its_time():
 def test_step_that_is_late_takes_the_least_rounds_and_no_more():
     _, rows = rounds_of(until=1.0, latest=50.0)
     assert all(len(r.blocks) == step.LEAST and "cut" not in r.extra for r in rows.values())
+
+
+def test_quick_step_fills_its_blocks_however_late():
+    _, rows = rounds_of(until=-5.0, latest=math.inf, quick=True)
+    assert all(len(r.blocks) == step.BLOCKS for r in rows.values())
 
 
 def test_step_that_is_far_too_late_has_one_round_and_says_so():
