@@ -184,7 +184,7 @@ def steps(run: Record) -> Figure | None:
         a.margins(x=0.12)
         _log_ticks(a)
         a.set_yticks(range(len(members)), [r.way for r in members], fontsize=8)
-        a.invert_yaxis()
+        a.set_ylim(len(members) - 0.4, -0.6)
         a.set_title(case, fontsize=10)
         a.set_xlabel("one training step (ms, log scale)")
     _legend(figure, flat[0])

@@ -317,7 +317,8 @@ def conditions(run: Record) -> str:
     m = run.machine
     isa = f", {m['isa']}" if m.get("isa") else ""
     return (
-        f"{m['cpu']}{isa}, {m['threads']} threads, torch {m['torch']}, ksae {m['ksae']} at "
+        f"{m['cpu']}{isa}, {m['threads']} thread{'s' * (m['threads'] != 1)}, "
+        f"torch {m['torch']}, ksae {m['ksae']} at "
         f"revision `{m['revision']}`, {m['date']}; data: {run.conditions.get('data', 'normal')}; "
         f"{run.conditions.get('seconds', 0):.0f} s, {run.state}."
     )
