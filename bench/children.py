@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -14,7 +14,7 @@ BEAT = 1.0  # seconds between two calls of `waiting`
 
 def in_process(
     work: Callable[[Any], Iterator[Any]], task: Any, waiting: Callable[[str], None]
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """What the generator `work(task)` yields in a new process, as it comes.
 
     Raises:

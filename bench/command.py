@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from . import figures, report
 from .measure import describe, machine
 from .record import Record
 from .session import Session
-from .suites import SUITES, runner
+from .suites import SUITES, budget, runner
 
 JSON = "bench.json"
 
@@ -65,7 +66,9 @@ def bench(
         torch.set_num_threads(threads)
     threads = torch.get_num_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = Record(machine(device=device), mode, {"data": data, "inputs": "hot where they fit"})
+    conditions: dict[str, Any] = {"data": data, "inputs": "hot where they fit"}
+    conditions["suites"] = "" if list(suites) == chosen(None, mode) else ",".join(suites)
+    run = Record(machine(device=device), mode, conditions)
     session = Session(
         record=run,
         path=out / JSON,
@@ -100,6 +103,7 @@ def bench(
 def _run_all(session: Session, suites: Sequence[str], mode: str, bar: tqdm[None]) -> str:
     """The state of the whole run. Ctrl-C ends it with what there is."""
     finished = 0.0
+    start = time.perf_counter()
 
     def show(text: str, seconds: float) -> None:
         bar.n = finished + seconds
@@ -109,7 +113,8 @@ def _run_all(session: Session, suites: Sequence[str], mode: str, bar: tqdm[None]
     session.show = show
     for name in suites:
         seconds = SUITES[name].seconds(mode)
-        session.begin(name, seconds)
+        late = time.perf_counter() - start - finished
+        session.begin(name, budget(seconds, late))
         session.tick("starting")
         run = runner(name)
         if isinstance(run, str):

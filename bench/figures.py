@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, GRID = "#333333", "#dddddd"
+MANY_DECADES, FEW_DECADES = 3.0, 0.7  # of an axis: one number a decade, or evenly spread ones
 # Told apart with colour-blind eyes too (Okabe and Ito), ksae's own in blues.
 OURS = ["#0b6fb8", "#56b4e9", "#004a80"]
 OTHERS = ["#d1600a", "#2a8a4a", "#cc79a7", "#8c6d1f", "#777777", "#b22222", "#444444"]
@@ -64,18 +66,31 @@ def _figure(
 
 def _caption(figure: Figure, run: Record, text: str) -> None:
     m = run.machine
-    where = f"{m.get('cpu')}, {m.get('threads')} threads, torch {m.get('torch')}"
+    threads = f"{m.get('threads')} thread" + ("s" if m.get("threads") != 1 else "")
+    where = f"{m.get('cpu')}, {threads}, torch {m.get('torch')}"
     figure.supxlabel(f"{text}\n{where}, ksae {m.get('revision')}", fontsize=8, color=INK)
 
 
-def _log_ticks(axes: Axes) -> None:
-    """A logarithmic x axis with 0.5, 1, 2, 5, ... in plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _log_ticks(axes: Axes, which: str = "x") -> None:
+    """A logarithmic axis in plain numbers, as many as fit; after all data and margins."""
+    from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter
 
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    decades = math.log10(high / low)
+    locator: Locator = LogLocator(subs=(1,) if decades > MANY_DECADES else (1, 2, 5))
+    if decades < FEW_DECADES:
+        locator = MaxNLocator(6)
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.6g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
+    """One for all panels, above them, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=9)
 
 
 def _rows(run: Record, suite: str) -> list[Row]:
@@ -114,18 +129,22 @@ def speedup(run: Record) -> Figure | None:
             lengths = [v - 1 for v in values]  # from "as fast as torch", so losing goes left
             a.barh(at, lengths, 0.36, left=1, color=OURS[number], label=dtype)
             a.errorbar(values, at, xerr=errors, fmt="none", ecolor=INK, lw=0.8)
-            for y, v in zip(at, values, strict=True):
-                side = (6, -3) if v >= 1 else (-24, -3)
-                a.annotate(_short(v), (v, y), side, textcoords="offset points", fontsize=7)
+            for y, v, below, above in zip(at, values, *errors, strict=True):
+                end, side, align = (v + above, 4, "left") if v >= 1 else (v - below, -4, "right")
+                a.annotate(
+                    _short(v), (end, y), (side, 0), textcoords="offset points", fontsize=7,
+                    ha=align, va="center_baseline",
+                )  # fmt: skip
         a.axvline(1, color="#b22222", lw=1.2, ls="--", label="as fast as torch")
+        a.margins(x=0.1)
         _log_ticks(a)
-        a.margins(x=0.08)
         a.set_yticks(range(len(labels)), labels, fontsize=8)
         a.invert_yaxis()
         a.set_title(shape, fontsize=10)
-        a.set_xlabel("speed-up over torch's fastest way (times)")
-        a.legend(frameon=True, fontsize=8, loc="upper right")
-    _caption(figure, run, "Medians; lines: quartiles. Right of the dashed line ksae wins.")
+        a.set_xlabel("speed-up over torch's fastest way (times, log scale)")
+    _legend(figure, flat[0])
+    text = "torch's median over ksae's; lines: quartiles. Right of the dashed line ksae wins."
+    _caption(figure, run, text)
     return figure
 
 
@@ -136,9 +155,9 @@ def _short(value: float) -> str:
 
 def steps(run: Record) -> Figure | None:
     """A bar for each contestant at each shape."""
-    cases = groups(_rows(run, "step"))
-    if not cases:
+    if not _rows(run, "step"):
         return None
+    cases = groups([r for r in run.suites["step"].rows if r.way != "all"])
     columns = min(2, len(cases))
     rows = -(-len(cases) // columns)
     tallest = max(map(len, cases.values()))
@@ -149,7 +168,10 @@ def steps(run: Record) -> Figure | None:
     for a, ((_, case, _, _), members) in zip(flat, cases.items(), strict=False):
         for y, row in enumerate(members):
             t = row.times
-            assert t is not None
+            if t is None:  # a contestant that is missing or broken has a line that says so
+                why = (row.failure or row.extra.get("cut") or "not timed")[:60]
+                a.text(0.01, y, why, transform=a.get_yaxis_transform(), fontsize=7, va="center")
+                continue
             error = [[(t.median - t.q1) * 1e3], [(t.q3 - t.median) * 1e3]]
             color = OURS[0] if row.ours else OTHERS[0]
             a.barh(y, t.median * 1e3, 0.7, xerr=error, color=color, ecolor=INK)
@@ -159,13 +181,13 @@ def steps(run: Record) -> Figure | None:
             )  # fmt: skip
         for color, label in ((OURS[0], "ksae"), (OTHERS[0], "others")):
             a.plot([], [], "s", color=color, label=label)
+        a.margins(x=0.12)
         _log_ticks(a)
         a.set_yticks(range(len(members)), [r.way for r in members], fontsize=8)
-        a.invert_yaxis()
+        a.set_ylim(len(members) - 0.4, -0.6)
         a.set_title(case, fontsize=10)
         a.set_xlabel("one training step (ms, log scale)")
-        a.margins(x=0.12)
-        a.legend(frameon=True, fontsize=8, loc="upper right")
+    _legend(figure, flat[0])
     _caption(
         figure, run, "Same weights and batches; medians of interleaved steps; lines: quartiles."
     )
@@ -179,7 +201,7 @@ def scaling(run: Record) -> Figure | None:
         return None
     fits = {(f["op"], f["size"]): f for f in run.suites["scaling"].facts.get("fits", [])}
     sizes = list(dict.fromkeys(r.extra["sweep"] for r in rows))
-    figure, axes = _figure(2, 2, 10, 8)
+    figure, axes = _figure(2, 2, 12, 8.5)
     meaning = {"N": "tokens", "d": "width", "F": "latents", "k": "active latents a token"}
     for a, size in zip([a for line in axes for a in line], sizes, strict=False):
         mine = [r for r in rows if r.extra["sweep"] == size]
@@ -199,12 +221,15 @@ def scaling(run: Record) -> Figure | None:
             a.fill_between(xs, *band, color=color, alpha=0.2, lw=0)
             a.plot(xs, [(r.floor or 0) * 1e3 for r in points], "--", color=color, lw=1)
         a.set_xscale("log", base=2)
-        a.set_yscale("log")
+        _log_ticks(a, "y")
         a.set_xticks(sorted({r.shape[size] for r in mine}))
         a.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         a.set_xlabel(f"{size} ({meaning[size]}), log scale")
         a.set_ylabel("time (ms), log scale")
-        a.legend(frameon=True, fontsize=8, title="exponent (expected)", title_fontsize=8)
+        a.legend(
+            frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3,
+            title="fitted exponent (expected)", title_fontsize=8, columnspacing=1.2,
+        )  # fmt: skip
     note = run.suites["scaling"].notes
     base = note[0] if note else ""
     _caption(figure, run, f"Medians, bands: quartiles, dashed: floor by formula; {base}.")
@@ -216,7 +241,7 @@ def quality(run: Record) -> Figure | None:
     rows = [r for r in _rows(run, "quality") if r.extra.get("curve")]
     if not rows:
         return None
-    figure, ((a,),) = _figure(1, 1, 8.5, 5)
+    figure, ((a,),) = _figure(1, 1, 10, 5)
     ours = others = 0
     for row in rows:
         if row.ours:
@@ -229,13 +254,11 @@ def quality(run: Record) -> Figure | None:
     target = run.suites["quality"].facts.get("target_fvu")
     if target:
         a.axhline(target, color=INK, lw=0.8, ls=":", label=f"target {target:.3f}")
-    a.set_xscale("log")
-    a.set_yscale("log")
-    a.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-    a.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:g}"[-1] in "1235" else "")
+    _log_ticks(a)
+    _log_ticks(a, "y")
     a.set_xlabel("training time (s, log scale; steps only)")
     a.set_ylabel("held-out FVU (unexplained variance, log scale)")
-    a.legend(frameon=True, fontsize=8)
+    a.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     note = run.suites["quality"].notes
     _caption(figure, run, note[0] if note else "")
     return figure
@@ -279,12 +302,15 @@ def roofline(run: Record) -> Figure | None:
             color=(OURS + OTHERS)[number % 10], ms=8, fillstyle="full" if fp32 else "none",
             label=f"{row.op}, {row.dtype}{share}",
         )  # fmt: skip
-    a.set_xscale("log")
-    a.set_yscale("log")
+    _log_ticks(a)
+    _log_ticks(a, "y")
     a.set_xlabel("operations a byte by formula (flop / byte, log scale)")
     a.set_ylabel("reached (GFLOP/s, log scale)")
     a.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     case = statistics.mode([r.case.rpartition(" ")[0] for r in rows])
-    text = f"{case}; in brackets: share of the limit; above it: inputs came from a cache."
+    text = (
+        f"{case}; in brackets: share of the limit; above it: inputs came from a cache. "
+        "Ops without arithmetic are in the table alone."
+    )
     _caption(figure, run, text)
     return figure

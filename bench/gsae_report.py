@@ -126,20 +126,32 @@ def plots(record: dict[str, Any], out: Path) -> None:
 
     found = groups(record)
     sites = list(dict.fromkeys(site for site, *_ in found))
-    for key, label in (("ce_increase", "CE increase, nats a token"), ("fvu", "FVU")):
-        figure, axes = pyplot.subplots(1, len(sites), figsize=(4 * len(sites), 3.2), squeeze=False)
+    labels = {"ce_increase": "CE increase (nats a token)", "fvu": "FVU (unexplained variance)"}
+    for key, label in labels.items():
+        figure, axes = pyplot.subplots(
+            1, len(sites), figsize=(4.4 * len(sites), 3.8), squeeze=False, layout="constrained"
+        )
         for axis, site in zip(axes[0], sites, strict=True):
             for name in dict.fromkeys(n for s, _, n, _ in found if s == site):
                 rows = [(k, units) for s, k, n, units in found if (s, n) == (site, name)]
                 points = [interval([u["models"][name][key] for u in units]) for _, units in rows]
                 half = [h if math.isfinite(h) else 0.0 for _, h in points]
                 means = [m for m, _ in points]
-                axis.errorbar([k for k, _ in rows], means, half, label=name, capsize=3, marker="o")
+                label_ = "TopK" if name == TOPK else f"g-SAE, {name}"
+                # Side by side, so that neither's interval hides the other's.
+                ks = [k * (0.98 if name == TOPK else 1.02) for k, _ in rows]
+                axis.errorbar(ks, means, half, label=label_, capsize=3, marker="o")
             axis.set(title=f"layer 9, {site}", xlabel="k", ylabel=label, xscale="log")
             axis.set_xticks(sorted({k for s, k, _, _ in found if s == site}))
             axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
             axis.minorticks_off()
-            axis.legend()
-        figure.tight_layout()
+            axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+        lines = axes[0][0].get_legend_handles_labels()
+        figure.legend(*lines, loc="outside upper center", ncols=len(lines[0]), frameon=False)
+        seeds = sorted({len(units) for *_, units in found})
+        figure.supxlabel(
+            f"Means over {' or '.join(map(str, seeds))} seeds; bars: 95 % t-intervals over seeds",
+            fontsize=8,
+        )
         figure.savefig(out / f"gsae_study_{key}.png", dpi=120)
         pyplot.close(figure)

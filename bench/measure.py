@@ -87,7 +87,8 @@ def interleave(
     """Seconds of each of `ways`, once a round in an order that rotates, after two idle calls.
 
     Rounds end after `seconds` (but not before `least`) or after `most`. Ways that take more than
-    FAR times as long as the fastest take part in the first round and in every sixteenth.
+    FAR times as long as the fastest take part in the first round and in every sixteenth; those of
+    LONG calls in two rounds, and in more while there is time.
     Calls shorter than MIN_SAMPLE are repeated: their inputs are hot in the cache if they fit.
     """
     end = time.perf_counter() + seconds
@@ -103,7 +104,10 @@ def interleave(
     names = list(ways)
     for round_ in range(most):
         turn = round_ % len(names)
+        late = time.perf_counter() > end
         for name in names[turn:] + names[:turn]:
+            if late and round_ >= 2 and taken[name] > LONG:
+                continue
             if taken[name] <= far or (round_ % 16 == 0 and (round_ or not samples[name])):
                 samples[name].append(timed(ways[name], repeats[name], slow.get(name, 0.0)))
         if round_ + 1 >= least and time.perf_counter() > end:

@@ -10,7 +10,8 @@ of a row.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,19 +29,24 @@ from .record import Record, Row, low
 from .session import Session
 
 PASSES = 4  # blocks of a row
+LEAST_PASSES = 3  # a case gets those before another gets more
+VISIT = 0.2  # seconds of a block, at most: long calls take what their few rounds take
 LEAST_FOR_MEMORY = 60.0  # seconds; less where it is done earlier
+PROBLEMS = 16  # of a case, about
 Shape = tuple[int, int, int, int]
 TINY: list[Shape] = [(16, 24, 256, 4)]
 QUICK: list[Shape] = [(512, 256, 8192, 32)]
-# In the last three a dense or stored way may win: few rows, large k / F.
+# The cheap ones first: what is cut by the time are the last. In the second to the fourth a dense or
+# stored way may win: few rows, large k / F.
 FULL: list[Shape] = [
     *QUICK,
+    (1, 768, 24576, 32),
+    (32, 768, 24576, 32),
+    (256, 768, 4096, 512),
     (2048, 768, 24576, 32),
     (2048, 768, 16384, 64),
-    (32, 768, 24576, 32),
-    (1, 768, 24576, 32),
-    (256, 768, 4096, 512),
 ]
+MEMORY: list[Shape] = [*QUICK, (2048, 768, 24576, 32)]  # where peak memory is measured
 REFERENCE = "reference"
 PATIENCE = 0.5  # seconds: a slower reference is timed while it is checked against, once
 SLOW = 12  # times the fastest: such a way is timed in the first pass only
@@ -178,27 +184,84 @@ def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def run(session: Session) -> None:
-    """Fill the suite's rows, pass after pass."""
+    """Fill the suite's rows: a pass with the checks, peak memory, then pass after pass. In a quick
+    run, whose passes are short, memory comes last and nothing is cut."""
     shapes = TINY if session.tiny else QUICK if session.quick else FULL
     dtypes = ("fp32",) if session.tiny else ("fp32", "bf16")
     cases = [(shape, name) for shape in shapes for name in dtypes]
     known: Known = {}
     passes = 1 if session.tiny else PASSES
-    memory = 0.25 * session.left()  # seconds kept for it
+    done = dict.fromkeys(cases, 0)  # passes of each
+    taken: dict[CaseKey, float] = {}  # seconds of each in the last pass
+    kept = 0.25 * session.left() if session.quick else 0.0  # for memory
     for turn in range(passes):
-        if turn >= 2 and session.left() < memory:  # with one pass there is no spread
-            session.note(f"{turn} of {passes} passes: the time was spent")
-            break
-        seconds = max(0.0, session.left() - memory) / (passes - turn)
+        left = session.left() - kept
+        chosen = cases if turn < LEAST_PASSES else fitting(cases, taken, left)
         where = f"pass {turn + 1} of {passes}"
-        session.tick(where)
-        task = Task(session, cases, seconds, known)
-        for key, rows in in_process(_serve, task, partial(_waiting, session, where)):
-            _merge(session, known, key, rows)
-    _memory(session, cases[:1] if session.quick else cases[: 2 * len(dtypes)], known)
+        for case in _pass(session, chosen, known, where, max(0.0, left) / (passes - turn), taken):
+            done[case] += 1
+        if turn == (passes - 1 if session.quick else 0):
+            _memory(session, cases[:1] if session.quick else _of(MEMORY, cases), known)
+    for (shape, name), count in done.items():
+        if count < passes:
+            session.note(f"{_title(shape, name)}: {count} of {passes} passes, cut by the time")
+        if count < min(passes, LEAST_PASSES):
+            for row in (r for r in session.suite.rows if r.case == _title(shape, name)):
+                row.extra["cut"] = f"{count} of {passes} passes, cut by the time"
     _missing(session, known)
 
 
+def fitting(cases: Sequence[CaseKey], taken: Mapping[CaseKey, float], left: float) -> list[CaseKey]:
+    """The first of `cases` that end within `left` seconds if they take what they `taken`."""
+    found = []
+    for case in cases:
+        left -= taken.get(case, 0.0)
+        if left < 0:
+            break
+        found.append(case)
+    return found
+
+
+def _pass(
+    session: Session,
+    cases: list[CaseKey],
+    known: Known,
+    where: str,
+    seconds: float,
+    taken: dict[CaseKey, float],
+) -> list[CaseKey]:
+    """One block of every problem of `cases`: the cases that it ended before the time was spent."""
+    session.tick(where)
+    titles = {_title(*case): case for case in cases}
+    task = Task(session, cases, seconds, known)
+    whole: list[CaseKey] = []
+    current, begin = None, session.spent()
+    with closing(in_process(_serve, task, partial(_waiting, session, where))) as found:
+        for key, rows in found:
+            if current is not None and key[0] != current:
+                whole.append(titles[current])
+                taken[titles[current]], begin = session.spent() - begin, session.spent()
+            current = key[0]
+            _merge(session, known, key, rows)
+            if session.left() < 0 and not session.quick:
+                return whole
+    if current is not None:
+        whole.append(titles[current])
+        taken[titles[current]] = session.spent() - begin
+    return whole
+
+
+def _title(shape: Shape, name: str) -> str:
+    """As `str(Case)` has it, which would make the inputs as well."""
+    N, d, F, k = shape
+    return f"N={N} d={d} F={F} k={k} {name}"
+
+
+def _of(shapes: Sequence[Shape], cases: Sequence[CaseKey]) -> list[CaseKey]:
+    return [case for case in cases if case[0] in shapes]
+
+
+CaseKey = tuple[Shape, str]
 Known = dict[tuple[str, str, str], dict[str, Row]]
 
 
@@ -206,7 +269,7 @@ class Task:
     """What the process of a pass is told: plain values that can be sent."""
 
     def __init__(
-        self, session: Session, cases: list[tuple[Shape, str]], seconds: float, known: Known
+        self, session: Session, cases: list[CaseKey], seconds: float, known: Known
     ) -> None:
         self.cases, self.seconds = cases, seconds
         self.settings = {
@@ -228,13 +291,15 @@ def _serve(task: Task) -> Iterator[tuple[tuple[str, str, str], dict[str, Row]]]:
     torch.set_num_threads(task.settings["threads"])
     session = Session(Record({}, "pass"), Path(), **task.settings)
     session.begin("ops", task.seconds)
-    visits = len(task.known) or 14 * len(task.cases)
+    titles = {_title(*case) for case in task.cases}
+    visits = sum(case in titles for case, *_ in task.known) or PROBLEMS * len(task.cases)
     for shape, name in task.cases:
         case = Case(*shape, name, session.data, session.device)
         for problem in problems(case):
             key = (str(case), problem.op, problem.mode)
             before = {n: len(row.blocks) for n, row in task.known.get(key, {}).items()}
-            _visit(session, problem, case, task.known, max(0.0, session.left() / max(1, visits)))
+            share = session.left() / max(1, visits)
+            _visit(session, problem, case, task.known, min(VISIT, max(0.0, share)))
             visits -= 1
             rows = task.known[key]
             yield key, {n: replace(r, blocks=r.blocks[before.get(n, 0) :]) for n, r in rows.items()}
@@ -289,11 +354,11 @@ def _visit(
 
 def _memory(
     session: Session,
-    cases: list[tuple[Shape, str]],
+    cases: list[CaseKey],
     known: Known,
 ) -> None:
     """The peak of each way at these cases, in a process of their own each."""
-    until = session.spent() + max(session.left(), LEAST_FOR_MEMORY)
+    until = session.spent() + max(0.5 * session.left(), LEAST_FOR_MEMORY)
     for number, (shape, name) in enumerate(cases):
         session.tick(f"peak memory, {name}")
         seconds = (until - session.spent()) / (len(cases) - number)
@@ -306,7 +371,7 @@ def _memory(
                 if way in rows:
                     rows[way].peak = peak
         if not complete:
-            session.note(f"peak memory: the time was spent before the end of {shape} {name}")
+            session.note(f"peak memory: cut by the time at {_title(shape, name)}")
 
 
 def _missing(session: Session, known: Known) -> None:

@@ -36,7 +36,7 @@ NEAR = 1.1  # "time to": until the FVU is this much of what dense torch reaches 
 SETTINGS = {  # tokens a step, latents, k, steps, held-out rows while training
     "tiny": (32, 64, 4, 6, 64),
     "quick": (256, 2304, 32, 36, 2048),
-    "full": (1024, 4608, 32, 500, 8192),
+    "full": (1024, 4608, 32, 200, 8192),
 }
 WAYS: dict[str, Callable[..., ours.Contestant]] = {
     "ksae fp32": ours.Ksae,
@@ -136,14 +136,15 @@ def run(session: Session) -> None:
             clock[name] += taken
             blocks[name].append(taken)
         done = number
-        if number % every == 0 or number == steps:
+        late = session.left() < 0
+        if number % every == 0 or number == steps or late:
             for name, contestant in contestants.items():
                 fvu, dead = measure(contestant.weights(), k, held[:some])
                 rows[name].extra["curve"].append([number, round(clock[name], 4), fvu, dead])
                 rows[name].blocks.append(blocks[name])
                 blocks[name] = []
             session.tick(f"step {number} of {steps}")
-            if session.left() < 0:
+            if late:
                 break
     cut = "" if done == steps else f", cut from {steps} by the time"
     session.note(

@@ -65,6 +65,11 @@ def spread(row: Row) -> str:
     return f"{(max(lows) - min(lows)) / 2 / min(lows):.0%}" if len(lows) > 1 else ""
 
 
+def untimed(row: Row) -> str:
+    """Why a row has no time."""
+    return row.failure or row.extra.get("cut") or "not timed: the run ended before"
+
+
 def ops_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
     header = ["op", "way", "ms", "quartiles", "spread", "time / ksae", "peak MB", ""]
     cells: Cells = []
@@ -73,12 +78,13 @@ def ops_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
         for row in members:
             name = f"({row.way})" if row.extra.get("part") else row.way
             if not row.times:
-                cells.append([f"{op} {mode}", name, *[""] * 5, row.failure or "not timed"])
+                cells.append([f"{op} {mode}", name, *[""] * 5, untimed(row)])
                 continue
             t = row.times
             ratio = quotient(row, best) if best else None
             rival = not row.ours and not row.extra.get("part")
             loses = "ksae LOSES" if rival and ratio is not None and ratio < 1 else ""
+            remark = "; ".join(filter(None, (loses, row.extra.get("cut"))))
             cells.append(
                 [
                     f"{op} {mode}",
@@ -88,7 +94,7 @@ def ops_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
                     spread(row),
                     "" if ratio is None else f"{ratio:.2f}",
                     megabytes(row.peak),
-                    loses,
+                    remark,
                 ]
             )
     return header, cells
@@ -102,12 +108,13 @@ def step_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
     for row in rows:
         version = str(row.extra.get("version") or "")
         if not row.times:
-            cells.append([row.way, version, *[""] * 6, row.failure or "not timed"])
+            cells.append([row.way, version, *[""] * 6, untimed(row)])
             continue
         t = row.times
         ratio = quotient(row, base) if base else None
         note = str(row.extra.get("note") or "")
         loses = "ksae LOSES" if not row.ours and ratio is not None and ratio < 1 else note
+        remark = "; ".join(filter(None, (loses, row.extra.get("cut"))))
         cells.append(
             [
                 row.way,
@@ -118,7 +125,7 @@ def step_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
                 "" if ratio is None else f"{ratio:.2f}",
                 megabytes(row.peak),
                 f"{row.floor / t.median:.0%}" if row.floor else "",
-                loses,
+                remark,
             ]
         )
     return header, cells
@@ -176,6 +183,18 @@ def roofline_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
     return header, cells
 
 
+def threads_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
+    header = ["op", "", "alone, ms", "in turns, ms", "in turns / alone"]
+    cells: Cells = []
+    for (_, case, op, _), members in groups(list(rows)).items():
+        timed = {r.way: r for r in members if r.times}
+        if len(timed) == 2:
+            alone, turns = timed["alone"], timed["in turns"]
+            medians = [ms(r.times.median) for r in (alone, turns) if r.times]
+            cells.append([op, case, *medians, f"{quotient(turns, alone):.2f}"])
+    return header, cells
+
+
 def sections(run: Record) -> list[tuple[str, list[str], list[tuple[str, list[str], Cells]]]]:
     """Title, notes, and tables (title, header, cells) of each suite that ran."""
     found = []
@@ -187,7 +206,7 @@ def sections(run: Record) -> list[tuple[str, list[str], list[tuple[str, list[str
         by_case: dict[str, list[Row]] = {}
         for row in suite.rows:
             by_case.setdefault(row.case, []).append(row)
-        if name == "ops":
+        if name in ("ops", "gpu"):
             tables = [(case, *ops_table(rows)) for case, rows in by_case.items()]
         elif name == "step":
             tables = [(case, *step_table(rows)) for case, rows in by_case.items()]
@@ -200,6 +219,10 @@ def sections(run: Record) -> list[tuple[str, list[str], list[tuple[str, list[str
             tables = [(case, *quality_table(rows)) for case, rows in by_case.items()]
         elif name == "roofline":
             tables = [("Kernels", *roofline_table(suite.rows))]
+        elif name == "threads":
+            loaded = ", ".join(suite.facts.get("runtimes", []))
+            notes.append(f"OpenMP runtimes loaded: {loaded or 'none'}")
+            tables = [("Ops of torch and ksae beside each other", *threads_table(suite.rows))]
         found.append((f"{name} ({suite.seconds:.0f} s)", notes, tables))
     return found
 
@@ -294,15 +317,17 @@ def conditions(run: Record) -> str:
     m = run.machine
     isa = f", {m['isa']}" if m.get("isa") else ""
     return (
-        f"{m['cpu']}{isa}, {m['threads']} threads, torch {m['torch']}, ksae {m['ksae']} at "
+        f"{m['cpu']}{isa}, {m['threads']} thread{'s' * (m['threads'] != 1)}, "
+        f"torch {m['torch']}, ksae {m['ksae']} at "
         f"revision `{m['revision']}`, {m['date']}; data: {run.conditions.get('data', 'normal')}; "
         f"{run.conditions.get('seconds', 0):.0f} s, {run.state}."
     )
 
 
 def reproduce(run: Record) -> str:
-    suites = "" if len(run.suites) >= 5 else f" --suite {','.join(run.suites)}"
-    return f"ksae bench --{run.mode} --threads {run.machine['threads']}{suites} --out bench-results"
+    suites = run.conditions.get("suites", ",".join(run.suites))
+    chosen = f" --suite {suites}" if suites else ""
+    return f"ksae bench --{run.mode} --threads {run.machine['threads']}{chosen} --out bench-results"
 
 
 def readme_section(run: Record, path: str = RESULT) -> str:

@@ -37,6 +37,9 @@ def run(session: Session) -> None:
     rows: dict[tuple[str, str], Row] = {}
     passes = 1 if session.tiny else PASSES
     for turn in range(passes):
+        if turn and session.left() < 0:
+            session.note(f"{turn} of {passes} passes, cut by the time")
+            break
         for name in ("fp32", "bf16"):
             _pass(session, Case(*shape, name, session.data, session.device), rows, passes - turn)
             session.tick(f"{name}, {turn + 1} of {passes}")

@@ -74,6 +74,9 @@ def run(session: Session) -> None:
     rows: dict[tuple[str, str, int], Row] = {}
     visits = passes * len(points)
     for visit in range(visits):
+        if visit >= len(points) and session.left() < 0:
+            session.note(f"{visit} of {visits} visits, cut by the time")
+            break
         name, sizes = points[visit % len(points)]
         # The base belongs to all four sweeps: each times it for itself.
         _point(session, rows, name, sizes, limit, max(0.0, session.left() / (visits - visit)))

@@ -26,6 +26,11 @@ class Shape:
         return f"{self.name}: N={self.N} d={self.d} F={self.F} k={self.k}"
 
     @property
+    def flops(self) -> float:
+        """Of one dense product."""
+        return 2.0 * self.N * self.d * self.F
+
+    @property
     def sizes(self) -> dict[str, int]:
         return {"N": self.N, "d": self.d, "F": self.F, "k": self.k}
 
@@ -54,7 +59,7 @@ def scaled(shape: Shape, contestants: int, memory: int, flops: float) -> Shape:
         now = _with(now, F=now.F // 2)
     why = [f"F {shape.F} -> {now.F} for {memory / 1e9:.1f} GB"] if now.F < shape.F else []
     for_memory = now.F
-    while 2 * now.N * now.d * now.F > flops:
+    while now.flops > flops:
         if now.N > 256 or (not _halvable(now) and now.N > 64):
             now = _with(now, N=now.N // 2)
         elif _halvable(now):

@@ -6,9 +6,15 @@ them, from the same weights on the same batches, at named model shapes. Each con
 process of its own (workers.py) and takes its turn while the others sleep: a run of steps, as a
 trainer makes them, of which the first, that finds caches and pages taken by others, is not timed.
 Those that need more than RUN seconds take one step, for which that hardly matters.
+
+In a full run the time that is left is shared by the shapes to come. Where the last shape says that
+fewer than LEAST rounds would fit, the next is scaled further than to FLOPS. A shape ends by time:
+what is cut says so in its rows.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -20,6 +26,8 @@ from .workers import CHECKED, CONTESTANTS, OP, Task, Worker
 
 ANCHOR = "dense torch"
 BLOCKS = 4
+LEAST = 3  # blocks of a shape that is not cut
+OVER = 1.25  # times its share that a shape may take for those
 RUN = 1.0  # seconds of a turn
 LR = 1e-3
 SAME_FVU = {1: 1e-3, CHECKED: 0.05}  # relative; later steps also differ by what each library does
@@ -46,16 +54,36 @@ def run(session: Session) -> None:
         names = ["ksae fp32", "dense torch", "eai-sparsify"]
     memory = int(MEMORY * available_memory("cpu"))
     shapes = [TINY] if session.tiny else NAMED[:1] if session.quick else NAMED
-    for number, shape in enumerate(shapes):
-        fit = scaled(shape, len(names), memory, FLOPS[size])
-        session.note(f"{fit}; scaled: {fit.scaling}")
-        _shape(session, fit, names, session.left() / (len(shapes) - number), PATIENCE[size])
+    flops, to_come = FLOPS[size], list(shapes)
+    try:
+        while to_come and session.left() > 0:
+            seconds = session.left() / len(to_come)
+            fit = scaled(to_come[0], len(names), memory, flops)
+            session.note(f"{fit}; scaled: {fit.scaling}")
+            needed = _shape(session, fit, names, seconds, PATIENCE[size])
+            to_come.pop(0)
+            if size == "full" and to_come:
+                share = session.left() / len(to_come)
+                flops = affordable(FLOPS[size], needed / fit.flops, OVER * share)
+    finally:
+        for shape in to_come:  # those that the time, or Ctrl-C, left without a whole turn
+            if not any(row.case.startswith(f"{shape.name}: ") for row in session.suite.rows):
+                why = "not reached before the end of the run"
+                session.add(Row("step", str(shape), OP, "step", "all", failure=why))
+
+
+def affordable(flops: float, pace: float, seconds: float) -> float:
+    """`flops`, halved until a shape that takes `pace` seconds for each ends within `seconds`."""
+    while flops * pace > max(seconds, 1e-3):
+        flops /= 2
+    return flops
 
 
 def _shape(
     session: Session, shape: Shape, names: list[str], seconds: float, patience: float
-) -> None:
-    """One shape: start all, then round after round until the time is spent."""
+) -> float:
+    """One shape: start all, then round after round until the time is spent; the seconds that it
+    needs for LEAST rounds."""
     start = session.spent()
     task = Task(shape.N, shape.d, shape.F, shape.k, session.data, LR, session.threads)
     workers = []
@@ -70,12 +98,17 @@ def _shape(
         for worker in sorted(workers, key=lambda w: "compiled" in w.name):  # it takes longest
             worker.ready(max(1.0, patience - (session.spent() - waited)))
         rows = {w.name: session.add(_row(shape, w)) for w in workers}
-        rounds = _rounds(session, workers, rows, start + seconds)
+        ready = session.spent()
+        until, latest = start + seconds, start + (math.inf if session.quick else OVER * seconds)
+        rounds = _rounds(session, workers, rows, until, latest)
+        needed = ready - start + LEAST * (session.spent() - ready) / rounds
         for worker in workers:
             while worker.failure is None and len(worker.fvu) < CHECKED:
                 worker.step(timed=False)
         _check(workers, rows)
         session.note(f"{shape.name}: {rounds} rounds")
+        if rounds < LEAST:
+            session.note(f"{shape.name}: cut by the time, {LEAST} rounds were to be")
     finally:
         for worker in workers:
             worker.stop()
@@ -91,6 +124,7 @@ def _shape(
             total = sum(phases.values(), costs.Cost())
             row.bytes, row.flops = total.bytes, total.flops
             row.floor = sum(c.seconds(limit, product) for c in phases.values())
+    return needed
 
 
 def _row(shape: Shape, worker: Worker) -> Row:
@@ -106,45 +140,68 @@ def _row(shape: Shape, worker: Worker) -> Row:
         dtype=DTYPES.get(worker.name, "fp32"),
         peak=worker.peak_extra,
         failure=worker.failure,
-        extra={
-            "version": worker.version,
-            "note": worker.note,
-            "peak_with_fragments": worker.peak_resident,
-        },
+        extra={"version": worker.version, "note": worker.note},
     )
 
 
-def _rounds(session: Session, workers: list[Worker], rows: dict[str, Row], until: float) -> int:
-    """Interleaved steps in BLOCKS blocks; slow contestants take part once a block."""
+def _rounds(
+    session: Session, workers: list[Worker], rows: dict[str, Row], until: float, latest: float
+) -> int:
+    """Interleaved steps in BLOCKS blocks; slow contestants take part once a block.
+
+    After `until` LEAST blocks are filled (in a quick run all), of one round each; after `latest`
+    the first alone.
+    """
     rounds = 0
-    for block in range(BLOCKS):
-        share = (until - session.spent()) / (BLOCKS - block)
-        end = session.spent() + share
-        taken: dict[str, list[float]] = {w.name: [] for w in workers if w.failure is None}
-        first = True
-        while first or session.spent() < end:
-            alive = [w for w in workers if w.failure is None]
-            turn = rounds % len(alive) if alive else 0
-            for worker in alive[turn:] + alive[:turn]:
-                if not first and _is_slow(worker, alive):
-                    continue
-                taken[worker.name] += _turn(worker)
-                rows[worker.name].failure = worker.failure
-            rounds += 1
-            first = False
-            session.tick(f"round {rounds}")
-            if not alive:
+    try:
+        for block in range(BLOCKS):
+            late = latest if block < LEAST or session.quick else until
+            if block and session.spent() > late:
                 break
-        for name, samples in taken.items():
-            if samples:
-                rows[name].blocks.append(samples)
+            end = session.spent() + (until - session.spent()) / (BLOCKS - block)
+            taken: dict[str, list[float]] = {w.name: [] for w in workers if w.failure is None}
+            try:
+                rounds += _block(session, workers, rows, taken, end, rounds)
+            finally:  # Ctrl-C keeps a part of a block too
+                for name, samples in taken.items():
+                    if samples:
+                        rows[name].blocks.append(samples)
+    finally:
+        for row in rows.values():
+            if row.failure is None and len(row.blocks) < LEAST:
+                row.extra["cut"] = f"{len(row.blocks)} of {BLOCKS} blocks, cut by the time"
+    return rounds
+
+
+def _block(
+    session: Session,
+    workers: list[Worker],
+    rows: dict[str, Row],
+    taken: dict[str, list[float]],
+    end: float,
+    before: int,
+) -> int:
+    """Rounds until `end`, at least one, into `taken`: how many, after `before` of other blocks."""
+    rounds = 0
+    while rounds == 0 or session.spent() < end:
+        alive = [w for w in workers if w.failure is None]
+        turn = (before + rounds) % len(alive) if alive else 0
+        for worker in alive[turn:] + alive[:turn]:
+            if rounds and _is_slow(worker, alive):
+                continue
+            taken[worker.name] += _turn(worker)
+            rows[worker.name].failure = worker.failure
+        rounds += 1
+        session.tick(f"round {before + rounds}")
+        if not alive:
+            break
     return rounds
 
 
 def _turn(worker: Worker) -> list[float]:
     """Seconds of the steps of one turn."""
     before = len(worker.seconds)
-    if min(worker.seconds, default=0.0) < RUN:
+    if min(worker.seconds, default=worker.warm) < RUN:
         worker.step(timed=False)
     while worker.failure is None:
         worker.step()

@@ -83,7 +83,7 @@ class Worker:
     note: str = ""
     failure: str | None = None
     peak_extra: int | None = None  # bytes held at once in a step, beyond what is there before it
-    peak_resident: int | None = None  # the same with the heap as it is, fragments included
+    warm: float = 0.0  # seconds of the step before the first that is timed
     fvu: list[float] = field(default_factory=list)  # of every step so far
     seconds: list[float] = field(default_factory=list)  # of the timed ones
     _process: Any = None
@@ -114,7 +114,7 @@ class Worker:
         report = self._receive()
         if report is not None:
             self.version, self.note = report["version"], report["note"]
-            self.peak_extra, self.peak_resident = report["peak_extra"], report["peak_resident"]
+            self.peak_extra, self.warm = report["peak_extra"], report["warm"]
             self.fvu = report["fvu"]
 
     def step(self, timed: bool = True) -> None:
@@ -201,14 +201,14 @@ def _run(pipe: Connection, name: str, task: Task) -> None:
 
     peak_held = memory_step()
     map_each_block(False)  # as it is for everybody: steps are timed so
-    fvu.append(step()[1])  # the heap grows to what a step needs
-    peak_resident = memory_step()
+    warm, value = step()  # the heap grows to what a step needs
+    fvu.append(value)
     pipe.send(
         {
             "version": contestant.version,
             "note": contestant.note,
             "peak_extra": peak_held,
-            "peak_resident": peak_resident,
+            "warm": warm,
             "fvu": fvu,
         }
     )

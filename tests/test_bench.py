@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,18 @@ import pytest
 import torch
 
 from ksae import cli, ops
-from ksae.bench import command, costs, measure, record, report, scaling, shapes, suites, workers
+from ksae.bench import (
+    command,
+    costs,
+    figures,
+    measure,
+    record,
+    report,
+    scaling,
+    shapes,
+    suites,
+    workers,
+)
 from ksae.bench import ops as ops_suite
 from ksae.bench.opcases import Case, problems
 from ksae.bench.record import Record, Row
@@ -19,6 +31,7 @@ from ksae.bench.session import Session
 
 ROOT = Path(__file__).parents[1]
 CPU_SUITES = [name for name, spec in suites.SUITES.items() if spec.device == "any"]
+MACHINE = {"cpu": "c", "threads": 1, "torch": "t", "ksae": "k", "revision": "r", "date": "d"}
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -118,6 +131,15 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     assert (tmp_path / "report.md").exists()
 
 
+def test_peer_that_fails_at_import_is_a_row_that_says_so(tmp_path, monkeypatch):
+    (tmp_path / "sparsify.py").write_text("raise RuntimeError('built for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    worker = workers.Worker.start("eai-sparsify", workers.Task(4, 4, 16, 2, "normal", 1e-3, 1))
+    worker.ready(120)
+    worker.stop()
+    assert worker.failure == "RuntimeError: built for another torch"
+
+
 def test_result_that_is_wrong_has_no_time(tmp_path, monkeypatch):
     right = ops.topk
 
@@ -146,11 +168,34 @@ def test_pictures_are_drawn_and_the_report_shows_them_with_captions(tiny):
     assert "ksae bench --tiny" in text
 
 
+def test_numbers_at_axes_do_not_overlap():
+    key = ("N=1 d=2 F=3 k=1 fp32", "op", "forward")
+    wide = [Row("ops", *key, "torch", blocks=[[9.0, 9.0]])]
+    wide += [Row("ops", *key, "ksae", ours=True, blocks=[[3e-3, 3e-3]])]
+    lost = ("N=1 d=2 F=3 k=1 fp32", "other", "forward")
+    wide += [Row("ops", *lost, "torch", blocks=[[1.0, 1.0]])]
+    wide += [Row("ops", *lost, "ksae", ours=True, blocks=[[9.0, 9.0]])]
+    curve = [[1, 0.3, 0.7, 0.0], [2, 1.2, 0.65, 0.0]]
+    narrow = [Row("quality", "case", "train", "train", "ksae", True, extra={"curve": curve})]
+    narrow[0].blocks = [[1.0]]
+    run = Record(MACHINE, "quick")
+    run.suites = {"ops": record.Suite(rows=wide), "quality": record.Suite(rows=narrow)}
+    for picture in (figures.speedup(run), figures.quality(run)):
+        picture.canvas.draw()
+        for axes in picture.axes:
+            for axis, side in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+                low, high = sorted(axis.get_view_interval())
+                shown = [t.label1 for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
+                boxes = [label.get_window_extent() for label in shown if label.get_text()]
+                assert len(boxes) > 1
+                ends = sorted((getattr(b, side + "0"), getattr(b, side + "1")) for b in boxes)
+                assert all(a[1] < b[0] for a, b in itertools.pairwise(ends))
+
+
 def test_report_shows_rows_in_which_ksae_loses():
     fast, slow = [[1.0, 1.0]], [[2.0, 2.0]]
     key = ("ops", "N=1 d=2 F=3 k=1 fp32", "topk", "forward")
-    machine = {"cpu": "c", "threads": 1, "torch": "t", "ksae": "k", "revision": "r", "date": "d"}
-    run = Record(machine, "quick")
+    run = Record(MACHINE, "quick")
     run.suites["ops"] = record.Suite(
         rows=[Row(*key, "torch.topk", blocks=fast), Row(*key, "ksae x", ours=True, blocks=slow)]
     )
