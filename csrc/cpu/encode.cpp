@@ -23,8 +23,8 @@
 namespace ksae::cpu {
 namespace {
 
-// Packed rows and candidates of one chunk: a share of the N x F scores that are not stored, for W is
-// packed once a chunk (k=32, F=24576, N=2048, d=768: 4 MB take 0.91 times as long as 2.5 MB).
+// Packed rows and candidates of one chunk: a share of the N x F scores that are not stored, for W
+// is packed once a chunk (k=32, F=24576, N=2048, d=768: 4 MB take 0.91 times as long as 2.5 MB).
 constexpr int64_t kChunkBytes = int64_t(2500) << 10, kMostChunkBytes = int64_t(32) << 20;
 constexpr int64_t kChunkShare = 32;
 constexpr int64_t kGroupBytes = int64_t(200) << 10;  // packed weights that share L2 with the rows
