@@ -367,6 +367,7 @@ void run(const EncodeParams& p, const GradEncodeParams* grad, void* workspace, i
   for (int64_t row0 = 0; row0 < p.N; row0 += main.chunk_rows) {
     const int64_t R = std::min(main.chunk_rows, p.N - row0);
     run_rows(main, nullptr, row0, R, threads, &stats);
+    main.grad.has_norms = choice.second.pruned;
     if (!choice.certified) continue;
     for (int64_t r = 0; r < R; ++r)
       if (main.chunk.redo[r]) l.redo[redone++] = int32_t(row0 + r);

@@ -54,6 +54,7 @@ struct GradChunk {
   uint8_t* plain;  // [R] rows that are selected by u
   float* norm_g;   // [R] pruned: upper bounds of |grad[n]|
   float* norm_w;   // [M padded] pruned: upper bounds of |W_dec[i]|
+  bool has_norms;  // pruned: norm_w is there from an earlier chunk
 };
 
 // The steps of topk_encode and of grad_topk_encode. `scratch` holds encode_scratch(d, capacity)

@@ -6,6 +6,7 @@
 // residual doubles the flops for the values' gradient while the gathered rows are in L2.
 // Limits: one token is one thread's; rows of 16-bit storage are widened in registers.
 // Tried: whole rows, four in one go, with the sums in L1: float32 is 1.2 times slower.
+#include "dots.h"
 #include "gate.h"
 
 namespace ksae::cpu::KSAE_ISA {
@@ -13,10 +14,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kSlice = 24;  // sums of 32 registers
-constexpr int kDots = 4;    // rows in one go, four sums each
 #else
 constexpr int kSlice = 12;  // of 16
-constexpr int kDots = 2;
 #endif
 constexpr int kAhead = 16;  // rows between the fetch and the use (8: bfloat16 1.2 times slower)
 constexpr int kRows = 64;   // rows of a token in one list
@@ -25,12 +24,6 @@ constexpr int64_t kNear = 512 * 1024;  // bytes of two tokens' rows that L2 hold
 
 KSAE_INLINE int64_t index_at(const int64_t* i64, const int32_t* i32, int64_t i) {
   return i64 ? i64[i] : i32[i];
-}
-
-// The last vectors of a row, whole or not.
-template <class T>
-KSAE_INLINE Vec load_some(const T* p, int lanes) {
-  return lanes == kWidth ? load(p) : load_n(p, lanes);
 }
 
 // Some rows of W_dec of a token. Those beyond count point at a row as well: they can be fetched.
@@ -163,48 +156,6 @@ void decode(const DecodeParams& p, int64_t row0, int64_t row1) {
       });
     }
   });
-}
-
-// out[r] = <a, rows[r]> in float32, each in four chains, so that the bits are the same for any R;
-// fetches as many columns of `next` into L1 or, if it is used later, L2.
-template <int R, int kLevel, class A, class T>
-KSAE_INLINE void dots(const A* a, const T* const* w, int64_t d, const T* const* next, float* out) {
-  Vec acc[R][4];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) acc[r][s] = splat(0);
-  int64_t c = 0;
-  for (; c + 4 * kWidth <= d; c += 4 * kWidth) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int l = 0; l < 4 * kWidth; l += int(64 / sizeof(T)))
-        __builtin_prefetch(next[r] + c + l, 0, kLevel);
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) {
-      const Vec x = load(a + c + s * kWidth);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][s] = fma(x, load(w[r] + c + s * kWidth), acc[r][s]);
-    }
-  }
-  for (; c < d; c += kWidth) {
-    const int lanes = d - c < kWidth ? int(d - c) : kWidth;
-    const Vec x = load_some(a + c, lanes);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) acc[r][0] = fma(x, load_some(w[r] + c, lanes), acc[r][0]);
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) out[r] = sum((acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3]));
-}
-
-// Any number of rows.
-template <int kLevel, class A, class T>
-KSAE_INLINE void dots(int count, const A* a, const T* const* w, int64_t d, const T* const* next,
-                      float* out) {
-  int r = 0;
-  for (; r + kDots <= count; r += kDots) dots<kDots, kLevel>(a, w + r, d, next + r, out + r);
-  for (; r < count; ++r) dots<1, kLevel>(a, w + r, d, next + r, out + r);
 }
 
 // One token. Target is float32 or of the storage type.

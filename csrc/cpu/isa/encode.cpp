@@ -108,17 +108,8 @@ void score_tile(const EncodeChunk& c, const float* x, const float* w, int64_t n_
     store(tile[r], s0);
     store(tile[r] + kWidth, s1);
     float tau = r < rows ? c.tau[r0 + r] : 0;
-    if constexpr (kScoring == Scoring::kScreen) {
-      if (r < rows) {
-        const float* b = c.bound_panel + 4 * at;
-        const float bx0 = c.bound_x[2 * (r0 + r)], bx1 = c.bound_x[2 * (r0 + r) + 1];
-        // Where a sum might overflow the bound proves nothing.
-        if (!(bx0 * b[3] + b[2] * 0x1p20f < 1e37f)) c.redo[r0 + r] = 1;
-        const float margin = b[0] * bx0 + b[1] * bx1 + b[2];
-        if (margin > c.margin[r0 + r]) c.margin[r0 + r] = margin;
-        tau -= margin;
-      }
-    }
+    if constexpr (kScoring == Scoring::kScreen)
+      if (r < rows) tau -= panel_margin(c, at, r0 + r);
     hits[r] = not_le(s0, splat(tau)) | not_le(s1, splat(tau)) << kWidth;
   }
   if (c.p->product_only) {

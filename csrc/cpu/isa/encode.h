@@ -53,6 +53,17 @@ KSAE_INLINE float margin(const EncodeChunk& c, int64_t r, int32_t m) {
   return b[0] * c.bound_x[2 * r] + b[kPanel] * c.bound_x[2 * r + 1] + b[2 * kPanel];
 }
 
+// kScreen: the largest margin of row r in panel `at`, which the row remembers.
+KSAE_INLINE float panel_margin(const EncodeChunk& c, int64_t at, int64_t r) {
+  const float* b = c.bound_panel + 4 * at;
+  const float bx0 = c.bound_x[2 * r], bx1 = c.bound_x[2 * r + 1];
+  // Where a sum might overflow the bound proves nothing.
+  if (!(bx0 * b[3] + b[2] * 0x1p20f < 1e37f)) c.redo[r] = 1;
+  const float margin = b[0] * bx0 + b[1] * bx1 + b[2];
+  if (margin > c.margin[r]) c.margin[r] = margin;
+  return margin;
+}
+
 // The products of a tile of packed rows with a panel of packed weights.
 template <Scoring kScoring>
 KSAE_INLINE void product(const float* x, const float* w, int64_t n_steps,

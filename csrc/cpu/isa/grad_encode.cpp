@@ -14,28 +14,10 @@
 // A row that keeps too many, or whose bounds are not finite, is marked and scored exactly.
 //
 // Slack: factors of a bound are widened by 2^-20, which covers their few roundings.
-#include "encode.h"
+#include "grad_prune.h"
 
 namespace ksae::cpu::KSAE_ISA {
 namespace {
-
-constexpr float kWiden = 1 + 0x1p-20f, kNarrow = 1 - 0x1p-20f;
-
-struct Score {
-  float c0, c1;
-  bool is_signed;
-  explicit Score(const GradEncodeParams& p)
-      : c0(p.mode == GradMode::kMultiplicative ? 0.0f : 1.0f),
-        c1(p.mode == GradMode::kMultiplicative ? 1.0f : p.beta),
-        is_signed(p.mode == GradMode::kSigned) {}
-  KSAE_INLINE float height(float a) const {
-    const float h = is_signed ? -a : __builtin_fabsf(a);
-    return h < 0 ? 0.0f : h;  // NaN stays
-  }
-  KSAE_INLINE float operator()(float u, float a, bool plain) const {
-    return plain || u <= 0 ? u : u * (c0 + c1 * height(a));
-  }
-};
 
 // ---- packing ----------------------------------------------------------------------------------
 
@@ -73,6 +55,7 @@ void pack_grad_w(const EncodeChunk& c, int64_t group, int64_t panel) {
   const GradChunk& g = *c.grad;
   pack_w(c, group, panel);
   if (!g.pruned) return pack_w(g.a, group, panel);
+  if (g.has_norms) return;
   const int64_t d = g.a.p->d, m0 = (group * c.panels + panel) * kPanel;
   for (int64_t m = m0; m < m0 + kPanel; ++m) {
     g.a.bias[m] = 0;
@@ -90,98 +73,9 @@ void pack_grad_w(const EncodeChunk& c, int64_t group, int64_t panel) {
   }
 }
 
-// ---- bounds -----------------------------------------------------------------------------------
-
-enum class Source { kExact, kDual, kPruned };  // of the bounds; see above
-
-Source source_of(const EncodeChunk& c) {
-  if (c.grad->pruned) return Source::kPruned;
-  return c.scoring == Scoring::kScreen ? Source::kDual : Source::kExact;
-}
-
-// Bounds of candidate `at` of row r from its u and a; `dot`: a is a dot product with its margin.
-KSAE_INLINE void bounds(const EncodeChunk& c, const Score& score, int64_t r, int64_t at, bool dot,
-                        float& lo, float& hi) {
-  const GradChunk& g = *c.grad;
-  const float u = c.score[at], a = g.a.score[at];
-  const bool plain = g.plain[r];
-  if (!dot && c.scoring != Scoring::kScreen) {
-    lo = hi = score(u, a, plain);
-    return;
-  }
-  const int32_t m = c.index[at];
-  const float of_u = c.scoring == Scoring::kScreen ? margin(c, r, m) : 0;
-  lo = u - of_u;
-  hi = u + of_u;
-  if (plain) return;
-  const float of_a =
-      dot ? float(g.a.p->d + 64) * 0x1p-22f * (g.norm_g[r] * g.norm_w[m]) : margin(g.a, r, m);
-  const float h = score.height(a), least = h - of_a;
-  if (!(h + of_a < __builtin_inff())) c.redo[r] = 1;
-  const float f_lo = (score.c0 + score.c1 * (least > 0 ? least : 0)) * kNarrow;
-  const float f_hi = (score.c0 + score.c1 * (h + of_a)) * kWiden;
-  if (lo > 0) lo *= f_lo;
-  if (!(hi <= 0)) hi *= f_hi;
-}
-
-int64_t room(const EncodeChunk& c) { return c.capacity - kPanel - kWidth; }
-
-// Keeps the candidates that may still win and raises tau. `dot` as above.
-void narrow(const EncodeChunk& c, const Score& score, int64_t r, bool dot, uint32_t* keys) {
-  const GradChunk& g = *c.grad;
-  const int64_t n = c.count[r], k = c.p->k, base = r * c.capacity;
-  float *u = c.score + base, *a = g.a.score + base;
-  int32_t* index = c.index + base;
-  int64_t out = 0;
-  if (n <= k) return;
-  if (g.pruned && !dot) {  // a holds hi; one margin for the row, so that the loops have no lookup
-    const float of_u = c.scoring == Scoring::kScreen ? c.margin[r] : 0;
-    for (int64_t i = 0; i < n; ++i) keys[i] = order_key(u[i] - of_u);
-    const float tau = order_score(kth_key(keys, n, k));
-    const Vec t = splat(tau);
-    for (int64_t i = 0; i < n; i += kWidth) {
-      const Vec hi = load(a + i);
-      uint32_t mask = not_lt(hi, t);
-      if (n - i < kWidth) mask &= (1u << (n - i)) - 1;
-      compress(index + out, mask, index + i);
-      compress(u + out, mask, load(u + i));
-      out += compress(a + out, mask, hi);
-    }
-    c.tau[r] = tau;
-    c.count[r] = int32_t(out);
-    return;
-  }
-  float lo, hi;
-  for (int64_t i = 0; i < n; ++i) {
-    bounds(c, score, r, base + i, dot, lo, hi);
-    keys[i] = order_key(lo);
-  }
-  const uint32_t kth = kth_key(keys, n, k);
-  const auto keep = [&](int64_t i) {
-    u[out] = u[i];
-    a[out] = a[i];
-    index[out++] = index[i];
-  };
-  if (!dot && c.scoring != Scoring::kScreen) {  // exact: equal scores by the smaller index
-    int64_t equal = k;
-    for (int64_t i = 0; i < n; ++i) equal -= keys[i] > kth;
-    for (int64_t i = 0; i < n; ++i)
-      if (keys[i] > kth || (keys[i] == kth && equal-- > 0)) keep(i);
-    c.tau[r] = kth == 0xffffffffu ? __builtin_inff() : order_score(kth);
-  } else {
-    const float tau = order_score(kth);
-    for (int64_t i = 0; i < n; ++i) {
-      bounds(c, score, r, base + i, dot, lo, hi);
-      if (!(hi < tau)) keep(i);
-    }
-    c.tau[r] = tau;
-  }
-  c.count[r] = int32_t(out);
-}
-
 // ---- the tile ---------------------------------------------------------------------------------
 
-template <Scoring kScoring, Source kSource>
+template <Scoring kScoring>
 void grad_tile(const EncodeChunk& c, const Score& score, const float* x, const float* w,
                const float* gx, const float* gw, int64_t at, int64_t r0, uint32_t* keys) {
   const GradChunk& g = *c.grad;
@@ -199,7 +93,7 @@ void grad_tile(const EncodeChunk& c, const Score& score, const float* x, const f
   };
   const int64_t m0 = at * kPanel;
   multiply(c, x, w, c.bias + m0, u);
-  if constexpr (kSource != Source::kPruned) multiply(g.a, gx, gw, g.a.bias + m0, a);
+  multiply(g.a, gx, gw, g.a.bias + m0, a);
   const int rows = c.R - r0 < kTileRows ? int(c.R - r0) : kTileRows;
   const uint32_t lanes =
       c.M - m0 < kPanel ? (1u << (c.M - m0)) - 1 : uint32_t((uint64_t(1) << kPanel) - 1);
@@ -207,30 +101,18 @@ void grad_tile(const EncodeChunk& c, const Score& score, const float* x, const f
     const int64_t r = r0 + i;
     float of_u = 0, of_a = 0;
     if constexpr (kScoring == Scoring::kScreen) {
-      const auto panel_margin = [&](const EncodeChunk& p) {
-        const float* b = p.bound_panel + 4 * at;
-        const float bx0 = p.bound_x[2 * r], bx1 = p.bound_x[2 * r + 1];
-        // Where a sum might overflow the bound proves nothing.
-        if (!(bx0 * b[3] + b[2] * 0x1p20f < 1e37f)) c.redo[r] = 1;
-        return b[0] * bx0 + b[1] * bx1 + b[2];
-      };
-      of_u = panel_margin(c);
-      if (of_u > c.margin[r]) c.margin[r] = of_u;
-      if (kSource == Source::kDual && !g.plain[r]) of_a = panel_margin(g.a);
+      of_u = panel_margin(c, at, r);
+      if (!g.plain[r]) of_a = panel_margin(g.a, at, r);
       if (c.redo[r]) continue;
-    } else if (kSource == Source::kPruned && c.redo[r]) {
-      continue;
     }
     alignas(64) float hi[kPanel];
     if (g.plain[r]) {
       for (int l = 0; l < kPanel; ++l) hi[l] = u[i][l] + of_u;
     } else {
-      const float limit = score.c1 * (kSource == Source::kPruned ? g.norm_g[r] : 0.0f);
-      const float widen = kSource == Source::kExact ? 1.0f : kWiden;
+      const float widen = kScoring == Scoring::kScreen ? kWiden : 1.0f;
       for (int l = 0; l < kPanel; ++l) {
         const float t = u[i][l] + of_u;
-        const float h = kSource == Source::kPruned ? limit * g.norm_w[m0 + l]
-                                                   : score.c1 * (score.height(a[i][l]) + of_a);
+        const float h = score.c1 * (score.height(a[i][l]) + of_a);
         const float s = t * ((score.c0 + h) * widen);
         hi[l] = t <= 0 ? t : s;
       }
@@ -240,26 +122,25 @@ void grad_tile(const EncodeChunk& c, const Score& score, const float* x, const f
     hits &= lanes;
     if (!hits) continue;
     if (c.count[r] > room(c)) {
-      narrow(c, score, r, false, keys);
-      if (kSource != Source::kExact && c.count[r] > room(c) - c.p->k / 2) c.redo[r] = 1;
-      if (kSource != Source::kExact && c.redo[r]) continue;
+      narrow(c, score, r, keys);
+      if (kScoring == Scoring::kScreen && c.count[r] > room(c) - c.p->k / 2) c.redo[r] = 1;
+      if (kScoring == Scoring::kScreen && c.redo[r]) continue;
     }
     const int64_t base = r * c.capacity;
     int32_t n = c.count[r];
-    const float* third = kSource == Source::kPruned ? hi : a[i];
     for (; hits; hits &= hits - 1) {
       const int l = __builtin_ctz(hits);
       c.score[base + n] = u[i][l];
-      g.a.score[base + n] = third[l];
+      g.a.score[base + n] = a[i][l];
       c.index[base + n++] = int32_t(m0) + l;
     }
     c.count[r] = n;
   }
 }
 
-template <Scoring kScoring, Source kSource>
+template <Scoring kScoring, bool kPruned>
 void grad_rows(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, int rank,
-               int size, uint32_t* keys) {
+               int size, const Scratch& s) {
   const GradChunk& g = *c.grad;
   const Score score(*g.p);
   const int64_t last = (c.M + kPanel - 1) / kPanel - group * c.panels;
@@ -272,12 +153,16 @@ void grad_rows(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1
   };
   Ahead ahead(c, group, rank, size, (tile1 - tile0) * n_panels);
   Ahead ahead_a(g.a, group, rank, size, (tile1 - tile0) * n_panels);
+  if (g.has_norms) ahead_a.end = 0;
   for (int64_t tile = tile0; tile < tile1; ++tile)
     for (int64_t panel = 0; panel < n_panels; ++panel) {
-      const bool dual = kSource != Source::kPruned;
-      grad_tile<kScoring, kSource>(
-          c, score, rows_at(c, tile), panel_at(c, panel), dual ? rows_at(g.a, tile) : nullptr,
-          dual ? panel_at(g.a, panel) : nullptr, group * c.panels + panel, tile * kTileRows, keys);
+      const int64_t at = group * c.panels + panel, r0 = tile * kTileRows;
+      if constexpr (kPruned) {
+        pruned_tile<kScoring>(c, score, rows_at(c, tile), panel_at(c, panel), at, r0, s);
+      } else {
+        grad_tile<kScoring>(c, score, rows_at(c, tile), panel_at(c, panel), rows_at(g.a, tile),
+                            panel_at(g.a, panel), at, r0, s.keys);
+      }
       ahead.advance();
       ahead_a.advance();
     }
@@ -285,19 +170,17 @@ void grad_rows(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1
 
 void grad_score(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1, int rank,
                 int size, void* scratch) {
-  uint32_t* keys = scratch_of(c, scratch).keys;
-  const auto run = [&](auto f) { f(c, group, tile0, tile1, rank, size, keys); };
+  const Scratch s = scratch_of(c, scratch);
+  const auto run = [&](auto f) { f(c, group, tile0, tile1, rank, size, s); };
   const bool pruned = c.grad->pruned;
   switch (c.scoring) {
     case Scoring::kFloat:
-      return run(pruned ? grad_rows<Scoring::kFloat, Source::kPruned>
-                        : grad_rows<Scoring::kFloat, Source::kExact>);
+      return run(pruned ? grad_rows<Scoring::kFloat, true> : grad_rows<Scoring::kFloat, false>);
 #if defined(__AVX512BF16__)
     case Scoring::kDot:
-      return run(grad_rows<Scoring::kDot, Source::kExact>);
+      return run(grad_rows<Scoring::kDot, false>);
     case Scoring::kScreen:
-      return run(pruned ? grad_rows<Scoring::kScreen, Source::kPruned>
-                        : grad_rows<Scoring::kScreen, Source::kDual>);
+      return run(pruned ? grad_rows<Scoring::kScreen, true> : grad_rows<Scoring::kScreen, false>);
 #endif
     default:
       return;
@@ -306,41 +189,6 @@ void grad_score(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile
 
 // ---- the end of a row -------------------------------------------------------------------------
 
-// a of the survivors of rows [row0, row1), a bucket of latents at a time: its rows of W_dec come
-// from memory once and stay in L2, and a row of grad serves all its candidates there.
-constexpr int64_t kBucketBytes = int64_t(512) << 10;
-void dots(const EncodeChunk& c, int64_t row0, int64_t row1) {
-  const GradChunk& g = *c.grad;
-  const int64_t d = g.a.p->d, whole = d / (4 * kWidth) * (4 * kWidth);
-  const auto* W = static_cast<const float*>(g.a.p->W_enc);
-  const auto* G = static_cast<const float*>(g.a.p->x);
-  const int64_t n = by_latent(c, row0, row1, kBucketBytes / (4 * d));
-  const uint32_t* pairs = pairs_of(c, row0);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t at = row0 * c.capacity + pairs[i];
-    const float* w = W + c.index[at] * d;
-    const float* x = G + row_of(c, at / c.capacity) * d;
-    if (i + 1 < n) {
-      const int64_t next = row0 * c.capacity + pairs[i + 1];
-      const float* next_w = W + c.index[next] * d;
-      const float* next_x = G + row_of(c, next / c.capacity) * d;
-      for (int64_t j = 0; j < d; j += 16) __builtin_prefetch(next_w + j);
-      if (next_x != x)
-        for (int64_t j = 0; j < d; j += 16) __builtin_prefetch(next_x + j);
-    }
-    Vec acc[4] = {splat(0), splat(0), splat(0), splat(0)};
-    for (int64_t j = 0; j < whole; j += 4 * kWidth)
-#pragma GCC unroll 4
-      for (int l = 0; l < 4; ++l)
-        acc[l] = fma(load(x + j + l * kWidth), load(w + j + l * kWidth), acc[l]);
-    for (int64_t j = whole; j < d; j += kWidth) {
-      const int lanes = d - j < kWidth ? int(d - j) : kWidth;
-      acc[0] = fma(load_n(x + j, lanes), load_n(w + j, lanes), acc[0]);
-    }
-    g.a.score[at] = sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-  }
-}
-
 void grad_finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch,
                  EncodeStats* stats) {
   const GradChunk& g = *c.grad;
@@ -348,15 +196,18 @@ void grad_finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch
   const Scratch s = scratch_of(c, scratch);
   const int64_t k = c.p->k;
   const Source source = source_of(c);
-  if (source != Source::kExact) {
+  const auto each = [&](auto f) {
     for (int64_t r = row0; r < row1; ++r)
-      if (!c.redo[r]) narrow(c, score, r, false, s.keys);
+      if (!c.redo[r]) f(r);
+  };
+  if (source != Source::kExact) {
     if (source == Source::kPruned) {
-      for (int64_t r = row0; r < row1; ++r)
-        if (!c.redo[r]) stats->candidates += c.count[r];
-      dots(c, row0, row1);
-      for (int64_t r = row0; r < row1; ++r)
-        if (!c.redo[r]) narrow(c, score, r, true, s.keys);
+      each([&](int64_t r) { narrow_pruned(c, score, r, false, s); });
+      each([&](int64_t r) { stats->candidates += c.count[r]; });
+      dot_survivors(c, row0, row1);
+      each([&](int64_t r) { narrow_pruned(c, score, r, true, s); });
+    } else {
+      each([&](int64_t r) { narrow(c, score, r, s.keys); });
     }
     if (c.scoring == Scoring::kScreen) rescore(c, row0, row1);
     rescore(g.a, row0, row1);

@@ -102,6 +102,10 @@ KSAE_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 KSAE_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 KSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 KSAE_INLINE Vec sqrt(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
+// The larger; b where either is NaN.
+KSAE_INLINE Vec larger(Vec a, Vec b) {
+  return {_mm512_mask_mov_ps(b.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), a.v)};
+}
 // Bit l is set where not (a <= b), not (a < b): NaN passes.
 KSAE_INLINE uint32_t not_le(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
 KSAE_INLINE uint32_t not_lt(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ); }
@@ -155,6 +159,7 @@ KSAE_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
 KSAE_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 KSAE_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 KSAE_INLINE Vec sqrt(Vec a) { return {_mm256_sqrt_ps(a.v)}; }
+KSAE_INLINE Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 KSAE_INLINE uint32_t not_le(Vec a, Vec b) {
   return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)));
 }
@@ -189,6 +194,7 @@ KSAE_INLINE Vec sqrt(Vec a) {
   for (int l = 0; l < kWidth; ++l) a.v[l] = __builtin_sqrtf(a.v[l]);
   return a;
 }
+KSAE_INLINE Vec larger(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 KSAE_INLINE uint32_t not_le(Vec a, Vec b) {
   uint32_t mask = 0;
   for (int l = 0; l < kWidth; ++l) mask |= uint32_t(!(a.v[l] <= b.v[l])) << l;
