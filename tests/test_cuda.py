@@ -44,7 +44,7 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
 from torch import Tensor
 
 import ksae
-from ksae import cuda, ops, reference, triton
+from ksae import cuda, ops, products, reference, triton
 
 
 def to(arg: Any, device: str) -> Any:
@@ -219,7 +219,7 @@ def test_both_selections_in_chunks(dead: int, monkeypatch: pytest.MonkeyPatch) -
     x, W, grad = (randn(*s, seed=i).cuda() for i, s in enumerate([(N, d), (F, d), (N, d)]))
     b, mask = torch.zeros(F, device="cuda"), torch.zeros(F, dtype=torch.bool, device="cuda")
     mask[torch.randperm(F, generator=torch.Generator().manual_seed(0))[:dead].cuda()] = True
-    monkeypatch.setattr(cuda, "chunk_bytes", 256 * F * 4)
+    monkeypatch.setattr(products, "chunk_bytes", 256 * F * 4)
     got = ops.topk_encode_aux(x, W, b, 32, 48, mask, None, grad, W, 0.5, "additive")
     chosen = ops.grad_topk_encode(x, grad, W, b, W, 32, 0.5, "additive")
     for name, g, w in zip(
@@ -246,7 +246,7 @@ def test_float32_products_are_not_tf32() -> None:
 
 
 def test_peak_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "chunk_bytes", 8 << 20)
+    monkeypatch.setattr(products, "chunk_bytes", 8 << 20)
     x, W = torch.randn(4096, 64, device="cuda"), torch.randn(16384, 64, device="cuda")
     b = torch.zeros(16384, device="cuda")
     ops.topk_encode(x, W, b, 16)

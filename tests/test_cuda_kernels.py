@@ -44,7 +44,7 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
 )
 from torch import Tensor
 
-from ksae import cuda, native, reference
+from ksae import cuda, native, products, reference
 from ksae.cuda import Kernels
 
 
@@ -148,7 +148,7 @@ def test_encode_in_chunks_of_rows(
     x, W, b = (integers(*s, dtype=dtype, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
     want = reference.topk_encode(x, W, b, k)
     for rows in (0, 1, 5, 19):
-        monkeypatch.setattr(cuda, "chunk_bytes", rows * F * 4 + 3)
+        monkeypatch.setattr(products, "chunk_bytes", rows * F * 4 + 3)
         for got, w in zip(impl.topk_encode(x, W, b, k), want, strict=True):
             assert_same(f"{rows} rows", got, w)
 
@@ -388,7 +388,7 @@ def test_a_failed_launch_names_op_error_and_sizes(impl: Emulated) -> None:
 def test_kernels_have_the_names_and_arguments_of_the_native_ones() -> None:
     import inspect
 
-    ops = [n for n in vars(Kernels) if not n.startswith("_")]
+    ops = [n for n in dir(Kernels) if not n.startswith("_")]
     assert len(ops) == 13
     for op in ops:
         own = list(inspect.signature(getattr(Kernels, op)).parameters)[1:]

@@ -23,7 +23,7 @@ from test_step import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ksae
-from ksae import cuda, reference
+from ksae import products, reference
 from ksae.checks import MODES
 
 N, D, F, K, K_AUX = 11, 17, 130, 9, 20
@@ -104,7 +104,7 @@ def test_both_selections_are_those_of_the_reference(
     score = () if mode is None else (grad, W_dec, 0.5, mode)
     want = reference.topk_encode_aux(x, W_enc, b_enc, K, K_AUX, mask, b_dec, *score)
     for rows in (4, N):
-        monkeypatch.setattr(cuda, "chunk_bytes", rows * F * 4)
+        monkeypatch.setattr(products, "chunk_bytes", rows * F * 4)
         got = impl.topk_encode_aux(x, W_enc, b_enc, K, K_AUX, mask, b_dec, *score)
         for name, g, w in zip(("values", "indices") * 2, got, want, strict=True):
             assert_same(name, g, w)
