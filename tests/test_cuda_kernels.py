@@ -166,7 +166,9 @@ def test_grouping_in_tiles_and_passes(impl: Emulated, N: int, F: int, k: int) ->
     values, indices = code(N, F, k, torch.float32)
     indices[:, -1] = F - 1
     values[:, -1] = 1.0
-    for v, i in ((values, indices), (values, indices.int()), (torch.zeros_like(values), indices)):
+    none, last = torch.zeros_like(values), torch.zeros_like(values)
+    last[-1, -1] = torch.nan
+    for v, i in ((values, indices), (values, indices.int()), (none, indices), (last, indices)):
         for name, got, want in zip(
             ("offsets", "order"),
             impl.group_by_latent(v, i, F),
@@ -312,6 +314,31 @@ def test_the_shadow_is_the_rounded_weight(impl: Emulated, side: str) -> None:
         part = [r[:, start:stop].contiguous() for r in sliced["rows"]]
         impl.row_update(*(sliced | {"rows": part, "start": start, "normalize": False}).values())
         assert_same("slices", sliced["shadow"][:, :stop], sliced["W"].bfloat16()[:, :stop])
+
+
+# ------------------------------------------------------------------------------------ unused slots
+
+
+@pytest.mark.parametrize("used", [[], [0, 1], [2, 40, 99]], ids=str)
+def test_slots_of_value_0_are_passed_over(
+    impl: Emulated, dtype: torch.dtype, used: list[int]
+) -> None:
+    """AuxK's, most of them without a latent: none of 100 used, the first, some of the 1st, 2nd and
+    4th 32. What the others name is infinite."""
+    N, d, F, k = 3, 21, 33, 100
+    values, indices = torch.zeros(N, k, dtype=dtype), torch.full((N, k), 7)
+    values[:, used] = integers(N, len(used), dtype=dtype).abs() + 1
+    values[1, used[:1]] = 0
+    indices[:, used] = 8 + torch.arange(N * len(used)).view(N, -1)
+    W, target = integers(F, d, dtype=dtype), integers(N, d, dtype=dtype, seed=1)
+    W[:8] = torch.inf
+    for b_dec in (None, target[0]):
+        args = (values, indices, W, b_dec)
+        assert_same("decode", impl.sparse_decode(*args), reference.sparse_decode(*args))
+        got = impl.sparse_residual(*args, target, d)
+        want = reference.sparse_residual(*args, target, d)
+        for name, g, w in zip(("residual", "squares", "grads"), got, want, strict=True):
+            assert_same(name, g, w)
 
 
 # ------------------------------------------------------------------------- sums of residual columns

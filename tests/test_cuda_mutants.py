@@ -101,6 +101,15 @@ MUTANTS = {
         "if (vj == 0 || c >= p.d) continue;",
         "if ((!WRONG && vj == 0) || c >= p.d) continue;",
     ),
+    "decode: one unused slot hides 32": Mutant(
+        "decode.cu",
+        "if (!__any_sync(0xffffffffu, v != 0)) continue;",
+        "if (!__any_sync(0xffffffffu, v != 0) || (WRONG && __any_sync(0xffffffffu, v == 0)))\n"
+        "      continue;",
+    ),
+    "decode: product of another slot": Mutant(
+        "decode.cu", "if (lane == from) g =", "if (lane == from + WRONG) g ="
+    ),
     # -------------------------------------------------------------------------------------- group
     "group: missing barrier of the warp": Mutant(
         "group.cu",
@@ -129,9 +138,15 @@ MUTANTS = {
     ),
     "group: lost tail": Mutant(
         "group.cu",
-        "if (own < pass.entries) entries[r] =",
-        "if (own < pass.entries - WRONG) entries[r] =",
+        "if (own < count) entries[r] =",
+        "if (own < count - WRONG) entries[r] =",
     ),
+    "group: a tile left out": Mutant(
+        "group.cu",
+        "* kTile >= entries_of<T>(pass)) return;",
+        "* kTile >= entries_of<T>(pass) - WRONG * kTile) return;",
+    ),
+    "group: tail begins late": Mutant("group.cu", "if (at >= used)", "if (at >= used + WRONG)"),
     # ------------------------------------------------------------------------------------- latent
     "latent: missing barrier": Mutant(
         "latent.cu",
