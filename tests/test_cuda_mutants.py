@@ -138,8 +138,8 @@ MUTANTS = {
     ),
     "group: lost tail": Mutant(
         "group.cu",
-        "if (own < count) entries[r] =",
-        "if (own < count - WRONG) entries[r] =",
+        "if (first + 32 * r < count) keys[r] =",
+        "if (first + 32 * r < count - WRONG) keys[r] =",
     ),
     "group: a tile left out": Mutant(
         "group.cu",

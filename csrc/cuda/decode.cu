@@ -12,9 +12,9 @@
 // longer than kSharedRow numbers lies in the workspace.
 //
 // AuxK has k_aux slots a token whatever is dead, for only the device knows how many latents are.
-// Slots of value 0 are passed over 32 at a time: with nothing dead they cost the reading of their
-// values. A used slot costs 10 d bytes of gathers at 16 bits: W_dec twice here, the residual and x
-// in the latent pass. Products with the compacted dead rows would take 8 d flops a token and row
+// Slots of value 0 are passed over 32 at a time: with nothing dead they cost their own reading, and
+// no row's. A used slot costs 10 d bytes of gathers at 16 bits: W_dec twice here, the residual and
+// x in the latent pass. Products with the compacted dead rows would take 8 d flops a token and row
 // instead: at a hundred flops in the time of a byte, the shorter way if more than one dead latent
 // in a hundred is used. But a product has its size from the host. To ask for it is to wait for the
 // device, and a CUDA graph keeps the answer; with a fixed capacity of C rows, every step pays 4 C /
@@ -110,7 +110,7 @@ __device__ __forceinline__ float dot(const R* row, const T* w, int64_t d, bool a
 
 // A block takes tokens [share * block, share * (block + 1)).
 template <class T>
-__global__ void __launch_bounds__(kThreads, 8)
+__global__ void __launch_bounds__(kThreads, 10)
     residual_kernel(ResidualParams p, float* rows, float* sums, int64_t share, bool aligned) {
   KSAE_SHARED_BYTES(shared);
   const DecodeParams& q = p.decode;

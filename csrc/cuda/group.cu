@@ -34,19 +34,20 @@ struct Pass {
   bool last;
 };
 
-// An entry as a pass finds it; key = -1: left out. T: of the values, in the first pass; void in
-// later ones.
-struct Entry {
-  int32_t key, position;
-};
+// The key of an entry, -1 if it is left out, and the entry. T: of the values, in the first pass;
+// void in later ones.
 template <class T>
-__device__ __forceinline__ Entry entry_at(const GroupParams& p, const Pass& pass, int64_t at) {
+__device__ __forceinline__ int32_t key_at(const GroupParams& p, const Pass& pass, int64_t at) {
   if constexpr (std::is_void_v<T>) {
-    return {pass.keys[at], pass.positions[at]};
+    return pass.keys[at];
   } else {
-    if (load(static_cast<const T*>(p.values) + at) == 0) return {-1, -1};  // NaN counts
-    return {static_cast<int32_t>(index_at(p.indices64, p.indices32, at)), static_cast<int32_t>(at)};
+    if (load(static_cast<const T*>(p.values) + at) == 0) return -1;  // NaN counts
+    return static_cast<int32_t>(index_at(p.indices64, p.indices32, at));
   }
+}
+template <class T>
+__device__ __forceinline__ int32_t position_at(const Pass& pass, int64_t at) {
+  return std::is_void_v<T> ? pass.positions[at] : static_cast<int32_t>(at);
 }
 
 // How many entries a pass finds.
@@ -55,22 +56,25 @@ __device__ __forceinline__ int64_t entries_of(const Pass& pass) {
   return std::is_void_v<T> ? *pass.used : pass.entries;
 }
 
-// The entries of a thread, all on their way at once.
+// The first entry of a thread; it has every 32nd from there on.
+__device__ __forceinline__ int64_t first_entry() {
+  return int64_t(blockIdx.x) * kTile + threadIdx.x / 32 * (kTile / kWarps) + threadIdx.x % 32;
+}
+
+// The keys of a thread's entries, all on their way at once.
 template <class T>
-__device__ __forceinline__ void read_entries(const GroupParams& p, const Pass& pass,
-                                             Entry (&entries)[kRounds]) {
-  const int64_t first = int64_t(blockIdx.x) * kTile + threadIdx.x / 32 * (kTile / kWarps);
-  const int64_t count = entries_of<T>(pass);
+__device__ __forceinline__ void read_keys(const GroupParams& p, const Pass& pass,
+                                          int32_t (&keys)[kRounds]) {
+  const int64_t first = first_entry(), count = entries_of<T>(pass);
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const int64_t own = first + 32 * r + threadIdx.x % 32;
-    entries[r] = {-1, -1};
-    if (own < count) entries[r] = entry_at<T>(p, pass, own);
+    keys[r] = -1;
+    if (first + 32 * r < count) keys[r] = key_at<T>(p, pass, first + 32 * r);
   }
 }
 
-__device__ __forceinline__ int digit_of(const Pass& pass, const Entry& entry) {
-  return entry.key < 0 ? -1 : entry.key >> pass.shift & (pass.bins - 1);
+__device__ __forceinline__ int digit_of(const Pass& pass, int32_t key) {
+  return key < 0 ? -1 : key >> pass.shift & (pass.bins - 1);
 }
 
 // Counts one digit a lane into the counters of the warp, and returns how many such digits it has
@@ -97,11 +101,11 @@ __global__ void __launch_bounds__(kThreads) count_kernel(GroupParams p, Pass pas
   auto* counters = reinterpret_cast<int32_t*>(shared);  // [warps, bins]
   if (int64_t(blockIdx.x) * kTile >= entries_of<T>(pass)) return;
   clear(counters, pass.bins);
-  Entry entries[kRounds];
-  read_entries<T>(p, pass, entries);
+  int32_t keys[kRounds];
+  read_keys<T>(p, pass, keys);
 #pragma unroll
   for (int r = 0; r < kRounds; ++r)
-    count_digit(counters + threadIdx.x / 32 * pass.bins, digit_of(pass, entries[r]));
+    count_digit(counters + threadIdx.x / 32 * pass.bins, digit_of(pass, keys[r]));
   __syncthreads();
   for (int digit = threadIdx.x; digit < pass.bins; digit += kThreads) {
     int32_t sum = 0;
@@ -169,8 +173,8 @@ __global__ void __launch_bounds__(kThreads) move_kernel(GroupParams p, Pass pass
   int32_t* starts = counters + kWarps * pass.bins;      // [bins]
   const int64_t begin = int64_t(blockIdx.x) * kTile, found = entries_of<T>(pass);
   if (!pass.last && begin >= found) return;
-  Entry entries[kRounds];
-  read_entries<T>(p, pass, entries);
+  int32_t keys[kRounds];
+  read_keys<T>(p, pass, keys);
   clear(counters, pass.bins);
   const int32_t used = digit_starts(pass, starts, starts + pass.bins);
   if constexpr (!std::is_void_v<T>) {
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) move_kernel(GroupParams p, Pass pass
   int32_t* mine = counters + threadIdx.x / 32 * pass.bins;
   int32_t ranks[kRounds];
 #pragma unroll
-  for (int r = 0; r < kRounds; ++r) ranks[r] = count_digit(mine, digit_of(pass, entries[r]));
+  for (int r = 0; r < kRounds; ++r) ranks[r] = count_digit(mine, digit_of(pass, keys[r]));
   __syncthreads();
   for (int digit = threadIdx.x; digit < pass.bins; digit += kThreads) {
     int32_t at = starts[digit] + pass.counts[digit * pass.tiles + blockIdx.x];
@@ -197,10 +201,10 @@ __global__ void __launch_bounds__(kThreads) move_kernel(GroupParams p, Pass pass
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    if (entries[r].key < 0) continue;
-    const int32_t at = mine[digit_of(pass, entries[r])] + ranks[r];
-    pass.keys_out[at] = entries[r].key;
-    pass.positions_out[at] = entries[r].position;
+    if (keys[r] < 0) continue;
+    const int32_t at = mine[digit_of(pass, keys[r])] + ranks[r];
+    pass.keys_out[at] = keys[r];
+    pass.positions_out[at] = position_at<T>(pass, first_entry() + 32 * r);
   }
 }
 
