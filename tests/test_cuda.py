@@ -17,7 +17,6 @@ from cases import DTYPES, Implementation, assert_close, assert_same, code, dtype
 from test_cuda_kernels import (  # noqa: F401
     test_grouping_in_tiles_and_passes,
     test_rounding_is_the_references,
-    test_the_shadow_is_the_rounded_weight,
 )
 from test_grad_encode import (  # noqa: F401  (collected here with the `impl` below)
     test_integers_are_the_reference_bit_by_bit,
