@@ -141,11 +141,6 @@ MUTANTS = {
         "if (first + 32 * r < count) keys[r] =",
         "if (first + 32 * r < count - WRONG) keys[r] =",
     ),
-    "group: a tile left out": Mutant(
-        "group.cu",
-        "* kTile >= entries_of<T>(pass)) return;",
-        "* kTile >= entries_of<T>(pass) - WRONG * kTile) return;",
-    ),
     "group: tail begins late": Mutant("group.cu", "if (at >= used)", "if (at >= used + WRONG)"),
     # ------------------------------------------------------------------------------------- latent
     "latent: missing barrier": Mutant(
