@@ -237,6 +237,25 @@ def test_sums_of_hot_latents_are_cut(impl: Emulated, emulated: Emulator, T: torc
     assert all(map(torch.equal, got, impl.latent_sums(*a.values())))
 
 
+def test_the_workspace_of_many_entries_is_bounded(emulated: Emulator) -> None:
+    """AuxK with d=4096 has 2^24 to 2^27 entries; pieces of units of 256 would be 2 to 17 GB."""
+    F, d, sizes = 131_072, 4096, []
+
+    class Asked(Exception):
+        pass
+
+    def allocate(size: int) -> int:
+        sizes.append(size)
+        raise Asked
+
+    for entries in (2**19, 2**20, 2**24, 2**27, 2**31 - 1):
+        rows = (F, d, 0, d, 0, True, [(0, 0, 0, 0, d // 2, entries)])
+        with pytest.raises(Asked):
+            emulated.module.row_grad_sq(*rows, 0, 0, 0, 0, 0, allocate, 0)
+    pieces = 2 * 4096 * d * 4
+    assert sizes[0] < 0.6 * pieces and pieces <= sizes[1] and max(sizes) < 1.01 * pieces
+
+
 # ------------------------------------------------------------------------------------ unused slots
 
 

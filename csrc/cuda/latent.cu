@@ -68,12 +68,11 @@ __device__ __forceinline__ Four centre4(const RowUpdateParams& p, int64_t c) {
   return p.centre ? load4(static_cast<const R*>(p.centre) + c, p.columns - c, false) : Four{};
 }
 
-// Pieces of long segments, a block a piece and 128 columns: each warp adds kCut / 8 entries, and
+// Pieces of long segments, a block a piece and 128 columns: each warp adds an eighth of a unit, and
 // the warps' sums are added in their order.
 template <class C, class R>
-__global__ void __launch_bounds__(kThreads, 4) pieces_kernel(Args args) {
-  constexpr int kShare = kCut / (kThreads / 32);
-  static_assert(kShare == 32, "an entry a lane");
+__global__ void __launch_bounds__(kThreads, 6) pieces_kernel(Args args) {
+  static_assert(1 << kLogCut >= kThreads, "an entry a lane");
   KSAE_SHARED_BYTES(shared);
   auto* sums = reinterpret_cast<float*>(shared);  // [warps, 128]
   const RowUpdateParams& p = args.p;
@@ -85,27 +84,31 @@ __global__ void __launch_bounds__(kThreads, 4) pieces_kernel(Args args) {
     const Piece piece = args.segments.list[item / slices];
     const RowGroup& group = args.group[piece.group];
     const int64_t c0 = item % slices * kPieceColumns, c = c0 + 4 * lane;
-    const int32_t first = piece.from + warp * kShare;
-    const int count = piece.to - first < kShare ? piece.to - first : kShare;
-    uint32_t row = 0;
-    float a = 0;
-    if (lane < count) {
-      const auto at = static_cast<uint32_t>(group.order[first + lane]);
-      row = at / static_cast<uint32_t>(group.k);
-      a = (p.scales ? p.scales[piece.group] : 1.0f) *
-          load(static_cast<const C*>(group.coefficients) + at);
-    }
+    const int32_t share = (1 << args.segments.log_cut[piece.group]) / (kThreads / 32);
+    const int32_t first = piece.from + warp * share;
+    const int32_t last = first + share < piece.to ? first + share : piece.to;
     const Four centre = c < p.columns ? centre4<R>(p, c) : Four{};
     Four sum{};
+    for (int32_t e0 = first; e0 < last; e0 += 32) {
+      const int count = last - e0 < 32 ? last - e0 : 32;
+      uint32_t row = 0;
+      float a = 0;
+      if (lane < count) {
+        const auto at = static_cast<uint32_t>(group.order[e0 + lane]);
+        row = at / static_cast<uint32_t>(group.k);
+        a = (p.scales ? p.scales[piece.group] : 1.0f) *
+            load(static_cast<const C*>(group.coefficients) + at);
+      }
 #pragma unroll 8
-    for (int e = 0; e < count; ++e) {
-      const float by = __shfl_sync(0xffffffffu, a, e);
-      const uint32_t n = __shfl_sync(0xffffffffu, row, e);
-      if (by == 0 || c >= p.columns) continue;
-      const Four r = load4(static_cast<const R*>(group.rows) + int64_t(n) * p.columns + c,
-                           p.columns - c, args.aligned);
+      for (int e = 0; e < count; ++e) {
+        const float by = __shfl_sync(0xffffffffu, a, e);
+        const uint32_t n = __shfl_sync(0xffffffffu, row, e);
+        if (by == 0 || c >= p.columns) continue;
+        const Four r = load4(static_cast<const R*>(group.rows) + int64_t(n) * p.columns + c,
+                             p.columns - c, args.aligned);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(by, r.x[j] - centre.x[j], sum.x[j]);
+        for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(by, r.x[j] - centre.x[j], sum.x[j]);
+      }
     }
     *reinterpret_cast<Four*>(sums + warp * kPieceColumns + 4 * lane) = sum;
     __syncthreads();
@@ -127,13 +130,14 @@ __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c
   for (int g = 0; g < p.n_groups; ++g) {
     const RowGroup& group = args.group[g];
     const int32_t begin = group.offsets[i], end = group.offsets[i + 1];
-    if (end - begin <= kCut) {
+    const int log = args.segments.log_cut[g];
+    if (end - begin <= 1 << log) {
       add_entries<C, R>(args, group, p.scales ? p.scales[g] : 1.0f, begin, end, c, centre, sum);
       continue;
     }
-    const int32_t last = (end - 1) / kCut;
+    const int32_t last = (end - 1) >> log;
 #pragma unroll 4
-    for (int32_t u = begin / kCut; u <= last; ++u) {
+    for (int32_t u = begin >> log; u <= last; ++u) {
       const int64_t slot = slot_of(args.segments, g, u, begin);
       const Four piece = load4(args.pieces + slot * p.columns + c, p.columns - c, args.aligned);
 #pragma unroll
