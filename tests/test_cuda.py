@@ -14,11 +14,8 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Implementation, assert_close, assert_same, code, dtype_id, randn
-from test_cuda_kernels import (  # noqa: F401
-    test_grouping_in_tiles_and_passes,
-    test_rounding_is_the_references,
-    test_the_shadow_is_the_rounded_weight,
-)
+from test_cuda_kernels import test_grouping_in_tiles_and_passes  # noqa: F401
+from test_cuda_rounding import test_rounding_is_the_references  # noqa: F401
 from test_grad_encode import (  # noqa: F401  (collected here with the `impl` below)
     test_integers_are_the_reference_bit_by_bit,
     test_normal_numbers,
@@ -44,7 +41,7 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
 from torch import Tensor
 
 import ksae
-from ksae import cuda, ops, reference, triton
+from ksae import cuda, ops, products, reference, triton
 
 
 def to(arg: Any, device: str) -> Any:
@@ -219,7 +216,7 @@ def test_both_selections_in_chunks(dead: int, monkeypatch: pytest.MonkeyPatch) -
     x, W, grad = (randn(*s, seed=i).cuda() for i, s in enumerate([(N, d), (F, d), (N, d)]))
     b, mask = torch.zeros(F, device="cuda"), torch.zeros(F, dtype=torch.bool, device="cuda")
     mask[torch.randperm(F, generator=torch.Generator().manual_seed(0))[:dead].cuda()] = True
-    monkeypatch.setattr(cuda, "chunk_bytes", 256 * F * 4)
+    monkeypatch.setattr(products, "chunk_bytes", 256 * F * 4)
     got = ops.topk_encode_aux(x, W, b, 32, 48, mask, None, grad, W, 0.5, "additive")
     chosen = ops.grad_topk_encode(x, grad, W, b, W, 32, 0.5, "additive")
     for name, g, w in zip(
@@ -246,7 +243,7 @@ def test_float32_products_are_not_tf32() -> None:
 
 
 def test_peak_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "chunk_bytes", 8 << 20)
+    monkeypatch.setattr(products, "chunk_bytes", 8 << 20)
     x, W = torch.randn(4096, 64, device="cuda"), torch.randn(16384, 64, device="cuda")
     b = torch.zeros(16384, device="cuda")
     ops.topk_encode(x, W, b, 16)

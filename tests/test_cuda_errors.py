@@ -13,7 +13,7 @@ from cases import randn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ksae import checks, cuda
+from ksae import checks, cuda, products
 
 
 def module(driver: int, devices: int | str = 1) -> Any:
@@ -140,11 +140,11 @@ def test_float32_products_are_never_tf32(allowed: bool, monkeypatch: pytest.Monk
         settings.fp32_precision = "tf32" if allowed else before
         with_setting = settings.fp32_precision
         for dtype in (torch.float32, torch.bfloat16):
-            cuda._scores(randn(3, 4, dtype=dtype), randn(9, 4, dtype=dtype))
+            products._scores(randn(3, 4, dtype=dtype), randn(9, 4, dtype=dtype))
         assert settings.fp32_precision == with_setting
         monkeypatch.setattr(torch, "mm", lambda a, b: a.no_such_attribute)
         with pytest.raises(AttributeError):
-            cuda._scores(randn(3, 4), randn(9, 4))
+            products._scores(randn(3, 4), randn(9, 4))
         assert settings.fp32_precision == with_setting
     finally:
         settings.fp32_precision = before

@@ -17,7 +17,7 @@ from test_grad_encode import (  # noqa: F401  (collected here with the `impl` ab
     test_without_weight_or_gradient_it_is_topk_encode_bit_for_bit,
 )
 
-from ksae import cuda, reference
+from ksae import products, reference
 from ksae.checks import MODES
 
 
@@ -33,7 +33,7 @@ def test_in_chunks_of_rows(
     args[1][3], args[1][11, 2] = 0, torch.nan
     want = reference.grad_topk_encode(*args, 9, 0.5, mode)
     for rows in (1, 5, 19):
-        monkeypatch.setattr(cuda, "chunk_bytes", rows * F * 4 + 3)
+        monkeypatch.setattr(products, "chunk_bytes", rows * F * 4 + 3)
         for got, w in zip(impl.grad_topk_encode(*args, 9, 0.5, mode), want, strict=True):
             assert_same(f"{rows} rows", got, w)
 

@@ -101,6 +101,15 @@ MUTANTS = {
         "if (vj == 0 || c >= p.d) continue;",
         "if ((!WRONG && vj == 0) || c >= p.d) continue;",
     ),
+    "decode: one unused slot hides 32": Mutant(
+        "decode.cu",
+        "if (!__any_sync(0xffffffffu, v != 0)) continue;",
+        "if (!__any_sync(0xffffffffu, v != 0) || (WRONG && __any_sync(0xffffffffu, v == 0)))\n"
+        "      continue;",
+    ),
+    "decode: product of another slot": Mutant(
+        "decode.cu", "if (lane == from) g =", "if (lane == from + WRONG) g ="
+    ),
     # -------------------------------------------------------------------------------------- group
     "group: missing barrier of the warp": Mutant(
         "group.cu",
@@ -129,9 +138,10 @@ MUTANTS = {
     ),
     "group: lost tail": Mutant(
         "group.cu",
-        "if (own < pass.entries) entries[r] =",
-        "if (own < pass.entries - WRONG) entries[r] =",
+        "if (first + 32 * r < count) keys[r] =",
+        "if (first + 32 * r < count - WRONG) keys[r] =",
     ),
+    "group: tail begins late": Mutant("group.cu", "if (at >= used)", "if (at >= used + WRONG)"),
     # ------------------------------------------------------------------------------------- latent
     "latent: missing barrier": Mutant(
         "latent.cu",
@@ -145,13 +155,16 @@ MUTANTS = {
     ),
     "latent: dropped overflow": Mutant(
         "latent.cu",
-        "    if (end - begin <= kCut) {",
-        "    if (WRONG && end - begin > kCut) continue;\n    if (end - begin <= kCut) {",
+        "    if (end - begin <= 1 << log) {",
+        "    if (WRONG && end - begin > 1 << log) continue;\n    if (end - begin <= 1 << log) {",
     ),
     "latent: wrong order of entries": Mutant(
         "latent.cu",
         "int64_t(at / k) * columns + c",
         "int64_t(WRONG ? at % k : at / k) * columns + c",
+    ),
+    "latent: a warp leaves the rest of its share": Mutant(
+        "latent.cu", "e0 < last; e0 += 32", "e0 < last; e0 += WRONG ? share : 32"
     ),
     "latent: lost tail": Mutant(
         "latent.cu", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
@@ -164,8 +177,8 @@ MUTANTS = {
     ),
     "sums: dropped overflow": Mutant(
         "sums.cu",
-        "const int32_t last = (end - 1) / kCut;",
-        "const int32_t last = WRONG ? begin / kCut : (end - 1) / kCut;",
+        "const int32_t last = (end - 1) >> log;",
+        "const int32_t last = (WRONG ? begin : end - 1) >> log;",
     ),
     "sums: wrong order of pieces": Mutant(
         "sums.cu",
@@ -204,7 +217,10 @@ def mutated(file: str) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    emulator = build.cuda({file: mutated(file) for file in FILES})
+    segments, many = (KERNELS / "segments.h").read_text(), "kMostUnits = 4096;"
+    assert many in segments
+    few = segments.replace(many, "kMostUnits = 3;")  # so that units have more than 256 entries
+    emulator = build.cuda({file: mutated(file) for file in FILES} | {"segments.h": few})
     names = [*FILES, *MUTANTS]
     jobs = [(0, file) for file in FILES]
     jobs += [(number, m.file) for number, m in enumerate(MUTANTS.values(), 1)]

@@ -23,7 +23,7 @@ from test_step import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ksae
-from ksae import cuda, reference
+from ksae import products, reference
 from ksae.checks import MODES
 
 N, D, F, K, K_AUX = 11, 17, 130, 9, 20
@@ -62,7 +62,7 @@ class NothingAsksTheDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dead", [0, 3, 40])
+@pytest.mark.parametrize("dead", [0, 1, 3, 40])
 @pytest.mark.parametrize("kind", ["sae", "skip", "gradient"])
 def test_no_step_asks_the_device(kind: str, dead: int) -> None:
     if kind == "gradient":
@@ -90,7 +90,7 @@ def arguments(dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("mode", [None, *MODES])
-@pytest.mark.parametrize("dead", [0, 7, F])
+@pytest.mark.parametrize("dead", [0, 1, 7, K_AUX, 40, F])
 def test_both_selections_are_those_of_the_reference(
     impl: Implementation,  # noqa: F811
     dtype: torch.dtype,
@@ -100,11 +100,12 @@ def test_both_selections_are_those_of_the_reference(
 ) -> None:
     x, W_enc, b_enc, b_dec, grad, W_dec = arguments(dtype)
     grad[3] = 0
-    mask = torch.arange(F) % 5 == 2 if dead == 7 else torch.full((F,), dead > 0)
+    mask = torch.zeros(F, dtype=torch.bool)
+    mask[torch.randperm(F, generator=torch.Generator().manual_seed(0))[:dead]] = True
     score = () if mode is None else (grad, W_dec, 0.5, mode)
     want = reference.topk_encode_aux(x, W_enc, b_enc, K, K_AUX, mask, b_dec, *score)
     for rows in (4, N):
-        monkeypatch.setattr(cuda, "chunk_bytes", rows * F * 4)
+        monkeypatch.setattr(products, "chunk_bytes", rows * F * 4)
         got = impl.topk_encode_aux(x, W_enc, b_enc, K, K_AUX, mask, b_dec, *score)
         for name, g, w in zip(("values", "indices") * 2, got, want, strict=True):
             assert_same(name, g, w)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ksae import gpu
 
@@ -54,7 +55,10 @@ def test_every_op_and_way_is_measured(results):
         "decode": {"ksae", "Triton", "Triton gather", "embedding_bag"},
         "group": {"ksae", "Triton", "stable sort"},
         "residual": {"ksae", "Triton"},
+        "unused slots": {"ksae", "Triton"},
         "latent pass": {"ksae", "Triton"},
+        "group, hot latent": {"ksae", "Triton", "stable sort"},
+        "latent pass, hot latent": {"ksae", "Triton"},
         "step": {"ksae", "Triton decoder", "dense torch"},
     }
 
@@ -65,6 +69,13 @@ def test_the_row_for_the_table_of_ways_to_encode_is_printed(results):
         row = eval(data["choice"][shape], {"Row": gpu.Row})
         assert row.way in gpu.WAYS and "ms" in row.measured
         assert f"for the table in ksae/gpu.py: {row}" in table
+
+
+def test_the_hot_latent_is_selected_by_every_token():
+    from ksae.bench.gpuops import hot
+
+    indices = torch.tensor([[1, 2, 3], [5, 0, 2], [9, 8, 5]])
+    assert hot(indices, 5).tolist() == [[5, 2, 3], [5, 0, 2], [9, 8, 5]]
 
 
 def test_all_ways_take_the_same_steps(results):

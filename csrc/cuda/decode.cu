@@ -10,6 +10,15 @@
 // Bytes: N k d sizeof(T) gathered (twice for the residual), N d written; for column sums 8 kShares
 // d instead of another reading of the residual. Flops: 2 N k d (4 N k d). Limits: a residual row
 // longer than kSharedRow numbers lies in the workspace.
+//
+// AuxK has k_aux slots a token whatever is dead, for only the device knows how many latents are.
+// Slots of value 0 are passed over 32 at a time: with nothing dead they cost their own reading, and
+// no row's. A used slot costs 10 d bytes of gathers at 16 bits: W_dec twice here, the residual and
+// x in the latent pass. Products with the compacted dead rows would take 8 d flops a token and row
+// instead: at a hundred flops in the time of a byte, the shorter way if more than one dead latent
+// in a hundred is used. But a product has its size from the host. To ask for it is to wait for the
+// device, and a CUDA graph keeps the answer; with a fixed capacity of C rows, every step pays 4 C /
+// F of the encoder's product, and dead latents beyond C come back here.
 #include "common.h"
 
 namespace ksae::cuda {
@@ -35,6 +44,7 @@ __device__ __forceinline__ Four decode4(const DecodeParams& p, int64_t n, int64_
       v = load(values + j0 + lane);
       i = index_at(p.indices64, p.indices32, n * p.k + j0 + lane);
     }
+    if (!__any_sync(0xffffffffu, v != 0)) continue;
     const int count = static_cast<int>(p.k - j0 < 32 ? p.k - j0 : 32);
 #pragma unroll 4
     for (int j = 0; j < count; ++j) {
@@ -100,7 +110,7 @@ __device__ __forceinline__ float dot(const R* row, const T* w, int64_t d, bool a
 
 // A block takes tokens [share * block, share * (block + 1)).
 template <class T>
-__global__ void __launch_bounds__(kThreads, 8)
+__global__ void __launch_bounds__(kThreads, 10)
     residual_kernel(ResidualParams p, float* rows, float* sums, int64_t share, bool aligned) {
   KSAE_SHARED_BYTES(shared);
   const DecodeParams& q = p.decode;
@@ -130,12 +140,19 @@ __global__ void __launch_bounds__(kThreads, 8)
     square = block_sum(square, scratch);  // a barrier: the row is complete
     if (threadIdx.x == 0) p.sq_error[n] = square;
     const T* W = static_cast<const T*>(q.W_dec);
-    for (int64_t j = threadIdx.x / 32; j < q.k; j += kThreads / 32) {
-      const int64_t at = n * q.k + j;
+    // A warp takes every fourth slot, a lane every 32nd of these.
+    const int lane = threadIdx.x % 32;
+    for (int64_t j0 = 0; j0 < q.k; j0 += kThreads) {
+      const int64_t j = j0 + lane * (kThreads / 32) + threadIdx.x / 32, at = n * q.k + j;
+      const bool used = j < q.k && load(static_cast<const T*>(q.values) + at) != 0;
+      const int64_t i = used ? index_at(q.indices64, q.indices32, at) : 0;
       float g = 0;
-      if (load(static_cast<const T*>(q.values) + at) != 0)
-        g = dot(row, W + index_at(q.indices64, q.indices32, at) * q.d, q.d, aligned);
-      if (threadIdx.x % 32 == 0) p.grad_values[at] = g;
+      for (unsigned rest = __ballot_sync(0xffffffffu, used); rest; rest &= rest - 1) {
+        const int from = __ffs(static_cast<int>(rest)) - 1;
+        const float product = dot(row, W + __shfl_sync(0xffffffffu, i, from) * q.d, q.d, aligned);
+        if (lane == from) g = product;
+      }
+      if (j < q.k) p.grad_values[at] = g;
     }
     __syncthreads();  // the row is read before the next token's is written
   }

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tokens grouped by latent (CSC): a stable radix sort of the entries by latent.
 //
-// The key of an entry is its latent, or F where its value is 0, so that what is unused comes last.
-// A pass sorts by one digit of the key: each block counts the digits of its tile, a warp a digit
-// turns the counts of all tiles into their starts, and the blocks move their entries, ranked by
-// their place in the tile. Offsets are then found by bisection. There is no atomic, no wait for the
-// device and no step whose cost depends on the data: to sort, a latent that every token selects is
-// one key among others. Few long segments cost what many short ones cost.
+// The key of an entry is its latent. A pass sorts by one digit of the key: each block counts the
+// digits of its tile, a warp a digit turns the counts of all tiles into their starts, and the
+// blocks move their entries, ranked by their place in the tile. Offsets are then found by
+// bisection. There is no atomic and no wait for the device, and to sort, a latent that every token
+// selects is one key among others: few long segments cost what many short ones cost. Entries of
+// value 0, nearly all of AuxK's where little is dead, are left behind by the first pass; how many
+// are left only the device knows, and blocks without any leave at once.
 //
-// Bytes for M = N k entries and p passes of b bits (2 of 9 where F is just below 2^18): two
-// readings of the code, 8 M p + 12 M (p - 1) of keys and positions, 2^b M p / 128 of counts, F
-// bisections of log2(M) steps. No flops.
+// Bytes for N k values of which M are not 0, and p passes of b bits (2 of 9 where F is 2^18): two
+// readings of the values and of the M indices, 8 M p + 12 M (p - 1) of keys and positions, 2^b M p
+// / 128 of counts, 4 N k for the unused tail at most, F bisections of log2(M) steps. No flops.
 #include "common.h"
 
 namespace ksae::cuda {
@@ -27,25 +28,53 @@ struct Pass {
   int32_t *keys_out, *positions_out;
   int32_t* counts;  // [bins, tiles], starts after the scan
   int32_t* totals;  // [bins]
+  int32_t* used;    // [1] entries that are sorted: written by the first pass, for later ones
   int64_t entries, tiles;
-  int32_t unused;  // the key of entries that are left out: F
   int shift, bins;
   bool last;
 };
 
-// An entry as a pass finds it. T: of the values, in the first pass; void in later ones.
-struct Entry {
-  int32_t key, position;
-};
+// The key of an entry, -1 if it is left out, and the entry. T: of the values, in the first pass;
+// void in later ones.
 template <class T>
-__device__ __forceinline__ Entry entry_at(const GroupParams& p, const Pass& pass, int64_t at) {
+__device__ __forceinline__ int32_t key_at(const GroupParams& p, const Pass& pass, int64_t at) {
   if constexpr (std::is_void_v<T>) {
-    return {pass.keys[at], pass.positions[at]};
+    return pass.keys[at];
   } else {
-    const bool used = !(load(static_cast<const T*>(p.values) + at) == 0);  // NaN counts
-    const auto latent = static_cast<int32_t>(index_at(p.indices64, p.indices32, at));
-    return {used ? latent : pass.unused, static_cast<int32_t>(at)};
+    if (load(static_cast<const T*>(p.values) + at) == 0) return -1;  // NaN counts
+    return static_cast<int32_t>(index_at(p.indices64, p.indices32, at));
   }
+}
+template <class T>
+__device__ __forceinline__ int32_t position_at(const Pass& pass, int64_t at) {
+  return std::is_void_v<T> ? pass.positions[at] : static_cast<int32_t>(at);
+}
+
+// How many entries a pass finds.
+template <class T>
+__device__ __forceinline__ int64_t entries_of(const Pass& pass) {
+  return std::is_void_v<T> ? *pass.used : pass.entries;
+}
+
+// The first entry of a thread; it has every 32nd from there on.
+__device__ __forceinline__ int64_t first_entry() {
+  return int64_t(blockIdx.x) * kTile + threadIdx.x / 32 * (kTile / kWarps) + threadIdx.x % 32;
+}
+
+// The keys of a thread's entries, all on their way at once.
+template <class T>
+__device__ __forceinline__ void read_keys(const GroupParams& p, const Pass& pass,
+                                          int32_t (&keys)[kRounds]) {
+  const int64_t first = first_entry(), count = entries_of<T>(pass);
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) {
+    keys[r] = -1;
+    if (first + 32 * r < count) keys[r] = key_at<T>(p, pass, first + 32 * r);
+  }
+}
+
+__device__ __forceinline__ int digit_of(const Pass& pass, int32_t key) {
+  return key < 0 ? -1 : key >> pass.shift & (pass.bins - 1);
 }
 
 // Counts one digit a lane into the counters of the warp, and returns how many such digits it has
@@ -70,18 +99,13 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) count_kernel(GroupParams p, Pass pass) {
   KSAE_SHARED_BYTES(shared);
   auto* counters = reinterpret_cast<int32_t*>(shared);  // [warps, bins]
+  if (int64_t(blockIdx.x) * kTile >= entries_of<T>(pass)) return;
   clear(counters, pass.bins);
-  const int warp = threadIdx.x / 32;
-  const int64_t first = int64_t(blockIdx.x) * kTile + warp * (kTile / kWarps);
+  int32_t keys[kRounds];
+  read_keys<T>(p, pass, keys);
 #pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    const int64_t at = first + 32 * r;
-    if (at >= pass.entries) break;  // for the whole warp
-    const int64_t own = at + threadIdx.x % 32;
-    int digit = -1;
-    if (own < pass.entries) digit = entry_at<T>(p, pass, own).key >> pass.shift & (pass.bins - 1);
-    count_digit(counters + warp * pass.bins, digit);
-  }
+  for (int r = 0; r < kRounds; ++r)
+    count_digit(counters + threadIdx.x / 32 * pass.bins, digit_of(pass, keys[r]));
   __syncthreads();
   for (int digit = threadIdx.x; digit < pass.bins; digit += kThreads) {
     int32_t sum = 0;
@@ -101,24 +125,27 @@ __device__ __forceinline__ int32_t sum_to_here(int32_t x) {
 }
 
 // Counts of a digit -> its entries in earlier tiles, and in all. One warp a digit.
+template <class T>
 __global__ void __launch_bounds__(kThreads) tiles_kernel(Pass pass) {
   const int digit = blockIdx.x * kWarps + threadIdx.x / 32;
   if (digit >= pass.bins) return;
+  const int64_t tiles = (entries_of<T>(pass) + kTile - 1) / kTile;
   int32_t* counts = pass.counts + digit * pass.tiles;
   int64_t tile = threadIdx.x % 32;
-  int32_t before = 0, next = tile < pass.tiles ? counts[tile] : 0;
-  for (int64_t done = 0; done < pass.tiles; done += 32, tile += 32) {
+  int32_t before = 0, next = tile < tiles ? counts[tile] : 0;
+  for (int64_t done = 0; done < tiles; done += 32, tile += 32) {
     const int32_t count = next;
-    next = tile + 32 < pass.tiles ? counts[tile + 32] : 0;  // on its way during the sum
+    next = tile + 32 < tiles ? counts[tile + 32] : 0;  // on its way during the sum
     const int32_t sum = sum_to_here(count);
-    if (tile < pass.tiles) counts[tile] = before + sum - count;
+    if (tile < tiles) counts[tile] = before + sum - count;
     before += __shfl_sync(0xffffffffu, sum, 31);
   }
   if (threadIdx.x % 32 == 0) pass.totals[digit] = before;
 }
 
-// starts[digit] = entries with smaller digits. A thread owns a run of digits.
-__device__ __forceinline__ void digit_starts(const Pass& pass, int32_t* starts, int32_t* sums) {
+// starts[digit] = entries with smaller digits; returns the entries with any. A thread owns a run of
+// digits.
+__device__ __forceinline__ int32_t digit_starts(const Pass& pass, int32_t* starts, int32_t* sums) {
   const int run = (pass.bins + kThreads - 1) / kThreads, from = threadIdx.x * run;
   const int to = from + run < pass.bins ? from + run : pass.bins;
   int32_t own = 0;
@@ -126,36 +153,42 @@ __device__ __forceinline__ void digit_starts(const Pass& pass, int32_t* starts, 
   const int32_t sum = sum_to_here(own);
   if (threadIdx.x % 32 == 31) sums[threadIdx.x / 32] = sum;
   __syncthreads();
-  int32_t before = sum - own;
-  for (unsigned w = 0; w < threadIdx.x / 32; ++w) before += sums[w];
+  int32_t before = sum - own, all = 0;
+  for (unsigned w = 0; w < kWarps; ++w) {
+    if (w < threadIdx.x / 32) before += sums[w];
+    all += sums[w];
+  }
   for (int digit = from; digit < to; ++digit) {
     starts[digit] = before;
     before += pass.totals[digit];
   }
+  return all;
 }
 
-// Moves the entries of a tile to their places.
+// Moves the entries of a tile to their places; the last pass also writes the unused tail.
 template <class T>
 __global__ void __launch_bounds__(kThreads) move_kernel(GroupParams p, Pass pass) {
   KSAE_SHARED_BYTES(shared);
   auto* counters = reinterpret_cast<int32_t*>(shared);  // [warps, bins]
   int32_t* starts = counters + kWarps * pass.bins;      // [bins]
+  const int64_t begin = int64_t(blockIdx.x) * kTile, found = entries_of<T>(pass);
+  if (!pass.last && begin >= found) return;
+  int32_t keys[kRounds];
+  read_keys<T>(p, pass, keys);
   clear(counters, pass.bins);
-  digit_starts(pass, starts, starts + pass.bins);
-  const int warp = threadIdx.x / 32;
-  int32_t* mine = counters + warp * pass.bins;
-  const int64_t first = int64_t(blockIdx.x) * kTile + warp * (kTile / kWarps);
-  Entry entries[kRounds];
+  const int32_t used = digit_starts(pass, starts, starts + pass.bins);
+  if constexpr (!std::is_void_v<T>) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) *pass.used = used;
+  }
+  if (pass.last) {
+    for (int64_t at = begin + threadIdx.x; at < begin + kTile && at < pass.entries; at += kThreads)
+      if (at >= used) pass.positions_out[at] = -1;
+    if (begin >= found) return;
+  }
+  int32_t* mine = counters + threadIdx.x / 32 * pass.bins;
   int32_t ranks[kRounds];
 #pragma unroll
-  for (int r = 0; r < kRounds; ++r) {
-    entries[r] = {-1, -1};
-    if (first + 32 * r >= pass.entries) continue;  // for the whole warp
-    const int64_t own = first + 32 * r + threadIdx.x % 32;
-    if (own < pass.entries) entries[r] = entry_at<T>(p, pass, own);
-    const int32_t key = entries[r].key;
-    ranks[r] = count_digit(mine, key < 0 ? -1 : key >> pass.shift & (pass.bins - 1));
-  }
+  for (int r = 0; r < kRounds; ++r) ranks[r] = count_digit(mine, digit_of(pass, keys[r]));
   __syncthreads();
   for (int digit = threadIdx.x; digit < pass.bins; digit += kThreads) {
     int32_t at = starts[digit] + pass.counts[digit * pass.tiles + blockIdx.x];
@@ -168,11 +201,10 @@ __global__ void __launch_bounds__(kThreads) move_kernel(GroupParams p, Pass pass
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
-    const auto [key, position] = entries[r];
-    if (key < 0) continue;
-    const int32_t at = mine[key >> pass.shift & (pass.bins - 1)] + ranks[r];
-    pass.keys_out[at] = key;
-    pass.positions_out[at] = pass.last && key == pass.unused ? -1 : position;
+    if (keys[r] < 0) continue;
+    const int32_t at = mine[digit_of(pass, keys[r])] + ranks[r];
+    pass.keys_out[at] = keys[r];
+    pass.positions_out[at] = position_at<T>(pass, first_entry() + 32 * r);
   }
 }
 
@@ -180,7 +212,7 @@ __global__ void __launch_bounds__(kThreads) move_kernel(GroupParams p, Pass pass
 __global__ void __launch_bounds__(kThreads) offsets_kernel(GroupParams p, Pass pass) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i > p.F) return;
-  int64_t low = 0, high = pass.entries;
+  int64_t low = 0, high = *pass.used;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (pass.keys_out[middle] < i)
@@ -197,8 +229,8 @@ struct Plan {
 
   explicit Plan(const GroupParams& p)
       : entries(p.N * p.k), tiles((entries + kTile - 1) / kTile), passes(1), bits(0) {
-    int all = 1;  // of the keys 0 to F
-    while (p.F >> all) ++all;
+    int all = 1;  // of the keys 0 to F - 1
+    while ((p.F - 1) >> all) ++all;
     passes = (all + kMostBits - 1) / kMostBits;
     bits = (all + passes - 1) / passes;
   }
@@ -210,18 +242,18 @@ void launch_pass(const GroupParams& p, const Pass& pass, cudaStream_t stream) {
   const auto tiles = static_cast<unsigned>(pass.tiles);
   const size_t bytes = kWarps * pass.bins * sizeof(int32_t);
   KSAE_LAUNCH((count_kernel<T>), tiles, kThreads, bytes, stream, p, pass);
-  KSAE_LAUNCH(tiles_kernel, static_cast<unsigned>((pass.bins + kWarps - 1) / kWarps), kThreads, 0,
-              stream, pass);
+  KSAE_LAUNCH((tiles_kernel<T>), static_cast<unsigned>((pass.bins + kWarps - 1) / kWarps), kThreads,
+              0, stream, pass);
   KSAE_LAUNCH((move_kernel<T>), tiles, kThreads, bytes + (pass.bins + kWarps) * sizeof(int32_t),
               stream, p, pass);
 }
 
 }  // namespace
 
-// Keys twice, positions once (`order` is the other copy), counts and totals.
+// Keys twice, positions once (`order` is the other copy), counts, totals and the number used.
 size_t group_by_latent_workspace(const GroupParams& p) {
   const Plan plan(p);
-  return (3 * plan.padded() + ((plan.tiles + 1) << plan.bits)) * sizeof(int32_t);
+  return (3 * plan.padded() + ((plan.tiles + 1) << plan.bits) + 1) * sizeof(int32_t);
 }
 
 cudaError_t group_by_latent(const GroupParams& p, void* workspace, cudaStream_t stream) {
@@ -232,10 +264,10 @@ cudaError_t group_by_latent(const GroupParams& p, void* workspace, cudaStream_t 
   Pass pass{};
   pass.entries = plan.entries;
   pass.tiles = plan.tiles;
-  pass.unused = static_cast<int32_t>(p.F);
   pass.bins = 1 << plan.bits;
   pass.counts = positions + plan.padded();
   pass.totals = pass.counts + plan.tiles * pass.bins;
+  pass.used = pass.totals + pass.bins;
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int i = 0; i < plan.passes; ++i) {

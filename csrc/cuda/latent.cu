@@ -68,12 +68,11 @@ __device__ __forceinline__ Four centre4(const RowUpdateParams& p, int64_t c) {
   return p.centre ? load4(static_cast<const R*>(p.centre) + c, p.columns - c, false) : Four{};
 }
 
-// Pieces of long segments, a block a piece and 128 columns: each warp adds kCut / 8 entries, and
+// Pieces of long segments, a block a piece and 128 columns: each warp adds an eighth of a unit, and
 // the warps' sums are added in their order.
 template <class C, class R>
-__global__ void __launch_bounds__(kThreads, 4) pieces_kernel(Args args) {
-  constexpr int kShare = kCut / (kThreads / 32);
-  static_assert(kShare == 32, "an entry a lane");
+__global__ void __launch_bounds__(kThreads, 6) pieces_kernel(Args args) {
+  static_assert(1 << kLogCut >= kThreads, "an entry a lane");
   KSAE_SHARED_BYTES(shared);
   auto* sums = reinterpret_cast<float*>(shared);  // [warps, 128]
   const RowUpdateParams& p = args.p;
@@ -85,27 +84,31 @@ __global__ void __launch_bounds__(kThreads, 4) pieces_kernel(Args args) {
     const Piece piece = args.segments.list[item / slices];
     const RowGroup& group = args.group[piece.group];
     const int64_t c0 = item % slices * kPieceColumns, c = c0 + 4 * lane;
-    const int32_t first = piece.from + warp * kShare;
-    const int count = piece.to - first < kShare ? piece.to - first : kShare;
-    uint32_t row = 0;
-    float a = 0;
-    if (lane < count) {
-      const auto at = static_cast<uint32_t>(group.order[first + lane]);
-      row = at / static_cast<uint32_t>(group.k);
-      a = (p.scales ? p.scales[piece.group] : 1.0f) *
-          load(static_cast<const C*>(group.coefficients) + at);
-    }
+    const int32_t share = (1 << args.segments.log_cut[piece.group]) / (kThreads / 32);
+    const int32_t first = piece.from + warp * share;
+    const int32_t last = first + share < piece.to ? first + share : piece.to;
     const Four centre = c < p.columns ? centre4<R>(p, c) : Four{};
     Four sum{};
+    for (int32_t e0 = first; e0 < last; e0 += 32) {
+      const int count = last - e0 < 32 ? last - e0 : 32;
+      uint32_t row = 0;
+      float a = 0;
+      if (lane < count) {
+        const auto at = static_cast<uint32_t>(group.order[e0 + lane]);
+        row = at / static_cast<uint32_t>(group.k);
+        a = (p.scales ? p.scales[piece.group] : 1.0f) *
+            load(static_cast<const C*>(group.coefficients) + at);
+      }
 #pragma unroll 8
-    for (int e = 0; e < count; ++e) {
-      const float by = __shfl_sync(0xffffffffu, a, e);
-      const uint32_t n = __shfl_sync(0xffffffffu, row, e);
-      if (by == 0 || c >= p.columns) continue;
-      const Four r = load4(static_cast<const R*>(group.rows) + int64_t(n) * p.columns + c,
-                           p.columns - c, args.aligned);
+      for (int e = 0; e < count; ++e) {
+        const float by = __shfl_sync(0xffffffffu, a, e);
+        const uint32_t n = __shfl_sync(0xffffffffu, row, e);
+        if (by == 0 || c >= p.columns) continue;
+        const Four r = load4(static_cast<const R*>(group.rows) + int64_t(n) * p.columns + c,
+                             p.columns - c, args.aligned);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(by, r.x[j] - centre.x[j], sum.x[j]);
+        for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(by, r.x[j] - centre.x[j], sum.x[j]);
+      }
     }
     *reinterpret_cast<Four*>(sums + warp * kPieceColumns + 4 * lane) = sum;
     __syncthreads();
@@ -127,13 +130,14 @@ __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c
   for (int g = 0; g < p.n_groups; ++g) {
     const RowGroup& group = args.group[g];
     const int32_t begin = group.offsets[i], end = group.offsets[i + 1];
-    if (end - begin <= kCut) {
+    const int log = args.segments.log_cut[g];
+    if (end - begin <= 1 << log) {
       add_entries<C, R>(args, group, p.scales ? p.scales[g] : 1.0f, begin, end, c, centre, sum);
       continue;
     }
-    const int32_t last = (end - 1) / kCut;
+    const int32_t last = (end - 1) >> log;
 #pragma unroll 4
-    for (int32_t u = begin / kCut; u <= last; ++u) {
+    for (int32_t u = begin >> log; u <= last; ++u) {
       const int64_t slot = slot_of(args.segments, g, u, begin);
       const Four piece = load4(args.pieces + slot * p.columns + c, p.columns - c, args.aligned);
 #pragma unroll
@@ -143,23 +147,12 @@ __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c
   return sum;
 }
 
-// The parameters' row as it is after the update: the weights, and a copy of them if there is one.
-template <class T>
-__device__ __forceinline__ void store_weights(const Args& args, int64_t at, const Four& theta,
-                                              int64_t valid) {
-  store4(static_cast<T*>(args.p.W) + at, theta, valid, args.aligned);
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (args.p.shadow)
-      store4(static_cast<__nv_bfloat16*>(args.p.shadow) + at, theta, valid, args.aligned);
-  }
-}
-
 // Unit row: theta /= |theta|, and its rounded copy. `square` is this thread's part of |theta|^2.
 template <class T, class M>
 __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, double square,
                                               double* scratch) {
   const RowUpdateParams& p = args.p;
-  const T* W = static_cast<const T*>(p.W) + i * p.d;
+  T* W = static_cast<T*>(p.W) + i * p.d;
   float* master = p.master ? p.master + i * p.d : nullptr;
   const float norm = static_cast<float>(sqrt(block_sum(square, scratch)));
   const float by = norm > 0 ? norm : 1.0f;
@@ -171,7 +164,7 @@ __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, doubl
     if constexpr (sizeof(M) == 2)
       theta = stochastic4(theta, noise4(p.noise, i, c, kRoundWeights).second);
     if (master) store4(master + c, theta, p.d - c, args.aligned);
-    store_weights<T>(args, i * p.d + c, theta, p.d - c);
+    store4(W + c, theta, p.d - c, args.aligned);
   }
 }
 
@@ -248,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kerne
     for (int j = 0; j < 4; ++j)
       if (j < valid) square += double(theta.x[j]) * theta.x[j];
     if (master) store4(master + p.start + c, theta, valid, args.aligned);
-    if (!master || !p.normalize) store_weights<T>(args, at, theta, valid);
+    if (!master || !p.normalize) store4(W + p.start + c, theta, valid, args.aligned);
   }
   if (kPass == Pass::kGradSq) {
     const double total = block_sum(square, scratch);
@@ -286,8 +279,7 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
   args.aligned = aligned4(static_cast<const T*>(p.W), p.d) &&
                  aligned4(static_cast<const M*>(p.m), p.d) &&
                  aligned4(static_cast<const M*>(p.v), p.d) && aligned4(p.master, p.d) &&
-                 aligned4(static_cast<const __nv_bfloat16*>(p.shadow), p.d) && p.start % 4 == 0 &&
-                 p.columns % 4 == 0;
+                 p.start % 4 == 0 && p.columns % 4 == 0;
   for (int g = 0; g < p.n_groups; ++g) {
     args.group[g] = p.groups[g];
     args.aligned = args.aligned && aligned4(static_cast<const R*>(p.groups[g].rows), p.columns);

@@ -16,12 +16,13 @@ __global__ void __launch_bounds__(kThreads) list_kernel(Segments s) {
   for (int g = 0; g < kMaxGroups; ++g) {
     if (g >= s.groups) break;
     const int32_t begin = s.offsets[g][i], end = s.offsets[g][i + 1];
-    if (end - begin <= kCut) continue;
-    const int32_t first = begin / kCut, last = (end - 1) / kCut;
+    const int log = s.log_cut[g];
+    if (end - begin <= 1 << log) continue;
+    const int32_t first = begin >> log, last = (end - 1) >> log;
     Piece* out = s.list + atomicAdd(s.count, last - first + 1);
     for (int32_t u = first; u <= last; ++u) {
-      const int32_t from = u == first ? begin : u * kCut;
-      const int32_t to = u == last ? end : (u + 1) * kCut;
+      const int32_t from = u == first ? begin : u << log;
+      const int32_t to = u == last ? end : (u + 1) << log;
       *out++ = {static_cast<int32_t>(slot_of(s, g, u, begin)), g, from, to};
     }
   }

@@ -68,11 +68,13 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Args args) {
       const LatentSumsGroup& group = args.group[g];
       const int32_t begin = group.offsets[i], end = group.offsets[i + 1];
       Sums sum{};
-      if (end - begin <= kCut) {
+      const int log = args.segments.log_cut[g];
+      if (end - begin <= 1 << log) {
         sum = sum_entries<T>(group, p.scales ? p.scales[g] : 1.0f, begin, end);
       } else {
-        const int32_t last = (end - 1) / kCut;
-        for (int32_t u = begin / kCut + threadIdx.x % 32; u <= last; u += 32) {
+        const int32_t last = (end - 1) >> log;
+        for (int32_t u = (begin >> log) + static_cast<int32_t>(threadIdx.x % 32); u <= last;
+             u += 32) {
           const double* piece = args.pieces + 2 * slot_of(args.segments, g, u, begin);
           sum.bias += piece[0];
           sum.parallel += piece[1];

@@ -19,15 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuda
+from . import products
 from .cuda import _guard
 
 
-class Kernels(cuda.Kernels):
-    """The ops in Triton; torch's product in chunks of rows, where it encodes, is cuda.py's."""
-
-    def __init__(self) -> None:
-        pass
+class Kernels(products.Encode):
+    """The ops in Triton."""
 
     def _select(
         self,
@@ -120,7 +117,7 @@ class Kernels(cuda.Kernels):
         residual = target.new_empty(N, columns, dtype=torch.float32)
         square = target.new_empty(N, dtype=torch.float64)
         grads = target.new_empty(values.shape, dtype=torch.float32)
-        chunk = max(cuda.chunk_bytes // (4 * max(d, 1)), 1)
+        chunk = max(products.chunk_bytes // (4 * max(d, 1)), 1)
         with _guard(values):
             decode.sparse_residual(
                 values, indices, W_dec, b_dec, target, residual, square, grads, chunk
@@ -230,7 +227,6 @@ class Kernels(cuda.Kernels):
         grad_b_dec: Tensor | None,
         start: int,
         normalize: bool,
-        shadow: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Any:
         """NotImplemented with noise, which is left to the reference."""
@@ -244,8 +240,6 @@ class Kernels(cuda.Kernels):
                 groups, scales, centre, parallel, grad_b_enc, W, master, m, v, hyper, grad_b_dec,
                 start, normalize,
             )  # fmt: skip
-            if shadow is not None:
-                shadow.copy_(W)
         return None
 
 

@@ -38,7 +38,7 @@ FLAGS = (
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DKSAE_EMULATE"),
     '-DKSAE_CUDA_ARCHITECTURES="emulated"',
 )
-EMULATOR = (HERE / "scheduler.cpp", HERE / "fiber.cpp")
+EMULATOR = tuple(HERE / f"{name}.cpp" for name in ("scheduler", "waiting", "faults", "fiber"))
 
 
 class Emulator:
