@@ -15,7 +15,10 @@ import pytest
 import torch
 from cases import DTYPES, Implementation, assert_close, assert_same, code, dtype_id, randn
 from test_cuda_kernels import test_grouping_in_tiles_and_passes  # noqa: F401
-from test_cuda_rounding import test_rounding_is_the_references  # noqa: F401
+from test_cuda_rounding import (  # noqa: F401
+    test_rounding_is_the_references,
+    test_the_shadow_is_the_rounded_weight,
+)
 from test_grad_encode import (  # noqa: F401  (collected here with the `impl` below)
     test_integers_are_the_reference_bit_by_bit,
     test_normal_numbers,

@@ -18,7 +18,7 @@ from ksae import reference
 def noisy(side: str, **options: Any) -> dict[str, Any]:
     """Arguments of row_update with bfloat16 moments and seed 2^40 + 3 in step 7."""
     a = row_arguments(torch.bfloat16, side, **options)
-    a |= {"master": None, "m": a["m"].bfloat16(), "v": a["v"].bfloat16()}
+    a |= {"master": None, "m": a["m"].bfloat16(), "v": a["v"].bfloat16(), "shadow": None}
     return a | {"noise": torch.tensor([2**40 + 3, 7])}
 
 
@@ -80,3 +80,18 @@ def test_special_numbers_are_not_rounded_away(impl: Implementation) -> None:  # 
     for name in ("W", "m", "v"):
         assert_same(name, a[name], want[name])
     assert a["m"][0, 0].isnan() and a["m"][0, 1] == torch.inf and (a["m"][1] == 0).all()
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_the_shadow_is_the_rounded_weight(impl: Emulated, side: str) -> None:
+    a = row_arguments(torch.float32, side)
+    plain, sliced = clone_all(a), clone_all(a)
+    a["shadow"], sliced["shadow"] = a["W"].bfloat16(), torch.zeros_like(a["W"]).bfloat16()
+    impl.row_update(*a.values())
+    impl.row_update(*plain.values())
+    assert_same("W", a["W"], plain["W"])
+    assert_same("shadow", a["shadow"], a["W"].bfloat16())
+    for start, stop in ((0, 8), (8, 23)) if side == "decoder" else ():
+        part = [r[:, start:stop].contiguous() for r in sliced["rows"]]
+        impl.row_update(*(sliced | {"rows": part, "start": start, "normalize": False}).values())
+        assert_same("slices", sliced["shadow"][:, :stop], sliced["W"].bfloat16()[:, :stop])

@@ -86,7 +86,7 @@ def test_infinities_and_nan_stay() -> None:
 
 def noisy() -> dict[str, Any]:
     a = row_arguments(torch.bfloat16, "encoder")
-    a |= {"master": None, "m": a["m"].bfloat16(), "v": a["v"].bfloat16()}
+    a |= {"master": None, "m": a["m"].bfloat16(), "v": a["v"].bfloat16(), "shadow": None}
     return a | {"noise": torch.tensor([1, 2])}
 
 
@@ -95,6 +95,12 @@ def test_the_cpu_is_served_by_the_reference() -> None:
     ops.row_update(*a.values())
     reference.row_update(*want.values())
     assert all(torch.equal(a[n], want[n]) for n in ("W", "m", "v", "grad_b_dec"))
+    b = row_arguments(torch.float32, "decoder")
+    plain = copy.deepcopy(b)
+    ops.row_update(*b.values(), shadow := torch.zeros_like(b["W"]).bfloat16())
+    reference.row_update(*plain.values())
+    assert torch.equal(b["W"], plain["W"]) and torch.equal(shadow, b["W"].bfloat16())
+    assert shadow._version > 0
 
 
 SLICE = {"rows": [torch.zeros(19, 8).bfloat16()] * 2, "centre": None}
@@ -109,6 +115,7 @@ SLICE = {"rows": [torch.zeros(19, 8).bfloat16()] * 2, "centre": None}
         ({"noise": torch.tensor([1])}, ValueError, r"noise must be of shape \[2\], got \[1\]"),
         (SLICE | {"start": 2}, ValueError, "start must be a multiple of 4 with noise, got 2"),
         ({"noise": None}, ValueError, "master must be a tensor for torch.bfloat16 weights, got"),
+        ({"shadow": torch.zeros(33, 23)}, ValueError, "shadow must be None for torch.bfloat16 w"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -116,7 +123,9 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
         ops.row_update(*(noisy() | changes).values())
     a = row_arguments(torch.float32, "encoder")
     with pytest.raises(TypeError, match=r"W must be torch\.bfloat16 with noise"):
-        ops.row_update(*a.values(), torch.tensor([1, 2]))
+        ops.row_update(*a.values(), None, torch.tensor([1, 2]))
+    with pytest.raises(TypeError, match=r"shadow must be torch\.bfloat16, got"):
+        ops.row_update(*a.values(), torch.zeros(33, 23), None)
 
 
 # ----------------------------------------------------------------------------------- the whole step

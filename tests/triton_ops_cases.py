@@ -260,11 +260,13 @@ def test_latent_pass_without_tokens(impl: Implementation, T: torch.dtype, side: 
     test_ops.test_latent_pass_without_tokens(impl, T, side)
 
 
-def test_noise_is_left_to_the_reference(impl: Implementation) -> None:
+def test_shadow_is_written_and_noise_is_left_to_the_reference(impl: Implementation) -> None:
     a = row_arguments(T32, "decoder", N=5, d=6, F=8, ks=(2,))
-    before = clone_all(a)
-    assert impl.row_update(*a.values(), torch.zeros(2, dtype=torch.int64)) is NotImplemented
+    shadow, before = torch.zeros(8, 6, dtype=B16), clone_all(a)
+    assert impl.row_update(*a.values(), shadow, torch.zeros(2, dtype=torch.int64)) is NotImplemented
     assert torch.equal(a["W"], before["W"])
+    impl.row_update(*a.values(), shadow)
+    assert not torch.equal(a["W"], before["W"]) and torch.equal(shadow, a["W"].bfloat16())
 
 
 def test_one_latent_takes_every_token(impl: Implementation, dtype: torch.dtype) -> None:

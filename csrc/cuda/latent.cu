@@ -147,12 +147,23 @@ __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c
   return sum;
 }
 
+// The parameters' row as it is after the update: the weights, and a copy of them if there is one.
+template <class T>
+__device__ __forceinline__ void store_weights(const Args& args, int64_t at, const Four& theta,
+                                              int64_t valid) {
+  store4(static_cast<T*>(args.p.W) + at, theta, valid, args.aligned);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (args.p.shadow)
+      store4(static_cast<__nv_bfloat16*>(args.p.shadow) + at, theta, valid, args.aligned);
+  }
+}
+
 // Unit row: theta /= |theta|, and its rounded copy. `square` is this thread's part of |theta|^2.
 template <class T, class M>
 __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, double square,
                                               double* scratch) {
   const RowUpdateParams& p = args.p;
-  T* W = static_cast<T*>(p.W) + i * p.d;
+  const T* W = static_cast<const T*>(p.W) + i * p.d;
   float* master = p.master ? p.master + i * p.d : nullptr;
   const float norm = static_cast<float>(sqrt(block_sum(square, scratch)));
   const float by = norm > 0 ? norm : 1.0f;
@@ -164,7 +175,7 @@ __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, doubl
     if constexpr (sizeof(M) == 2)
       theta = stochastic4(theta, noise4(p.noise, i, c, kRoundWeights).second);
     if (master) store4(master + c, theta, p.d - c, args.aligned);
-    store4(W + c, theta, p.d - c, args.aligned);
+    store_weights<T>(args, i * p.d + c, theta, p.d - c);
   }
 }
 
@@ -241,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kerne
     for (int j = 0; j < 4; ++j)
       if (j < valid) square += double(theta.x[j]) * theta.x[j];
     if (master) store4(master + p.start + c, theta, valid, args.aligned);
-    if (!master || !p.normalize) store4(W + p.start + c, theta, valid, args.aligned);
+    if (!master || !p.normalize) store_weights<T>(args, at, theta, valid);
   }
   if (kPass == Pass::kGradSq) {
     const double total = block_sum(square, scratch);
@@ -279,7 +290,8 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
   args.aligned = aligned4(static_cast<const T*>(p.W), p.d) &&
                  aligned4(static_cast<const M*>(p.m), p.d) &&
                  aligned4(static_cast<const M*>(p.v), p.d) && aligned4(p.master, p.d) &&
-                 p.start % 4 == 0 && p.columns % 4 == 0;
+                 aligned4(static_cast<const __nv_bfloat16*>(p.shadow), p.d) && p.start % 4 == 0 &&
+                 p.columns % 4 == 0;
   for (int g = 0; g < p.n_groups; ++g) {
     args.group[g] = p.groups[g];
     args.aligned = args.aligned && aligned4(static_cast<const R*>(p.groups[g].rows), p.columns);

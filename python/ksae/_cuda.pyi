@@ -155,6 +155,7 @@ def row_update(
     v: int,
     hyper: int,
     normalize: bool,
+    shadow: int,
     noise: int,
     allocate: _Allocate,
     stream: int,

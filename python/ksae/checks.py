@@ -385,6 +385,7 @@ def row_update(
     grad_b_dec: Tensor | None,
     start: int,
     normalize: bool,
+    shadow: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> torch.dtype:
     op = "row_update"
@@ -400,6 +401,8 @@ def row_update(
         want = "a tensor" if master is None else "None"
         weights = f"{T} weights" + (" with noise" if noise is not None else "")
         raise fail(op, "master", f"{want} for {weights}", "None" if master is None else "a tensor")
+    if shadow is not None and W.dtype != torch.float32:
+        raise fail(op, "shadow", f"None for {T} weights", "a tensor")
     if (grad_b_enc is None) != (grad_b_dec is None):
         raise fail(op, "grad_b_dec", "given with grad_b_enc", "one without the other")
     if grad_b_dec is not None and rows[0].shape[1] != W.shape[1]:
@@ -411,6 +414,9 @@ def row_update(
     for arg, t in written.items():
         kind = moment if arg in "mv" else T if t is W else acc
         _like(op, arg, t, W.shape, kind, W)
+    if shadow is not None:
+        _like(op, "shadow", shadow, W.shape, torch.bfloat16, W)
+        written["shadow"] = shadow
     if grad_b_enc is not None and grad_b_dec is not None:
         _like(op, "grad_b_enc", grad_b_enc, (W.shape[0],), acc, W)
         _like(op, "grad_b_dec", grad_b_dec, (W.shape[1],), acc, W)

@@ -376,10 +376,11 @@ def row_update(
     grad_b_dec: Tensor | None,
     start: int,
     normalize: bool,
+    shadow: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Any:
-    """NotImplemented with noise, which is the reference's."""
-    if noise is not None:
+    """NotImplemented with a shadow or with noise, which are the reference's."""
+    if shadow is not None or noise is not None:
         return NotImplemented
     F, d = W.shape
     _cpu.row_update(

@@ -523,6 +523,6 @@ row_update = _op(
     "row_update",
     f"({_ROWS}, Tensor(f!)? parallel, Tensor? grad_b_enc, Tensor(a!) W, Tensor(b!)? master,"
     " Tensor(c!) m, Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize,"
-    " Tensor? noise=None) -> ()",
+    " Tensor(g!)? shadow=None, Tensor? noise=None) -> ()",
     fake=_fake_row_update,
 )

@@ -335,6 +335,7 @@ def row_update(
     grad_b_dec: Tensor | None,  # [d] float32, written: W.T @ grad_b_enc with W as it was
     start: int,
     normalize: bool,
+    shadow: Tensor | None = None,  # [F, d] bfloat16 copy of a float32 W, written with it
     # [2] int64, seed and step: W (without a master), m and v are bfloat16, rounded stochastically
     noise: Tensor | None = None,
 ) -> None:
@@ -377,6 +378,8 @@ def row_update(
         theta.copy_(unit if noise is None else stochastic_bfloat16(unit, noise, 3, 0))
     if master is not None:
         W.copy_(master)
+    if shadow is not None:
+        shadow.copy_(W)
 
 
 def stochastic_bfloat16(x: Tensor, noise: Tensor, draw: int, start: int) -> Tensor:

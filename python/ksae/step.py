@@ -270,7 +270,7 @@ class TrainStep:
         centre_grad = torch.empty(model.d_in, dtype=acc, device=x.device) if model.centred else None
         centre_sums = grad_b_enc if model.centred else None
         state = self._state("W_enc")
-        options = (hyper, centre_grad, 0, False, self._noise("W_enc"))
+        options = (hyper, centre_grad, 0, False, None, self._noise("W_enc"))
         ops.row_update(*encoder, scale, b_dec, None, centre_sums, *state, *options)
         state, unit = self._state("W_dec"), model.normalize_decoder
         noise = self._noise("W_dec")
@@ -289,6 +289,7 @@ class TrainStep:
             None,
             0,
             unit and last,
+            None,
             noise,
         )
         if not last:  # the other half, from the columns of W_dec that are still as they were
@@ -312,6 +313,7 @@ class TrainStep:
                 None,
                 columns,
                 unit,
+                None,
                 noise,
             )
         fired = offsets[0][1:] > offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)

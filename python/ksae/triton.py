@@ -227,6 +227,7 @@ class Kernels(products.Encode):
         grad_b_dec: Tensor | None,
         start: int,
         normalize: bool,
+        shadow: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Any:
         """NotImplemented with noise, which is left to the reference."""
@@ -240,6 +241,8 @@ class Kernels(products.Encode):
                 groups, scales, centre, parallel, grad_b_enc, W, master, m, v, hyper, grad_b_dec,
                 start, normalize,
             )  # fmt: skip
+            if shadow is not None:
+                shadow.copy_(W)
         return None
 
 
