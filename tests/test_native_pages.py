@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -62,17 +63,34 @@ def test_memory_that_somebody_holds_is_left_alone(hold):
     assert gradient().data_ptr() == address
 
 
-def test_what_is_spare_goes_when_another_size_is_wanted():
-    two = gradient(), gradient()
+def spare():
+    return [memory.nbytes for kept in native._spare.values() for memory in kept]
+
+
+def test_what_is_spare_goes_when_it_does_not_serve():
+    two = gradient(), gradient(F + 1)
     del two
-    assert len(native._spare) == 2
-    other = gradient(F + 1)
-    assert native._spare == []
+    assert sorted(spare()) == [4 * F * d, 4 * (F + 1) * d]
+    two = gradient(), gradient(F + 1)  # both serve
+    assert spare() == []
+    del two
+    other = gradient(F + 2)
+    assert spare() == []
     del other
-    assert len(native._spare) == 1
+    assert spare() == [4 * (F + 2) * d]
     small = gradient(64)
     del small
-    assert len(native._spare) == 1
+    assert spare() == [4 * (F + 2) * d]
+
+
+def test_threads_never_share_memory():
+    def one(i: int) -> bool:
+        mine = gradient().fill_(i)
+        other = gradient()
+        return bool((mine == i).all()) and other.data_ptr() != mine.data_ptr()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(one, range(12)))
 
 
 def test_steps_of_an_optimizer_use_the_same_memory():

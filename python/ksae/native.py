@@ -57,25 +57,30 @@ def _pointer(t: Tensor | None) -> int:
 _MAPPED = (
     1 << 25
 )  # bytes; from here on malloc maps pages anew each time, and the kernel clears them
-_spare: list[np.ndarray[Any, Any]] = []
+_spare: dict[int, list[np.ndarray[Any, Any]]] = {}  # by size in bytes
 
 
 def _large(F: int, d: int, dtype: torch.dtype) -> Tensor:
     """An [F, d] that is to be written in full.
 
     A training step frees its weight gradients and wants the same sizes again: a large one gets the
-    memory of one that nobody holds any more. What is spare is let go once another size is wanted.
+    memory of one that nobody holds any more. What is spare is let go once it does not serve.
     """
     size = F * d * dtype.itemsize
     if size < _MAPPED:
         return torch.empty(F, d, dtype=dtype)
-    at = next((i for i, memory in enumerate(_spare) if memory.nbytes == size), None)
-    if at is None:
+    try:
+        memory = _spare[size].pop()  # one step for the interpreter: threads cannot take the same
+    except (KeyError, IndexError):
         _spare.clear()
-    memory = np.empty(size, np.uint8) if at is None else _spare.pop(at)  # NumPy asks for huge pages
+        memory = np.empty(size, np.uint8)  # on Linux, NumPy asks for huge pages
     held = memory.view()  # by the tensor's storage, and by nothing else
-    weakref.finalize(held, _spare.append, memory).atexit = False
+    weakref.finalize(held, _keep, memory).atexit = False
     return torch.from_numpy(held).view(dtype).view(F, d)
+
+
+def _keep(memory: np.ndarray[Any, Any]) -> None:
+    _spare.setdefault(memory.nbytes, []).append(memory)
 
 
 class _Workspace:
