@@ -52,6 +52,7 @@ def assert_takes_the_same(what, ours, theirs):
 @pytest.mark.parametrize("path", CLASSES)
 def test_methods_have_the_signatures_of_the_library(path):
     ours, theirs = CLASSES[path], original(path)
+    assert issubclass(ours, theirs)
     for name in public(theirs):
         if callable(getattr(theirs, name)):
             assert_takes_the_same(name, getattr(ours, name), getattr(theirs, name))
@@ -62,6 +63,15 @@ def test_functions_have_the_signatures_of_the_library():
         theirs = original(path)
         wanted = list(inspect.signature(theirs).parameters)
         assert list(inspect.signature(ours).parameters)[: len(wanted)] == wanted, path
+
+
+def test_sparsifys_other_names_are_there():
+    theirs = import_module("sparsify")
+    assert sparsify.Sae is sparsify.SparseCoder
+    assert sparsify.SparseCoderConfig is theirs.SparseCoderConfig
+    assert sparsify.SaeConfig is theirs.SaeConfig
+    ours, wanted = sparsify.TranscoderConfig(k=3), theirs.TranscoderConfig(k=3)
+    assert ours == wanted and ours.transcode
 
 
 @pytest.mark.parametrize("path", [p for p in CLASSES if not p.startswith("sae_lens")])
