@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole training steps through each library's own loop: its class against ours, interleaved.
 
-    python bench/interop.py [--rounds 7] [--json FILE] [--only sparsify,...]
+    python -m ksae.bench.interop [--rounds 7] [--json FILE] [--only sparsify,...]
 
 Needs the dependency group `peers`. Prints for each loop the median time of a step with either
 class, how much of it torch's optimizer took, and the median of the ratios.
@@ -15,7 +15,6 @@ import functools
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +27,8 @@ os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
 
 import torch
 from torch import Tensor
+
+from ksae.bench.measure import machine
 
 LR = 1e-4
 Step = tuple[Callable[[Tensor], Any], torch.optim.Optimizer]
@@ -214,8 +215,8 @@ def main() -> None:
         ]
         print(f"{name:26} original {shown[0]}   ksae {shown[1]}   {row['ratio']:.2f} x", flush=True)
     if a.json is not None:
-        machine = {"cpu": platform.processor(), "threads": a.threads, "torch": torch.__version__}
-        a.json.write_text(json.dumps({"machine": machine, "shape": shape, "rows": rows}, indent=1))
+        record = {"machine": machine(threads=a.threads), "shape": shape, "rows": rows}
+        a.json.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

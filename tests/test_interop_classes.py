@@ -10,8 +10,10 @@ import warnings
 import pytest
 import torch
 from cases import assert_close, randn
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as nnf
 
+from ksae.errors import UserError
 from ksae.interop import accelerate, accelerated, lazy, libraries, openai, sparse
 from ksae.interop.dictionary_learning import AutoEncoderTopK
 from ksae.interop.sparsify import SparseCoder, SparseCoderConfig
@@ -246,6 +248,46 @@ def test_dictionary_learning_refuses(tmp_path):
     torch.save(AutoEncoderTopK(D, F, K).state_dict(), tmp_path / "ae.pt")
     with pytest.raises(ValueError, match="AutoEncoderTopK: k must be 4"):
         AutoEncoderTopK.from_pretrained(tmp_path / "ae.pt", k=5)
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def sparsify_file(path):
+    SparseCoder(D, SparseCoderConfig(num_latents=F, k=K)).save_to_disk(path)
+    file = path / "sae.safetensors"
+    return (
+        load_file(file),
+        lambda state: save_file(state, file),
+        lambda: SparseCoder.load_from_disk(path),
+    )
+
+
+def dictionary_learning_file(path):
+    file = path / "ae.pt"
+    state = dict(AutoEncoderTopK(D, F, K).state_dict())
+    return (
+        state,
+        lambda state: torch.save(state, file),
+        lambda: AutoEncoderTopK.from_pretrained(file),
+    )
+
+
+@pytest.mark.parametrize("kind", [sparsify_file, dictionary_learning_file])
+def test_a_bad_file_is_refused_by_name(kind, tmp_path):
+    whole, store, load = kind(tmp_path)
+    store(whole)
+    load()
+    for name in (n for n in whole if n not in ("k", "threshold")):
+        store({n: t for n, t in whole.items() if n != name})
+        with pytest.raises(UserError, match=f"must hold the tensor {name}, got none"):
+            load()
+    store(whole | {"strange": torch.zeros(1)})
+    with pytest.raises(UserError, match="holds strange, which its format does not have"):
+        load()
+    store(whole | {"b_dec": torch.zeros(D + 1)})
+    with pytest.raises(RuntimeError, match="size mismatch for b_dec"):
+        load()
 
 
 # ------------------------------------------------------------------------------------------ OpenAI

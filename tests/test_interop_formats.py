@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,14 @@ def test_round_trip_between_every_pair(
     first: str, second: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     plain = "circuit-tracer" in (first, second)
-    if plain and not {first, second} <= set(PLAIN):
-        coder = make(dtype, centred=first != "circuit-tracer")
-        source = place(tmp_path, f"{first}")
+    other = plain and not {first, second} <= set(PLAIN)  # one subtracts b_dec, the other cannot
+    coder = make(dtype, centred=first != "circuit-tracer" if other else not plain)
+    if other:
+        source = place(tmp_path, first)
         convert.write(coder, source, first)
         with pytest.raises(UserError, match="b_dec subtracted from the input"):
             convert.convert(source, tmp_path / "no", second)
-        return
-    coder = make(dtype, centred=not plain)
+        coder.b_dec.zero_()
     coder.b_dec[0] = -0.0
     coder.W_enc[0, 0] = float("nan")
     a, b, c = (
@@ -113,6 +114,25 @@ def test_own_settings_and_counters_survive_a_detour(tmp_path: Path) -> None:
         assert ksae.load(back).config() == model.config()
         assert torch.equal(ksae.load(back).tokens_since_fired, model.tokens_since_fired)
         assert checkpoint.read_header(back)["extra"] == {"note": "x"}
+
+
+@pytest.mark.parametrize("kind", ["TopKSAE", "Transcoder", "GradTopKSAE", "GradTopKTranscoder"])
+def test_a_model_is_itself_again_after_any_detour(kind: str, tmp_path: Path) -> None:
+    transcodes = kind.endswith("Transcoder")
+    sizes = (D, D, F, K) if transcodes else (D, F, K)
+    options = {"beta": 0.5, "mode": "signed", "grad_norm": "rms"} if "Grad" in kind else {}
+    model = getattr(ksae, kind)(*sizes, auxk_alpha=0.5, **options)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(torch.full_like(buffer, len(name)))
+    assert not model.b_dec.any()  # so that each format can hold it
+    model.save(tmp_path / "a.safetensors")
+    for name in NAMES[1:]:
+        convert.convert(tmp_path / "a.safetensors", place(tmp_path, name), name)
+        convert.convert(place(tmp_path, name), tmp_path / "b", "ksae")
+        for again in (ksae.load(place(tmp_path, name)), ksae.load(tmp_path / "b")):
+            assert type(again) is type(model) and again.config() == model.config(), name
+            for key, tensor in model.state_dict().items():
+                assert torch.equal(again.state_dict()[key], tensor), (name, key)
 
 
 def test_skip_transcoder(tmp_path: Path) -> None:
@@ -279,9 +299,23 @@ class Evil:
         return (open, ("pwned", "w"))  # type: ignore[return-value]
 
 
-def test_a_pickle_is_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda evil: {"encoder.weight": evil},
+        lambda evil: {"model_state_dict": {"encoder.weight": evil}},
+        lambda evil: {"activation": "TopK", "activation_state_dict": {"k": evil}},
+        lambda evil: evil,
+    ],
+    ids=["tensor", "nvidia", "openai", "all of it"],
+)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_is_never_executed(
+    zipped: bool, wrap: Callable[[Evil], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"encoder.weight": Evil()}, tmp_path / "ae.pt")
+    evil = wrap(Evil())
+    torch.save(evil, tmp_path / "ae.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="nothing else is unpickled"):
         ksae.load(tmp_path / "ae.pt")
     with pytest.raises(pickle.UnpicklingError):

@@ -14,7 +14,7 @@ import torch
 import ksae
 from ksae.cli import run
 from ksae.errors import UserError
-from ksae.interop import convert, hub
+from ksae.interop import convert, hub, sparsify
 
 
 class FakeHub:
@@ -82,6 +82,28 @@ def test_only_what_is_needed_is_fetched(fake: FakeHub) -> None:
 def test_one_file(fake: FakeHub) -> None:
     hub.save(ksae.TopKSAE(6, 10, 3), "someone/coder")
     assert ksae.load("hf://someone/coder/model.safetensors").k == 3
+
+
+def test_sparsify_from_the_hub(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def snapshot(repo: str, allow_patterns: str | None = None) -> str:
+        asked.append(allow_patterns)
+        return str(fake.root / repo)
+
+    monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", snapshot, False)
+    model = ksae.TopKSAE(6, 10, 3)
+    for folder in ("layers.10", "layers.9", "embed"):
+        hub.save(model, "someone/coder", to="sparsify", folder=folder)
+    coder = sparsify.SparseCoder.load_from_hub("someone/coder", "layers.9")
+    assert torch.equal(coder.encoder.weight, model.W_enc) and coder.cfg.k == 3
+    many = sparsify.SparseCoder.load_many("someone/coder", pattern="layers.*")
+    assert list(many) == ["layers.9", "layers.10"] and asked == ["layers.9/*", "layers.*/*"]
+    with pytest.raises(FileNotFoundError, match="SparseCoder: hookpoint must be given"):
+        sparsify.SparseCoder.load_from_hub("someone/coder")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="huggingface_hub must be installed"):
+        sparsify.SparseCoder.load_from_hub("someone/coder")
 
 
 def test_path_traversal_is_refused(fake: FakeHub) -> None:

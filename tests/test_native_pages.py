@@ -1,46 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Huge pages for large outputs: the advice covers whole pages of theirs, no number changes."""
+"""Memory of large gradients: used again once nobody holds it, never before; no number changes."""
 
 from __future__ import annotations
 
-import ctypes
-from types import SimpleNamespace
+import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from ksae import native, ops
 
-
-@pytest.mark.parametrize("offset", [0, 3, 1 << 19], ids=str)
-def test_the_advice_stays_inside(offset, monkeypatch):
-    seen = []
-    libc = SimpleNamespace(
-        madvise=lambda start, length, _: seen.append((start.value, length.value))
-    )
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: libc)
-    monkeypatch.setattr(native.mmap, "MADV_HUGEPAGE", 14, raising=False)
-    t = torch.empty(offset + (1 << 23) + 1)[offset:]  # 32 MiB and a little
-    assert native._huge_pages(t) is t
-    ((start, length),) = seen
-    page, end = 1 << 21, t.data_ptr() + 4 * t.numel()
-    assert start % page == length % page == 0 and length >= 14 * page
-    assert t.data_ptr() <= start and start + length <= end
-    assert start - t.data_ptr() < page and end - start - length < page
+F, d = (1 << 14) + 1, 513  # more than 32 MiB
 
 
-def test_small_outputs_and_other_systems_are_left_alone(monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: pytest.fail("asked the system"))
-    native._huge_pages(torch.empty(1 << 20))
-    monkeypatch.delattr(native.mmap, "MADV_HUGEPAGE", raising=False)
-    native._huge_pages(torch.empty((1 << 23) + 1))
+@pytest.fixture(autouse=True)
+def empty():
+    """Nothing spare, before and after."""
+    native._spare.clear()
+    yield
+    gc.collect()
+    native._spare.clear()
 
 
-def test_a_large_gradient_has_its_numbers():
-    F, d = (1 << 14) + 1, 513
-    grad, values = torch.randn(2, d), torch.tensor([[2.0], [3.0]])
+def gradient(F=F, d=d, dtype=torch.float32):
+    grad, values = torch.ones(2, d, dtype=dtype), torch.tensor([[2.0], [3.0]], dtype=dtype)
     indices = torch.tensor([[F - 1], [5]])
-    grad_W, value_sum = ops.sparse_decode_backward_weight(grad, values, indices, F)
-    rows = grad_W.count_nonzero(dim=1).nonzero().flatten()
-    assert rows.tolist() == [5, F - 1] and value_sum[5] == 3
-    assert torch.equal(grad_W[F - 1], 2 * grad[0]) and torch.equal(grad_W[5], 3 * grad[1])
+    return ops.sparse_decode_backward_weight(grad, values, indices, F)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_in_used_memory_has_its_numbers(dtype):
+    size = F if dtype == torch.float32 else 2 * F
+    first = gradient(size, dtype=dtype).fill_(7)
+    address = first.data_ptr()
+    del first
+    again = gradient(size, dtype=dtype)
+    assert again.data_ptr() == address and again.dtype == dtype and again.is_contiguous()
+    assert again.count_nonzero(dim=1).nonzero().flatten().tolist() == [5, size - 1]
+    assert (again[size - 1] == 2).all() and (again[5] == 3).all()
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda t: t,
+        lambda t: t[3:5],
+        lambda t: t.numpy(),
+        lambda t: t.untyped_storage(),
+        lambda t: torch.from_dlpack(t),
+        lambda t: torch.nn.Parameter(t),
+    ],
+    ids=["tensor", "slice", "NumPy", "storage", "DLPack", "parameter"],
+)
+def test_memory_that_somebody_holds_is_left_alone(hold):
+    first = gradient()
+    held, address = hold(first), first.data_ptr()
+    del first
+    second = gradient()
+    assert second.data_ptr() != address
+    del held
+    assert gradient().data_ptr() == address
+
+
+def spare():
+    return [memory.nbytes for kept in native._spare.values() for memory in kept]
+
+
+def test_what_is_spare_goes_when_it_does_not_serve():
+    two = gradient(), gradient(F + 1)
+    del two
+    assert sorted(spare()) == [4 * F * d, 4 * (F + 1) * d]
+    two = gradient(), gradient(F + 1)  # both serve
+    assert spare() == []
+    del two
+    other = gradient(F + 2)
+    assert spare() == []
+    del other
+    assert spare() == [4 * (F + 2) * d]
+    small = gradient(64)
+    del small
+    assert spare() == [4 * (F + 2) * d]
+
+
+def test_threads_never_share_memory():
+    def one(i: int) -> bool:
+        mine = gradient().fill_(i)
+        other = gradient()
+        return bool((mine == i).all()) and other.data_ptr() != mine.data_ptr()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(one, range(12)))
+
+
+def test_steps_of_an_optimizer_use_the_same_memory():
+    """Autograd takes the gradient as it is, and lets it go with zero_grad."""
+    W = torch.nn.Parameter(torch.zeros(F, d))
+    optimizer = torch.optim.SGD([W], lr=1.0)
+    values, indices = torch.ones(2, 1), torch.tensor([[F - 1], [5]])
+    addresses = set()
+    for _ in range(3):
+        ops.sparse_decode(values, indices, W, None).sum().backward()
+        addresses.add(W.grad.data_ptr())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(addresses) == 1
+    assert W[5, 0] == -3 and W[6, 0] == 0

@@ -12,12 +12,12 @@ screening of float32 encodes off (on where the CPU has BF16 dot instructions).
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,21 +54,31 @@ def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-_HUGE = 1 << 21  # bytes of a huge page
-_MAPPED = 1 << 25  # from here on malloc maps pages anew at each call, and the kernel clears them
+_MAPPED = 1 << 25  # bytes; for more, malloc maps fresh pages, which the kernel clears
+_spare: dict[int, list[np.ndarray[Any, Any]]] = {}  # by size in bytes
 
 
-def _huge_pages(t: Tensor) -> Tensor:
-    """A fresh t, whose pages are to be huge if it has many: one fault instead of 512."""
-    size = t.numel() * t.element_size()
-    if size > _MAPPED and hasattr(mmap, "MADV_HUGEPAGE"):  # Linux
-        start = -(-t.data_ptr() // _HUGE) * _HUGE
-        length = (t.data_ptr() + size) // _HUGE * _HUGE - start
-        # A kernel that refuses leaves small pages, which are as good but for the time.
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE
-        )
-    return t
+def _large(F: int, d: int, dtype: torch.dtype) -> Tensor:
+    """An [F, d] that is to be written in full.
+
+    A training step frees its weight gradients and wants the same sizes again: a large one gets the
+    memory of one that nobody holds any more. What is spare is let go once it does not serve.
+    """
+    size = F * d * dtype.itemsize
+    if size < _MAPPED:
+        return torch.empty(F, d, dtype=dtype)
+    try:
+        memory = _spare[size].pop()  # one step for the interpreter: threads cannot take the same
+    except (KeyError, IndexError):
+        _spare.clear()
+        memory = np.empty(size, np.uint8)  # on Linux, NumPy asks for huge pages
+    held = memory.view()  # by the tensor's storage, and by nothing else
+    weakref.finalize(held, _keep, memory).atexit = False
+    return torch.from_numpy(held).view(dtype).view(F, d)
+
+
+def _keep(memory: np.ndarray[Any, Any]) -> None:
+    _spare.setdefault(memory.nbytes, []).append(memory)
 
 
 class _Workspace:
@@ -288,7 +298,7 @@ def sparse_decode_backward_weight(
     grad: Tensor, values: Tensor, indices: Tensor, F: int
 ) -> tuple[Tensor, Tensor]:
     (N, d), k = grad.shape, values.shape[1]
-    grad_W, value_sum = _huge_pages(grad.new_empty(F, d)), grad.new_empty(F)
+    grad_W, value_sum = _large(F, d, grad.dtype), grad.new_empty(F)
     _cpu.sparse_decode_backward_weight(
         N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values), _pointer(indices),
         indices.element_size(),

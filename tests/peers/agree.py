@@ -10,6 +10,8 @@ import torch
 from cases import assert_close
 from torch import Tensor, nn
 
+CODES = ("code", "codes", "acts", "f", "encode")  # dense [N, F]
+
 
 def copies(module: nn.Module, ours: nn.Module) -> None:
     """The same state in both, moved off its symmetric start."""
@@ -32,10 +34,12 @@ def data(N: int, d: int, seed: int = 0) -> Tensor:
 def assert_agree(
     what: str, got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
 ) -> None:
-    """tests/cases.py's rule for each named tensor."""
+    """tests/cases.py's rule for each named tensor; of codes, also the same entries."""
     assert got.keys() == plain.keys() == exact.keys(), what
     for name, value in got.items():
         assert_close(f"{what} {name}", value, plain[name], exact[name])
+        if name in CODES:
+            assert torch.equal(value != 0, plain[name] != 0), f"{what} {name}: other latents"
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,10 @@ import torch
 from agree import assert_agree, assert_same_curve, build, copies, data, gradients
 from dictionary_learning.trainers.top_k import AutoEncoderTopK as Original
 from dictionary_learning.trainers.top_k import TopKTrainer
+from dictionary_learning.training import trainSAE
+from dictionary_learning.utils import load_dictionary
 
+import ksae
 from ksae.interop import dictionary_learning as ours
 from ksae.interop.dictionary_learning import AutoEncoderTopK
 
@@ -77,6 +80,37 @@ def test_the_trainer_has_the_curve_of_the_original(dead):
         assert not dead or trainer.dead_features >= 0
     assert_same_curve(curves)
     assert isinstance(trainer.ae, AutoEncoderTopK) and float(trainer.ae.threshold) > 0
+
+
+def test_what_the_librarys_script_writes_is_read(tmp_path):
+    """trainSAE, the library's whole training: steps, checkpoints on the way, files at the end."""
+    options = {"activation_dim": D, "dict_size": F, "k": K, "layer": 0, "lm_name": "none"}
+    options |= {"steps": 60, "lr": 5e-3, "warmup_steps": 5, "seed": 0, "device": "cpu"}
+    classes = Original, AutoEncoderTopK
+    configs = [{"trainer": TopKTrainer, "dict_class": c, **options} for c in classes]
+    configs.append({"trainer": ours.TopKTrainer, "fused": True, **options})
+    batches = [data(256, D, seed=s) for s in range(61)]
+    trainSAE(
+        batches,
+        configs,
+        60,
+        save_steps=[30],
+        save_dir=str(tmp_path),
+        device="cpu",
+        normalize_activations=True,
+    )
+    x, outs = data(N, D, seed=99), []
+    for i in range(3):
+        folder = tmp_path / f"trainer_{i}"
+        theirs, config = load_dictionary(str(folder), "cpu")
+        model = ksae.load(folder)
+        assert isinstance(theirs, Original) and config["trainer"]["dict_class"] == "AutoEncoderTopK"
+        for name, value in (("W_enc", theirs.encoder.weight), ("W_dec", theirs.decoder.weight.T)):
+            assert torch.equal(getattr(model, name), value), name
+        torch.testing.assert_close(model(x).recon, theirs(x), rtol=1e-5, atol=1e-5)
+        assert ksae.load(folder / "checkpoints" / "ae_30.pt").k == K
+        outs.append((theirs(x) - x).square().sum())
+    torch.testing.assert_close(outs[1:], outs[:1] * 2, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("dead", [False, True], ids=["alive", "dead latents"])

@@ -132,6 +132,17 @@ def test_a_script_gets_ours_and_the_names_come_back():
     assert overcomplete.TopKSAE is overcomplete.sae.TopKSAE is Original
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_files_are_read_both_ways(setting, tmp_path):
+    ours, theirs, _ = models(setting)
+    path = tmp_path / "sae.pt"
+    for one, other in ((theirs, make(TopKSAE, setting)), (ours, make(Original, setting))):
+        torch.save(one.state_dict(), path)
+        other.load_state_dict(torch.load(path, weights_only=True))
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name]), name
+
+
 def test_whole_models_are_saved_as_there():
     ours = make(TopKSAE, "default")
     again = pickle.loads(pickle.dumps(ours))

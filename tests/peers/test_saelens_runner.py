@@ -11,6 +11,7 @@ from datasets import Dataset
 from sae_lens.training.sae_trainer import SAETrainer
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+import ksae
 from ksae.interop import saelens
 
 D, F, K, CONTEXT, BATCH, STEPS = 32, 128, 4, 16, 128, 60
@@ -96,6 +97,10 @@ def test_the_runner_has_the_curve_of_the_original(monkeypatch, language_model, t
     assert type(loaded) is sae_lens.TopKSAE  # without ksae
     x = torch.randn(8, D)
     torch.testing.assert_close(loaded(x), trained(x), rtol=1e-4, atol=1e-5)
+    for name in ("theirs", "ours"):  # what the runner wrote, read by ksae
+        theirs = sae_lens.SAE.load_from_disk(tmp_path / name / "output")
+        model = ksae.load(tmp_path / name / "output", fold=True)
+        torch.testing.assert_close(model(x).recon, theirs(x), rtol=1e-4, atol=1e-5)
     # The same from our import, but for torch's fused Adam: from here, and from a checkpoint.
     trained, losses = run(
         monkeypatch,

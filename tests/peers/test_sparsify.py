@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import pytest
-import sparsify
+import sparsify.fused_encoder
+import sparsify.utils
 import torch
 from agree import assert_agree, assert_same_curve, build, copies, data, dense, gradients
 from sparsify.sparse_coder import SparseCoder as Original
 
+from ksae.interop import sparsify as own
 from ksae.interop.sparsify import ForwardOutput, SparseCoder, SparseCoderConfig
 
 N, D, F, K = 40, 16, 128, 4
@@ -72,6 +74,27 @@ def test_pre_acts_are_the_originals():
     outs = [m.encode(x.to(m.b_dec.dtype)) for m in (ours, theirs, exact)]
     assert_agree("encode", *({"pre_acts": o.pre_acts.clone()} for o in outs))
     assert isinstance(outs[0], type(outs[1]))
+
+
+@pytest.mark.parametrize("activation", ["topk", "groupmax"])
+def test_the_librarys_functions_are_ours(activation):
+    """Its seams: the encoder, and the decoder that its module picks when imported."""
+    outs, grads = [], []
+    x, W, b = data(N, D), data(F, D, seed=1), data(1, F, seed=2)[0]
+    for encode, decode, dtype in (
+        (own.fused_encoder, own.decoder_impl, torch.float32),
+        (sparsify.fused_encoder.fused_encoder, sparsify.utils.eager_decode, torch.float32),
+        (sparsify.fused_encoder.fused_encoder, sparsify.utils.eager_decode, torch.float64),
+    ):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, W, b, W.flip(0))]
+        acts, indices, pre_acts = encode(*leaves[:3], K, activation)
+        out = decode(indices, acts, leaves[3].mT)
+        out.square().sum().backward()
+        code = dense((acts, indices), F)
+        outs.append({"code": code, "out": out, "pre_acts": pre_acts.clone()})
+        grads.append({str(i): t.grad for i, t in enumerate(leaves)})
+    assert_agree(activation, *outs)
+    assert_agree(f"{activation} gradient", *grads)
 
 
 def trainer_step(model, optimizer, x):

@@ -88,6 +88,8 @@ def read(
     extra = read_extra(source.path)
     fields = extra.pop("fields", {})
     coder.extra = {**extra, **coder.extra}
+    if not coder.b_dec.any():
+        coder.centred = fields.get("centred", coder.centred)
     if coder.k is None and coder.activation == "topk":
         coder.k = k if k is not None else fields.get("k")
         if coder.k is not None and not 1 <= coder.k <= coder.d_sae:

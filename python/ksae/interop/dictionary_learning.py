@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from .. import functional, modules
 from ..step import TrainStep
 from . import lazy, libraries, sparse
+from .formats.dictionary_learning import KEYS
+from .formats.files import pick
 
 _PATH = "dictionary_learning.trainers.top_k"
 if TYPE_CHECKING:
@@ -148,8 +150,10 @@ class AutoEncoderTopK(_Base):
 
         Raises:
             ValueError: k is given and is not that of the file.
+            UserError: a tensor that is missing, or that the format does not have.
         """
         state = torch.load(path, weights_only=True, map_location="cpu")
+        state = pick(state, KEYS - {"k"}, {"k", "threshold"}, os.fspath(path))
         F, d = state["encoder.weight"].shape
         stored = int(state["k"]) if "k" in state else k
         if stored is None:

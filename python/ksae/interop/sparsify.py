@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from . import lazy, libraries, sparse
+from .formats.files import pick
 
 ACTIVATIONS = ("topk", "groupmax")
 
@@ -241,7 +242,11 @@ class SparseCoder(_Base):
     def load_from_disk(
         cls, path: Path | str, device: str | torch.device = "cpu", *, decoder: bool = True
     ) -> SparseCoder:
-        """Read cfg.json and sae.safetensors; the dtype is the file's."""
+        """Read cfg.json and sae.safetensors; the dtype is the file's.
+
+        Raises:
+            UserError: a tensor that is missing, or that the format does not have.
+        """
         from safetensors.torch import load_file
 
         path = Path(path)
@@ -251,6 +256,9 @@ class SparseCoder(_Base):
         if not decoder:
             tensors.pop("W_dec", None)
         cfg = SparseCoderConfig.from_dict(config, drop_extra_fields=True)
+        wanted = {"encoder.weight", "encoder.bias", "b_dec"} | ({"W_dec"} if decoder else set())
+        wanted |= {"W_skip"} if cfg.skip_connection else set()
+        tensors = pick(tensors, wanted, set(), str(path / "sae.safetensors"))
         sae = cls(d_in, cfg, device, tensors["encoder.weight"].dtype, decoder=decoder)
         sae.load_state_dict(tensors)
         return sae

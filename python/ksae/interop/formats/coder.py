@@ -169,6 +169,9 @@ def require(
             raise refuse("scaling by decoder norms", True, hint)
         coder = fold_scale(coder)
     if centred is not None and coder.centred != centred:
+        if coder.d_in == coder.d_out and not coder.b_dec.any():  # nothing to subtract
+            coder.extra.setdefault("fields", {})["centred"] = coder.centred
+            return replace(coder, centred=centred)
         if not fold or (centred and coder.d_in != coder.d_out):
             raise refuse("b_dec subtracted from the input", coder.centred, hint)
         coder = unfold_center(coder) if centred else fold_center(coder)

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from ksae import checkpoint, modules
+from ksae import checkpoint, gradtopk, modules
 from ksae.errors import UserError
 
 from .coder import Coder, check, require
 from .files import Source
 
 FOLDER = False
+GRADIENT = ("beta", "mode", "grad_norm")  # of gradtopk's classes alone
 TRAINING = ("loss", "auxk_alpha", "k_aux", "dead_after", "normalize_decoder", "multi_topk")
 
 
@@ -28,7 +29,8 @@ def read(source: Source) -> Coder:
     weights: dict[str, Any] = {
         name: parameter.detach() for name, parameter in model.named_parameters()
     }
-    config = {name: header["config"][name] for name in TRAINING if name in header["config"]}
+    names = [name for name in (*TRAINING, *GRADIENT) if name in header["config"]]
+    config = {name: header["config"][name] for name in names}
     coder = Coder(
         **weights,
         activation="topk",
@@ -39,7 +41,7 @@ def read(source: Source) -> Coder:
             "ksae": {
                 "config": config,
                 "extra": header["extra"],
-                "tokens_since_fired": model.tokens_since_fired,
+                "buffers": dict(model.named_buffers()),
             },
         },
     )
@@ -47,7 +49,7 @@ def read(source: Source) -> Coder:
 
 
 def build(coder: Coder, fold: bool) -> modules.SparseCoder:
-    """The coder as a `ksae.TopKSAE` or `ksae.Transcoder`."""
+    """The coder as a `ksae.TopKSAE` or `ksae.Transcoder`, or what those of gradtopk it was."""
     coder = require(coder, "ksae", skip=True, square=False, fold=fold)
     if coder.centred and coder.W_skip is not None:
         raise UserError("convert: ksae cannot hold W_skip with b_dec subtracted from the input")
@@ -58,23 +60,23 @@ def build(coder: Coder, fold: bool) -> modules.SparseCoder:
     settings: dict[str, Any] = dict(kept.get("config", {}))
     settings |= {"dtype": coder.dtype, "device": "meta"}
     assert coder.k is not None
+    by_gradient = set(GRADIENT) <= settings.keys()
     model: modules.SparseCoder
     try:
         if coder.centred:
-            model = modules.TopKSAE(coder.d_in, coder.d_sae, coder.k, **settings)
+            sae = gradtopk.GradTopKSAE if by_gradient else modules.TopKSAE
+            model = sae(coder.d_in, coder.d_sae, coder.k, **settings)
         else:
-            skip = coder.W_skip is not None
-            model = modules.Transcoder(
-                coder.d_in, coder.d_out, coder.d_sae, coder.k, skip=skip, **settings
-            )
+            transcoder = gradtopk.GradTopKTranscoder if by_gradient else modules.Transcoder
+            settings["skip"] = coder.W_skip is not None
+            model = transcoder(coder.d_in, coder.d_out, coder.d_sae, coder.k, **settings)
     except TypeError as error:
         raise UserError(f"load: {error}") from None
     names = ["W_enc", "b_enc", "W_dec", "b_dec"] + (["W_skip"] if coder.W_skip is not None else [])
     state = {name: getattr(coder, name).contiguous() for name in names}
-    fired = kept.get("tokens_since_fired")
-    state["tokens_since_fired"] = (
-        torch.zeros(coder.d_sae, dtype=torch.int64) if fired is None else fired
-    )
+    for name, buffer in model.named_buffers():
+        counted = kept.get("buffers", {}).get(name)
+        state[name] = torch.zeros_like(buffer, device="cpu") if counted is None else counted
     model.load_state_dict(state, assign=True)
     return model
 
