@@ -140,16 +140,6 @@ def test_help(capfd, command: list[str]):
         assert all(name in out for name in ("demo", "train", "eval", "config"))
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "convert", "config", "demo", "bench"])
-def test_help_does_not_wait_for_torch(command: str):
-    code = f"from ksae import cli; cli.run({[*command.split(), '--help']}); import sys; "
-    code += "print({'torch', 'numpy', 'safetensors'} & set(sys.modules))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(ksae.__file__).parents[1])}
-    out = subprocess.check_output([sys.executable, "-c", code], text=True, env=environment)
-    assert out.endswith("set()\n"), out
-    assert "Usage: ksae" in out
-
-
 def test_train_has_every_setting_as_an_option_with_help_and_default(capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "240")
     assert cli.run(["train", "--help"]) == 0

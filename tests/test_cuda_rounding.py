@@ -83,7 +83,10 @@ def test_special_numbers_are_not_rounded_away(impl: Implementation) -> None:  # 
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
-def test_the_shadow_is_the_rounded_weight(impl: Emulated, side: str) -> None:
+def test_the_shadow_is_the_rounded_weight(
+    impl: Implementation,  # noqa: F811
+    side: str,
+) -> None:
     a = row_arguments(torch.float32, side)
     plain, sliced = clone_all(a), clone_all(a)
     a["shadow"], sliced["shadow"] = a["W"].bfloat16(), torch.zeros_like(a["W"]).bfloat16()
