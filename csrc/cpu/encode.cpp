@@ -32,8 +32,8 @@ constexpr int64_t kRingBytes = int64_t(400) << 10;
 constexpr int kMaxSlots = 8;
 
 // Pruning pays up to this many expected candidates a row (see bench/grad_encode.py): in float32 on
-// a Zen 5, one busy core, d=768, F=24576, k=32, it took 1.7 to 1.8 times plain topk_encode at 450
-// and 2.2 to 2.3 times at 1480, the dual product 2.1 to 2.4 times.
+// two threads of a Zen 5, d=768, F=24576, k=32, it took 1.5 times plain topk_encode at 450 and 2.1
+// to 2.2 times at 1480, the dual product 2.1 times.
 constexpr int64_t kPrunedCandidates = 1000;
 
 Scoring scoring_of(const EncodeParams& p) {

@@ -77,7 +77,7 @@ void pack_grad_w(const EncodeChunk& c, int64_t group, int64_t panel) {
 
 template <Scoring kScoring>
 void grad_tile(const EncodeChunk& c, const Score& score, const float* x, const float* w,
-               const float* gx, const float* gw, int64_t at, int64_t r0, uint32_t* keys) {
+               const float* gx, const float* gw, int64_t at, int64_t r0, const Scratch& s) {
   const GradChunk& g = *c.grad;
   alignas(64) float u[kTileRows][kPanel], a[kTileRows][kPanel];
   const auto multiply = [](const EncodeChunk& p, const float* rows, const float* panel,
@@ -105,26 +105,31 @@ void grad_tile(const EncodeChunk& c, const Score& score, const float* x, const f
       if (!g.plain[r]) of_a = panel_margin(g.a, at, r);
       if (c.redo[r]) continue;
     }
-    alignas(64) float hi[kPanel];
-    if (g.plain[r]) {
-      for (int l = 0; l < kPanel; ++l) hi[l] = u[i][l] + of_u;
-    } else {
-      const float widen = kScoring == Scoring::kScreen ? kWiden : 1.0f;
-      for (int l = 0; l < kPanel; ++l) {
-        const float t = u[i][l] + of_u;
-        const float h = score.c1 * (score.height(a[i][l]) + of_a);
-        const float s = t * ((score.c0 + h) * widen);
-        hi[l] = t <= 0 ? t : s;
+    const Vec tau = splat(c.tau[r]), none = splat(0);
+    uint32_t hits = 0;
+    for (int l = 0; l < kPanel; l += kWidth) {
+      const Vec most = load(u[i] + l) + splat(of_u);
+      uint32_t passed = not_le(most, tau);
+      if (!g.plain[r]) {
+        const Vec gain = load(a[i] + l);
+        const Vec h = larger(score.is_signed ? none : gain, none - gain) + splat(of_a);
+        const Vec factor = splat(score.c0) + splat(score.c1) * h;
+        const Vec lifted = most * (kScoring == Scoring::kScreen ? factor * splat(kWiden) : factor);
+        const uint32_t positive = not_le(most, none);
+        passed = (positive & not_le(lifted, tau)) | (~positive & passed);
       }
+      hits |= passed << l;
     }
-    const Vec tau = splat(c.tau[r]);
-    uint32_t hits = not_le(load(hi), tau) | not_le(load(hi + kWidth), tau) << kWidth;
     hits &= lanes;
     if (!hits) continue;
     if (c.count[r] > room(c)) {
-      narrow(c, score, r, keys);
-      if (kScoring == Scoring::kScreen && c.count[r] > room(c) - c.p->k / 2) c.redo[r] = 1;
-      if (kScoring == Scoring::kScreen && c.redo[r]) continue;
+      if constexpr (kScoring == Scoring::kScreen) {
+        narrow_bounded(c, score, r, false, s);
+        if (c.count[r] > room(c) - c.p->k / 2) c.redo[r] = 1;
+        if (c.redo[r]) continue;
+      } else {
+        narrow_exact(c, score, r, s.keys);
+      }
     }
     const int64_t base = r * c.capacity;
     int32_t n = c.count[r];
@@ -161,7 +166,7 @@ void grad_rows(const EncodeChunk& c, int64_t group, int64_t tile0, int64_t tile1
         pruned_tile<kScoring>(c, score, rows_at(c, tile), panel_at(c, panel), at, r0, s);
       } else {
         grad_tile<kScoring>(c, score, rows_at(c, tile), panel_at(c, panel), rows_at(g.a, tile),
-                            panel_at(g.a, panel), at, r0, s.keys);
+                            panel_at(g.a, panel), at, r0, s);
       }
       ahead.advance();
       ahead_a.advance();
@@ -202,12 +207,12 @@ void grad_finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch
   };
   if (source != Source::kExact) {
     if (source == Source::kPruned) {
-      each([&](int64_t r) { narrow_pruned(c, score, r, false, s); });
+      each([&](int64_t r) { narrow_bounded(c, score, r, true, s); });
       each([&](int64_t r) { stats->candidates += c.count[r]; });
       dot_survivors(c, row0, row1);
-      each([&](int64_t r) { narrow_pruned(c, score, r, true, s); });
+      each([&](int64_t r) { narrow_bounded(c, score, r, false, s); });
     } else {
-      each([&](int64_t r) { narrow(c, score, r, s.keys); });
+      each([&](int64_t r) { narrow_bounded(c, score, r, false, s); });
     }
     if (c.scoring == Scoring::kScreen) rescore(c, row0, row1);
     rescore(g.a, row0, row1);

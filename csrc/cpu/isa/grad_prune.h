@@ -11,50 +11,6 @@
 
 namespace ksae::cpu::KSAE_ISA {
 
-// Keeps the candidates that may still win and raises tau. The margin of u is the row's largest, so
-// that the loops have no lookup of it. `dot`: a is a dot product; otherwise it holds hi.
-inline void narrow_pruned(const EncodeChunk& c, const Score& score, int64_t r, bool dot,
-                          const Scratch& s) {
-  const GradChunk& g = *c.grad;
-  const int64_t n = c.count[r], k = c.p->k, base = r * c.capacity;
-  if (n <= k) return;
-  float *u = c.score + base, *a = g.a.score + base, *hi = a;
-  int32_t* index = c.index + base;
-  const float of_u = c.scoring == Scoring::kScreen ? c.margin[r] : 0;
-  if (dot) {
-    hi = reinterpret_cast<float*>(s.sort);
-    const bool plain = g.plain[r];
-    const float of_norm = float(g.a.p->d + 64) * 0x1p-22f * g.norm_g[r];
-    bool bounded = true;
-    for (int64_t i = 0; i < n; ++i) {
-      const float of_a = plain ? 0 : of_norm * g.norm_w[index[i]];
-      const float h = plain ? 0 : score.height(a[i]);
-      bounded &= h + of_a < __builtin_inff();
-      const float least = h - of_a > 0 ? h - of_a : 0, lo = u[i] - of_u, most = u[i] + of_u;
-      const float lo_lifted = lo * ((1 + score.c1 * least) * kNarrow);
-      const float most_lifted = most * ((1 + score.c1 * (h + of_a)) * kWiden);
-      s.keys[i] = order_key(lo > 0 ? lo_lifted : lo);
-      hi[i] = most <= 0 ? most : most_lifted;
-    }
-    if (!bounded) c.redo[r] = 1;
-  } else {
-    for (int64_t i = 0; i < n; ++i) s.keys[i] = order_key(u[i] - of_u);
-  }
-  const float tau = order_score(kth_key(s.keys, n, k));
-  const Vec t = splat(tau);
-  int64_t out = 0;
-  for (int64_t i = 0; i < n; i += kWidth) {
-    const Vec most = load(hi + i), of_a = load(a + i);
-    uint32_t mask = not_lt(most, t);
-    if (n - i < kWidth) mask &= (1u << (n - i)) - 1;
-    compress(index + out, mask, index + i);
-    compress(u + out, mask, load(u + i));
-    out += compress(a + out, mask, of_a);
-  }
-  c.tau[r] = tau;
-  c.count[r] = int32_t(out);
-}
-
 template <Scoring kScoring>
 void pruned_tile(const EncodeChunk& c, const Score& score, const float* x, const float* w,
                  int64_t at, int64_t r0, const Scratch& s) {
@@ -94,7 +50,7 @@ void pruned_tile(const EncodeChunk& c, const Score& score, const float* x, const
     const uint32_t passed = hits[i] & lanes;
     if (!passed || c.redo[r]) continue;
     if (c.count[r] > room(c)) {
-      narrow_pruned(c, score, r, false, s);
+      narrow_bounded(c, score, r, true, s);
       if (c.count[r] > room(c) - c.p->k / 2) c.redo[r] = 1;
       if (c.redo[r]) continue;
     }
