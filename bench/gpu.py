@@ -266,7 +266,6 @@ def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
         check(record, f"{way} {shape.name}", ways[way]()[0], i.values, 1e-2)
     times = timer(ways)
     add_rows(record, shape, "encode + select", times, costs.topk_encode(N, d, F, k, s))
-    note_choice(record, timer.device, shape, dtype, times)
     grad, dead, k_aux = i.x.flip(0), torch.arange(F, device=timer.device) % 10 == 0, min(d, F) // 2
     ways = {
         "ksae": lambda: ops.grad_topk_encode(i.x, grad, i.W, i.b_enc, i.W, k, 0.5),
@@ -278,13 +277,17 @@ def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
     ways = {
         "ksae": lambda: ops.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
         "Triton": lambda: portable.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
+        "fused Triton": lambda: portable.fused_topk_encode_aux(*tokens, k_aux, dead),
+        "product + select": lambda: with_product.topk_encode_aux(*tokens, k_aux, dead),
         "encoded twice": lambda: (
             ops.topk_encode(i.x, i.W, i.b_enc, k),
             ops.topk_encode(i.x, i.W, i.b_enc, k_aux, None, dead),
         ),
     }
     cost = costs.topk_encode_aux(N, d, F, k, k_aux, s)
-    add_rows(record, shape, "encode + AuxK", timer(ways), cost)
+    aux_times = timer(ways)
+    add_rows(record, shape, "encode + AuxK", aux_times, cost)
+    note_choice(record, timer.device, shape, dtype, times, aux_times)
 
     want = ops.sparse_decode(i.values, i.indices, i.W)
     check(record, f"decode {shape.name}", gpurivals.decode(i.values, i.indices, i.W), want, 1e-2)
@@ -321,18 +324,23 @@ def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: Any) -> None:
     add_rows(record, shape, "latent pass", timer(ways), cost)
 
 
-def note_choice(record: Record, device: str, shape: Shape, dtype: Any, times: Any) -> None:
+def note_choice(
+    record: Record, device: str, shape: Shape, dtype: Any, times: Any, aux_times: Any
+) -> None:
     """The row for the table of python/ksae/gpu.py that these times give."""
     import torch
 
     from ksae import gpu
 
-    fused, product = (times[way].median * 1e3 for way in ("fused Triton", "product + select"))
-    way = "fused" if fused < product else "product"
+    names = {"fused": "fused Triton", "product": "product + select"}
+    way, aux = (min(names, key=lambda way: of[names[way]].median) for of in (times, aux_times))
+    fused, product = (times[name].median * 1e3 for name in names.values())
     generation = gpu.generation(torch.device("cuda")) if device == "cuda" else "dry run"
     said = f"{record.data['machine'].get('gpu')}, N={shape.N}, k={shape.k}, {dtype}: fused"
     said += f" {fused:.4g} ms, product {product:.4g} ms, {time.strftime('%Y-%m-%d')}"
-    row = gpu.Row(generation, shape.d, shape.F, way, said)
+    fused, product = (aux_times[name].median * 1e3 for name in names.values())
+    said += f"; with AuxK {fused:.4g} and {product:.4g} ms"
+    row = gpu.Row(generation, shape.d, shape.F, way, said, aux)
     record.note("choice", **{shape.name: repr(row)})
 
 

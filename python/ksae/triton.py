@@ -93,6 +93,33 @@ class Kernels(cuda.Kernels):
         with _guard(x):
             return grad_encode.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
 
+    def fused_topk_encode_aux(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        k_aux: int,
+        dead: Tensor,
+        b_dec: Tensor | None = None,
+        grad: Tensor | None = None,
+        W_dec: Tensor | None = None,
+        beta: float = 0.0,
+        mode: str = "additive",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`topk_encode_aux` without the scores, for a second product of x and W_enc."""
+        from .kernels import gate
+
+        if max(k, k_aux) > gate.MAX_K:
+            rest = (b_dec, grad, W_dec, beta, mode)
+            return self.topk_encode_aux(x, W_enc, b_enc, k, k_aux, dead, *rest)
+        if grad is None or W_dec is None:
+            chosen = self.fused_topk_encode(x, W_enc, b_enc, k, b_dec)
+        else:
+            score = (k, beta, mode, b_dec)
+            chosen = self.fused_grad_topk_encode(x, grad, W_enc, b_enc, W_dec, *score)
+        return (*chosen, *self.fused_topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
+
     def sparse_decode(
         self, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
     ) -> Tensor:
