@@ -31,7 +31,7 @@ OF_STEP = {
 KERNELS = {
     "topk": GATED | {"list_kernel", "redo_kernel"},
     "grad": GATED | {"list_kernel", "redo_kernel", "informed_kernel"},
-    "screen": GATED | {"norms_kernel", "rescore_kernel"},
+    "screen": GATED | {"norms_kernel", "tighten_kernel", "rescore_kernel"},
     "selection": {"maxima_kernel", "select_kernel"},
     "selections": {"maxima_kernel", "select_kernel"},
     "gradients": {"decode_kernel", "values_kernel", "pieces_kernel", "weight_kernel"},
