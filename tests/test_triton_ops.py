@@ -26,11 +26,22 @@ from ksae.triton import Kernels
 
 TESTS = Path(__file__).parent
 CASES = TESTS / "triton_ops_cases.py"
+
+
+class FusedFirst(Kernels):
+    """Encodes without the scores."""
+
+    topk_encode = Kernels.fused_topk_encode
+    grad_topk_encode = Kernels.fused_grad_topk_encode
+    topk_encode_aux = Kernels.fused_topk_encode_aux
+
+
 IMPLEMENTATIONS = {
     "reference": reference,
     "cpu": native,
     "cuda": cuda.Kernels(types.ModuleType("no kernel is reached")),
     "triton": Kernels(),
+    "triton, fused": FusedFirst(),
 }
 
 

@@ -4,6 +4,7 @@ own. The tests of test_ops.py that are quick there, and cases that only these ke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import triton_interpreter  # noqa: F401  first: sets the mode
 
 # isort: split
 import pytest
+import test_contracts
 import test_ops
 import torch
 import triton.language as tl
@@ -35,7 +37,7 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
 from triton_sort import numpy_sort
 
 import ksae
-from ksae import cuda, modules, reference, step
+from ksae import checks, cuda, modules, ops, reference, step
 from ksae.kernels import gate, select
 from ksae.triton import Kernels
 
@@ -52,6 +54,14 @@ class Interpreted(Implementation):
     def __getattr__(self, op: str) -> Any:
         kernel = getattr(self.kernels, op)
         return lambda *args: kernel(*map(contiguous, args))
+
+
+class Fused(Interpreted):
+    """Encodes the other way."""
+
+    def __getattr__(self, op: str) -> Any:
+        fused = f"fused_{op}"
+        return super().__getattr__(fused if hasattr(self.kernels, fused) else op)
 
 
 def contiguous(arg: Any) -> Any:
@@ -312,14 +322,6 @@ def test_hot_latents_are_cut(impl: Implementation, side: str) -> None:
 # ------------------------------------------------------------------------------------- a whole step
 
 
-class Fused(Interpreted):
-    """Encodes the other way."""
-
-    def __getattr__(self, op: str) -> Any:
-        fused = f"fused_{op}"
-        return super().__getattr__(fused if hasattr(self.kernels, fused) else op)
-
-
 @pytest.mark.parametrize("way", ["product", "fused"])
 def test_a_training_step_is_that_of_the_reference(
     impl: Implementation, way: str, monkeypatch: pytest.MonkeyPatch
@@ -342,3 +344,27 @@ def test_a_training_step_is_that_of_the_reference(
         got, run(reference, torch.float32), run(reference, torch.float64), strict=True
     ):
         assert_close("parameter", g, p, e, floor=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+(BAD,) = (m.args for m in test_contracts.test_bad_arguments.pytestmark if m.name == "parametrize")
+
+
+@pytest.mark.parametrize("way", ["product", "fused"])
+@pytest.mark.parametrize(BAD[0], BAD[1])
+def test_bad_arguments(
+    impl: Implementation,
+    call: tuple[str, int, Any],
+    error: type[Exception],
+    message: str,
+    way: str,
+) -> None:
+    """The message of every other implementation."""
+    name, position, value = call
+    served = getattr(Fused() if way == "fused" else impl, name)
+    kernel = ops._kernel(name, getattr(checks, name), served, native_=True)
+    args = list(test_contracts.arguments(name, torch.float32))
+    args[position] = value(args[position]) if callable(value) else value
+    with pytest.raises(error, match=re.escape(message)):
+        kernel(*args)
