@@ -14,7 +14,8 @@ is never appended: rows with fewer than k others are filled with the first laten
 
 Cost: 1 + p products. Memory beyond inputs and outputs: the buffers, N * capacity * 8 bytes (12
 where values are not the scores), and the sampled maxima, N * F * p / group * 4 bytes. Nothing
-synchronises with the host. A redone row is slow: one program works on a tile of rows alone.
+synchronises with the host. A redone row is slow: one program works on a tile of rows alone. Of 4096
+rows of layer 9 of SmolLM2-135M (d = 576, k = 32, F = 4608 and 24576) none would be redone.
 Portable Triton; run on no AMD GPU, and so far on no GPU: interpreted and compiled only.
 """
 

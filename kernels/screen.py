@@ -17,8 +17,10 @@ guess did. That gate is a product of these rows alone.
 
 Every float32 score comes from one loop of one kernel, so the result is that of scoring each latent
 with it: which path a row took does not show. Cost: 1 + p bf16 products and the reading of about
-2 k rows of W_enc a row of x. A row without proof reads all of W_enc: where x has entries that
-dwarf the others (and b_dec does not remove them) the plain encode is the faster one.
+2 k rows of W_enc a row of x. A row that is scored in full reads all of W_enc, in one program: where
+x has entries that dwarf the others (and b_dec does not remove them) the plain encode is the faster
+one. Of 4096 rows of layer 9 of SmolLM2-135M (d = 576, k = 32, SAEs after 120 and 300 steps), these
+steps in torch let 2 pass twice and score none in full for F = 24576, and 19 and 7 for F = 4608.
 """
 
 from __future__ import annotations
@@ -225,7 +227,8 @@ def screened_and_redone(
     )
     tile = tile_of(rounded, carries=True)
     tau = guess(op, k, "screen", tile) if tau is None else tau.clone()  # it is written
-    found = gated(op, tau, "screen", tile, capacity or capacity_of(k, tile.f))
+    # twice the room of the plain gate: latents that cannot be told apart pass as well
+    found = gated(op, tau, "screen", tile, capacity or 2 * capacity_of(k, tile.f))
     assert found.carried is not None
     capacity = found.keys.shape[1]
     rows, listed = tau.new_empty(N, dtype=torch.int32), found.counts[N:]
