@@ -66,7 +66,6 @@ def measure_encode(record: Record, timer: Timer, i: Inputs) -> None:
         check(record, f"{way} {shape.name}", ways[way]()[0], i.values, 1e-2)
     times = timer(ways)
     add_rows(record, shape, "encode + select", times, costs.topk_encode(N, d, F, k, s))
-    note_choice(record, timer.device, shape, i.dtype, times)
     grad, dead, k_aux = i.x.flip(0), torch.arange(F, device=timer.device) % 10 == 0, min(d, F) // 2
     ways = {
         "ksae": lambda: ops.grad_topk_encode(i.x, grad, i.W, i.b_enc, i.W, k, 0.5),
@@ -78,25 +77,37 @@ def measure_encode(record: Record, timer: Timer, i: Inputs) -> None:
     ways = {
         "ksae": lambda: ops.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
         "Triton": lambda: portable.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
+        "fused Triton": lambda: portable.fused_topk_encode_aux(*tokens, k_aux, dead),
+        "product + select": lambda: with_product.topk_encode_aux(*tokens, k_aux, dead),
         "encoded twice": lambda: (
             ops.topk_encode(i.x, i.W, i.b_enc, k),
             ops.topk_encode(i.x, i.W, i.b_enc, k_aux, None, dead),
         ),
     }
     cost = costs.topk_encode_aux(N, d, F, k, k_aux, s)
-    add_rows(record, shape, "encode + AuxK", timer(ways), cost)
+    aux_times = timer(ways)
+    add_rows(record, shape, "encode + AuxK", aux_times, cost)
+    note_choice(record, timer.device, shape, i.dtype, times, aux_times)
 
 
 def note_choice(
-    record: Record, device: str, shape: Shape, dtype: torch.dtype, times: Mapping[str, Times]
+    record: Record,
+    device: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    times: Mapping[str, Times],
+    aux_times: Mapping[str, Times],
 ) -> None:
     """The row for the table of python/ksae/gpu.py that these times give."""
-    fused, product = (times[way].median * 1e3 for way in ("fused Triton", "product + select"))
-    way = "fused" if fused < product else "product"
+    names = {"fused": "fused Triton", "product": "product + select"}
+    way, aux = (min(names, key=lambda way: of[names[way]].median) for of in (times, aux_times))
+    fused, product = (times[name].median * 1e3 for name in names.values())
     generation = gpu.generation(torch.device("cuda")) if device == "cuda" else "dry run"
     said = f"{record.data['machine'].get('gpu')}, N={shape.N}, k={shape.k}, {dtype}: fused"
     said += f" {fused:.4g} ms, product {product:.4g} ms, {time.strftime('%Y-%m-%d')}"
-    row = gpu.Row(generation, shape.d, shape.F, way, said)
+    fused, product = (aux_times[name].median * 1e3 for name in names.values())
+    said += f"; with AuxK {fused:.4g} and {product:.4g} ms"
+    row = gpu.Row(generation, shape.d, shape.F, way, said, aux)
     record.note("choice", **{shape.name: repr(row)})
 
 

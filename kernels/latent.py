@@ -22,11 +22,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import registers
+
 CUT = 8 if triton.knobs.runtime.interpret else 256
 SHARES = 512  # of the latents, for grad_b_dec
 ROWS = 16  # latents that a share adds at a time
 COLUMNS = 128
 SUMS = 32  # entries of a latent at a time
+REGISTERS = 96  # five numbers of each of a thread's sixteen columns
 
 
 @triton.jit
@@ -70,7 +73,7 @@ def _centre(centre_ptr, c, columns, CENTRE: tl.constexpr, BLOCK: tl.constexpr):
         return tl.zeros((BLOCK,), tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr"])
 def pieces_kernel(
     coefficients_ptr, offsets_ptr, order_ptr, rows_ptr,
     scale_ptr,  # [1]
@@ -408,7 +411,7 @@ def row_update(
         d, groups.columns, start, GROUPS=groups.count, CENTRE=centre is not None,
         PARALLEL=parallel is not None, FIRST=start == 0, MASTER=master is not None,
         NORMALIZE=normalize, WHOLE=groups.columns == d, CUT=CUT, BLOCK=block, BLOCK_D=block_d,
-        num_warps=warps(block_d),
+        num_warps=warps(block_d), **registers(REGISTERS),
     )  # fmt: skip
 
 
@@ -438,7 +441,7 @@ def row_grad_sq(
         *groups.arguments, scales, W if centre is None else centre,
         scales if parallel is None else parallel, W, out, d, groups.columns, start,
         GROUPS=groups.count, CENTRE=centre is not None, PARALLEL=parallel is not None, CUT=CUT,
-        BLOCK=block, BLOCK_D=block_d, num_warps=warps(block_d),
+        BLOCK=block, BLOCK_D=block_d, num_warps=warps(block_d), **registers(REGISTERS),
     )  # fmt: skip
 
 

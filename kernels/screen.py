@@ -11,10 +11,16 @@
    same loop above a running threshold.
 4. pick, as in gate.py.
 
+Between 2 and 3 rows without proof pass the gate once more: even of the latents that an overflowing
+row has kept, the k-th largest lower end bounds the k-th score from below, and more tightly than the
+guess did. That gate is a product of these rows alone.
+
 Every float32 score comes from one loop of one kernel, so the result is that of scoring each latent
 with it: which path a row took does not show. Cost: 1 + p bf16 products and the reading of about
-2 k rows of W_enc a row of x. A row without proof reads all of W_enc: where x has entries that
-dwarf the others (and b_dec does not remove them) the plain encode is the faster one.
+2 k rows of W_enc a row of x. A row that is scored in full reads all of W_enc, in one program: where
+x has entries that dwarf the others (and b_dec does not remove them) the plain encode is the faster
+one. Of 4096 rows of layer 9 of SmolLM2-135M (d = 576, k = 32, SAEs after 120 and 300 steps), these
+steps in torch let 2 pass twice and score none in full for F = 24576, and 19 and 7 for F = 4608.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bound import norms
-from .gate import LOWEST, MAX_K, Candidates, capacity_of, gated, guess, pick
+from .gate import LOWEST, MAX_K, Candidates, capacity_of, gate_rows, gated, guess, pick
 from .keys import (
     EMPTY,
     NOTHING,
@@ -35,6 +41,7 @@ from .keys import (
     keep_best,
     key_of,
     kth_largest,
+    of_order,
     order_of,
 )
 from .product import Operands, tile_of
@@ -57,6 +64,40 @@ def shadow(W: Tensor, rounded: Tensor | None = None) -> Shadow:
 
 
 @triton.jit
+def _bound(certain, count, tau, k, CAPACITY: tl.constexpr):
+    """Order of the k-th largest lower end, and whether what the gate dropped is proven to lose."""
+    bound = kth_largest(certain, k, 32)
+    return bound, (count <= CAPACITY) & ((bound >= order_of(tau)) | (tau <= LOWEST))
+
+
+@triton.jit
+def tighten_kernel(
+    tau_ptr,  # [N], raised or lowered to what is certain where that proves nothing
+    count_ptr,  # [N], zero there
+    low_ptr,  # [N, CAPACITY]
+    redone_ptr,  # [N] int8: 1 there
+    list_ptr,  # [N] int32: those rows, in an order that does not show in the result
+    listed_ptr,  # [1] int32, zero
+    k,
+    CAPACITY: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    count = tl.load(count_ptr + n)
+    tau = tl.load(tau_ptr + n)
+    c = tl.arange(0, CAPACITY)
+    low = tl.load(low_ptr + n * CAPACITY + c, c < count, float("-inf"))
+    certain = tl.where(c < count, order_of(low).to(tl.int64), NOTHING)
+    bound, proven = _bound(certain, count, tau, k, CAPACITY)
+    tl.store(redone_ptr + n, (proven == 0).to(tl.int8))
+    if proven == 0:
+        certain_tau = tl.where(bound == NOTHING, LOWEST, of_order(bound.to(tl.int32)))
+        tl.store(tau_ptr + n, tl.where(certain_tau < LOWEST, LOWEST, certain_tau))
+        tl.store(count_ptr + n, 0)
+        place = tl.atomic_add(listed_ptr, 1, sem="relaxed")
+        tl.store(list_ptr + place, n.to(tl.int32))
+
+
+@triton.jit
 def rescore_kernel(
     x_ptr,  # [N, d] float32
     w_ptr,  # [F, d] float32
@@ -66,7 +107,7 @@ def rescore_kernel(
     count_ptr,  # [N] in: what passed the gate; out: scored keys
     keys_ptr,  # [N, CAPACITY] in: of the upper ends; out: of the scores
     low_ptr,  # [N, CAPACITY]
-    redone_ptr,  # [N] int8
+    redone_ptr,  # [N] int8: 2 where the row was scored in full
     F, d, k,
     CAPACITY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -78,8 +119,7 @@ def rescore_kernel(
     held = tl.load(keys + c, c < count, EMPTY)
     low = tl.load(low_ptr + n * CAPACITY + c, c < count, float("-inf"))
     certain = tl.where(c < count, order_of(low).to(tl.int64), NOTHING)
-    bound = kth_largest(certain, k, 32)
-    proven = (count <= CAPACITY) & ((bound >= order_of(tau)) | (tau <= LOWEST))
+    bound, proven = _bound(certain, count, tau, k, CAPACITY)
     survives = (c < count) & ((held >> 32) >= bound) & proven
     one = survives.to(tl.int32)
     place = tl.cumsum(one, axis=0) - one
@@ -118,7 +158,7 @@ def rescore_kernel(
             least = keep_best(keys, None, kept, k, CAPACITY)
             kept = tl.minimum(kept, k)
     tl.store(count_ptr + n, kept)
-    tl.store(redone_ptr + n, (proven == 0).to(tl.int8))
+    tl.store(redone_ptr + n, 2, proven == 0)
 
 
 def screened_topk_encode(
@@ -161,7 +201,8 @@ def screened_and_redone(
     capacity: int | None = None,
     slack: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`screened_topk_encode`, and [N] int8 which rows had no proof and were scored in full."""
+    """`screened_topk_encode`, and [N] int8 which rows passed the gate once (0) and twice (1), and
+    which had no proof then and were scored in full (2)."""
     if k > MAX_K:
         raise ValueError(f"topk_encode: k must be at most {MAX_K} in the Triton kernel, got {k}")
     (N, d), F = x.shape, W_enc.shape[0]
@@ -185,12 +226,16 @@ def screened_and_redone(
         w_norms=of_W.norms,
     )
     tile = tile_of(rounded, carries=True)
-    if tau is None:
-        tau = guess(op, k, "screen", tile)
+    tau = guess(op, k, "screen", tile) if tau is None else tau.clone()  # it is written
     # twice the room of the plain gate: latents that cannot be told apart pass as well
     found = gated(op, tau, "screen", tile, capacity or 2 * capacity_of(k, tile.f))
     assert found.carried is not None
     capacity = found.keys.shape[1]
+    rows, listed = tau.new_empty(N, dtype=torch.int32), found.counts[N:]
+    tighten_kernel[(N,)](
+        tau, found.counts, found.carried, redone, rows, listed, k, CAPACITY=capacity, num_warps=4
+    )
+    gate_rows(op, tau, found, "screen", tile, rows, listed)
     block_d = min(128, int(triton.next_power_of_2(d)))
     rescore_kernel[(N,)](
         x, W_enc, b_enc, living, tau, found.counts, found.keys, found.carried, redone, F, d, k,

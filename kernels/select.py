@@ -22,12 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .keys import EMPTY, NOTHING, index_of, kth_largest, order_of
+from .launch import registers
 
 MAX_K = 128 if triton.knobs.runtime.interpret else 2048
 WIDEST = 4096  # groups a row, where F is not too large for that
 INTERPRETED = triton.knobs.runtime.interpret
 ROUND = 64 if INTERPRETED else 512  # columns that are appended at once
 TILE = 64 if INTERPRETED else 4096  # columns of a program of maxima
+# Chunks of rows begin anywhere in these; they need no second compilation, which takes seconds.
+OF_CHUNKS = ["informed_ptr", "values_ptr", "indices_ptr"]
 MODES = {"plain": 0, "additive": 1, "multiplicative": 2, "signed": 3}
 
 
@@ -80,7 +83,7 @@ def _ordered(
     return tl.where(inside, order_of(s), NOTHING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_CHUNKS)
 def maxima_kernel(
     scores_ptr, second_ptr, informed_ptr, bias_ptr, mask_ptr,
     maxima_ptr,  # [rows, groups] int32
@@ -99,7 +102,7 @@ def maxima_kernel(
     tl.store(maxima_ptr + n * groups + g, tl.max(order, axis=1), g < groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_CHUNKS)
 def select_kernel(
     scores_ptr, second_ptr, informed_ptr, bias_ptr, mask_ptr,
     maxima_ptr,  # [rows, groups] int32; becomes the list of groups to read
@@ -214,5 +217,5 @@ def select(
     select_kernel[(rows,)](
         *inputs, maxima, keys, values, indices, F, groups, k, beta, RELU=relu, **options,
         GROUP=group, GROUPS=triton.next_power_of_2(groups), ROUND=ROUND, CAPACITY=capacity,
-        num_warps=4 if capacity <= 1024 else 8,
+        num_warps=4 if capacity <= 1024 else 8, **registers(128 if capacity <= 1024 else 255),
     )  # fmt: skip

@@ -26,11 +26,22 @@ from ksae.triton import Kernels
 
 TESTS = Path(__file__).parent
 CASES = TESTS / "triton_ops_cases.py"
+
+
+class FusedFirst(Kernels):
+    """Encodes without the scores."""
+
+    topk_encode = Kernels.fused_topk_encode
+    grad_topk_encode = Kernels.fused_grad_topk_encode
+    topk_encode_aux = Kernels.fused_topk_encode_aux
+
+
 IMPLEMENTATIONS = {
     "reference": reference,
     "cpu": native,
     "cuda": cuda.Kernels(types.ModuleType("no kernel is reached")),
     "triton": Kernels(),
+    "triton, fused": FusedFirst(),
 }
 
 
@@ -140,11 +151,26 @@ def test_a_call_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch, w
     monkeypatch.setattr(gpu, "override", way)
     monkeypatch.setattr(gpu.triton, "kernels", Kernels())
     monkeypatch.setattr(gpu.cuda, "kernels", None)
-    for name in ("fused_topk_encode", "topk_encode"):
-        monkeypatch.setattr(Kernels, name, lambda *args, name=name: name)
-    encode, server = gpu.kernel("topk_encode") or (None, None)
-    got = encode(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(5), 1)
-    assert server == "triton" and got == ("fused_" if way == "fused" else "") + "topk_encode"
+    x, W, b = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(5)
+    calls = {"topk_encode": (x, W, b, 1), "grad_topk_encode": (x, x, W, b, W, 1, 0.5),
+             "topk_encode_aux": (x, W, b, 1, 2, b > 0)}  # fmt: skip
+    for op, args in calls.items():
+        for name in (f"fused_{op}", op):
+            monkeypatch.setattr(Kernels, name, lambda *args, name=name: name)
+        encode, server = gpu.kernel(op) or (None, None)
+        got = encode(*args)
+        assert server == "triton" and got == ("fused_" if way == "fused" else "") + op
+
+
+def test_a_step_with_auxk_is_chosen_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused, it takes a second product."""
+    monkeypatch.setattr(gpu, "TABLE", (row("fused"), row("product")._replace(F=99, aux="fused")))
+    monkeypatch.setattr(gpu, "generation", lambda device: "9.0")
+    gpu.row.cache_clear()
+    for F, ways in ((24576, ("fused", "product")), (99, ("product", "fused"))):
+        W = torch.empty(F, 768, device="meta")
+        assert (gpu.way(W), gpu.way(W, aux=True)) == ways
+    gpu.row.cache_clear()
 
 
 def config(**environment: str) -> subprocess.CompletedProcess[str]:

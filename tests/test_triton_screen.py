@@ -11,11 +11,11 @@ from ksae.kernels import screen
 
 CASES = (
     "random", "no row", "one row", "k is F", "wide", "overflow", "overflow of one row",
-    "shortfall", "guess too high", "near ties, room for all", "near ties, overflow", "ties",
-    "outlier dimension", "tiny", "denormal", "huge weights", "huge rows", "mixed norms", "zeros",
-    "NaN in a row", "infinite row", "NaN latent", "infinite latents", "bias not finite",
-    "all negative", "masked", "half masked, overflow", "centred", "kept shadow",
-    "without the bound", "paths agree", "bound holds",
+    "shortfall", "shortfall, room for all", "guess too high", "near ties, room for all",
+    "near ties, overflow", "ties", "outlier dimension", "tiny", "denormal", "huge weights",
+    "huge rows", "mixed norms", "zeros", "NaN in a row", "infinite row", "NaN latent",
+    "infinite latents", "bias not finite", "all negative", "masked", "half masked, overflow",
+    "centred", "kept shadow", "without the bound", "paths agree", "bound holds",
 )  # fmt: skip
 
 

@@ -18,10 +18,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import ksae
+from ksae import step
 from ksae.kernels import encode, grad_encode, product, screen
+from ksae.triton import Kernels
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+USAGE = ("REG", "STACK", "LOCAL")
 NAMES = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "LDL", "STL")
+A = {"N": 8192, "d": 4096, "F": 131072, "k": 64}
+B = {"N": 8192, "d": 768, "F": 24576, "k": 32}
+T16, T32 = torch.bfloat16, torch.float32
 
 
 class Driver:
@@ -46,51 +53,93 @@ def cost(kernel):
         usage = subprocess.check_output(
             [TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name], text=True
         )
-        sass = subprocess.check_output([TOOLS / "nvdisasm", "-c", cubin.name], text=True)
+        sass = ""
+        if re.search(r"\bdot\b|\btt\.dot\b", kernel.asm["ttir"]):  # a third of a second each
+            sass = subprocess.check_output([TOOLS / "nvdisasm", "-c", cubin.name], text=True)
+    most = {name: max(map(int, re.findall(rf"{name}:(\d+)", usage))) for name in USAGE}
     return {
-        "registers": max(map(int, re.findall(r"REG:(\d+)", usage))),
-        "stack": max(map(int, re.findall(r"STACK:(\d+)", usage))),
+        "registers": most["REG"],
+        "memory": most["STACK"] + most["LOCAL"],  # where what is spilled lies
         "shared": kernel.metadata.shared,
+        "product": bool(sass),
         "instructions": [name for name in NAMES if re.search(rf"\b{name}\b", sass)],
+        "atomics": bool(re.search(r"\b(atom|red)\.", kernel.asm["ptx"])),
     }
 
 
-def empty(*shape, dtype):
+def empty(*shape, dtype=T16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def topk(dtype, N=8192, d=768, F=24576, k=32, **options):
-    x, W, b = empty(N, d, dtype=dtype), empty(F, d, dtype=dtype), empty(F, dtype=dtype)
-    encode.topk_encode(x, W, b, k, **options)
+def encoder(dtype, N, d, F):
+    return empty(N, d, dtype=dtype), empty(F, d, dtype=dtype), empty(F, dtype=dtype)
 
 
-def grad(dtype, N=8192, d=768, F=24576, k=32):
-    x, W, b = empty(N, d, dtype=dtype), empty(F, d, dtype=dtype), empty(F, dtype=dtype)
+def topk(dtype, N, d, F, k):
+    encode.topk_encode(*encoder(dtype, N, d, F), k)
+
+
+def grad(dtype, N, d, F, k):
+    x, W, b = encoder(dtype, N, d, F)
     grad_encode.grad_topk_encode(x, x, W, b, W, k, 0.5)
 
 
-def screened(N=8192, d=768, F=24576, k=32):
-    x, W, b = (empty(*s, dtype=torch.float32) for s in ((N, d), (F, d), (F,)))
-    screen.screened_topk_encode(x, W, b, k)
+def screened(N, d, F, k):
+    screen.screened_topk_encode(*encoder(T32, N, d, F), k)
 
 
 def one_of_each():
     """Triton makes a constant of a size of one."""
     sizes = {"N": 1, "d": 1, "F": 1, "k": 1}
-    topk(torch.bfloat16, **sizes)
-    grad(torch.bfloat16, **sizes)
+    topk(T16, **sizes)
+    grad(T16, **sizes)
     screened(**sizes)
 
 
+def selection(dtype, N, d, F, k):
+    x, W, b = encoder(dtype, N, d, F)
+    Kernels().topk_encode(x, W, b, k, b[:d])
+
+
+def selections(dtype, N, d, F, k):
+    """By a gradient, and under a mask."""
+    x, W, b = encoder(dtype, N, d, F)
+    Kernels().topk_encode_aux(x, W, b, k, k, b > 0, b[:d], x, W, 0.5)
+
+
+def gradients(dtype, N, d, F, k):
+    """What autograd calls."""
+    kernels = Kernels()
+    x, W, b = encoder(dtype, N, d, F)
+    values, indices = empty(N, k, dtype=dtype), empty(N, k, dtype=torch.int64)
+    kernels.sparse_decode(values, indices, W, b[:d])
+    kernels.sparse_decode_backward_values(x, indices, W)
+    kernels.sparse_decode_backward_weight(x, values, indices, F)
+
+
+def training(dtype, N, d, F, k, clip_norm=None, **options):
+    """A fused step, its encoding left out."""
+    step.ops = Kernels()
+    sae = ksae.TopKSAE(d, F, k, **options, dtype=dtype, device="meta")
+    train = ksae.TrainStep(sae, clip_norm=clip_norm)
+    train._k_aux = lambda dead: sae.k_aux if sae.auxk_alpha else 0  # it would count them
+    train._fused(empty(N, d, dtype=dtype), empty(N, d, dtype=dtype), None)
+
+
 CASES = {
-    "topk-bf16": lambda: topk(torch.bfloat16),
-    "topk-fp32": lambda: topk(torch.float32),
-    "topk-bf16-k1024": lambda: topk(torch.bfloat16, k=1024),
-    "topk-bf16-abs": lambda: topk(torch.bfloat16, activation="abs"),
-    "grad-bf16": lambda: grad(torch.bfloat16),
-    "grad-fp32": lambda: grad(torch.float32),
-    "screen": screened,
+    "topk-bf16": lambda: topk(T16, **B),
+    "topk-fp32": lambda: topk(T32, **B),
+    "topk-bf16-k1024": lambda: topk(T16, **B | {"k": 1024}),
+    "grad-bf16": lambda: grad(T16, **B),
+    "grad-fp32": lambda: grad(T32, **B),
+    "screen": lambda: screened(**B),
     "one-of-each": one_of_each,
+    "selection-bf16": lambda: selection(T16, **A),
+    "selections-bf16": lambda: selections(T16, **A),
+    "gradients-bf16": lambda: gradients(T16, **A),
+    "step-bf16": lambda: training(T16, **A, auxk_alpha=1, clip_norm=1),
+    "step-bf16-halves": lambda: training(T16, **A, auxk_alpha=0),
+    "step-fp32": lambda: training(T32, **B, auxk_alpha=1, clip_norm=1),
 }
 
 
@@ -103,7 +152,9 @@ def main():
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel not in costs:
             costs[kernel] = cost(kernel)
-        launched[self.__name__] = costs[kernel]
+        of_this = launched.setdefault(self.__name__, [])
+        if costs[kernel] not in of_this:
+            of_this.append(costs[kernel])
 
     JITFunction.run = compile_only
     product.capability = lambda x: target.capability // 10

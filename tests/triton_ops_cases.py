@@ -4,6 +4,7 @@ own. The tests of test_ops.py that are quick there, and cases that only these ke
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import triton_interpreter  # noqa: F401  first: sets the mode
 
 # isort: split
 import pytest
+import test_contracts
 import test_ops
 import torch
 import triton.language as tl
@@ -34,8 +36,9 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
 )
 from triton_sort import numpy_sort
 
-from ksae import products, reference, step
-from ksae.kernels import select
+import ksae
+from ksae import checks, modules, ops, products, reference, step
+from ksae.kernels import gate, select
 from ksae.triton import Kernels
 
 T32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -51,6 +54,14 @@ class Interpreted(Implementation):
     def __getattr__(self, op: str) -> Any:
         kernel = getattr(self.kernels, op)
         return lambda *args: kernel(*map(contiguous, args))
+
+
+class Fused(Interpreted):
+    """Encodes the other way."""
+
+    def __getattr__(self, op: str) -> Any:
+        fused = f"fused_{op}"
+        return super().__getattr__(fused if hasattr(self.kernels, fused) else op)
 
 
 def contiguous(arg: Any) -> Any:
@@ -172,13 +183,19 @@ def test_fused_encodes(impl: Implementation, T: torch.dtype) -> None:
         same(impl.fused_grad_topk_encode(*args), reference.grad_topk_encode(*args))
 
 
-def test_both_selections_of_a_step(impl: Implementation, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("way", ["product", "fused", "fused, k_aux too large"])
+def test_both_selections_of_a_step(
+    impl: Implementation, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     N, d, F, k = 2, 5, 60, 4
+    if "large" in way:
+        monkeypatch.setattr(gate, "MAX_K", 11)
+    encode = impl.topk_encode_aux if way == "product" else impl.fused_topk_encode_aux
     x, W, b = (integers(*s, dtype=dtype, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
     dead = torch.arange(F) % 7 == 0
     for downstream in ((), (x.flip(0), W.flip(0), 0.5, "additive")):
         args = (x, W, b, k, 12, dead, x[0], *downstream)
-        got, want = impl.topk_encode_aux(*args), reference.topk_encode_aux(*args)
+        got, want = encode(*args), reference.topk_encode_aux(*args)
         same(got[:2], want[:2])
         same(got[2:], want[2:])
 
@@ -305,22 +322,49 @@ def test_hot_latents_are_cut(impl: Implementation, side: str) -> None:
 # ------------------------------------------------------------------------------------- a whole step
 
 
+@pytest.mark.parametrize("way", ["product", "fused"])
 def test_a_training_step_is_that_of_the_reference(
-    impl: Implementation, monkeypatch: pytest.MonkeyPatch
+    impl: Implementation, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ksae
+    """The second half of the latents is dead: AuxK selects among them."""
 
     def run(served: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        sae = ksae.TopKSAE(d_in=6, d_sae=20, k=3).to(dtype)
+        sae = ksae.TopKSAE(d_in=6, d_sae=20, k=3, dead_after=50, auxk_alpha=1.0).to(dtype)
+        sae.tokens_since_fired[10:] = 100
         monkeypatch.setattr(step, "ops", served)
+        monkeypatch.setattr(modules, "ops", served)
         train = ksae.TrainStep(sae, lr=1e-3)
-        for seed in (1, 2):
-            train(randn(7, 6, seed=seed).to(dtype))
+        losses = [train(randn(7, 6, seed=seed).to(dtype))["auxk_loss"] for seed in (1, 2)]
+        assert losses[0] > 0
         return [p.detach() for p in sae.parameters()]
 
-    got = run(impl, torch.float32)
+    got = run(Fused() if way == "fused" else impl, torch.float32)
     for g, p, e in zip(
         got, run(reference, torch.float32), run(reference, torch.float64), strict=True
     ):
         assert_close("parameter", g, p, e, floor=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+(BAD,) = (m.args for m in test_contracts.test_bad_arguments.pytestmark if m.name == "parametrize")
+
+
+@pytest.mark.parametrize("way", ["product", "fused"])
+@pytest.mark.parametrize(BAD[0], BAD[1])
+def test_bad_arguments(
+    impl: Implementation,
+    call: tuple[str, int, Any],
+    error: type[Exception],
+    message: str,
+    way: str,
+) -> None:
+    """The message of every other implementation."""
+    name, position, value = call
+    served = getattr(Fused() if way == "fused" else impl, name)
+    kernel = ops._kernel(name, getattr(checks, name), served, native_=True)
+    args = list(test_contracts.arguments(name, torch.float32))
+    args[position] = value(args[position]) if callable(value) else value
+    with pytest.raises(error, match=re.escape(message)):
+        kernel(*args)

@@ -35,30 +35,32 @@ def case_of(case: str) -> None:
     x, W = integers(N, d, top=top), integers(F, d, top=top, seed=1)
     b, b_dec, mask = integers(F, top=511, seed=2), None, None
     way = {} if case == "random" else {"capacity": 64}
-    redone = None  # which rows are expected to have no proof
+    again = full = None  # rows that are expected to pass the gate twice; to be scored in full
     match case:
         case "random" | "wide":
-            redone = 0
+            again = full = 0
         case "overflow":
-            way["tau"], redone = torch.full((N,), -INF), N
+            way["tau"], again, full = torch.full((N,), -INF), N, 0
         case "overflow of one row":
-            way["tau"], redone = torch.tensor([1e6, -INF, 1e6]), None
-        case "shortfall":
-            way["tau"], redone = torch.full((N,), INF), N
+            way["tau"] = torch.tensor([1e6, -INF, 1e6])
+        case "shortfall":  # nothing is certain then: all pass the second gate
+            way["tau"], full = torch.full((N,), INF), N
+        case "shortfall, room for all":
+            way, again, full = {"tau": torch.full((N,), INF), "capacity": 256}, N, 0
         case "guess too high":  # enough latents may reach it, too few are certain to
             s = (x @ W.T + b).sort(dim=1, descending=True).values
-            way["tau"], redone = s[:, k - 1].contiguous(), N
+            way["tau"], again, full = s[:, k - 1].contiguous(), N, 0
         case "near ties, room for all":
             W = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3)
-            way, redone = {"capacity": 256}, 0
+            way, again, full = {"capacity": 256}, 0, 0
         case "near ties, overflow":
-            W, redone = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3), N
+            W, full = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3), N
         case "ties":
             W = W[torch.arange(F) % 8]
             b = b[torch.arange(F) % 8]
         case "outlier dimension":  # moves all scores together; its rounding dwarfs their spread
             x[:, 5], W = 2.0**20 + 4095, integers(F, d, top=63, seed=1)
-            W[:, 5], redone = 7, N
+            W[:, 5], full = 7, N
         case "tiny":
             x, W, b = x * 2.0**-70, W * 2.0**-40, b * 2.0**-110
         case "denormal":
@@ -66,7 +68,7 @@ def case_of(case: str) -> None:
         case "huge weights":
             W, b = W * 2.0**40, b * 2.0**40
         case "huge rows":
-            x, redone = x * 2.0**60, N
+            x, full = x * 2.0**60, N
         case "mixed norms":
             x, W = x * powers(N, 1, top=20, seed=4), W * powers(F, 1, top=10, seed=5)
             b = b * 0
@@ -92,12 +94,16 @@ def case_of(case: str) -> None:
             b_dec = integers(d, seed=3)
         case "kept shadow":
             way["of_W"] = screen.shadow(W, W.bfloat16())
+    given = way["tau"].clone() if "tau" in way else None
     *got, fell = screen.screened_and_redone(x, W, b, k, b_dec, mask, **way)
     expected = reference.topk_encode(x, W, b, k, b_dec, mask)
     assert_same("indices", got[1], expected[1])
     assert_same("values", got[0], expected[0])
-    if redone is not None:
-        assert int(fell.sum()) == redone, f"{int(fell.sum())} rows without proof"
+    for what, rows, at in (("passed the gate twice", again, 1), ("were scored in full", full, 2)):
+        if rows is not None:
+            assert int((fell == at).sum()) == rows, f"{int((fell == at).sum())} rows {what}"
+    if "tau" in way:
+        assert torch.equal(way["tau"], given), "the caller's guess was written"
 
 
 def without_the_bound() -> None:
@@ -114,8 +120,10 @@ def paths_agree() -> None:
     """Normal numbers: scored as one of few or in full, a latent has the same bits."""
     x, W, b = randn(3, 50), randn(200, 50, seed=1), randn(200, seed=2)
     few = screen.screened_and_redone(x, W, b, 6, capacity=64)
-    full = screen.screened_and_redone(x, W, b, 6, capacity=64, tau=torch.full((3,), -INF))
-    assert not few[2].any() and full[2].all()
+    twice = screen.screened_and_redone(x, W, b, 6, capacity=64, tau=torch.full((3,), -INF))
+    full = screen.screened_and_redone(x, W, b, 6, capacity=64, tau=torch.full((3,), INF))
+    assert not few[2].any() and (twice[2] == 1).all() and (full[2] == 2).all()
+    assert torch.equal(few[0], twice[0]) and torch.equal(few[1], twice[1])
     assert torch.equal(few[0], full[0]) and torch.equal(few[1], full[1])
     exact = reference.topk_encode(x.double(), W.double(), b.double(), 6)
     assert_same("indices", few[1], exact[1])

@@ -6,7 +6,8 @@ be imported, else the reference. Two ways encode, and a table of measurements ch
 - "fused": one Triton kernel that never writes the scores.
 
 `bench/gpu.py` measures both on a GPU and prints the row to put into TABLE. A call takes the row of
-its GPU generation that is nearest in d and F; without a row it takes the product.
+its GPU generation that is nearest in d and F; without a row it takes the product. A step with AuxK
+encodes twice when it is fused, while the product serves both its selections: a choice of its own.
 
 Environment, read once at import: KSAE_ENCODE=fused or product overrides the table.
 """
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     F: int
     way: str
     measured: str
+    aux: str = "product"  # the faster way of topk_encode_aux
 
 
 TABLE = (
@@ -75,13 +77,15 @@ def generation(device: torch.device) -> str:
     return f"{major}.{minor}"
 
 
-def way(W_enc: Tensor) -> str:
-    """How tensors of this shape on this device are encoded."""
+def way(W_enc: Tensor, aux: bool = False) -> str:
+    """How tensors of this shape on this device are encoded; aux: by topk_encode_aux."""
     if override is not None:
         return override
     F, d = W_enc.shape
     found = row(generation(W_enc.device), d, F)
-    return "product" if found is None else found.way
+    if found is None:
+        return "product"
+    return found.aux if aux else found.way
 
 
 def kernel(name: str) -> tuple[Callable[..., Any], str] | None:
@@ -97,12 +101,13 @@ def kernel(name: str) -> tuple[Callable[..., Any], str] | None:
     if fused is None:
         return found[0]
     product, server = found[0]
-    ways = {override} if override else {r.way for r in TABLE}
+    aux = name == "topk_encode_aux"
+    ways = {override} if override else {r.aux if aux else r.way for r in TABLE}
     label = " or ".join(sorted({"triton" if w == "fused" else server for w in ways}))
-    W_at = 1 if name == "topk_encode" else 2
+    W_at = 2 if name == "grad_topk_encode" else 1
 
     def encode(*args: Any) -> Any:
-        return (fused if way(args[W_at]) == "fused" else product)(*args)
+        return (fused if way(args[W_at], aux) == "fused" else product)(*args)
 
     return encode, label
 

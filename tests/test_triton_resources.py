@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Triton kernels cost on five generations of GPUs: compiled at tuned sizes without a GPU,
+in a process of their own, because Triton reads TRITON_INTERPRET once, at its import."""
+
+from __future__ import annotations
+
+import pytest
+from triton_process import report
+
+CAPABILITIES = (80, 89, 90, 100, 120)
+ENCODES = [
+    f"{op}, {capability}"
+    for op in ("topk-bf16", "grad-bf16", "screen")
+    for capability in CAPABILITIES
+] + ["grad-fp32, 80", "one-of-each, 90"]
+# a selection takes seconds to compile: most generations have the commonest only
+PORTABLE = [
+    f"{ops}-bf16, {capability}"
+    for ops in ("selection", "gradients", "step")
+    for capability in CAPABILITIES
+    if (ops, capability) != ("selection", 90)
+] + ["selections-bf16, 90", "step-bf16-halves, 90", "step-fp32, 80"]
+
+PRODUCTS = {"maxima_kernel", "gate_kernel", "redo_kernel"}
+GATED = {"maxima_kernel", "guess_kernel", "gate_kernel", "pick_kernel"}
+OF_STEP = {
+    "decode_kernel", "values_kernel", "squares_kernel", "keys_kernel", "order_kernel",
+    "bounds_kernel", "sums_kernel", "pieces_kernel", "centre_kernel", "centre_sum_kernel",
+    "update_kernel",
+}  # fmt: skip
+KERNELS = {
+    "topk": GATED | {"list_kernel", "redo_kernel"},
+    "grad": GATED | {"list_kernel", "redo_kernel", "informed_kernel"},
+    "screen": GATED | {"norms_kernel", "tighten_kernel", "rescore_kernel"},
+    "selection": {"maxima_kernel", "select_kernel"},
+    "selections": {"maxima_kernel", "select_kernel"},
+    "gradients": {"decode_kernel", "values_kernel", "pieces_kernel", "weight_kernel"},
+    "step": OF_STEP,
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, list[dict]]]:
+    """{"case, capability": {kernel: what each of its variants costs}}"""
+    return report("triton_compile.py", *ENCODES, *PORTABLE)
+
+
+def check(kernels: dict[str, list[dict]], case: str) -> None:
+    assert kernels.keys() >= KERNELS.get(case.split("-")[0].split(",")[0], set())
+    for name, cost in ((name, cost) for name, costs in kernels.items() for cost in costs):
+        assert cost["memory"] == 0, (name, cost)  # nothing is spilled
+        assert not {"LDL", "STL"} & set(cost["instructions"]), (name, cost)
+        assert cost["registers"] <= 255, (name, cost)
+
+
+@pytest.mark.parametrize("case", ENCODES)
+def test_encodes_compile_without_spills_for_tensor_cores(
+    compiled: dict[str, dict[str, list[dict]]], case: str
+) -> None:
+    kernels = compiled[case]
+    check(kernels, case)
+    tensor_cores = {"90": "HGMMA", "100": "UTCHMMA"}.get(case.split(", ")[1], "HMMA")
+    for name, cost in ((name, cost) for name, costs in kernels.items() for cost in costs):
+        assert cost["shared"] <= 99 * 1024, name  # what a block may have on sm_89 and sm_120
+        if name in PRODUCTS:
+            assert ("FFMA" if "fp32" in case else tensor_cores) in cost["instructions"], name
+
+
+@pytest.mark.parametrize("case", PORTABLE)
+def test_portable_ops_compile_without_spills_and_atomics(
+    compiled: dict[str, dict[str, list[dict]]], case: str
+) -> None:
+    kernels = compiled[case]
+    check(kernels, case)
+    for name, cost in ((name, cost) for name, costs in kernels.items() for cost in costs):
+        assert not cost["atomics"], name  # the same bits on every run
+        assert cost["registers"] <= 128 and cost["shared"] <= 48 * 1024, (name, cost)
