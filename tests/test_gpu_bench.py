@@ -51,7 +51,7 @@ def test_every_op_and_way_is_measured(results):
             "cuBLAS + torch.topk",
         },
         "grad encode + select": {"ksae", "Triton", "products alone"},
-        "encode + AuxK": {"ksae", "Triton", "encoded twice"},
+        "encode + AuxK": {"ksae", "Triton", "fused Triton", "product + select", "encoded twice"},
         "decode": {"ksae", "Triton", "Triton gather", "embedding_bag"},
         "group": {"ksae", "Triton", "stable sort"},
         "residual": {"ksae", "Triton"},
