@@ -5,7 +5,7 @@ Forward, loss, backward, gradient projection, Adam and unit norm, as each librar
 them, from the same weights on the same batches, at named model shapes. Each contestant has a
 process of its own (workers.py) and takes its turn while the others sleep: a run of steps, as a
 trainer makes them, of which the first, that finds caches and pages taken by others, is not timed.
-Those that need more than RUN seconds take one step, for which that hardly matters.
+Those that need more than a turn's seconds take one step, for which that hardly matters.
 
 In a full run the time that is left is shared by the shapes to come. Where the last shape says that
 fewer than LEAST rounds would fit, the next is scaled further than to FLOPS. A shape ends by time:
@@ -28,7 +28,7 @@ ANCHOR = "dense torch"
 BLOCKS = 4
 LEAST = 3  # blocks of a shape that is not cut
 OVER = 1.25  # times its share that a shape may take for those
-RUN = 1.0  # seconds of a turn
+RUN = {True: 0.5, False: 1.0}  # seconds of a turn, by whether the run is quick
 LR = 1e-3
 SAME_FVU = {1: 1e-3, CHECKED: 0.05}  # relative; later steps also differ by what each library does
 FLOPS = {"quick": 5e9, "full": 8e10, "tiny": 2e7}  # of one product, at most
@@ -189,7 +189,7 @@ def _block(
         for worker in alive[turn:] + alive[:turn]:
             if rounds and _is_slow(worker, alive):
                 continue
-            taken[worker.name] += _turn(worker)
+            taken[worker.name] += _turn(worker, RUN[session.quick])
             rows[worker.name].failure = worker.failure
         rounds += 1
         session.tick(f"round {before + rounds}")
@@ -198,14 +198,14 @@ def _block(
     return rounds
 
 
-def _turn(worker: Worker) -> list[float]:
-    """Seconds of the steps of one turn."""
+def _turn(worker: Worker, run: float = RUN[False]) -> list[float]:
+    """Seconds of the steps of one turn, which takes about `run` seconds."""
     before = len(worker.seconds)
-    if min(worker.seconds, default=worker.warm) < RUN:
+    if min(worker.seconds, default=worker.warm) < run:
         worker.step(timed=False)
     while worker.failure is None:
         worker.step()
-        if sum(worker.seconds[before:]) + min(worker.seconds, default=RUN) > RUN:
+        if sum(worker.seconds[before:]) + min(worker.seconds, default=run) > run:
             break
     return worker.seconds[before:]
 
