@@ -10,9 +10,9 @@ A row is slower (faster) only if, both in time and relative to its anchor, it mo
 MIN_EFFECT and its spread together, and its blocks do not overlap with those of the other run: with
 four blocks a side that happens by chance, for rows that did not move, in 1 of 70 (the exact rank
 test), before the size of the move and the second measure, which must agree. On a shared machine a
-move beyond the larger of the two alone was one of 37 rows in most pairs of equal quick runs. A row
-whose blocks differ among themselves by so much that a slow-down of TELL could hide is not called
-equal but "noisy".
+move beyond the larger of the two alone was two of 37 rows in one of two pairs of equal quick runs.
+A row whose blocks differ among themselves by so much that a slow-down of TELL could hide is not
+called equal but "noisy".
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -17,18 +17,10 @@ from . import gpurivals, measure
 from .costs import Cost
 from .gpureport import Record
 from .measure import Times
+from .shapes import Shape
 
 CHUNK = 8192  # rows of scores that are held at once
 Way = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Shape:
-    name: str
-    N: int
-    d: int
-    F: int
-    k: int
 
 
 SHAPES = (

@@ -28,7 +28,7 @@ ANCHOR = "dense torch"
 BLOCKS = 4
 LEAST = 3  # blocks of a shape that is not cut
 OVER = 1.25  # times its share that a shape may take for those
-RUN = {True: 0.5, False: 1.0}  # seconds of a turn, by whether the run is quick
+RUN = 1.0  # seconds of a turn; half of it in a quick run
 LR = 1e-3
 SAME_FVU = {1: 1e-3, CHECKED: 0.05}  # relative; later steps also differ by what each library does
 FLOPS = {"quick": 5e9, "full": 8e10, "tiny": 2e7}  # of one product, at most
@@ -189,7 +189,7 @@ def _block(
         for worker in alive[turn:] + alive[:turn]:
             if rounds and _is_slow(worker, alive):
                 continue
-            taken[worker.name] += _turn(worker, RUN[session.quick])
+            taken[worker.name] += _turn(worker, RUN / 2 if session.quick else RUN)
             rows[worker.name].failure = worker.failure
         rounds += 1
         session.tick(f"round {before + rounds}")
@@ -198,7 +198,7 @@ def _block(
     return rounds
 
 
-def _turn(worker: Worker, run: float = RUN[False]) -> list[float]:
+def _turn(worker: Worker, run: float) -> list[float]:
     """Seconds of the steps of one turn, which takes about `run` seconds."""
     before = len(worker.seconds)
     if min(worker.seconds, default=worker.warm) < run:

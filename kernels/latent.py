@@ -23,21 +23,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import registers
+from .sums import finite, value_sums
 
 CUT = 8 if triton.knobs.runtime.interpret else 256
 SHARES = 512  # of the latents, for grad_b_dec
 ROWS = 16  # latents that a share adds at a time
 COLUMNS = 128
-SUMS = 32  # entries of a latent at a time
 REGISTERS = 96  # five numbers of each of a thread's sixteen columns
-
-
-@triton.jit
-def _finite(scales_ptr, GROUPS: tl.constexpr):
-    bad = 0
-    for g in tl.static_range(GROUPS):
-        bad += tl.where(tl.abs(tl.load(scales_ptr + g)) < float("inf"), 0, 1)
-    return bad == 0
 
 
 @triton.jit
@@ -178,7 +170,7 @@ def update_kernel(
     MASTER: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr,
     CUT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    if _finite(scales_ptr, GROUPS):
+    if finite(scales_ptr, GROUPS):
         i = tl.program_id(0).to(tl.int64)
         c = tl.arange(0, BLOCK)
         inside = c < columns
@@ -243,7 +235,7 @@ def grad_sq_kernel(
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     square = tl.full((), 0.0, tl.float64)
-    if _finite(scales_ptr, GROUPS):
+    if finite(scales_ptr, GROUPS):
         c = tl.arange(0, BLOCK)
         centre = _centre(centre_ptr, c, columns, CENTRE, BLOCK)
         g = _gradient(
@@ -272,42 +264,6 @@ def weight_kernel(
         c, columns, 1, False, CUT, BLOCK,
     )  # fmt: skip
     tl.store(out_ptr + i * columns + c, g.to(out_ptr.dtype.element_ty), c < columns)
-
-
-@triton.jit
-def sums_kernel(
-    values,  # of each group [N, k] T
-    grads,  # [N, k] float32, with GRADS
-    offsets,
-    order,
-    scales_ptr,  # [GROUPS] float32, with GRADS
-    bias_ptr,  # [F]: the sum of scale * grad, or of the values
-    parallel_ptr,  # [F]: the sum of scale * value * grad, with GRADS
-    GROUPS: tl.constexpr, GRADS: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64)
-    bias = tl.zeros((SUMS,), tl.float64)
-    parallel = tl.zeros((SUMS,), tl.float64)
-    good = True
-    if GRADS:
-        good = _finite(scales_ptr, GROUPS)
-    if good:
-        for g in tl.static_range(GROUPS):
-            last = tl.load(offsets[g] + i + 1)
-            for first in range(tl.load(offsets[g] + i), last, SUMS):
-                e = first + tl.arange(0, SUMS)
-                at = tl.load(order[g] + e, e < last, 0)
-                v = tl.load(values[g] + at, e < last, 0.0).to(tl.float64)
-                if GRADS:
-                    scale = tl.load(scales_ptr + g).to(tl.float64)
-                    product = scale * tl.load(grads[g] + at, e < last, 0.0).to(tl.float64)
-                    bias += product  # entries have values that are not 0
-                    parallel += v * product
-                else:
-                    bias += v
-    tl.store(bias_ptr + i, tl.sum(bias, axis=0).to(tl.float32).to(bias_ptr.dtype.element_ty))
-    if GRADS:
-        tl.store(parallel_ptr + i, tl.sum(parallel, axis=0).to(tl.float32))
 
 
 @triton.jit
@@ -342,7 +298,7 @@ def centre_sum_kernel(
 ):  # fmt: skip
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
-    if _finite(scales_ptr, GROUPS):
+    if finite(scales_ptr, GROUPS):
         for s in range(shares):
             total += tl.load(shares_ptr + s * d + c, c < d, 0.0)
     tl.store(out_ptr + c, total, c < d)
@@ -453,23 +409,4 @@ def weight_gradient(groups: Groups, out: Tensor, value_sum: Tensor) -> None:
     weight_kernel[F, max(triton.cdiv(groups.columns, block), 1)](
         *groups.arguments, out, groups.columns, CUT=CUT, BLOCK=block, num_warps=warps(block)
     )
-    sums_kernel[(F,)](
-        values, values, offsets, order, values[0], value_sum, value_sum, GROUPS=1, GRADS=False,
-        SUMS=SUMS, num_warps=1,
-    )  # fmt: skip
-
-
-def latent_sums(
-    values: Sequence[Tensor],  # G of [N, k_g] T
-    grads: Sequence[Tensor],  # G of [N, k_g] float32
-    offsets: Sequence[Tensor],  # G of [F+1] int32
-    order: Sequence[Tensor],  # G of [N*k_g] int32
-    scales: Tensor,  # [G] float32
-    grad_b_enc: Tensor,  # [F] float32, written
-    parallel: Tensor,  # [F] float32, written
-) -> None:
-    """Sums of scale * grad and of scale * value * grad over the entries of each latent."""
-    sums_kernel[(grad_b_enc.numel(),)](
-        tuple(values), tuple(grads), tuple(offsets), tuple(order), scales, grad_b_enc, parallel,
-        GROUPS=len(values), GRADS=True, SUMS=SUMS, num_warps=1,
-    )  # fmt: skip
+    value_sums(values, offsets, order, value_sum)

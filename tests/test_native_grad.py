@@ -60,6 +60,7 @@ def assert_same(args: list[Tensor], k: int, beta: float, mode: str = "additive",
         (14, 33, 65, 7, 20),
         (100, 17, 500, 64, 40),
         (29, 64, 257, 257, None),
+        (70, 701, 70, 5, None),  # long rows: the list of survivors lies over them
     ],
 )
 def test_routes_agree(isa, N, d, F, k, d_out, beta, mode):

@@ -47,7 +47,14 @@ def problem(N=150, d=96, F=3000, seed=0):
 
 @pytest.mark.parametrize(
     "N,d,F,k",
-    [(150, 96, 3000, 32), (1, 1, 1, 1), (14, 33, 65, 7), (100, 17, 500, 64), (29, 64, 257, 257)],
+    [
+        (150, 96, 3000, 32),
+        (1, 1, 1, 1),
+        (14, 33, 65, 7),
+        (100, 17, 500, 64),
+        (29, 64, 257, 257),
+        (70, 701, 70, 5),  # long rows: the list of survivors lies over them
+    ],
 )
 def test_is_the_float32_path(N, d, F, k):
     x, W, b, b_dec = problem(N, d, F)
@@ -172,8 +179,9 @@ def test_ascending_scores_fill_the_buffer_again_and_again():
     assert_same(x, W, torch.zeros(5000), 32)
 
 
-def test_many_chunks_and_threads():
-    x, W, b, b_dec = problem(3001, 40, 700)
+@pytest.mark.parametrize("N,d,F", [(3001, 40, 700), (4001, 701, 90)])
+def test_many_chunks_and_threads(N, d, F):
+    x, W, b, b_dec = problem(N, d, F)
     threads = torch.get_num_threads()
     results = []
     for n in (1, 2, 3, 5):

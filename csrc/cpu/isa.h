@@ -39,8 +39,8 @@ struct EncodeChunk {
   float* tau;           // [R] the gate: a proven lower bound of the k-th score; NaN passes all
   float* margin;        // [R] kScreen: the largest bound that the row has met
   uint8_t* redo;        // [R] kScreen: set when the row must be scored in full
-  uint32_t* pairs;      // [R][pair_stride] kScreen: survivors in the order of rescoring
-  int64_t pair_stride;  // >= capacity
+  uint32_t* pairs;      // [R][pair_stride] certified: survivors in the order of rescoring
+  int64_t pair_stride;  // capacity, or a packed row's numbers where pairs lie over x_pack
   int64_t capacity;
   const GradChunk* grad;  // grad_topk_encode: what else it needs; null for topk_encode
 };

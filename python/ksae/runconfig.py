@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from ksae.checkpoint import write_atomic
 from ksae.errors import UserError
 
 T = TypeVar("T")
@@ -148,8 +149,6 @@ def override(config: RunConfig, settings: Mapping[str, Any] | Sequence[str]) -> 
 
 def write(config: RunConfig, path: Path) -> None:
     """Write the complete configuration, defaults included."""
-    from ksae.checkpoint import write_atomic  # imports torch, which a help text does not need
-
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     write_atomic(path, lambda file: file.write(text.encode()))
 

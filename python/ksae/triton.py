@@ -214,7 +214,7 @@ class Kernels(products.Encode):
         order: Sequence[Tensor],
         scales: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        from .kernels.latent import latent_sums
+        from .kernels.sums import latent_sums
 
         F = offsets[0].numel() - 1
         grad_b_enc, parallel = scales.new_empty(F), scales.new_empty(F)

@@ -41,6 +41,11 @@ inline Scratch scratch_of(const EncodeChunk& c, void* base) {
 inline int64_t row_of(const EncodeChunk& c, int64_t r) { return c.rows ? c.rows[r] : c.row0 + r; }
 inline int64_t latent_of(const EncodeChunk& c, int64_t m) { return c.ids ? c.ids[m] : m; }
 
+// The lanes of the panel from candidate m0 on that are candidates.
+KSAE_INLINE uint32_t lanes_of(const EncodeChunk& c, int64_t m0) {
+  return c.M - m0 < kPanel ? (1u << (c.M - m0)) - 1 : uint32_t((uint64_t(1) << kPanel) - 1);
+}
+
 // Defined in encode_pack.cpp.
 float rounded_up(double x);
 double norm_bound(float squares, int64_t d);
@@ -179,8 +184,8 @@ KSAE_INLINE void rescore_columns(const Pairs& p, const float* b_dec, int64_t j, 
 // pairs at a time: both sides are transposed so that a pair is a lane. Pairs are taken in the order
 // of their latents, so that W comes from memory once and x, the smaller table, from cache.
 // Tried: row by row, W gathered from memory: no slower on one busy core (216 against 229 ms a call
-// at F=24576, k=32); two and four groups at a time against the latency of the chain: 1.2 times
-// slower; fetching the whole of the next group: 1.3 times slower, for it is larger than L1.
+// at F=24576, k=32); two groups at a time against the latency of the chain: 1.2 times slower;
+// fetching the whole of the next group, which is larger than L1: slower.
 inline void rescore(const EncodeChunk& c, int64_t row0, int64_t row1) {
   constexpr int64_t kFetch =
       6 * kWidth;  // columns between the fetch and the use (3 to 8: the same)

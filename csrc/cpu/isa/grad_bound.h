@@ -17,8 +17,8 @@ struct Score {
         c1(p.mode == GradMode::kMultiplicative ? 1.0f : p.beta),
         is_signed(p.mode == GradMode::kSigned) {}
   KSAE_INLINE float height(float a) const {
-    const float h = is_signed ? -a : __builtin_fabsf(a);
-    return h < 0 ? 0.0f : h;  // NaN stays
+    const float least = is_signed ? 0.0f : a;
+    return least > -a ? least : -a;  // |a| or relu(-a); NaN stays
   }
   KSAE_INLINE float operator()(float u, float a, bool plain) const {
     return plain || u <= 0 ? u : u * (c0 + c1 * height(a));
@@ -83,15 +83,13 @@ inline void narrow_bounded(const EncodeChunk& c, const Score& score, int64_t r, 
     } else {
       for (int64_t i = 0; i < n; ++i) of_a[i] = g.a.margin[r];
     }
-    const float c0 = score.c0, c1 = score.c1;
-    const bool is_signed = score.is_signed;
+    const Score f = score;  // a copy, which no store in the loop can change
     uint32_t unbounded = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const float below = is_signed ? 0.0f : a[i];
-      const float h = below > -a[i] ? below : -a[i], most_h = h + of_a[i], least_h = h - of_a[i];
+      const float h = f.height(a[i]), most_h = h + of_a[i], least_h = h - of_a[i];
       const float least = least_h > 0 ? least_h : 0, lo = u[i] - of_u, most = u[i] + of_u;
-      const float lo_lifted = lo * ((c0 + c1 * least) * kNarrow);
-      const float most_lifted = most * ((c0 + c1 * most_h) * kWiden);
+      const float lo_lifted = lo * ((f.c0 + f.c1 * least) * kNarrow);
+      const float most_lifted = most * ((f.c0 + f.c1 * most_h) * kWiden);
       unbounded |= most_h < __builtin_inff() ? 0u : 1u;
       s.keys[i] = order_key(lo > 0 ? lo_lifted : lo);
       hi[i] = most <= 0 ? most : most_lifted;

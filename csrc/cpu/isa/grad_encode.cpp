@@ -95,8 +95,7 @@ void grad_tile(const EncodeChunk& c, const Score& score, const float* x, const f
   multiply(c, x, w, c.bias + m0, u);
   multiply(g.a, gx, gw, g.a.bias + m0, a);
   const int rows = c.R - r0 < kTileRows ? int(c.R - r0) : kTileRows;
-  const uint32_t lanes =
-      c.M - m0 < kPanel ? (1u << (c.M - m0)) - 1 : uint32_t((uint64_t(1) << kPanel) - 1);
+  const uint32_t lanes = lanes_of(c, m0);
   for (int i = 0; i < rows; ++i) {
     const int64_t r = r0 + i;
     float of_u = 0, of_a = 0;

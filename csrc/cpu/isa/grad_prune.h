@@ -21,8 +21,7 @@ void pruned_tile(const EncodeChunk& c, const Score& score, const float* x, const
   uint32_t hits[kTileRows];
   const int64_t m0 = at * kPanel;
   const int rows = c.R - r0 < kTileRows ? int(c.R - r0) : kTileRows;
-  const uint32_t lanes =
-      c.M - m0 < kPanel ? (1u << (c.M - m0)) - 1 : uint32_t((uint64_t(1) << kPanel) - 1);
+  const uint32_t lanes = lanes_of(c, m0);
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
     float tau = 0, of_u = 0, limit = 0;
