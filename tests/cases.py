@@ -186,10 +186,54 @@ def sums_arguments(dtype: torch.dtype, N: int = 19, F: int = 33) -> dict[str, An
     }
 
 
+def terms_arguments(dtype: torch.dtype, N: int = 19, G: int = 3) -> dict[str, Any]:
+    """Arguments of loss_terms."""
+    acc = reference.accumulator(dtype)
+    return {
+        "sq_errors": [randn(N, seed=g).double().square() for g in range(G)],
+        "denominators": [torch.tensor(3.0 + 7 * g, dtype=acc) for g in range(G)],
+        "shares": [1.0, 0.125, 1 / 32][:G],
+    }
+
+
+def scalars_arguments(dtype: torch.dtype, clip: bool = True) -> dict[str, Any]:
+    """Arguments of adam_scalars in the middle of a run."""
+    acc = reference.accumulator(dtype)
+    return {
+        "loss": torch.tensor(0.7, dtype=acc),
+        "norm": torch.tensor(2.5, dtype=acc) if clip else None,
+        "clip_norm": 1.25 if clip else None,
+        "scales": torch.tensor([0.5, 0.03], dtype=acc),
+        "lr": torch.tensor(1e-3, dtype=torch.float64),
+        "t": torch.tensor(6.0, dtype=torch.float64),
+        "constants": torch.tensor([0.9, 0.999, 1e-8], dtype=torch.float64),
+    }
+
+
+def vector_arguments(
+    dtype: torch.dtype, *shape: int, G: int = 2, extras: bool = True
+) -> dict[str, Any]:
+    """Arguments of vector_update; extras: weighted gradients, less another."""
+    acc = reference.accumulator(dtype)
+    p = randn(*shape, dtype=dtype, seed=4)
+    a = row_arguments(dtype, "encoder")
+    return {
+        "grads": [randn(*shape, dtype=acc, seed=g) for g in range(G)],
+        "scales": a["scales"][:1].repeat(G) if extras else None,
+        "minus": randn(*shape, dtype=acc, seed=9) if extras else None,
+        "taken": torch.tensor(True),
+        "hyper": a["hyper"],
+        "p": p,
+        "master": None if acc == dtype else _unrounded(p),
+        "m": randn(*shape, seed=20).to(acc) * 0.1,
+        "v": randn(*shape, seed=30).to(acc).square() * 0.1,
+    }
+
+
 def written(a: dict[str, Any]) -> dict[str, Tensor]:
-    """What row_update writes and somebody reads."""
-    names = ("W", "master", "m", "v", "grad_b_dec")
-    return {name: a[name] for name in names if a[name] is not None}
+    """What row_update or vector_update writes and somebody reads."""
+    names = ("W", "p", "master", "m", "v", "grad_b_dec")
+    return {name: a[name] for name in names if a.get(name) is not None}
 
 
 def _unrounded(p: Tensor) -> Tensor:

@@ -18,7 +18,10 @@ from cases import (
     norm_arguments,
     randn,
     row_arguments,
+    scalars_arguments,
     sums_arguments,
+    terms_arguments,
+    vector_arguments,
     written,
 )
 from torch import Tensor
@@ -58,6 +61,10 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
         "latent_sums": tuple(sums_arguments(dtype, N=N, F=F).values()),
         "row_grad_sq": tuple(norm_arguments(update)),
         "row_update": tuple(update.values()),
+        "total_variance": (x.detach(),),
+        "loss_terms": tuple(terms_arguments(dtype).values()),
+        "adam_scalars": tuple(scalars_arguments(dtype).values()),
+        "vector_update": tuple(vector_arguments(dtype, F).values()),
     }[name]
 
 
@@ -128,7 +135,7 @@ def test_compile_fullgraph(name: str) -> None:
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
-    if name == "row_update":  # what was written
+    if name in ("row_update", "vector_update"):  # what was written
         for g, w in zip(traced, eager, strict=True):
             torch.testing.assert_close(g, w)
 
@@ -404,6 +411,33 @@ def bad(name: str, position: int, value: Any) -> tuple[str, Callable[[], Any]]:
             ValueError,
             "grad_b_dec must be given with",
         ),
+        (("total_variance", 0, lambda t: t[0]), ValueError, "y must be a matrix, got shape [5]"),
+        (("loss_terms", 0, lambda t: t[:2]), ValueError, "sq_errors must be 3, one for each of"),
+        (
+            ("loss_terms", 0, lambda t: [e.float() for e in t]),
+            TypeError,
+            "sq_errors[0] must be torch.float64, got torch.float32",
+        ),
+        (("loss_terms", 1, []), ValueError, "denominators must be at least one tensor, got none"),
+        (("loss_terms", 2, [1.0]), ValueError, "shares must be 3, one for each of denominators"),
+        (("adam_scalars", 0, randn(1)), ValueError, "loss must be of shape [], got [1]"),
+        (("adam_scalars", 1, None), ValueError, "norm must be given with clip_norm, got one"),
+        (("adam_scalars", 5, randn(1)[0]), TypeError, "t must be torch.float64, got torch.float32"),
+        (("adam_scalars", 6, lambda t: t[:2]), ValueError, "constants must be of shape [3], got"),
+        (("vector_update", 0, []), ValueError, "grads must be at least one tensor, got none"),
+        (
+            ("vector_update", 0, lambda t: [t[0], t[1][1:]]),
+            ValueError,
+            "grads[1] must be of shape [20], got [19]",
+        ),
+        (("vector_update", 1, lambda t: t[:1]), ValueError, "scales must be of shape [2], got [1]"),
+        (("vector_update", 3, torch.tensor(1.0)), TypeError, "taken must be torch.bool, got"),
+        (
+            ("vector_update", 5, lambda t: torch.stack([t, t], 1)[:, 0]),
+            ValueError,
+            "p must be contiguous, for it is written, got strides [2]",
+        ),
+        (("vector_update", 6, randn(20)), ValueError, "master must be None for torch.float32"),
     ],
     ids=lambda p: f"{p[0]}-{p[1]}" if isinstance(p, tuple) else None,
 )

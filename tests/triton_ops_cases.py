@@ -34,6 +34,17 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_decode_of_special_numbers,
     test_latent_sums,
 )
+from test_small_ops import (  # noqa: F401  (collected here with the `impl` below)
+    test_adam_scalars,
+    test_adam_scalars_of_a_step_that_is_not_taken,
+    test_loss_terms,
+    test_loss_terms_without_a_denominator,
+    test_total_variance,
+    test_total_variance_of_large_numbers,
+    test_total_variance_of_what_is_not_finite,
+    test_vector_update,
+    test_vector_update_that_is_not_taken,
+)
 from triton_sort import numpy_sort
 
 import ksae

@@ -256,4 +256,59 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                check(sparse_decode_backward_weight(p, workspace, as<CUstream_st>(stream)),
                      sizes("sparse_decode_backward_weight", N, d, F, k));
              });
+  module.def("total_variance", [](int64_t N, int64_t d, int dtype, Pointer y, Pointer variance,
+                                  const py::function& allocate, Pointer stream) {
+    const TotalVarianceParams p{N, d, Dtype(dtype), as<const void>(y), as<float>(variance)};
+    void* workspace = as<void>(allocate(total_variance_workspace(p)).cast<Pointer>());
+    check(total_variance(p, workspace, as<CUstream_st>(stream)),
+          sizes("total_variance", N, d, 0, 0));
+  });
+  module.def("loss_terms", [](const std::vector<std::tuple<int64_t, Pointer, Pointer, float>>& from,
+                              Pointer errors, Pointer terms, Pointer loss, Pointer scales,
+                              Pointer stream) {
+    std::vector<LossTerm> of_terms;
+    for (const auto& [N, sq_error, denominator, share] : from)
+      of_terms.push_back({N, as<const double>(sq_error), as<const float>(denominator), share});
+    const LossTermsParams p{of_terms.data(),   static_cast<int>(of_terms.size()),
+                            as<float>(errors), as<float>(terms),
+                            as<float>(loss),   as<float>(scales)};
+    check(loss_terms(p, as<CUstream_st>(stream)), "loss_terms");
+  });
+  module.def("adam_scalars",
+             [](Pointer loss, Pointer norm, float clip_norm, Pointer scales, int n_scales,
+                Pointer lr, Pointer t, Pointer constants, Pointer hyper, Pointer taken,
+                Pointer taken_scales, Pointer stream) {
+               const AdamScalarsParams p{as<const float>(loss),
+                                         as<const float>(norm),
+                                         clip_norm,
+                                         as<const float>(scales),
+                                         n_scales,
+                                         as<const double>(lr),
+                                         as<const double>(t),
+                                         as<const double>(constants),
+                                         as<float>(hyper),
+                                         as<bool>(taken),
+                                         as<float>(taken_scales)};
+               check(adam_scalars(p, as<CUstream_st>(stream)), "adam_scalars");
+             });
+  module.def("vector_update",
+             [](int64_t size, int dtype, const std::vector<Pointer>& from, Pointer scales,
+                Pointer minus, Pointer taken, Pointer hyper, Pointer parameter, Pointer master,
+                Pointer m, Pointer v, Pointer stream) {
+               std::vector<const float*> grads;
+               for (Pointer grad : from) grads.push_back(as<const float>(grad));
+               const VectorUpdateParams p{size,
+                                          Dtype(dtype),
+                                          grads.data(),
+                                          static_cast<int>(grads.size()),
+                                          as<const float>(scales),
+                                          as<const float>(minus),
+                                          as<const bool>(taken),
+                                          as<const float>(hyper),
+                                          as<void>(parameter),
+                                          as<float>(master),
+                                          as<float>(m),
+                                          as<float>(v)};
+               check(vector_update(p, as<CUstream_st>(stream)), "vector_update");
+             });
 }

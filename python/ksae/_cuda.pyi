@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Built only where nvcc was found. Functions raise RuntimeError with the reason, such as no driver.
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 architectures: str
 
@@ -158,5 +158,44 @@ def row_update(
     shadow: int,
     noise: int,
     allocate: _Allocate,
+    stream: int,
+) -> None: ...
+def total_variance(
+    N: int, d: int, dtype: int, y: int, variance: int, allocate: _Allocate, stream: int
+) -> None: ...
+def loss_terms(
+    terms: Sequence[tuple[int, int, int, float]],
+    errors: int,
+    of_terms: int,
+    loss: int,
+    scales: int,
+    stream: int,
+) -> None: ...
+def adam_scalars(
+    loss: int,
+    norm: int,
+    clip_norm: float,
+    scales: int,
+    n_scales: int,
+    lr: int,
+    t: int,
+    constants: int,
+    hyper: int,
+    taken: int,
+    taken_scales: int,
+    stream: int,
+) -> None: ...
+def vector_update(
+    size: int,
+    dtype: int,
+    grads: Sequence[int],
+    scales: int,
+    minus: int,
+    taken: int,
+    hyper: int,
+    p: int,
+    master: int,
+    m: int,
+    v: int,
     stream: int,
 ) -> None: ...

@@ -428,3 +428,91 @@ def row_update(
         if not t.is_contiguous():
             raise fail(op, arg, "contiguous, for it is written", f"strides {_text(t.stride())}")
     return T
+
+
+def total_variance(y: Tensor) -> torch.dtype:
+    _matrix("total_variance", "y", y)
+    return y.dtype
+
+
+def loss_terms(
+    sq_errors: Sequence[Tensor], denominators: Sequence[Tensor], shares: Sequence[float]
+) -> torch.dtype:
+    op = "loss_terms"
+    if not denominators:
+        raise fail(op, "denominators", "at least one tensor", "none")
+    first = denominators[0]
+    acc = _accumulated(op, "denominators[0]", first)
+    for arg, given in (("sq_errors", sq_errors), ("shares", shares)):
+        if len(given) != len(denominators):
+            raise fail(op, arg, f"{len(denominators)}, one for each of denominators", len(given))
+    for g, (e, d) in enumerate(zip(sq_errors, denominators, strict=True)):
+        _like(op, f"sq_errors[{g}]", e, (-1,), torch.float64, first)
+        _like(op, f"denominators[{g}]", d, (), acc, first)
+    return acc
+
+
+def adam_scalars(
+    loss: Tensor,
+    norm: Tensor | None,
+    clip_norm: float | None,
+    scales: Tensor,
+    lr: Tensor,
+    t: Tensor,
+    constants: Tensor,
+) -> torch.dtype:
+    op = "adam_scalars"
+    acc = _accumulated(op, "loss", loss)
+    _like(op, "loss", loss, (), acc, loss)
+    _like(op, "scales", scales, (-1,), acc, loss)
+    if (norm is None) != (clip_norm is None):
+        raise fail(op, "norm", "given with clip_norm", "one without the other")
+    if norm is not None:
+        _like(op, "norm", norm, (), acc, loss)
+    for arg, number, shape in (("lr", lr, ()), ("t", t, ()), ("constants", constants, (3,))):
+        _like(op, arg, number, shape, torch.float64, loss)
+    return acc
+
+
+def vector_update(
+    grads: Sequence[Tensor],
+    scales: Tensor | None,
+    minus: Tensor | None,
+    taken: Tensor,
+    hyper: Tensor,
+    p: Tensor,
+    master: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+) -> torch.dtype:
+    op = "vector_update"
+    if p.dtype not in FLOATS:
+        raise TypeError(f"{op}: p must be one of {', '.join(map(str, FLOATS))}, got {p.dtype}")
+    acc = accumulator(p.dtype)
+    if not grads:
+        raise fail(op, "grads", "at least one tensor", "none")
+    if (master is None) != (acc == p.dtype):
+        want = "a tensor" if master is None else "None"
+        got = "None" if master is None else "a tensor"
+        raise fail(op, "master", f"{want} for {p.dtype} weights", got)
+    for g, t in enumerate(grads):
+        _like(op, f"grads[{g}]", t, p.shape, acc, p)
+    for arg, number in (("minus", minus), ("master", master), ("m", m), ("v", v)):
+        if number is not None:
+            _like(op, arg, number, p.shape, acc, p)
+    if scales is not None:
+        _like(op, "scales", scales, (len(grads),), acc, p)
+    _like(op, "taken", taken, (), torch.bool, p)
+    _like(op, "hyper", hyper, (8,), acc, p)
+    for arg, written in (("p", p), ("master", master), ("m", m), ("v", v)):
+        if written is not None and not written.is_contiguous():
+            strides = _text(written.stride())
+            raise fail(op, arg, "contiguous, for it is written", f"strides {strides}")
+    return p.dtype
+
+
+def _accumulated(op: str, arg: str, t: Tensor) -> torch.dtype:
+    """The dtype of t, which must be one in which sums are kept."""
+    if t.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: {arg} must be torch.float32 or torch.float64, got {t.dtype}")
+    return t.dtype

@@ -275,6 +275,70 @@ class Kernels(Encode):
                 _pointer(shadow), _pointer(noise), _Workspace(W.device), _stream(W),
             )  # fmt: skip
 
+    def total_variance(self, y: Tensor) -> Tensor:
+        N, d = y.shape
+        variance = y.new_empty((), dtype=torch.float32)
+        with _guard(y):
+            self.module.total_variance(
+                N, d, _DTYPES[y.dtype], _pointer(y), _pointer(variance), _Workspace(y.device),
+                _stream(y),
+            )  # fmt: skip
+        return variance
+
+    def loss_terms(
+        self, sq_errors: Sequence[Tensor], denominators: Sequence[Tensor], shares: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        first = denominators[0]
+        errors, terms, scales = (first.new_empty(len(shares)) for _ in range(3))
+        loss = torch.empty_like(first)
+        given = [
+            (e.numel(), _pointer(e), _pointer(d), share)
+            for e, d, share in zip(sq_errors, denominators, shares, strict=True)
+        ]
+        out = (_pointer(errors), _pointer(terms), _pointer(loss), _pointer(scales))
+        with _guard(first):
+            self.module.loss_terms(given, *out, _stream(first))
+        return errors, terms, loss, scales
+
+    def adam_scalars(
+        self,
+        loss: Tensor,
+        norm: Tensor | None,
+        clip_norm: float | None,
+        scales: Tensor,
+        lr: Tensor,
+        t: Tensor,
+        constants: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hyper, taken_scales = loss.new_empty(8), torch.empty_like(scales)
+        taken = loss.new_empty((), dtype=torch.bool)
+        with _guard(loss):
+            self.module.adam_scalars(
+                _pointer(loss), _pointer(norm), clip_norm or 0, _pointer(scales), scales.numel(),
+                _pointer(lr), _pointer(t), _pointer(constants), _pointer(hyper), _pointer(taken),
+                _pointer(taken_scales), _stream(loss),
+            )  # fmt: skip
+        return hyper, taken, taken_scales
+
+    def vector_update(
+        self,
+        grads: Sequence[Tensor],
+        scales: Tensor | None,
+        minus: Tensor | None,
+        taken: Tensor,
+        hyper: Tensor,
+        p: Tensor,
+        master: Tensor | None,
+        m: Tensor,
+        v: Tensor,
+    ) -> None:
+        with _guard(p):
+            self.module.vector_update(
+                p.numel(), _DTYPES[p.dtype], [_pointer(g) for g in grads], _pointer(scales),
+                _pointer(minus), _pointer(taken), _pointer(hyper), _pointer(p), _pointer(master),
+                _pointer(m), _pointer(v), _stream(p),
+            )  # fmt: skip
+
 
 def why_not(module: ModuleType) -> str:
     """Why the kernels of `module` cannot run here, in one line; empty if they can.

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from . import ops
 from .checks import accumulator
 
 LOSSES = ("fvu", "mse")
@@ -17,14 +17,7 @@ def squared_error(recon: Tensor, target: Tensor) -> Tensor:
     return (recon.to(acc) - target.to(acc)).square().sum()
 
 
-def total_variance(y: Tensor) -> Tensor:
-    """sum (y - mean over the batch of y)^2, 0-d: the denominator of the FVU, a constant. y [N, d].
-
-    Centred before squaring: activations have dimensions whose mean is far larger than their spread.
-    """
-    acc = accumulator(y.dtype)
-    y = y.detach()
-    pieces = torch.split(y, 512)  # a training step has no room for a second [N, d]
-    mean = torch.stack([rows.sum(0, dtype=acc) for rows in pieces]).sum(0) / len(y)  # [d]
-    norms = torch.cat([torch.linalg.vector_norm(rows - mean, dim=1) for rows in pieces])  # [N]
-    return norms.double().square().sum().to(acc)
+def total_variance(y: Tensor) -> Tensor:  # [N, d] -> []
+    """sum (y - mean over the batch of y)^2, 0-d: the denominator of the FVU, a constant."""
+    variance: Tensor = ops.total_variance(y.detach())
+    return variance

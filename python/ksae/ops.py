@@ -189,8 +189,24 @@ def _fake_row_grad_sq(*args: Any) -> Tensor:
     return W.new_empty(W.shape[0], dtype=torch.float64)
 
 
-def _fake_row_update(*args: Any) -> None:
+def _fake_nothing(*args: Any) -> None:
     return None
+
+
+def _fake_total_variance(y: Tensor) -> Tensor:
+    return y.new_empty((), dtype=accumulator(y.dtype))
+
+
+def _fake_loss_terms(
+    sq_errors: list[Tensor], denominators: list[Tensor], shares: list[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, G = denominators[0], len(shares)
+    return first.new_empty(G), first.new_empty(G), first.new_empty(()), first.new_empty(G)
+
+
+def _fake_adam_scalars(loss: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    taken, scales = loss.new_empty((), dtype=torch.bool), torch.empty_like(args[2])
+    return loss.new_empty(8), taken, scales
 
 
 # ----------------------------------------------------------------------------------------- autograd
@@ -354,6 +370,10 @@ def _backward_weight_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> An
     folded = (t.flatten(0, 1).contiguous() for t in (grad, values, indices + own))
     grad_W, value_sum = _backward_weight(*folded, size * F)
     return (_unfold(grad_W, size), _unfold(value_sum, size)), (0, 0)
+
+
+def _total_variance_vmap(info: Any, in_dims: tuple[Any, ...], y: Tensor) -> Any:
+    return torch.stack([total_variance(rows) for rows in y.movedim(in_dims[0], 0)]), 0
 
 
 def _refuse_vmap(op: str) -> Callable[..., Any]:
@@ -524,5 +544,29 @@ row_update = _op(
     f"({_ROWS}, Tensor(f!)? parallel, Tensor? grad_b_enc, Tensor(a!) W, Tensor(b!)? master,"
     " Tensor(c!) m, Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize,"
     " Tensor(g!)? shadow=None, Tensor? noise=None) -> ()",
-    fake=_fake_row_update,
+    fake=_fake_nothing,
+)
+total_variance = _op(
+    "total_variance",
+    "(Tensor y) -> Tensor",
+    fake=_fake_total_variance,
+    vmap=_total_variance_vmap,
+)
+loss_terms = _op(
+    "loss_terms",
+    "(Tensor[] sq_errors, Tensor[] denominators, float[] shares)"
+    " -> (Tensor errors, Tensor terms, Tensor loss, Tensor scales)",
+    fake=_fake_loss_terms,
+)
+adam_scalars = _op(
+    "adam_scalars",
+    "(Tensor loss, Tensor? norm, float? clip_norm, Tensor scales, Tensor lr, Tensor t,"
+    " Tensor constants) -> (Tensor hyper, Tensor taken, Tensor taken_scales)",
+    fake=_fake_adam_scalars,
+)
+vector_update = _op(
+    "vector_update",
+    "(Tensor[] grads, Tensor? scales, Tensor? minus, Tensor taken, Tensor hyper, Tensor(a!) p,"
+    " Tensor(b!)? master, Tensor(c!) m, Tensor(d!) v) -> ()",
+    fake=_fake_nothing,
 )

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 
 from .checks import accumulator
+from .reference_small import adam_scalars as adam_scalars
+from .reference_small import loss_terms as loss_terms
+from .reference_small import total_variance as total_variance
+from .reference_small import vector_update as vector_update
 
 
 def _largest(score: Tensor, k: int) -> Tensor:

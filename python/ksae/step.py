@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import ops
 from .checks import accumulator
-from .losses import total_variance
 from .modules import SparseCoder
 from .unfused import Metrics, Unfused
 
@@ -29,6 +28,7 @@ class _Group(NamedTuple):
     offsets: Tensor  # [F+1]
     order: Tensor  # [N*k]
     residual: Tensor  # [N, columns]
+    sq_error: Tensor  # [N], of all columns
     sums: Tensor | None  # [d] of all its columns, where the kernel forms them
 
 
@@ -120,7 +120,7 @@ class TrainStep:
             for kind in [p.dtype if n in self._seeds else acc]
         }
         self.t = torch.zeros((), dtype=torch.float64, device=first.device)  # steps taken
-        constants = torch.tensor([*betas, eps, 1 - betas[0], 1 - betas[1]], dtype=torch.float64)
+        constants = torch.tensor([*betas, eps], dtype=torch.float64)
         self._constants = constants.to(first.device)
         self._sums_in_decode = first.is_cuda  # one reading of the residual less
         self._versions = self._read_versions()
@@ -187,10 +187,12 @@ class TrainStep:
         model, acc = self.model, self.acc
         N, F, d = x.shape[0], model.d_sae, model.d_out
         b_dec = model.b_dec if model.centred else None
-        variance = total_variance(y)
-        denominator = variance if model.loss == "fvu" else torch.full_like(variance, y.numel())
-        inverse = 1 / denominator
+        variance = ops.total_variance(y)
+        is_fvu = model.loss == "fvu"
+        denominators = [variance if is_fvu else torch.full_like(variance, y.numel())]
+        shares = [1.0]
         dead = model.dead
+        n_dead = dead.sum()
         k_aux = self._k_aux(dead) if model.auxk_alpha > 0 else 0
         metrics: Metrics = {}
 
@@ -209,64 +211,51 @@ class TrainStep:
             wide = [*model.select(x, k, grad)]  # [N, k] twice, sorted
         code = (wide[0][:, : model.k].contiguous(), wide[1][:, : model.k].contiguous())
         decoder = (model.W_dec, model.b_dec, target)
-        group, error = self._group(code, decoder, columns)
-        metrics["loss"] = loss = error * inverse
-        metrics["fvu"] = error / variance
-        metrics["auxk_loss"] = torch.zeros_like(loss)
-        metrics["l0"] = code[0].count_nonzero().to(acc) / N
-        metrics["dead"] = dead.to(acc).mean()
-
-        groups, scales = [group], [2 * inverse]
+        groups = [self._group(code, decoder, columns)]
         if model.multi_topk:
-            group, error = self._group((wide[0], wide[1]), decoder, d)
-            metrics["multi_topk_loss"] = error * inverse
-            loss = loss + error * inverse / 8
-            groups.append(group)
-            scales.append(inverse / 4)
+            groups.append(self._group((wide[0], wide[1]), decoder, d))
+            denominators.append(denominators[0])
+            shares.append(1 / 8)
         with_bias = len(groups)  # AuxK decodes without bias and without skip
         if k_aux:
             left = -groups[0].residual  # what AuxK predicts: y - recon
-            aux = (aux_values, aux_indices)
-            group, error = self._group(aux, (model.W_dec, None, left), d)
-            spread = total_variance(left)
-            weight = torch.where((spread > 0) & dead.any(), 1 / spread, 0)
-            metrics["auxk_loss"] = error * weight
-            loss = loss + model.auxk_alpha * metrics["auxk_loss"]
-            groups.append(group)
-            scales.append(2 * model.auxk_alpha * weight)
-        metrics["loss"] = loss
-
-        scale = torch.stack(scales)
+            groups.append(self._group((aux_values, aux_indices), (model.W_dec, None, left), d))
+            denominators.append(torch.where(n_dead > 0, ops.total_variance(left), 0))
+            shares.append(model.auxk_alpha)
         lists = (list(t) for t in zip(*groups, strict=True))
-        values, grads, offsets, order, residuals, sums = lists
+        values, grads, offsets, order, residuals, sq_errors, sums = lists
+        errors, terms, loss, scale = ops.loss_terms(sq_errors, denominators, shares)
+        metrics["loss"] = loss
+        metrics["fvu"] = terms[0] if is_fvu else errors[0] / variance
+        metrics["auxk_loss"] = terms[-1] if k_aux else torch.zeros_like(loss)
+        metrics["l0"] = offsets[0][-1].to(acc) / N  # entries that are not 0
+        metrics["dead"] = n_dead.to(acc) / F
+        if model.multi_topk:
+            metrics["multi_topk_loss"] = terms[1]
+
         grad_b_enc, parallel = ops.latent_sums(values, grads, offsets, order, scale)
         along = parallel if model.normalize_decoder else None
         encoder = (grads, offsets, order, [x] * len(groups))
-        small = {"b_enc": grad_b_enc, "b_dec": _column_sums(residuals[:with_bias], sums, scale)}
+        # of each small parameter the gradients whose sum, weighted by the scales, is its own
+        small = {"b_dec": _column_sums(residuals[:with_bias], sums)}
         if model.W_skip is not None:
-            pairs = zip(residuals[:with_bias], scale, strict=False)
-            products = [s * (r.T @ x.to(acc)) for r, s in pairs]
-            small["W_skip"] = sum(products[1:], products[0])
-        finite = loss.isfinite()
-        grad_scale = torch.ones_like(loss)
+            small["W_skip"] = [r.T @ x.to(acc) for r in residuals[:with_bias]]
+        norm = None
         if self.clip_norm is not None:
             square = ops.row_grad_sq(*encoder, scale, b_dec, None, model.W_enc, 0)
             square += ops.row_grad_sq(
                 values, offsets, order, residuals, scale, None, along, model.W_dec, 0
             )
-            total = square.sum()
-            for name, g in small.items():
-                centre = (
-                    model.W_enc.to(acc).T @ grad_b_enc if name == "b_dec" and model.centred else 0
-                )
-                total = total + (g - centre).double().square().sum()
-            norm = total.sqrt().to(acc)
-            metrics["grad_norm"] = norm
-            grad_scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1)
-            finite = finite & norm.isfinite()
+            total = square.sum() + grad_b_enc.double().square().sum()
+            for name, parts in small.items():
+                g = sum((s * t for s, t in zip(scale, parts, strict=False)), torch.zeros_like(loss))
+                if name == "b_dec" and model.centred:
+                    g = g - model.W_enc.to(acc).T @ grad_b_enc
+                total = total + g.double().square().sum()
+            metrics["grad_norm"] = norm = total.sqrt().to(acc)
 
-        hyper = self._hyper(grad_scale)
-        scale = torch.where(finite, scale, torch.nan)  # not finite: nothing is written
+        adam = (self._lr_on_device, self.t, self._constants)
+        hyper, finite, scale = ops.adam_scalars(loss, norm, self.clip_norm, scale, *adam)
         centre_grad = torch.empty(model.d_in, dtype=acc, device=x.device) if model.centred else None
         centre_sums = grad_b_enc if model.centred else None
         state = self._state("W_enc")
@@ -293,12 +282,12 @@ class TrainStep:
             noise,
         )
         if not last:  # the other half, from the columns of W_dec that are still as they were
-            del group, groups
+            del groups
             residuals.clear()
             residuals = [ops.sparse_residual_slice(*code, *decoder, columns, d)]
             if sums[0] is None:
-                rest = _column_sums(residuals, sums, scale)
-                small["b_dec"] = torch.cat([small["b_dec"], rest])
+                rest = _column_sums(residuals, sums)
+                small["b_dec"] = [torch.cat([small["b_dec"][0], rest[0]])]
             ops.row_update(
                 values,
                 offsets,
@@ -318,12 +307,12 @@ class TrainStep:
             )
         fired = offsets[0][1:] > offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
         del residuals, values, grads, order, encoder
-        if centre_grad is not None:
-            small["b_dec"] -= centre_grad
-        for name, g in small.items():
-            self._adam(name, g, hyper, finite)
-        since = torch.where(fired, 0, model.tokens_since_fired + N)
-        model.tokens_since_fired.copy_(torch.where(finite, since, model.tokens_since_fired))
+        taken = (finite, hyper)
+        ops.vector_update([grad_b_enc], None, None, *taken, *self._state("b_enc"))
+        for name, parts in small.items():
+            minus = centre_grad if name == "b_dec" else None
+            ops.vector_update(parts, scale[: len(parts)], minus, *taken, *self._state(name))
+        model.tokens_since_fired.add_(finite, alpha=N).masked_fill_(fired & finite, 0)
         self.t += finite
         return metrics, finite
 
@@ -342,15 +331,14 @@ class TrainStep:
         code: tuple[Tensor, Tensor],
         decoder: tuple[Tensor, Tensor | None, Tensor],
         columns: int,
-    ) -> tuple[_Group, Tensor]:
-        """One term of the loss, and the sum of its squared residuals."""
+    ) -> _Group:
+        """One term of the loss."""
         sums = None
         if self._sums_in_decode and decoder[1] is not None:
             sums = torch.empty(self.model.d_out, dtype=self.acc, device=code[0].device)
         residual, square, grads = ops.sparse_residual(*code, *decoder, columns, sums)
         offsets, order = ops.group_by_latent(*code, self.model.d_sae)
-        group = _Group(code[0], grads, offsets, order, residual, sums)
-        return group, square.sum().to(self.acc)
+        return _Group(code[0], grads, offsets, order, residual, square, sums)
 
     def _state(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Parameter, master and moments, as row_update wants them."""
@@ -360,28 +348,6 @@ class TrainStep:
         """Seed and step of the stochastic rounding of a matrix, as row_update wants them."""
         seed = self._seeds.get(name)
         return None if seed is None else torch.stack([seed, self.t.long()])
-
-    def _hyper(self, grad_scale: Tensor) -> Tensor:
-        """The [8] numbers of `row_update`, made on the device so that no step waits for them."""
-        t = self.t + 1
-        bc1, bc2 = 1 - self.betas[0] ** t, 1 - self.betas[1] ** t
-        step = torch.stack([self._lr_on_device / bc1, bc2.sqrt()])
-        return torch.cat(
-            [step, self._constants[:3], grad_scale.double()[None], self._constants[3:]]
-        ).to(self.acc)
-
-    def _adam(self, name: str, g: Tensor, hyper: Tensor, finite: Tensor) -> None:
-        """Adam of one small parameter; keeps everything as it is unless `finite`."""
-        step, root_bc2, b1, b2, eps, grad_scale, rest1, rest2 = hyper
-        theta, (m, v) = self.theta[name], self.moments[name]
-        g = g * grad_scale
-        m_new = b1 * m + rest1 * g
-        v_new = b2 * v + rest2 * g * g
-        moved = theta - step * m_new / (v_new.sqrt() / root_bc2 + eps)
-        for old, new in ((m, m_new), (v, v_new), (theta, moved)):
-            old.copy_(torch.where(finite, new, old))
-        if self.masters:
-            self.parameters[name].copy_(theta)
 
     # ---------------------------------------------------------------------------------------- state
 
@@ -436,10 +402,7 @@ class TrainStep:
             self._unfused.set_steps_taken()
 
 
-def _column_sums(residuals: list[Tensor], sums: list[Tensor | None], scale: Tensor) -> Tensor:
-    """Gradient of b_dec along the decoder path: sum over groups of scale * residual.sum(0)."""
-    terms = [
-        s * (r.sum(0) if done is None else done)
-        for r, done, s in zip(residuals, sums, scale, strict=False)
-    ]
-    return torch.stack(terms).sum(0)
+def _column_sums(residuals: list[Tensor], sums: list[Tensor | None]) -> list[Tensor]:
+    """Sums over the tokens [columns] of each residual, where the kernel has not formed them."""
+    pairs = zip(residuals, sums, strict=False)
+    return [r.sum(0) if done is None else done for r, done in pairs]

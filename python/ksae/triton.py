@@ -278,6 +278,52 @@ class Kernels(products.Encode):
                 shadow.copy_(W)
         return None
 
+    def total_variance(self, y: Tensor) -> Tensor:
+        from .kernels.variance import total_variance
+
+        with _guard(y):
+            return total_variance(y)
+
+    def loss_terms(
+        self, sq_errors: Sequence[Tensor], denominators: Sequence[Tensor], shares: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from .kernels.scalars import loss_terms
+
+        with _guard(denominators[0]):
+            return loss_terms(sq_errors, denominators, shares)
+
+    def adam_scalars(
+        self,
+        loss: Tensor,
+        norm: Tensor | None,
+        clip_norm: float | None,
+        scales: Tensor,
+        lr: Tensor,
+        t: Tensor,
+        constants: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from .kernels.scalars import adam_scalars
+
+        with _guard(loss):
+            return adam_scalars(loss, norm, clip_norm, scales, lr, t, constants)
+
+    def vector_update(
+        self,
+        grads: Sequence[Tensor],
+        scales: Tensor | None,
+        minus: Tensor | None,
+        taken: Tensor,
+        hyper: Tensor,
+        p: Tensor,
+        master: Tensor | None,
+        m: Tensor,
+        v: Tensor,
+    ) -> None:
+        from .kernels.vector import vector_update
+
+        with _guard(p):
+            vector_update(grads, scales, minus, taken, hyper, p, master, m, v)
+
 
 def _load() -> tuple[Kernels | None, str]:
     """The kernels, or why there are none. Imports nothing: triton is heavy."""

@@ -181,4 +181,66 @@ size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams&
 cudaError_t sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, void* workspace,
                                           cudaStream_t stream);
 
+// ---- the small part of a training step ---------------------------------------------------------
+constexpr int kMaxTerms = 4;  // of a loss
+
+struct TotalVarianceParams {
+  int64_t N, d;
+  Dtype dtype;
+  const void* y;    // [N, d]
+  float* variance;  // [1] sum (y - mean over the rows of y)^2
+};
+size_t total_variance_workspace(const TotalVarianceParams& p);
+cudaError_t total_variance(const TotalVarianceParams& p, void* workspace, cudaStream_t stream);
+
+// A term is error / denominator, where error is the sum of sq_error; loss is the sum of share *
+// term. A term after the first whose denominator is not positive counts nothing.
+struct LossTerm {
+  int64_t N;
+  const double* sq_error;    // [N]
+  const float* denominator;  // [1]
+  float share;
+};
+struct LossTermsParams {
+  const LossTerm* of_terms;  // in host memory, at most kMaxTerms
+  int n_terms;
+  float* errors;  // [n_terms]
+  float* terms;   // [n_terms]
+  float* loss;    // [1]
+  float* scales;  // [n_terms] dloss/drecon = scale * residual
+};
+cudaError_t loss_terms(const LossTermsParams& p, cudaStream_t stream);
+
+// The hyper of row_update for step t + 1, and whether it is taken: loss and norm are finite.
+struct AdamScalarsParams {
+  const float* loss;  // [1]
+  const float* norm;  // [1] of all gradients, clipped to clip_norm, or null
+  float clip_norm;
+  const float* scales;  // [n_scales]
+  int n_scales;
+  const double* lr;         // [1]
+  const double* t;          // [1] steps taken
+  const double* constants;  // [3] beta1, beta2, eps
+  float* hyper;             // [8]
+  bool* taken;              // [1]
+  float* taken_scales;      // [n_scales] scales, or NaN if the step is not taken
+};
+cudaError_t adam_scalars(const AdamScalarsParams& p, cudaStream_t stream);
+
+// Adam with the gradient: sum of scales * grads, less minus.
+struct VectorUpdateParams {
+  int64_t size;
+  Dtype dtype;
+  const float* const* grads;  // in host memory, at most kMaxTerms, of [size]
+  int n_grads;
+  const float* scales;  // [n_grads] or null: 1
+  const float* minus;   // [size] or null
+  const bool* taken;    // [1] nothing is written if it is false
+  const float* hyper;   // [8] as in RowUpdateParams
+  void* p;              // [size] dtype
+  float* master;        // [size] that p is the rounded copy of, or null
+  float *m, *v;         // [size]
+};
+cudaError_t vector_update(const VectorUpdateParams& p, cudaStream_t stream);
+
 }  // namespace ksae::cuda
