@@ -48,8 +48,9 @@ def _like(
     op: str, arg: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, first: Tensor
 ) -> None:
     """Shape, dtype and device of t; -1 in shape is any size."""
-    if t.dim() != len(shape) or any(
-        n != -1 and m != n for m, n in zip(t.shape, shape, strict=True)
+    if t.shape != shape and (
+        t.dim() != len(shape)
+        or any(n != -1 and m != n for m, n in zip(t.shape, shape, strict=True))
     ):
         want = _text(["*" if n == -1 else n for n in shape])  # type: ignore[misc]
         raise fail(op, arg, f"of shape {want}", _text(t.shape))
