@@ -186,6 +186,31 @@ MUTANTS = {
         "u, WRONG ? 0 : begin)",
     ),
     "sums: lost tail": Mutant("sums.cu", "if (i >= p.F) return;", "if (i >= p.F - WRONG) return;"),
+    # ------------------------------------------------------------------------- the small ops
+    "variance: missing barrier": Mutant(
+        "variance.cu",
+        "of_lane[threadIdx.x] = sum;\n  __syncthreads();",
+        "of_lane[threadIdx.x] = sum;\n  if (!WRONG) __syncthreads();",
+    ),
+    "variance: lost row": Mutant("variance.cu", "n < last; ++n", "n < last - WRONG; ++n"),
+    "variance: lost share": Mutant("variance.cu", "s += kLanes)", "s += kLanes + WRONG)"),
+    "variance: lost slice": Mutant(
+        "variance.cu", "i < squares; i += kThreads", "i < squares - WRONG; i += kThreads"
+    ),
+    "terms: off by one": Mutant(
+        "scalars.cu", "n < term.N; n += kThreads", "n < term.N - WRONG; n += kThreads"
+    ),
+    "terms: a term without denominator counts": Mutant(
+        "scalars.cu", "g == 0 || below > 0", "WRONG || g == 0 || below > 0"
+    ),
+    "scalars: the step before": Mutant("scalars.cu", "*p.t + 1", "*p.t + (WRONG ? 0 : 1)"),
+    "scalars: every step is taken": Mutant(
+        "scalars.cu", "= taken ? p.scales[g]", "= taken || WRONG ? p.scales[g]"
+    ),
+    "vector: lost tail": Mutant("vector.cu", "if (i >= p.size", "if (i >= p.size - WRONG"),
+    "vector: lost gradient": Mutant(
+        "vector.cu", "if (n < p.n_grads)", "if (n < p.n_grads - WRONG)"
+    ),
 }
 FILES = sorted({m.file for m in MUTANTS.values()})
 NAMESPACE = "namespace ksae::cuda {\n"

@@ -30,7 +30,10 @@ from cases import (
     integers,
     norm_arguments,
     row_arguments,
+    scalars_arguments,
     scores,
+    terms_arguments,
+    vector_arguments,
     written,
 )
 from emulation.build import Emulator
@@ -174,12 +177,45 @@ def sums(kernels: Kernels) -> Iterator[Case]:
     yield "weight gradient", all_same(*pair)
 
 
+def variance(kernels: Kernels) -> Iterator[Case]:
+    for N, d in ((1, 3), (300, 37), (259, 600)):  # the others: shares of two rows; two slices
+        y = integers(N, d)
+        yield f"N={N}, d={d}", close(kernels.total_variance(y), reference.total_variance(y))
+
+
+def scalars(kernels: Kernels) -> Iterator[Case]:
+    terms = terms_arguments(torch.float32, N=1100)
+    terms["denominators"][2].zero_()
+    pair = (g.loss_terms(*terms.values()) for g in (kernels, reference))
+    yield "terms", all(itertools.starmap(close, zip(*pair, strict=True)))
+    for loss in (0.5, torch.nan):
+        a = scalars_arguments(torch.float32)
+        a["loss"].fill_(loss)
+        (hyper, *got), (want_hyper, *want) = (
+            g.adam_scalars(*a.values()) for g in (kernels, reference)
+        )
+        yield f"loss {loss}", close(hyper, want_hyper) and all_same(tuple(got), tuple(want))
+
+
+def vector(kernels: Kernels) -> Iterator[Case]:
+    for size, extras in ((33, True), (700, False)):
+        a = vector_arguments(torch.float32, size, extras=extras)
+        want = clone_all(a)
+        kernels.vector_update(*a.values())
+        reference.vector_update(*want.values())
+        pairs = zip(written(a).values(), written(want).values(), strict=True)
+        yield f"{size} numbers", all(itertools.starmap(close, pairs))
+
+
 CASES: dict[str, Callable[[Kernels], Iterator[Case]]] = {
     "select.cu": select,
     "decode.cu": decode,
     "group.cu": group,
     "latent.cu": latent,
     "sums.cu": sums,
+    "variance.cu": variance,
+    "scalars.cu": scalars,
+    "vector.cu": vector,
 }
 
 
