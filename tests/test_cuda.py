@@ -8,7 +8,10 @@ everywhere, in emulation.
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +59,10 @@ from torch import Tensor
 
 import ksae
 from ksae import cuda, ops, products, reference, triton
+from ksae.activations import ArraySource
+from ksae.runconfig import LogConfig, TrainConfig
+from ksae.trainer import Trainer
+from ksae.transfer import Readback
 
 
 def to(arg: Any, device: str) -> Any:
@@ -221,6 +228,44 @@ def test_no_step_waits_for_the_device(kind: type[ksae.TopKSAE], dead: int) -> No
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (metrics["auxk_loss"] > 0) == (dead > 0)
+
+
+@dtypes
+@pytest.mark.parametrize("ahead", [0, 2], ids=["in turn", "prefetch"])
+def test_no_training_loop_waits_for_the_device(T: torch.dtype, ahead: int, tmp_path: Path) -> None:
+    """From float32 batches of the host to metrics in the log; only its end may wait."""
+    steps, x = 6, randn(640, 96)
+    config = TrainConfig(
+        batch_size=64, steps=steps, prefetch=ahead, init_tokens=0, checkpoint_every=steps,
+        eval_tokens=0,
+    )  # fmt: skip
+    trainer = Trainer(model(T), ArraySource([x]), config, out=tmp_path, log=LogConfig(every=1))
+    save = trainer._save
+
+    def save_and_wait(log: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+        save(log)
+
+    trainer._save = save_and_wait  # type: ignore[method-assign]
+    trainer.train_step(x[:64].to("cuda", T))  # loads what the first step loads
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    losses = [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+    assert len(losses) == steps and all(map(math.isfinite, losses))
+
+
+def test_a_number_waits_for_its_own_step_alone() -> None:
+    early = torch.ones((), device="cuda") * 2
+    reading = Readback({"early": early})
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    late = torch.cuda.Event()
+    late.record()
+    assert reading.get() == {"early": 2.0} and not late.query()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("dead", [0, 9, 5000, 20000])

@@ -27,6 +27,7 @@ from ksae.errors import UserError
 from ksae.runconfig import LogConfig, RunConfig, TrainConfig
 from ksae.rundir import compare
 from ksae.trainer import Interrupted, Trainer, TrainResult, train
+from ksae.transfer import Readback, staged
 
 d, F, k = 8, 32, 3
 CONFIG = TrainConfig(
@@ -175,6 +176,13 @@ def test_ctrl_c_before_the_first_step(tmp_path):
     run(tmp_path / "a", resume=True)
     run(tmp_path / "straight")
     assert_same_run(tmp_path / "straight", tmp_path / "a")
+
+
+def test_numbers_and_batches_of_the_host_stay_as_they_are():
+    numbers = {"loss": torch.tensor(0.5), "count": torch.tensor(3)}
+    assert Readback(numbers).get() == {"loss": 0.5, "count": 3.0}
+    x = torch.randn(3, 2)
+    assert staged(x, torch.device("cpu"), torch.bfloat16) is x  # a later copy converts it
 
 
 def test_a_transcoder_with_skip_resumes(tmp_path):

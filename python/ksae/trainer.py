@@ -36,7 +36,9 @@ from ksae.runlog import RunLog
 from ksae.schedule import learning_rate
 from ksae.signals import Interrupted, Signals
 from ksae.step import TrainStep
+from ksae.transfer import Readback, staged
 
+_FINITE = ("loss", "grad_norm")  # a step of which one is not is not taken
 _Batch = tuple[Tensor, "Tensor | None", "Tensor | None"]  # x, y and the gradient, each [N, d]
 
 
@@ -158,7 +160,7 @@ class Trainer:
         model.train()
         # Metrics are read one step late, so that on a GPU the next step is already queued while the
         # host waits.
-        waiting: tuple[int, Mapping[str, Tensor], float] | None = None
+        waiting: tuple[int, Readback, float] | None = None
         batches = self._batches(self.step)
         clock = _Clock(self.tokens)
         with contextlib.closing(batches):
@@ -178,7 +180,7 @@ class Trainer:
                 saved = False
                 if waiting is not None:
                     self._record(*waiting, log, clock)
-                waiting = self.step, metrics, rate
+                waiting = self.step, Readback(self._wanted(metrics)), rate
                 if self.step % config.checkpoint_every == 0 or self.step == self.steps:
                     self._record(*waiting, log, clock)
                     waiting = None
@@ -208,12 +210,22 @@ class Trainer:
             raise UserError(
                 f"train: {self.source.name} gave an empty batch at step {self.step + 1}"
             )
-        # A gradient is scaled before it is rounded to the parameters' dtype.
         g = None if g is None else g.to(self._parameter.device, non_blocking=True)
         return self._place(x), None if y is None else self._place(y), g
 
     def _place(self, x: Tensor) -> Tensor:
         return x.to(self._parameter.device, self._parameter.dtype, non_blocking=True)
+
+    def _staged(self, batch: _Batch) -> _Batch:
+        """In the thread that fetches batches ahead, if there is one."""
+        x, y, g = batch
+        device, dtype = self._parameter.device, self._parameter.dtype
+        return (
+            staged(x, device, dtype),
+            None if y is None else staged(y, device, dtype),
+            # a gradient is scaled before it is rounded to the parameters' dtype
+            None if g is None else staged(g, device),
+        )
 
     def _batches(self, start: int) -> Generator[_Batch, None, None]:
         """The source's stream, as a generator that can be closed."""
@@ -225,6 +237,7 @@ class Trainer:
         else:
             plain = self.source.batches(config.batch_size, **place)
             stream = ((x, y, None) for x, y in plain)
+        stream = (self._staged(batch) for batch in stream)
         if config.prefetch == 0:
             yield from stream
             return
@@ -253,20 +266,29 @@ class Trainer:
                 raise UserError(self._bad_activations("the first batches"))
         initialize_from(self.model, x, y)
 
+    def _is_logged(self, step: int) -> bool:
+        return step % self.log_config.every == 0 or step == self.steps
+
+    def _wanted(self, metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the host has to know of the step that was just taken."""
+        if self._is_logged(self.step):
+            return metrics
+        return {name: metrics[name] for name in _FINITE if name in metrics}
+
     def _record(
-        self, step: int, metrics: Mapping[str, Tensor], rate: float, log: RunLog, clock: _Clock
+        self, step: int, metrics: Readback, rate: float, log: RunLog, clock: _Clock
     ) -> None:
         """Refuse a loss or gradient that is not finite; log the step if it is one to log."""
-        for name in ("loss", "grad_norm"):
+        numbers = metrics.get()
+        for name in _FINITE:
             # TrainStep has left everything as it was before this step.
-            value = float(metrics.get(name, 0.0))
+            value = numbers.get(name, 0.0)
             if not math.isfinite(value):
                 raise UserError(self._explain(step, name, value))
-        if step % self.log_config.every and step != self.steps:
+        if not self._is_logged(step):
             return
         tokens = step * self.config.batch_size
-        record: dict[str, float] = {"step": step, "tokens": tokens}
-        record |= {name: float(value) for name, value in metrics.items()}
+        record: dict[str, float] = {"step": step, "tokens": tokens, **numbers}
         record |= {"lr": rate, **clock.read(tokens)}
         log.write(record)
 
