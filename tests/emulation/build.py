@@ -19,6 +19,7 @@ the fixtures `emulated` (ksae._cuda) and `emulated_kernels` of conftest.py.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -97,7 +98,10 @@ def _build(name: str, sources: Sequence[Path], instead: Mapping[str, str]) -> Pa
     if target.exists():
         return target
     cache.mkdir(mode=0o700, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    with (cache / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=cache) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of this run may be at the same
+        if target.exists():
+            return target
         scratch = Path(folder)
         for path, text in texts.items():
             copy = scratch / path.relative_to(ROOT)
