@@ -222,18 +222,37 @@ def model(**options: Any) -> SparseCoder:
     return ksae.TopKSAE(D, F, K, **options)
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """As on a GPU that screens; a copy of each W_enc of which a shadow was made."""
-    of: list[Tensor] = []
+class Screening:
+    """The ops, of which those that select look at the shadow that they are given."""
 
-    def shadow(W: Tensor) -> tuple[Tensor, Tensor]:
-        of.append(W.detach().clone())
+    def __init__(self) -> None:
+        self.made: list[Tensor] = []  # a copy of each W_enc of which a shadow was made
+        self.read: list[tuple[Tensor, ...]] = []
+
+    def shadow(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        self.made.append(W.detach().clone())
         return shadow_of(W)
 
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if name in ("topk_encode", "topk_encode_aux") and args[1].dtype == torch.float32:
+                W, *kept = args[1], *args[-2:]
+                assert_same("shadow", kept[0], W.detach().bfloat16())
+                assert_norms(kept[1], W.detach(), kept[0])
+                self.read.append(tuple(kept))
+            return getattr(ops, name)(*args)
+
+        return call
+
+
+@pytest.fixture
+def screening(monkeypatch: pytest.MonkeyPatch) -> Screening:
+    """As on a GPU that screens."""
+    seen = Screening()
     monkeypatch.setattr(step.gpu, "screens", lambda W, k, aux: W.dtype == torch.float32)
-    monkeypatch.setattr(step.triton, "shadow", shadow)
-    return of
+    monkeypatch.setattr(step.triton, "shadow", seen.shadow)
+    monkeypatch.setattr("ksae.modules.ops", seen)
+    return seen
 
 
 def assert_kept(train: ksae.TrainStep) -> None:
@@ -249,7 +268,7 @@ def batch(seed: int) -> Tensor:
 
 
 def test_a_step_keeps_the_shadow_that_the_first_one_made(
-    made: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    screening: Screening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step, "ops", reference)
     sae, other = model(), model()
@@ -259,39 +278,21 @@ def test_a_step_keeps_the_shadow_that_the_first_one_made(
         assert_kept(train)
         plain._keep_shadow = lambda *_: None  # type: ignore[method-assign]
         plain(batch(seed))
-    assert len(made) == 1 and plain._shadow == ()
+    assert len(screening.made) == 1 and plain._shadow == ()
     assert all(map(torch.equal, sae.parameters(), other.parameters()))
     assert train.state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_selection_is_given_what_is_kept(
-    made: list[Tensor], dead: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a kernel reads belongs to the weights that it reads."""
-    given: list[tuple[Tensor, ...]] = []
-
-    class Seen:
-        def __getattr__(self, name: str) -> Callable[..., Any]:
-            def call(*args: Any) -> Any:
-                if name in ("topk_encode", "topk_encode_aux"):
-                    W, shadow, norms = args[1], *args[-2:]
-                    assert torch.equal(shadow, W.bfloat16())
-                    assert_norms(norms, W.detach(), shadow)
-                    given.append((shadow, norms))
-                return getattr(ops, name)(*args)
-
-            return call
-
-    monkeypatch.setattr("ksae.modules.ops", Seen())
+def test_every_selection_reads_what_is_kept(screening: Screening, dead: bool) -> None:
     sae = model(auxk_alpha=1.0, dead_after=5, k_aux=3)
     sae.tokens_since_fired[::2] = 100 * dead
     train = ksae.TrainStep(sae, 1e-2)
     for seed in range(2):
         train(batch(seed))
-    assert len(given) == 2 and all(
-        t is kept for t, kept in zip(given[1], train._shadow, strict=True)
-    )
+    assert len(screening.read) == 2
+    for read in screening.read:
+        assert all(t is kept for t, kept in zip(read, train._shadow, strict=True))
 
 
 def write(train: ksae.TrainStep) -> None:
@@ -314,7 +315,7 @@ def load_both(train: ksae.TrainStep) -> None:
 
 @pytest.mark.parametrize("change", [write, replace, load_both])
 def test_weights_written_from_outside_get_a_new_shadow_in_place(
-    made: list[Tensor], change: Callable[[ksae.TrainStep], None]
+    screening: Screening, change: Callable[[ksae.TrainStep], None]
 ) -> None:
     train = ksae.TrainStep(model(), 1e-2)
     train(batch(0))
@@ -323,11 +324,11 @@ def test_weights_written_from_outside_get_a_new_shadow_in_place(
     W = train.model.W_enc.detach().clone()
     train(batch(1))
     assert_kept(train)
-    assert len(made) == 2 and torch.equal(made[1], W)
+    assert len(screening.made) == 2 and torch.equal(screening.made[1], W)
     assert all(t is old for t, old in zip(train._shadow, kept, strict=True))
 
 
-def test_a_step_that_is_not_finite_leaves_the_shadow(made: list[Tensor]) -> None:
+def test_a_step_that_is_not_finite_leaves_the_shadow(screening: Screening) -> None:
     train = ksae.TrainStep(model(), 1e-2)
     train(batch(0))
     before = [t.clone() for t in train._shadow]
@@ -335,20 +336,30 @@ def test_a_step_that_is_not_finite_leaves_the_shadow(made: list[Tensor]) -> None
     assert all(map(torch.equal, before, train._shadow))
     train(batch(2))
     assert_kept(train)
-    assert len(made) == 1
+    assert len(screening.made) == 1
 
 
-def test_no_shadow_where_nothing_reads_one(made: list[Tensor]) -> None:
+def test_no_shadow_where_nothing_reads_one(screening: Screening) -> None:
     rows = batch(0)
     ksae.TrainStep(model().bfloat16())(rows)
     ksae.TrainStep(model(), fused=False)(rows)
-    shared = model()
-    shared.shares_memory = True
-    ksae.TrainStep(shared)(rows)
     graded = ksae.GradTopKSAE(D, F, K, auxk_alpha=0)
     ksae.TrainStep(graded)(rows, grad=rows)
-    assert made == []
+    assert screening.made == []
     graded = ksae.GradTopKSAE(D, F, K, auxk_alpha=1.0, dead_after=5)
     graded.tokens_since_fired[::2] = 100
     ksae.TrainStep(graded)(rows, grad=rows)  # AuxK ranks by u
-    assert len(made) == 1
+    assert len(screening.made) == 1
+
+
+def test_no_shadow_of_weights_that_are_written_unseen(screening: Screening) -> None:
+    shared = model()
+    shared.shares_memory = True
+    for train in (ksae.TrainStep(shared), ksae.TrainStep(inferred())):
+        train._keep_shadow(K, False, None)
+        assert train._shadow == ()
+
+
+@torch.inference_mode()
+def inferred() -> SparseCoder:
+    return model()
