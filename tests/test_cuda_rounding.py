@@ -11,7 +11,7 @@ from cases import Implementation, assert_same, clone_all, row_arguments
 from emulation.build import Emulator
 from test_cuda_kernels import impl  # noqa: F401  (the emulated kernels)
 from test_shadow import (  # noqa: F401  (collected here with the `impl` above)
-    test_a_shadow_changes_no_result,
+    test_a_shadow_changes_no_encode,
     test_a_step_that_is_not_taken_leaves_both,
     test_norms_are_of_the_row_as_it_is_stored,
     test_norms_of_special_rows,

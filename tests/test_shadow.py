@@ -137,7 +137,7 @@ def weights() -> tuple[Tensor, Tensor, Tensor]:
     return x, W, b
 
 
-def test_a_shadow_changes_no_result(impl: Implementation) -> None:
+def test_a_shadow_changes_no_encode(impl: Implementation) -> None:
     x, W, b = weights()
     kept, dead = shadow_of(W), torch.arange(F) % 3 == 0
     want = reference.topk_encode(x, W, b, K, x[0], dead)

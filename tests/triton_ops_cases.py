@@ -299,9 +299,9 @@ def test_the_shadow_in_slices_is_the_rounded_weight(impl: Implementation) -> Non
     assert_same("shadow", shadow, a["W"].bfloat16())
 
 
-def test_a_shadow_changes_no_result_of_either_way(impl: Implementation) -> None:
+def test_a_shadow_changes_no_encode_of_either_way(impl: Implementation) -> None:
     for way in (impl, Fused()):
-        test_shadow.test_a_shadow_changes_no_result(way)
+        test_shadow.test_a_shadow_changes_no_encode(way)
 
 
 def test_one_latent_takes_every_token(impl: Implementation, dtype: torch.dtype) -> None:

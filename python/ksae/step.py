@@ -60,8 +60,9 @@ class TrainStep:
     returns that loss. The fused step gives the same bits on every run and, natively, for every
     number of threads. On CUDA it never waits for the device, and after a warm-up step it can be
     captured in a CUDA graph. Where float32 weights are encoded by screening, it keeps the bf16 copy
-    and norms of W_enc that screening reads, 2 bytes a weight; a replayed graph does not see W_enc
-    written from outside, nor does any step what is written through `.data`.
+    of W_enc that screening reads, 2 bytes a weight, and makes it anew when W_enc was written from
+    outside; a replayed graph does not see that, nor any step a write that does not count in the
+    parameter's version, as through `.data`.
 
     Example:
         >>> import torch, ksae
