@@ -40,14 +40,23 @@ def norms_kernel(
         full += t * t
         lost += (t - r) * (t - r)
         rounded += r * r
-    size = _above(tl.sum(full, axis=1), d)
-    safe = size <= 2.0**60  # not if it is NaN
-    size = tl.where(safe, size, float("inf"))
-    of_lost = tl.where(safe, _above(tl.sum(lost, axis=1), d), float("inf"))
-    of_rounded = tl.where(safe, _above(tl.sum(rounded, axis=1), d), float("inf"))
+    size, of_lost, of_rounded = norms_above(
+        tl.sum(full, axis=1), tl.sum(lost, axis=1), tl.sum(rounded, axis=1), d
+    )
     tl.store(norms_ptr + n, size * slack, n < rows)
     tl.store(norms_ptr + rows + n, of_lost * slack, n < rows)
     tl.store(norms_ptr + 2 * rows + n, of_rounded * slack, n < rows)
+
+
+@triton.jit
+def norms_above(full, lost, rounded, d):
+    """Upper bounds of the three norms of rows from the float32 sums of their d squares."""
+    size = _above(full, d)
+    safe = size <= 2.0**60  # not if it is NaN
+    size = tl.where(safe, size, float("inf"))
+    of_lost = tl.where(safe, _above(lost, d), float("inf"))
+    of_rounded = tl.where(safe, _above(rounded, d), float("inf"))
+    return size, of_lost, of_rounded
 
 
 @triton.jit

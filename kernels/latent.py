@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bound import norms_above
 from .launch import registers
 from .sums import finite, value_sums
 
@@ -165,7 +166,9 @@ def update_kernel(
     master_ptr,  # [F, d] float32, with MASTER
     m_ptr, v_ptr,  # [F, d] float32
     hyper_ptr,  # [8] float32
-    d, columns, start,
+    shadow_ptr,  # [F, d] bf16 or None
+    norms_ptr,  # [3, F] float32 or None, with a shadow and WHOLE
+    F, d, columns, start,
     GROUPS: tl.constexpr, CENTRE: tl.constexpr, PARALLEL: tl.constexpr, FIRST: tl.constexpr,
     MASTER: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr,
     CUT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -220,9 +223,24 @@ def update_kernel(
                 tl.store(W_ptr + i * d + o, other.to(W_ptr.dtype.element_ty), others)
                 if MASTER:
                     tl.store(master_ptr + i * d + o, other, others)
+                if shadow_ptr is not None:
+                    tl.store(shadow_ptr + i * d + o, other.to(tl.bfloat16), others)
         tl.store(W_ptr + at, theta.to(W_ptr.dtype.element_ty), inside)
         if MASTER:
             tl.store(master_ptr + at, theta, inside)
+        if shadow_ptr is not None:
+            rounded = theta.to(tl.bfloat16)
+            tl.store(shadow_ptr + at, rounded, inside)
+            if norms_ptr is not None:
+                rounded = rounded.to(tl.float32)
+                lost = theta - rounded
+                size, of_lost, of_rounded = norms_above(
+                    tl.sum(theta * theta, axis=0), tl.sum(lost * lost, axis=0),
+                    tl.sum(rounded * rounded, axis=0), d,
+                )  # fmt: skip
+                tl.store(norms_ptr + i, size)
+                tl.store(norms_ptr + F + i, of_lost)
+                tl.store(norms_ptr + 2 * F + i, of_rounded)
 
 
 @triton.jit
@@ -355,6 +373,8 @@ def row_update(
     grad_b_dec: Tensor | None,  # [d] float32
     start: int,
     normalize: bool,
+    shadow: Tensor | None,  # [F, d] bfloat16
+    norms: Tensor | None,  # [3, F] float32
 ) -> None:
     """Gradient, projection, Adam and unit rows, in place; W.T @ grad_b_enc with W as it was."""
     F, d = W.shape
@@ -364,7 +384,7 @@ def row_update(
     update_kernel[(F,)](
         *groups.arguments, scales, W if centre is None else centre,
         scales if parallel is None else parallel, W, W if master is None else master, m, v, hyper,
-        d, groups.columns, start, GROUPS=groups.count, CENTRE=centre is not None,
+        shadow, norms, F, d, groups.columns, start, GROUPS=groups.count, CENTRE=centre is not None,
         PARALLEL=parallel is not None, FIRST=start == 0, MASTER=master is not None,
         NORMALIZE=normalize, WHOLE=groups.columns == d, CUT=CUT, BLOCK=block, BLOCK_D=block_d,
         num_warps=warps(block_d), **registers(REGISTERS),

@@ -236,6 +236,14 @@ def written(a: dict[str, Any]) -> dict[str, Tensor]:
     return {name: a[name] for name in names if a.get(name) is not None}
 
 
+def at_rest(W: Tensor) -> dict[str, Any]:
+    """Arguments of row_update that leave W as it is: no token, and a learning rate of 0."""
+    a = row_arguments(W.dtype, "encoder", N=0, d=W.shape[1], F=W.shape[0], ks=(3,))
+    a["hyper"][0] = 0
+    bare = dict.fromkeys(("centre", "grad_b_enc", "grad_b_dec"))
+    return a | bare | {"W": W, "v": a["v"] + 1}
+
+
 def _unrounded(p: Tensor) -> Tensor:
     """A float32 master that rounds to p, as in the middle of training."""
     ulp = torch.finfo(p.dtype).eps
@@ -323,6 +331,19 @@ def assert_close(
         f" worst at {list(at)}: {float(got[at]):.9g} for {float(exact[at]):.9g},"
         f" error {largest:.3g} (plain torch at worst {plain_largest:.3g})"
     )
+
+
+def assert_norms(norms: Tensor, W: Tensor, shadow: Tensor) -> None:
+    """norms [3, F] are the bounds of reference.shadow_norms, from above and not far."""
+    d, exact = W.shape[1], [t.double() for t in (W, shadow)]
+    wide = torch.stack([t.norm(dim=1) for t in (exact[0], exact[0] - exact[1], exact[1])])
+    assert norms.shape == wide.shape and norms.dtype == torch.float32
+    infinite = norms[0].isinf()
+    assert (norms.isinf() == infinite).all() and not norms.isnan().any()
+    assert infinite[~(wide[0] <= 2.0**60)].all() and not infinite[wide[0] < 2.0**59].any()
+    got, wide = norms.double()[:, ~infinite], wide[:, ~infinite]
+    assert (got >= wide).all(), f"below by {float((wide - got).max())}"
+    assert (got <= wide * (1 + 2.0**-16 + d * 2.0**-22) + d**0.5 * 2.0**-62).all()
 
 
 def assert_same(what: str, got: Tensor, expected: Tensor) -> None:

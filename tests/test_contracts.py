@@ -43,15 +43,20 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
     values, indices = reference.topk_encode(x.detach(), W.detach(), b.detach(), k)
     values = values.requires_grad_(grad)
     update = row_arguments(dtype, "decoder", N=N, F=F)
+    shadow: tuple[Tensor, ...] = ()
+    if dtype == torch.float32:
+        rounded = W.detach().bfloat16()
+        shadow = rounded, reference.shadow_norms(W.detach(), rounded)
     residual = (values.detach(), indices, W.detach(), b_dec.detach(), x.detach())
     return {
         "topk": (W, k),
-        "topk_encode": (x, W, b, k, b_dec, torch.arange(F) % 2 == 0),
+        "topk_encode": (x, W, b, k, b_dec, torch.arange(F) % 2 == 0, *shadow),
         "grad_topk_encode": (x, x.detach().flip(0), W, b, W.detach(), k, 0.5, "signed", b_dec),
         "topk_encode_aux": tuple(
             t.detach() if isinstance(t, Tensor) else t
             for t in (x, W, b, k, 2 * k, torch.arange(F) % 3 == 0, b_dec, x.flip(0), W, 0.5)
-        ),
+        )
+        + (("additive", *shadow) if shadow else ()),
         "sparse_decode": (values, indices, W, b_dec),
         "sparse_decode_backward_values": (x, indices, W),
         "sparse_decode_backward_weight": (x, values, indices, F),
@@ -331,6 +336,19 @@ def bad(name: str, position: int, value: Any) -> tuple[str, Callable[[], Any]]:
             "mask must be torch.bool, got torch.int32",
         ),
         (("topk_encode", 0, lambda t: t.to("meta")), ValueError, "W_enc must be on meta, got cpu"),
+        (("topk_encode", 6, None), ValueError, "norms must be given with shadow, got one without"),
+        (
+            ("topk_encode", 6, lambda t: t.float()),
+            TypeError,
+            "shadow must be torch.bfloat16, got torch.float32",
+        ),
+        (("topk_encode", 6, lambda t: t[1:]), ValueError, "shadow must be of shape [20, 5], got"),
+        (("topk_encode_aux", 12, None), ValueError, "norms must be given with shadow, got one"),
+        (
+            ("topk_encode_aux", 12, lambda t: t[:2]),
+            ValueError,
+            "norms must be of shape [3, 20], got [2, 20]",
+        ),
         (
             ("sparse_decode", 1, lambda t: t[:, 1:]),
             ValueError,

@@ -44,6 +44,13 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_topk,
     test_topk_of_many_columns_and_of_no_row,
 )
+from test_shadow import (  # noqa: F401  (collected here with the `impl` below)
+    assert_kept,
+    test_a_shadow_changes_no_encode,
+    test_a_step_that_is_not_taken_leaves_both,
+    test_norms_are_of_the_row_as_it_is_stored,
+    test_norms_of_special_rows,
+)
 from test_small_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_adam_scalars,
     test_adam_scalars_of_a_step_that_is_not_taken,
@@ -58,7 +65,7 @@ from test_small_ops import (  # noqa: F401  (collected here with the `impl` belo
 from torch import Tensor
 
 import ksae
-from ksae import cuda, ops, products, reference, triton
+from ksae import cuda, gpu, ops, products, reference, triton
 from ksae.activations import ArraySource
 from ksae.runconfig import LogConfig, TrainConfig
 from ksae.trainer import Trainer
@@ -169,8 +176,10 @@ def test_a_step_is_the_step_of_the_cpu() -> None:
 
 
 @dtypes
-def test_steps_in_a_cuda_graph(T: torch.dtype) -> None:
+@pytest.mark.parametrize("way", gpu.WAYS)
+def test_steps_in_a_cuda_graph(T: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded once, replayed with new rows and a new learning rate: as called one by one."""
+    monkeypatch.setattr(gpu, "override", way)
     batches = randn(6, 512, 96, seed=2).to("cuda", T)
     plain, recorded = (ksae.TrainStep(model(T), lr=1e-3) for _ in range(2))
     x = batches[0].clone()
@@ -191,6 +200,8 @@ def test_steps_in_a_cuda_graph(T: torch.dtype) -> None:
         torch.testing.assert_close(metrics["loss"], loss, rtol=1e-5, atol=0)
     for a, b in zip(state(plain), state(recorded), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    if way == "fused" and T is torch.float32:
+        assert_kept(recorded)
 
 
 @dtypes

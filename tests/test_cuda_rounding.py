@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stochastic rounding in the latent pass on CUDA, executed by the emulator."""
+"""Stochastic rounding and shadows in the latent pass on CUDA, executed by the emulator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ import torch
 from cases import Implementation, assert_same, clone_all, row_arguments
 from emulation.build import Emulator
 from test_cuda_kernels import impl  # noqa: F401  (the emulated kernels)
+from test_shadow import (  # noqa: F401  (collected here with the `impl` above)
+    test_a_shadow_changes_no_encode,
+    test_a_step_that_is_not_taken_leaves_both,
+    test_norms_are_of_the_row_as_it_is_stored,
+    test_norms_of_special_rows,
+)
 from torch import Tensor
 
 from ksae import reference

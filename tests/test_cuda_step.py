@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import Implementation, assert_same, integers, randn
 from test_cuda_kernels import Emulated, impl  # noqa: F401  (the emulated kernels)
+from test_shadow import assert_kept, shadow_of
 from test_step import (  # noqa: F401  (a fixture)
     LR,
     batch,
@@ -49,6 +50,18 @@ def test_one_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     at_most_twice_torchs_error(impl, dtype, oracle, case, monkeypatch)
+
+
+def test_a_kept_shadow_follows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ksae.gpu.screens", lambda W, k, aux: True)
+    monkeypatch.setattr("ksae.triton.shadow", shadow_of)
+    model = build("sae", torch.float32)
+    step = ksae.TrainStep(model, lr=LR)
+    for seed in (1, 2):
+        step(*batch("sae", seed))
+        with NothingAsksTheDevice():
+            step(*batch("sae", seed + 2))
+        assert_kept(step)
 
 
 class NothingAsksTheDevice(TorchDispatchMode):

@@ -25,7 +25,7 @@ from ksae import checks, cuda, gpu, native, ops, reference
 from ksae.triton import Kernels
 
 TESTS = Path(__file__).parent
-CASES = TESTS / "triton_ops_cases.py"
+CASES = (TESTS / "triton_ops_cases.py", TESTS / "triton_step_cases.py")
 
 
 class FusedFirst(Kernels):
@@ -61,9 +61,9 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def cases() -> list[str]:
-    """Names of the tests that the file defines or imports."""
+    """Names of the tests that the files define or import."""
     names = []
-    for node in ast.parse(CASES.read_text()).body:
+    for node in (node for path in CASES for node in ast.parse(path.read_text()).body):
         if isinstance(node, ast.ImportFrom):
             names += [a.asname or a.name for a in node.names]
         elif isinstance(node, ast.FunctionDef):
@@ -73,10 +73,10 @@ def cases() -> list[str]:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Of each test of the file the failures; one process runs them all."""
+    """Of each test of the files the failures; one process runs them all."""
     report = tmp_path_factory.mktemp("triton") / "report.xml"
     options = ("-q", "-p", "no:cacheprovider", f"--junitxml={report}")
-    done = python("-m", "pytest", str(CASES), *options, TRITON_INTERPRET="1")
+    done = python("-m", "pytest", *map(str, CASES), *options, TRITON_INTERPRET="1")
     assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]
     found: dict[str, list[str]] = {}
     for case in ET.parse(report).iter("testcase"):

@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import ksae
-from ksae import step
+from ksae import gpu, step
 from ksae.kernels import encode, grad_encode, product, screen
 from ksae.triton import Kernels
 
@@ -118,8 +118,9 @@ def gradients(dtype, N, d, F, k):
 
 
 def training(dtype, N, d, F, k, clip_norm=None, **options):
-    """A fused step, its encoding left out."""
+    """A fused step, its encoding left out; one of float32 writes the shadow."""
     step.ops = Kernels()
+    gpu.screens = lambda W, k, aux: dtype == T32
     sae = ksae.TopKSAE(d, F, k, **options, dtype=dtype, device="meta")
     train = ksae.TrainStep(sae, clip_norm=clip_norm)
     train._k_aux = lambda dead: sae.k_aux if sae.auxk_alpha else 0  # it would count them

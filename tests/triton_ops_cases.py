@@ -14,6 +14,7 @@ import triton_interpreter  # noqa: F401  first: sets the mode
 import pytest
 import test_contracts
 import test_ops
+import test_shadow
 import torch
 import triton.language as tl
 from cases import (
@@ -34,6 +35,11 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_decode_of_special_numbers,
     test_latent_sums,
 )
+from test_shadow import (  # noqa: F401
+    test_a_step_that_is_not_taken_leaves_both,
+    test_norms_are_of_the_row_as_it_is_stored,
+    test_norms_of_special_rows,
+)
 from test_small_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_adam_scalars,
     test_adam_scalars_of_a_step_that_is_not_taken,
@@ -47,8 +53,7 @@ from test_small_ops import (  # noqa: F401  (collected here with the `impl` belo
 )
 from triton_sort import numpy_sort
 
-import ksae
-from ksae import checks, modules, ops, products, reference, step
+from ksae import checks, ops, products, reference
 from ksae.kernels import gate, select
 from ksae.triton import Kernels
 
@@ -288,13 +293,26 @@ def test_latent_pass_without_tokens(impl: Implementation, T: torch.dtype, side: 
     test_ops.test_latent_pass_without_tokens(impl, T, side)
 
 
-def test_shadow_is_written_and_noise_is_left_to_the_reference(impl: Implementation) -> None:
+def test_noise_is_left_to_the_reference(impl: Implementation) -> None:
     a = row_arguments(T32, "decoder", N=5, d=6, F=8, ks=(2,))
     shadow, before = torch.zeros(8, 6, dtype=B16), clone_all(a)
     assert impl.row_update(*a.values(), shadow, torch.zeros(2, dtype=torch.int64)) is NotImplemented
     assert torch.equal(a["W"], before["W"])
-    impl.row_update(*a.values(), shadow)
-    assert not torch.equal(a["W"], before["W"]) and torch.equal(shadow, a["W"].bfloat16())
+
+
+def test_the_shadow_in_slices_is_the_rounded_weight(impl: Implementation) -> None:
+    a = row_arguments(T32, "decoder")
+    shadow = torch.zeros_like(a["W"]).bfloat16()
+    for start, stop in ((0, 12), (12, 23)):
+        part = [r[:, start:stop].contiguous() for r in a["rows"]]
+        last = {"rows": part, "start": start, "normalize": stop == 23}
+        impl.row_update(*(a | last).values(), shadow)
+    assert_same("shadow", shadow, a["W"].bfloat16())
+
+
+def test_a_shadow_changes_no_encode_of_either_way(impl: Implementation) -> None:
+    for way in (impl, Fused()):
+        test_shadow.test_a_shadow_changes_no_encode(way)
 
 
 def test_one_latent_takes_every_token(impl: Implementation, dtype: torch.dtype) -> None:
@@ -328,33 +346,6 @@ def test_hot_latents_are_cut(impl: Implementation, side: str) -> None:
     reference.row_update(*exact.values())
     for name, t in written(a).items():
         assert_close(name, t, written(plain)[name], written(exact)[name])
-
-
-# ------------------------------------------------------------------------------------- a whole step
-
-
-@pytest.mark.parametrize("way", ["product", "fused"])
-def test_a_training_step_is_that_of_the_reference(
-    impl: Implementation, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second half of the latents is dead: AuxK selects among them."""
-
-    def run(served: Any, dtype: torch.dtype) -> list[torch.Tensor]:
-        torch.manual_seed(0)
-        sae = ksae.TopKSAE(d_in=6, d_sae=20, k=3, dead_after=50, auxk_alpha=1.0).to(dtype)
-        sae.tokens_since_fired[10:] = 100
-        monkeypatch.setattr(step, "ops", served)
-        monkeypatch.setattr(modules, "ops", served)
-        train = ksae.TrainStep(sae, lr=1e-3)
-        losses = [train(randn(7, 6, seed=seed).to(dtype))["auxk_loss"] for seed in (1, 2)]
-        assert losses[0] > 0
-        return [p.detach() for p in sae.parameters()]
-
-    got = run(Fused() if way == "fused" else impl, torch.float32)
-    for g, p, e in zip(
-        got, run(reference, torch.float32), run(reference, torch.float64), strict=True
-    ):
-        assert_close("parameter", g, p, e, floor=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- errors

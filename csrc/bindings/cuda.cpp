@@ -222,7 +222,7 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                               Pointer centre, Pointer parallel, Pointer grad_b_enc,
                               Pointer grad_b_dec, Pointer W, Pointer master, Pointer m, Pointer v,
                               Pointer hyper, bool normalize, Pointer shadow, Pointer noise,
-                              const py::function& allocate, Pointer stream) {
+                              Pointer norms, const py::function& allocate, Pointer stream) {
     Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
     r.p.grad_b_enc = as<const float>(grad_b_enc);
     r.p.grad_b_dec = as<float>(grad_b_dec);
@@ -230,6 +230,7 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
     r.p.m = as<void>(m);
     r.p.v = as<void>(v);
     r.p.shadow = as<void>(shadow);
+    r.p.norms = as<float>(norms);
     r.p.noise = as<const int64_t>(noise);
     r.p.hyper = as<const float>(hyper);
     r.p.normalize = normalize;

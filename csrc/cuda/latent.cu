@@ -5,7 +5,8 @@
 // entries in their order, takes off the part along W_i, moves m, v and the parameter, and forgets
 // the gradient. Pieces of long segments (segments.h) are summed by other blocks first, so no sum
 // depends on scheduling, and a latent that every token selects is spread over the device. With
-// noise, bfloat16 weights have no master and are rounded stochastically, as are their moments.
+// noise, bfloat16 weights have no master and are rounded stochastically, as are their moments. The
+// norms of a row and of its bfloat16 copy are summed while the row is in registers.
 //
 // Bytes of an update, for each entry a row of `columns` numbers (from cache where they repeat), for
 // each parameter 24 of moments and parameter and 2 of a 16-bit copy, to read the copy 2; 12 in all
@@ -147,14 +148,49 @@ __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c
   return sum;
 }
 
+// This thread's part of the sums of squares of a row, of what its copy lost and of the copy.
+struct Squares {
+  float full, lost, rounded;
+};
+
 // The parameters' row as it is after the update: the weights, and a copy of them if there is one.
 template <class T>
 __device__ __forceinline__ void store_weights(const Args& args, int64_t at, const Four& theta,
-                                              int64_t valid) {
+                                              int64_t valid, Squares& squares) {
   store4(static_cast<T*>(args.p.W) + at, theta, valid, args.aligned);
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (args.p.shadow)
-      store4(static_cast<__nv_bfloat16*>(args.p.shadow) + at, theta, valid, args.aligned);
+    if (!args.p.shadow) return;
+    store4(static_cast<__nv_bfloat16*>(args.p.shadow) + at, theta, valid, args.aligned);
+    if (!args.p.norms) return;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {  // zero beyond `valid`
+      const float t = theta.x[j], r = __bfloat162float(__float2bfloat16_rn(t));
+      squares.full = fmaf(t, t, squares.full);
+      squares.lost = fmaf(t - r, t - r, squares.lost);
+      squares.rounded = fmaf(r, r, squares.rounded);
+    }
+  }
+}
+
+// At least the norm of a row of d numbers: 2^-22 is four times a rounding, and the second term is
+// more than squares lose to underflow.
+__device__ __forceinline__ float norm_above(double squares, int64_t d) {
+  const float relative = 1 + static_cast<float>(d + 64) * 0x1p-22f;
+  const float lost = static_cast<float>(d) * 0x1p-126f;
+  return sqrtf(fmaf(static_cast<float>(squares), relative, lost)) * (1 + 0x1p-18f);
+}
+
+// The upper bounds of the norms of row i. All threads of the block call it.
+__device__ __forceinline__ void store_norms(const RowUpdateParams& p, int64_t i,
+                                            const Squares& squares, double* scratch) {
+  const float full = norm_above(block_sum(squares.full, scratch), p.d);
+  const float lost = norm_above(block_sum(squares.lost, scratch), p.d);
+  const float rounded = norm_above(block_sum(squares.rounded, scratch), p.d);
+  const bool safe = full <= 0x1p60f;  // not if it is NaN
+  if (threadIdx.x == 0) {
+    p.norms[i] = safe ? full : INFINITY;
+    p.norms[p.F + i] = safe ? lost : INFINITY;
+    p.norms[2 * p.F + i] = safe ? rounded : INFINITY;
   }
 }
 
@@ -167,6 +203,7 @@ __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, doubl
   float* master = p.master ? p.master + i * p.d : nullptr;
   const float norm = static_cast<float>(sqrt(block_sum(square, scratch)));
   const float by = norm > 0 ? norm : 1.0f;
+  Squares squares{};
   for (int64_t c = 4 * threadIdx.x; c < p.d; c += 4 * blockDim.x) {
     Four theta =
         master ? load4(master + c, p.d - c, args.aligned) : load4(W + c, p.d - c, args.aligned);
@@ -175,8 +212,9 @@ __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, doubl
     if constexpr (sizeof(M) == 2)
       theta = stochastic4(theta, noise4(p.noise, i, c, kRoundWeights).second);
     if (master) store4(master + c, theta, p.d - c, args.aligned);
-    store_weights<T>(args, i * p.d + c, theta, p.d - c);
+    store_weights<T>(args, i * p.d + c, theta, p.d - c, squares);
   }
+  if (p.norms) store_norms(p, i, squares, scratch);
 }
 
 // M: of the moments; bfloat16 with noise.
@@ -208,6 +246,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kerne
   }
   float* master = p.master ? p.master + i * p.d : nullptr;
   double square = 0;
+  Squares squares{};
   for (int64_t c = 4 * threadIdx.x; c < p.columns; c += 4 * blockDim.x) {
     const int64_t valid = p.columns - c, at = i * p.d + p.start + c;
     Four g = gradient4<C, R>(args, i, c);
@@ -252,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kerne
     for (int j = 0; j < 4; ++j)
       if (j < valid) square += double(theta.x[j]) * theta.x[j];
     if (master) store4(master + p.start + c, theta, valid, args.aligned);
-    if (!master || !p.normalize) store_weights<T>(args, at, theta, valid);
+    if (!master || !p.normalize) store_weights<T>(args, at, theta, valid, squares);
   }
   if (kPass == Pass::kGradSq) {
     const double total = block_sum(square, scratch);
@@ -268,6 +307,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kerne
       }
     }
     normalize_row<T, M>(args, i, square, scratch);
+  } else if (kPass == Pass::kUpdate && p.norms) {
+    store_norms(p, i, squares, scratch);
   }
 }
 
@@ -351,6 +392,7 @@ size_t row_update_workspace(const RowUpdateParams& p) {
 }
 
 cudaError_t row_update(const RowUpdateParams& p, void* workspace, cudaStream_t stream) {
+  if (p.norms && !(p.shadow && p.columns == p.d)) return cudaErrorInvalidValue;
   if (p.noise) {
     using B = __nv_bfloat16;
     if (p.dtype != Dtype::kBFloat16 || p.master || p.start % 4) return cudaErrorInvalidValue;

@@ -157,6 +157,7 @@ def row_update(
     normalize: bool,
     shadow: int,
     noise: int,
+    norms: int,
     allocate: _Allocate,
     stream: int,
 ) -> None: ...

@@ -105,11 +105,14 @@ def topk_encode(
     k: int,
     b_dec: Tensor | None = None,
     mask: Tensor | None = None,
+    shadow: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> torch.dtype:
     op = "topk_encode"
     T = _encoder(op, x, W_enc, b_enc, k, b_dec)
     if mask is not None:
         _like(op, "mask", mask, (W_enc.shape[0],), torch.bool, x)
+    _shadow(op, W_enc, shadow, norms)
     return T
 
 
@@ -150,6 +153,8 @@ def topk_encode_aux(
     W_dec: Tensor | None = None,
     beta: float = 0.0,
     mode: str = "additive",
+    shadow: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> torch.dtype:
     op = "topk_encode_aux"
     T = _encoder(op, x, W_enc, b_enc, k, b_dec)
@@ -161,7 +166,19 @@ def topk_encode_aux(
         raise fail(op, "grad", "given with W_dec", "one without the other")
     if grad is not None and W_dec is not None:
         _downstream(op, x, grad, W_enc, W_dec, beta, mode)
+    _shadow(op, W_enc, shadow, norms)
     return T
+
+
+def _shadow(op: str, W: Tensor, shadow: Tensor | None, norms: Tensor | None) -> None:
+    """A bf16 copy of float32 weights and its norms, which come together."""
+    if (shadow is None) != (norms is None):
+        raise fail(op, "norms", "given with shadow", "one without the other")
+    if shadow is not None and norms is not None:
+        if W.dtype != torch.float32:
+            raise fail(op, "shadow", f"None for {W.dtype} weights", "a tensor")
+        _like(op, "shadow", shadow, W.shape, torch.bfloat16, W)
+        _like(op, "norms", norms, (3, W.shape[0]), torch.float32, W)
 
 
 def _encoder(
@@ -388,6 +405,7 @@ def row_update(
     normalize: bool,
     shadow: Tensor | None = None,
     noise: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> torch.dtype:
     op = "row_update"
     T = _rows(op, coefficients, offsets, order, rows, scales, centre, parallel, W, start)
@@ -404,6 +422,11 @@ def row_update(
         raise fail(op, "master", f"{want} for {weights}", "None" if master is None else "a tensor")
     if shadow is not None and W.dtype != torch.float32:
         raise fail(op, "shadow", f"None for {T} weights", "a tensor")
+    if norms is not None:
+        if shadow is None:
+            raise fail(op, "shadow", "given with norms", "None")
+        if rows[0].shape[1] != W.shape[1]:
+            raise fail(op, "rows[0]", f"{W.shape[1]} columns with norms", rows[0].shape[1])
     if (grad_b_enc is None) != (grad_b_dec is None):
         raise fail(op, "grad_b_dec", "given with grad_b_enc", "one without the other")
     if grad_b_dec is not None and rows[0].shape[1] != W.shape[1]:
@@ -418,6 +441,9 @@ def row_update(
     if shadow is not None:
         _like(op, "shadow", shadow, W.shape, torch.bfloat16, W)
         written["shadow"] = shadow
+    if norms is not None:
+        _like(op, "norms", norms, (3, W.shape[0]), torch.float32, W)
+        written["norms"] = norms
     if grad_b_enc is not None and grad_b_dec is not None:
         _like(op, "grad_b_enc", grad_b_enc, (W.shape[0],), acc, W)
         _like(op, "grad_b_dec", grad_b_dec, (W.shape[1],), acc, W)

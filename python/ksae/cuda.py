@@ -264,6 +264,7 @@ class Kernels(Encode):
         normalize: bool,
         shadow: Tensor | None = None,
         noise: Tensor | None = None,
+        norms: Tensor | None = None,
     ) -> None:
         F, d = W.shape
         with _guard(W):
@@ -272,7 +273,8 @@ class Kernels(Encode):
                 _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
                 _pointer(parallel), _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W),
                 _pointer(master), _pointer(m), _pointer(v), _pointer(hyper), normalize,
-                _pointer(shadow), _pointer(noise), _Workspace(W.device), _stream(W),
+                _pointer(shadow), _pointer(noise), _pointer(norms), _Workspace(W.device),
+                _stream(W),
             )  # fmt: skip
 
     def total_variance(self, y: Tensor) -> Tensor:

@@ -88,6 +88,16 @@ def way(W_enc: Tensor, aux: bool = False) -> str:
     return found.aux if aux else found.way
 
 
+def screens(W_enc: Tensor, k: int, aux: bool = False) -> bool:
+    """Whether weights like these are encoded by way of a shadow, so that it is worth keeping.
+
+    k: the largest selection of the call; aux: of topk_encode_aux.
+    """
+    if triton.kernels is None or not W_enc.is_cuda or W_enc.dtype != torch.float32:
+        return False
+    return way(W_enc, aux) == "fused" and triton.takes(k)
+
+
 def kernel(name: str) -> tuple[Callable[..., Any], str] | None:
     """What serves an op on CUDA tensors and its name; None where the reference does."""
     found: list[tuple[Callable[..., Any], str]] = []

@@ -113,16 +113,20 @@ class GradSelection(SparseCoder):
                 stacklevel=2,
             )
 
-    def select(self, rows: Tensor, k: int, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    def select(
+        self, rows: Tensor, k: int, grad: Tensor | None, shadow: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
         if grad is None:
-            return super().select(rows, k, grad)
+            return super().select(rows, k, grad, shadow)
         b_dec = self.b_dec if self.centred else None
         return functional.grad_topk_encode(
             rows, grad, self.W_enc, self.b_enc, self.W_dec, k, self.beta, self.mode, b_dec
         )
 
     def _score(self, grad: Tensor | None) -> tuple[Any, ...]:
-        return () if grad is None else (grad, self.W_dec, self.beta, self.mode)
+        if grad is None:
+            return super()._score(grad)
+        return grad, self.W_dec, self.beta, self.mode
 
     def encode(self, x: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64.

@@ -73,6 +73,7 @@ class SparseCoder(nn.Module):
     """
 
     centred: bool  # whether b_dec is subtracted from the input
+    shares_memory = False  # with parameters of others, whose writes do not show in these
 
     W_enc: nn.Parameter  # [F, d_in]
     b_enc: nn.Parameter  # [F]
@@ -196,23 +197,36 @@ class SparseCoder(nn.Module):
             )
         return None
 
-    def select(self, rows: Tensor, k: int, grad: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Values and indices [N, k] of the k latents that x's rows [N, d_in] choose."""
-        return self._encode(rows, k)
+    def select(
+        self, rows: Tensor, k: int, grad: Tensor | None, shadow: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Values and indices [N, k] of the k latents that x's rows [N, d_in] choose; shadow: that
+        of W_enc and its norms, where they are kept."""
+        if not shadow:
+            return self._encode(rows, k)
+        b_dec = self.b_dec if self.centred else None
+        values, indices = ops.topk_encode(rows, self.W_enc, self.b_enc, k, b_dec, None, *shadow)
+        return values, indices
 
     def select_aux(
-        self, rows: Tensor, k: int, k_aux: int, grad: Tensor | None
+        self,
+        rows: Tensor,
+        k: int,
+        k_aux: int,
+        grad: Tensor | None,
+        shadow: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `select` returns, then the code [N, k_aux] of AuxK, of dead latents alone."""
         b_dec = self.b_dec if self.centred else None
+        dead_and_score = (self.dead, b_dec, *self._score(grad))
         chosen: tuple[Tensor, Tensor, Tensor, Tensor] = ops.topk_encode_aux(
-            rows, self.W_enc, self.b_enc, k, k_aux, self.dead, b_dec, *self._score(grad)
+            rows, self.W_enc, self.b_enc, k, k_aux, *dead_and_score, *shadow
         )
         return chosen
 
     def _score(self, grad: Tensor | None) -> tuple[Any, ...]:
-        """The last arguments of topk_encode_aux."""
-        return ()
+        """The arguments of topk_encode_aux from grad to mode."""
+        return None, None, 0.0, "additive"
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64."""

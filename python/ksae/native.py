@@ -106,6 +106,8 @@ def topk_encode(
     k: int,
     b_dec: Tensor | None = None,
     mask: Tensor | None = None,
+    shadow: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     values, indices, _ = topk_encode_counted(x, W_enc, b_enc, k, b_dec, mask)
     return values, indices
@@ -202,6 +204,8 @@ def topk_encode_aux(
     W_dec: Tensor | None = None,
     beta: float = 0.0,
     mode: str = "additive",
+    shadow: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if grad is None or W_dec is None:
         chosen = topk_encode(x, W_enc, b_enc, k, b_dec)
@@ -388,6 +392,7 @@ def row_update(
     normalize: bool,
     shadow: Tensor | None = None,
     noise: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> Any:
     """NotImplemented with a shadow or with noise, which are the reference's."""
     if shadow is not None or noise is not None:

@@ -86,6 +86,8 @@ def _fake_topk_encode(
     k: int,
     b_dec: Tensor | None = None,
     mask: Tensor | None = None,
+    shadow: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _fake_topk(x, k)
 
@@ -116,6 +118,8 @@ def _fake_topk_encode_aux(
     W_dec: Tensor | None = None,
     beta: float = 0.0,
     mode: str = "additive",
+    shadow: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (*_fake_topk(x, k), *_fake_topk(x, k_aux))
 
@@ -228,13 +232,13 @@ def _backward_topk(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
 
 def _save_topk_encode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
-    x, W_enc, _, _, b_dec, _ = inputs
+    x, W_enc, _, _, b_dec, *_ = inputs
     ctx.save_for_backward(x, W_enc, b_dec, *output)
 
 
 def _backward_topk_encode(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 6
+        return (None,) * 8
     b_dec = ctx.saved_tensors[2]
     need_x, need_W, need_b = ctx.needs_input_grad[:3]
     need_b_dec = (
@@ -242,7 +246,7 @@ def _backward_topk_encode(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tenso
     )  # the dispatcher drops default arguments
     needs = need_x, need_W, need_b, need_b_dec
     dx, dW_enc, db_enc, db_dec = _encoder_gradients(ctx.saved_tensors, grad, needs)
-    return dx, dW_enc, db_enc, None, db_dec, None
+    return dx, dW_enc, db_enc, None, db_dec, None, None, None
 
 
 def _save_grad_topk_encode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -387,7 +391,12 @@ def _refuse_vmap(op: str) -> Callable[..., Any]:
 
 
 def _autocast(op: Any, device: str, cast: bool) -> Callable[..., Any]:
-    """Under autocast: cast floating inputs (not float64) if `cast`; off inside the op."""
+    """Under autocast: cast floating inputs (not float64) if `cast`; off inside the op.
+
+    What is kept of float32 weights is not that of cast ones, and dropped.
+    """
+    of_float32 = {"shadow", "norms"} if cast else set()
+    dropped = [a.name in of_float32 for a in op._schema.arguments]
 
     def to(arg: Any, dtype: torch.dtype) -> Any:
         floating = isinstance(arg, Tensor) and arg.is_floating_point()
@@ -396,6 +405,7 @@ def _autocast(op: Any, device: str, cast: bool) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
+            args = tuple(None if drop else a for a, drop in zip(args, dropped, strict=False))
             return op(*(to(a, dtype) if cast else a for a in args))
 
     return kernel
@@ -457,8 +467,8 @@ topk = _op(
 )
 topk_encode = _op(
     "topk_encode",
-    "(Tensor x, Tensor W_enc, Tensor b_enc, int k, Tensor? b_dec=None, Tensor? mask=None)"
-    " -> (Tensor values, Tensor indices)",
+    "(Tensor x, Tensor W_enc, Tensor b_enc, int k, Tensor? b_dec=None, Tensor? mask=None,"
+    " Tensor? shadow=None, Tensor? norms=None) -> (Tensor values, Tensor indices)",
     fake=_fake_topk_encode,
     save=_save_topk_encode,
     backward=_backward_topk_encode,
@@ -478,7 +488,8 @@ grad_topk_encode = _op(
 topk_encode_aux = _op(
     "topk_encode_aux",
     "(Tensor x, Tensor W_enc, Tensor b_enc, int k, int k_aux, Tensor dead, Tensor? b_dec=None,"
-    ' Tensor? grad=None, Tensor? W_dec=None, float beta=0.0, str mode="additive")'
+    ' Tensor? grad=None, Tensor? W_dec=None, float beta=0.0, str mode="additive",'
+    " Tensor? shadow=None, Tensor? norms=None)"
     " -> (Tensor values, Tensor indices, Tensor aux_values, Tensor aux_indices)",
     fake=_fake_topk_encode_aux,
 )
@@ -543,7 +554,7 @@ row_update = _op(
     "row_update",
     f"({_ROWS}, Tensor(f!)? parallel, Tensor? grad_b_enc, Tensor(a!) W, Tensor(b!)? master,"
     " Tensor(c!) m, Tensor(d!) v, Tensor hyper, Tensor(e!)? grad_b_dec, int start, bool normalize,"
-    " Tensor(g!)? shadow=None, Tensor? noise=None) -> ()",
+    " Tensor(g!)? shadow=None, Tensor? noise=None, Tensor(h!)? norms=None) -> ()",
     fake=_fake_nothing,
 )
 total_variance = _op(

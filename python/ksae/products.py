@@ -66,7 +66,8 @@ class _Downstream(NamedTuple):
 
 
 class Encode(ABC):
-    """The ops that encode. Names, arguments and meaning are the reference's."""
+    """The ops that encode. Names, arguments and meaning are the reference's. Nothing is screened:
+    shadows are not read."""
 
     @abstractmethod
     def _select(
@@ -139,6 +140,8 @@ class Encode(ABC):
         k: int,
         b_dec: Tensor | None = None,
         mask: Tensor | None = None,
+        shadow: Tensor | None = None,
+        norms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         values, indices = self._encode(x, W_enc, b_enc, b_dec, [(k, mask)])
         return values, indices
@@ -172,6 +175,8 @@ class Encode(ABC):
         W_dec: Tensor | None = None,
         beta: float = 0.0,
         mode: str = "additive",
+        shadow: Tensor | None = None,
+        norms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         downstream = None
         if grad is not None and W_dec is not None:

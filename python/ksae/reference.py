@@ -51,8 +51,14 @@ def topk_encode(
     k: int,
     b_dec: Tensor | None = None,  # [d]
     mask: Tensor | None = None,  # [F] bool, False: never selected before a True one, value 0
+    shadow: Tensor | None = None,  # [F, d] bfloat16 copy of a float32 W_enc
+    norms: Tensor | None = None,  # [3, F] float32 of `shadow_norms`, with shadow
 ) -> tuple[Tensor, Tensor]:
-    """ReLU of the k largest pre-activations a row -> values [N, k] T, indices [N, k] int64."""
+    """ReLU of the k largest pre-activations a row -> values [N, k] T, indices [N, k] int64.
+
+    A kernel that screens reads shadow and norms, as `row_update` writes them, where it would make
+    them; they must be those of this very W_enc, and change no result. Here they are not read.
+    """
     acc = accumulator(x.dtype)
     xc = x if b_dec is None else x - b_dec  # rounded to T
     u = xc.to(acc) @ W_enc.to(acc).T + b_enc.to(acc)  # [N, F]
@@ -114,6 +120,8 @@ def topk_encode_aux(
     W_dec: Tensor | None = None,  # [F, d_out]
     beta: float = 0.0,
     mode: str = "additive",
+    shadow: Tensor | None = None,  # [F, d] bfloat16, as `topk_encode`
+    norms: Tensor | None = None,  # [3, F] float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The selection of a training step and that of AuxK, which share a product.
 
@@ -342,6 +350,7 @@ def row_update(
     shadow: Tensor | None = None,  # [F, d] bfloat16 copy of a float32 W, written with it
     # [2] int64, seed and step: W (without a master), m and v are bfloat16, rounded stochastically
     noise: Tensor | None = None,
+    norms: Tensor | None = None,  # [3, F] float32 of `shadow_norms`, written with a shadow
 ) -> None:
     """Gradient, projection and Adam of the rows of one matrix, in place; then, if asked, unit rows.
 
@@ -352,7 +361,7 @@ def row_update(
     W half updated. A scale that is not finite writes nothing but zeros into grad_b_dec.
 
     With noise, m, v and W are rounded by draws 0, 1 and 2 of `stochastic_bfloat16`, and unit rows,
-    which are taken of the rounded W, by draw 3.
+    which are taken of the rounded W, by draw 3. Norms need all columns of W in one call.
     """
     if not bool(scales.isfinite().all()):
         if grad_b_dec is not None:
@@ -384,6 +393,22 @@ def row_update(
         W.copy_(master)
     if shadow is not None:
         shadow.copy_(W)
+        if norms is not None:
+            norms.copy_(shadow_norms(W, shadow))
+
+
+def shadow_norms(W: Tensor, shadow: Tensor) -> Tensor:
+    """Upper bounds [3, F] float32 of the norms of the rows of W [F, d] float32, of what its copy in
+    bfloat16 lost and of the copy; an encode may screen by them.
+
+    A kernel's bounds are others: at most 1 + 2^-16 + d 2^-22 times the norm, plus sqrt(d) 2^-62.
+    The three of a row are infinite where it has a NaN or the first is above 2^60: a float32 sum of
+    squares might overflow.
+    """
+    wide, copy = W.double(), shadow.double()
+    norms = torch.stack([t.norm(dim=1) for t in (wide, wide - copy, copy)])
+    bounds = norms * (1 + 2.0**-18) + 2.0**-126  # and then rounded to float32
+    return torch.where(bounds[0] <= 2.0**60, bounds, torch.inf).float()
 
 
 def stochastic_bfloat16(x: Tensor, noise: Tensor, draw: int, start: int) -> Tensor:

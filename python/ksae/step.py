@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import gpu, ops, triton
 from .checks import accumulator
 from .modules import SparseCoder
 from .unfused import Metrics, Unfused
@@ -59,7 +59,10 @@ class TrainStep:
     over. A step whose loss (or, if clipping, gradient norm) is not finite changes nothing and
     returns that loss. The fused step gives the same bits on every run and, natively, for every
     number of threads. On CUDA it never waits for the device, and after a warm-up step it can be
-    captured in a CUDA graph.
+    captured in a CUDA graph. Where float32 weights are encoded by screening, it keeps the bf16 copy
+    of W_enc that screening reads, 2 bytes a weight, and makes it anew when W_enc was written from
+    outside; a replayed graph does not see that, nor any step a write that does not count in the
+    parameter's version, as through `.data`.
 
     Example:
         >>> import torch, ksae
@@ -123,6 +126,7 @@ class TrainStep:
         constants = torch.tensor([*betas, eps], dtype=torch.float64)
         self._constants = constants.to(first.device)
         self._sums_in_decode = first.is_cuda  # one reading of the residual less
+        self._shadow: tuple[Tensor, ...] = ()  # of W_enc and its norms, once a step has read them
         self._versions = self._read_versions()
         self._unfused: Unfused | None = None
         if not fused:
@@ -205,10 +209,11 @@ class TrainStep:
         target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
 
         k = model.k_multi if model.multi_topk else model.k
+        self._keep_shadow(max(k, k_aux), k_aux > 0, grad)
         if k_aux:
-            *wide, aux_values, aux_indices = model.select_aux(x, k, k_aux, grad)
+            *wide, aux_values, aux_indices = model.select_aux(x, k, k_aux, grad, self._shadow)
         else:
-            wide = [*model.select(x, k, grad)]  # [N, k] twice, sorted
+            wide = [*model.select(x, k, grad, self._shadow)]  # [N, k] twice, sorted
         code = (wide[0][:, : model.k].contiguous(), wide[1][:, : model.k].contiguous())
         decoder = (model.W_dec, model.b_dec, target)
         groups = [self._group(code, decoder, columns)]
@@ -259,7 +264,8 @@ class TrainStep:
         centre_grad = torch.empty(model.d_in, dtype=acc, device=x.device) if model.centred else None
         centre_sums = grad_b_enc if model.centred else None
         state = self._state("W_enc")
-        options = (hyper, centre_grad, 0, False, None, self._noise("W_enc"))
+        shadow, norms = self._shadow or (None, None)
+        options = (hyper, centre_grad, 0, False, shadow, self._noise("W_enc"), norms)
         ops.row_update(*encoder, scale, b_dec, None, centre_sums, *state, *options)
         state, unit = self._state("W_dec"), model.normalize_decoder
         noise = self._noise("W_dec")
@@ -340,6 +346,20 @@ class TrainStep:
         offsets, order = ops.group_by_latent(*code, self.model.d_sae)
         return _Group(code[0], grads, offsets, order, residual, square, sums)
 
+    def _keep_shadow(self, k: int, aux: bool, grad: Tensor | None) -> None:
+        """From the first step on that selects by way of a shadow; by a gradient only AuxK does."""
+        W = self.parameters["W_enc"]
+        screened = (aux or grad is None) and gpu.screens(W, k, aux)
+        unseen = W.is_inference() or self.model.shares_memory  # writes that no version counts
+        if screened and not unseen and not self._shadow:
+            self._shadow = triton.shadow(W)
+
+    def _renew_shadow(self) -> None:
+        """In place: a CUDA graph knows where it lies."""
+        if self._shadow:
+            for kept, new in zip(self._shadow, triton.shadow(self.model.W_enc), strict=True):
+                kept.copy_(new)
+
     def _state(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Parameter, master and moments, as row_update wants them."""
         return self.parameters[name], self.masters.get(name), *self.moments[name]
@@ -372,6 +392,8 @@ class TrainStep:
             if versions[name] != self._versions[name]:
                 p = self.parameters[name]
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(self.acc)))
+        if versions["W_enc"] != self._versions["W_enc"]:
+            self._renew_shadow()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Steps taken, moments and masters, by name; the same for fused and not."""
@@ -397,6 +419,7 @@ class TrainStep:
             t.copy_(state[name])
         for name, master in self.masters.items():
             self.parameters[name].copy_(master)
+        self._renew_shadow()  # the versions below take in what was written before
         self._versions = self._read_versions()
         if self._unfused is not None:
             self._unfused.set_steps_taken()

@@ -65,16 +65,19 @@ class Kernels(products.Encode):
         k: int,
         b_dec: Tensor | None = None,
         mask: Tensor | None = None,
+        shadow: Tensor | None = None,
+        norms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`topk_encode` without the N x F scores; float32 is screened in bfloat16."""
         from .kernels import encode, gate, screen
 
         if k > gate.MAX_K:
             return self.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
-        float32 = x.dtype == torch.float32
-        fused = screen.screened_topk_encode if float32 else encode.topk_encode
         with _guard(x):
-            return fused(x, W_enc, b_enc, k, b_dec, mask)
+            if x.dtype != torch.float32:
+                return encode.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
+            kept = None if shadow is None or norms is None else screen.Shadow(shadow, norms)
+            return screen.screened_topk_encode(x, W_enc, b_enc, k, b_dec, mask, of_W=kept)
 
     def fused_grad_topk_encode(
         self,
@@ -109,6 +112,8 @@ class Kernels(products.Encode):
         W_dec: Tensor | None = None,
         beta: float = 0.0,
         mode: str = "additive",
+        shadow: Tensor | None = None,
+        norms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`topk_encode_aux` without the scores, for a second product of x and W_enc."""
         from .kernels import gate
@@ -117,11 +122,12 @@ class Kernels(products.Encode):
             rest = (b_dec, grad, W_dec, beta, mode)
             return self.topk_encode_aux(x, W_enc, b_enc, k, k_aux, dead, *rest)
         if grad is None or W_dec is None:
-            chosen = self.fused_topk_encode(x, W_enc, b_enc, k, b_dec)
+            chosen = self.fused_topk_encode(x, W_enc, b_enc, k, b_dec, None, shadow, norms)
         else:
             score = (k, beta, mode, b_dec)
             chosen = self.fused_grad_topk_encode(x, grad, W_enc, b_enc, W_dec, *score)
-        return (*chosen, *self.fused_topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
+        of_dead = (k_aux, b_dec, dead, shadow, norms)
+        return (*chosen, *self.fused_topk_encode(x, W_enc, b_enc, *of_dead))
 
     def sparse_decode(
         self, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
@@ -262,6 +268,7 @@ class Kernels(products.Encode):
         normalize: bool,
         shadow: Tensor | None = None,
         noise: Tensor | None = None,
+        norms: Tensor | None = None,
     ) -> Any:
         """NotImplemented with noise, which is left to the reference."""
         if noise is not None:
@@ -272,10 +279,8 @@ class Kernels(products.Encode):
             groups = Groups(coefficients, offsets, order, rows, scales, centre)
             row_update(
                 groups, scales, centre, parallel, grad_b_enc, W, master, m, v, hyper, grad_b_dec,
-                start, normalize,
+                start, normalize, shadow, norms,
             )  # fmt: skip
-            if shadow is not None:
-                shadow.copy_(W)
         return None
 
     def total_variance(self, y: Tensor) -> Tensor:
@@ -323,6 +328,21 @@ class Kernels(products.Encode):
 
         with _guard(p):
             vector_update(grads, scales, minus, taken, hyper, p, master, m, v)
+
+
+def takes(k: int) -> bool:
+    """Whether the encodes without the scores select so many."""
+    from .kernels.gate import MAX_K
+
+    return k <= MAX_K
+
+
+def shadow(W: Tensor) -> tuple[Tensor, Tensor]:
+    """The arguments shadow and norms of `topk_encode`, of float32 weights W [F, d]."""
+    from .kernels import screen
+
+    with _guard(W):
+        return screen.shadow(W)
 
 
 def _load() -> tuple[Kernels | None, str]:

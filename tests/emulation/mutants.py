@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from cases import (
+    assert_norms,
     clone_all,
     code,
     integers,
@@ -144,6 +145,14 @@ def close(got: Tensor, want: Tensor) -> bool:
     return torch.allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def bounds(norms: Tensor, W: Tensor, shadow: Tensor) -> bool:
+    try:
+        assert_norms(norms, W, shadow)
+    except AssertionError:
+        return False
+    return True
+
+
 def latent(kernels: Kernels) -> Iterator[Case]:
     for side in ("encoder", "decoder"):
         for slices in ((0, 21), (0, 8, 21)):
@@ -162,6 +171,9 @@ def latent(kernels: Kernels) -> Iterator[Case]:
         a = long_segments(side)
         got, want_sq = (g.row_grad_sq(*norm_arguments(a)) for g in (kernels, reference))
         yield f"norm, {side}", close(got, want_sq)
+        shadow, norms = a["W"].bfloat16(), a["W"].new_empty(3, a["W"].shape[0])
+        kernels.row_update(*a.values(), shadow, None, norms)
+        yield f"norms of the shadow, {side}", bounds(norms, a["W"], shadow)
 
 
 def sums(kernels: Kernels) -> Iterator[Case]:

@@ -154,6 +154,9 @@ struct RowUpdateParams {
   float* master;            // [F, d] float32 that W is the rounded copy of, or null
   void *m, *v;              // [F, d] moments: float32, or bfloat16 with noise
   void* shadow;             // [F, d] bfloat16 copy of a float32 W, written with it, or null
+  // [3, F] upper bounds of the norms of the rows of W, of W - shadow and of shadow, written with
+  // shadow, or null; infinite where the first is above 2^60 or not a number. All columns then.
+  float* norms;
   // [2] seed and step, or null. With them W is bfloat16 without a master, and W, m and v are
   // rounded stochastically, by bits that depend on seed, step, latent and column alone; start % 4
   // is 0.

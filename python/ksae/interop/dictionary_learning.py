@@ -174,6 +174,8 @@ class _Coder(modules.TopKSAE):
     clipping and Adam's eps included, is divided by d, which Adam does not see.
     """
 
+    shares_memory = True
+
     def __init__(self, trainer: Any) -> None:
         ae = trainer.ae
         d, F = ae.activation_dim, ae.dict_size
@@ -199,7 +201,9 @@ class _Coder(modules.TopKSAE):
         mask: Tensor = trainer.num_tokens_since_fired >= trainer.dead_feature_threshold
         return mask
 
-    def select(self, rows: Tensor, k: int, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+    def select(
+        self, rows: Tensor, k: int, grad: Tensor | None, shadow: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
         assert self.code is not None
         return self.code
 
