@@ -51,6 +51,15 @@ def _scores(x: Tensor, W: Tensor) -> Tensor:
         return torch.mm(x.float(), W.float().T)
 
 
+def _rows_of_chunk(N: int, F: int) -> int:
+    """Rows whose scores are held at once. Chunks are about equally long: a last one of two rows
+    would cost the launches of a whole one. Full tiles of the product, where there is room."""
+    most = max(chunk_bytes // (4 * F), 1)
+    chunks = max(-(-N // most), 1)
+    even = -(-N // chunks)
+    return max(min(most, -(-even // 128) * 128), 1)
+
+
 class _Downstream(NamedTuple):
     """What a gradient-aware score adds to the pre-activations."""
 
@@ -110,7 +119,7 @@ class Encode(ABC):
         if downstream is not None:
             g = downstream.grad
             informed = (g != 0).any(1) & g.isfinite().all(1)  # [N]
-        rows = max(chunk_bytes // (4 * F), 1)
+        rows = _rows_of_chunk(N, F)
         for n in range(0, N, rows):
             part = slice(n, n + rows)
             scores, second = _scores(xc[part], W_enc), None
