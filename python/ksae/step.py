@@ -200,10 +200,11 @@ class TrainStep:
         k_aux = self._k_aux(dead) if model.auxk_alpha > 0 else 0
         metrics: Metrics = {}
 
-        # The residual [N, d] is the largest temporary. Where it is not small beside [N, F], or a
-        # 16-bit copy of the batch is there as well, half of it exists at a time.
-        small_part = (64 if self.masters else 32) * d <= F
-        whole = bool(model.multi_topk or k_aux or model.skip or self.clip_norm) or small_part
+        # The residual [N, d] is a CPU's largest temporary. Where it is not small beside [N, F], or
+        # a 16-bit copy of the batch is there as well, half of it exists at a time. On a GPU chunks
+        # of scores are larger, and the other half would cost gathers again.
+        has_room = x.is_cuda or (64 if self.masters else 32) * d <= F
+        whole = bool(model.multi_topk or k_aux or model.skip or self.clip_norm) or has_room
         columns = d if whole else min(d, (d + 7) // 8 * 4)  # a multiple of 4
         # With a skip connection the sparse part predicts what the linear part leaves.
         target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
