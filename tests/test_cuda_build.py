@@ -19,14 +19,11 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Registers a thread on sm_90. With 64 a multiprocessor holds 1024 threads.
 MOST_REGISTERS = 64
 LESS_REGISTERS = {
-    "backward_values_kernel": 40,
+    "backward_values_kernel": 48,
     "count_kernel": 40,
-    "decode_kernel": 40,
     "move_kernel": 48,
     "offsets_kernel": 24,
     "pieces_kernel": 40,
-    "residual_kernel": 48,
-    "select_kernel": 56,
     "sum_pieces_kernel": 40,
     "sums_kernel": 40,
     "tiles_kernel": 40,

@@ -141,6 +141,29 @@ def test_keys_in_the_workspace(impl: Emulated, kind: str) -> None:
         assert_same("indices", impl.topk(x, k)[1], reference.topk(x, k)[1])
 
 
+def test_groups_in_the_workspace(impl: Emulated) -> None:
+    """Too many columns for their groups' maxima to fit in shared memory."""
+    x = randn(1, 1_600_003, dtype=torch.bfloat16)
+    for got, want in zip(impl.topk(x, 40), reference.topk(x, 40), strict=True):
+        assert_same("topk", got, want)
+
+
+@pytest.mark.parametrize("F", [8192 + 8, 8192 + 4, 24, 4])
+@pytest.mark.parametrize("offset", [0, 4, 8])
+def test_rows_that_are_read_in_chunks(
+    impl: Emulated, dtype: torch.dtype, F: int, offset: int
+) -> None:
+    """8 columns, 4 or one at a time, as length and place of the rows allow; the last chunks of a
+    row begin within a batch of loads and end before it does."""
+    N = 2
+    memory = randn(N * F + offset, dtype=dtype)
+    x = memory[offset:].view(N, F)
+    x[0, -1], x[1, -2], x[1, F // 2] = 9.0, torch.nan, -torch.inf
+    for k in (1, 4):
+        for got, want in zip(impl.topk(x, k), reference.topk(x, k), strict=True):
+            assert_same(f"k={k}", got, want)
+
+
 def test_encode_in_chunks_of_rows(
     impl: Emulated, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
