@@ -84,11 +84,6 @@ struct Args {
   int chunk;        // columns that a thread may read at once: 8 (of 16 bits), 4 or 1
 };
 
-template <class B>
-__device__ __forceinline__ float preactivation(const SelectParams& p, float score, int64_t i) {
-  return p.bias ? score + load(static_cast<const B*>(p.bias) + i) : score;
-}
-
 __device__ __forceinline__ float score_of(const SelectParams& p, bool informed, float z, float a,
                                           int64_t i) {
   if (informed && z > 0) {
@@ -108,26 +103,31 @@ __device__ __forceinline__ int64_t column_of(const SelectParams& p, int64_t i) {
 template <bool kListed, class S, class B>
 __device__ __forceinline__ void ordered4(const Args& args, const S* row, const S* second,
                                          int64_t width, int64_t i, uint32_t (&u)[4]) {
+  const SelectParams& p = args.p;
+  const B* biases = static_cast<const B*>(p.bias);
   const int64_t valid = width - i;
-  Four z{}, a{};
+  Four z{}, a{}, bias{};
+  int64_t c[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) c[e] = kListed ? p.columns[e < valid ? i + e : width - 1] : i + e;
   if (kListed) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (e < valid) {
-        const int64_t c = args.p.columns[i + e];
-        z.x[e] = load(row + c);
-        if (second) a.x[e] = load(second + c);
-      }
+    for (int e = 0; e < 4; ++e) {
+      z.x[e] = load(row + c[e]);
+      if (second) a.x[e] = load(second + c[e]);
+      if (biases) bias.x[e] = load(biases + c[e]);
+    }
   } else {
     z = load4(row + i, valid, args.chunk > 1);
     if (second) a = load4(second + i, valid, args.chunk > 1);
+    if (biases) bias = load4(biases + i, valid, args.chunk > 1);
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     u[e] = 0;
     if (e >= valid) continue;
-    const int64_t c = column_of<kListed>(args.p, i + e);
-    u[e] = ordered(score_of(args.p, second, preactivation<B>(args.p, z.x[e], c), a.x[e], c));
+    const float score = biases ? z.x[e] + bias.x[e] : z.x[e];
+    u[e] = ordered(score_of(p, second, score, a.x[e], c[e]));
     if (kListed && u[e] == kOrderedMinusInfinity) u[e] = 0;
   }
 }
@@ -250,7 +250,7 @@ __device__ __forceinline__ void append4(const Args& args, const S* row, const S*
 template <class B>
 __device__ __forceinline__ void write(const SelectParams& p, int64_t n, int64_t slot, float score,
                                       int64_t i) {
-  float z = preactivation<B>(p, score, i);
+  float z = p.bias ? score + load(static_cast<const B*>(p.bias) + i) : score;
   if (p.relu && z <= 0) z = 0;
   store(static_cast<B*>(p.values) + n * p.k + slot, z);
   p.indices[n * p.k + slot] = i;
