@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ptxas says of the CUDA kernels: nothing spills, nothing lies in local memory, and registers
-stay within bounds. Where there is no nvcc, the package has to say that the module was not built."""
+stay within bounds; and how many loads are on their way at once where speed is the memory's. Where
+there is no nvcc, the package has to say that the module was not built."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -28,6 +30,13 @@ LESS_REGISTERS = {
     "sums_kernel": 40,
     "tiles_kernel": 40,
 }
+# Bytes that a thread asks for in wide loads before it waits at a branch, by symbol: kernels of
+# rows that may be read four numbers at a time. With 16 bytes, latency alone would set the speed.
+AHEAD = {
+    r"(backward_values|centre|decode|residual)_kernel.*Lb1EEEv": 64,
+    r"select_kernel.*Lb0EEEv": 64,
+}
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,5}\*/ +(?:@!?U?P\w+ )?([A-Z][\w.]+)")
 ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -70,6 +79,32 @@ def test_ptxas_report(source, tmp_path):
                 f"spilled, {r['registers']} registers of at most {most}"
             )
     assert not faults, "\n".join(faults)
+    wanted = [
+        (r["symbol"], n) for r in reports for p, n in AHEAD.items() if re.search(p, r["symbol"])
+    ]
+    if wanted:
+        ahead = bytes_ahead(tmp_path / "out.cubin")
+        assert not [f"{s}: {ahead[s]} bytes" for s, least in wanted if ahead[s] < least]
+
+
+def bytes_ahead(cubin: Path) -> dict[str, int]:
+    """Most bytes of wide loads between two branches of each kernel."""
+    found = importlib.util.find_spec("triton")
+    assert found is not None and found.origin is not None
+    tool = Path(found.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    sass = subprocess.check_output(
+        [tool, "--dump-sass", cubin], text=True, stderr=subprocess.DEVNULL
+    )
+    most = {}
+    for function in sass.split("Function : ")[1:]:
+        ahead, symbol = [0], function.split(maxsplit=1)[0]
+        for name in INSTRUCTION.findall(function):
+            if name.startswith(("BRA", "EXIT", "BAR", "CALL", "RET")):
+                ahead.append(0)
+            elif name.startswith("LDG"):
+                ahead[-1] += {".128": 16, "E.64": 8}.get(name[-4:], 0)
+        most[symbol] = max(ahead)
+    return most
 
 
 def test_every_bound_is_of_a_kernel():

@@ -95,13 +95,13 @@ __device__ __forceinline__ Four residual4(const ResidualParams& p, int64_t n, in
 #pragma unroll
   for (int e = 0; e < 4; ++e) r.x[e] = reconstruction.x[e] - target.x[e];
   float* out = p.residual + n * p.columns + c - p.start;
-  if (kAligned) {
+  if constexpr (kAligned) {
     if (c >= p.start && c < p.start + p.columns) store4(out, r, 4, true);
-    return r;
-  }
+  } else {
 #pragma unroll
-  for (int e = 0; e < 4; ++e)
-    if (e < valid && c + e >= p.start && c + e < p.start + p.columns) out[e] = r.x[e];
+    for (int e = 0; e < 4; ++e)
+      if (e < valid && c + e >= p.start && c + e < p.start + p.columns) out[e] = r.x[e];
+  }
   return r;
 }
 
