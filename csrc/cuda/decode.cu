@@ -4,12 +4,13 @@
 // sparse_decode and slices of the residual: one warp a token and 128 columns, slices outermost, so
 // that 128 columns of W_dec (256 F bytes at 16 bits) are what the L2 cache has to hold. The whole
 // residual: one block a token, its row in shared memory, from which the products with the chosen
-// rows are taken while these rows are still in cache. With column sums, a block takes N / kShares
-// tokens one after the other and keeps their sum. All sums have a fixed order.
+// rows are taken afterwards: from cache if it holds k rows of every block in flight, else these
+// rows come twice. With column sums, a block takes N / kShares tokens one after the other and keeps
+// their sum. All sums have a fixed order.
 //
 // Bytes: N k d sizeof(T) gathered (twice for the residual), N d written; for column sums 8 kShares
-// d instead of another reading of the residual. Flops: 2 N k d (4 N k d). Limits: a residual row
-// longer than kSharedRow numbers lies in the workspace.
+// d instead of another reading of the residual. Flops: 2 N k d (4 N k d). Limits: F and d
+// below 2^32; a residual row longer than kSharedRow numbers lies in the workspace.
 //
 // AuxK has k_aux slots a token whatever is dead, for only the device knows how many latents are.
 // Slots of value 0 are passed over 32 at a time: with nothing dead they cost their own reading, and
