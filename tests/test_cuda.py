@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Implementation, assert_close, assert_same, code, dtype_id, randn
-from test_cuda_kernels import test_grouping_in_tiles_and_passes  # noqa: F401
+from test_cuda_kernels import (
+    begin_anywhere,
+    test_grouping_in_tiles_and_passes,  # noqa: F401
+)
 from test_cuda_rounding import (  # noqa: F401
     test_rounding_is_the_references,
     test_the_shadow_is_the_rounded_weight,
@@ -126,6 +129,12 @@ def test_many_rows_and_long_rows(T: torch.dtype) -> None:
         got, want = ops.topk(x, k), reference.topk(x, k)
         assert_same("values", got[0], want[0])
         assert_same("indices", got[1], want[1])
+
+
+@dtypes
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_rows_that_begin_anywhere(T: torch.dtype, offset: int) -> None:
+    begin_anywhere(ops, T, offset, "cuda")
 
 
 def model(dtype: torch.dtype) -> ksae.TopKSAE:

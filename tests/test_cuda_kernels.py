@@ -152,6 +152,29 @@ def test_keys_in_the_workspace(impl: Emulated, kind: str) -> None:
         assert_same("indices", impl.topk(x, k)[1], reference.topk(x, k)[1])
 
 
+def test_groups_in_the_workspace(impl: Emulated) -> None:
+    """Too many columns for their groups' maxima to fit in shared memory."""
+    x = randn(1, 1_600_003, dtype=torch.bfloat16)
+    for got, want in zip(impl.topk(x, 40), reference.topk(x, 40), strict=True):
+        assert_same("topk", got, want)
+
+
+@pytest.mark.parametrize("F", [8192 + 8, 8192 + 4, 24, 4])
+@pytest.mark.parametrize("offset", [0, 4, 8])
+def test_rows_that_are_read_in_chunks(
+    impl: Emulated, dtype: torch.dtype, F: int, offset: int
+) -> None:
+    """8 columns, 4 or one at a time, as length and place of the rows allow; the last chunks of a
+    row begin within a batch of loads and end before it does."""
+    N = 2
+    memory = randn(N * F + offset, dtype=dtype)
+    x = memory[offset:].view(N, F)
+    x[0, -1], x[1, -2], x[1, F // 2] = 9.0, torch.nan, -torch.inf
+    for k in (1, 4):
+        for got, want in zip(impl.topk(x, k), reference.topk(x, k), strict=True):
+            assert_same(f"k={k}", got, want)
+
+
 def test_encode_in_chunks_of_rows(
     impl: Emulated, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +348,45 @@ def test_column_sums_beside_the_residual(
     emulated.blocks_in_flight(7)
     impl.sparse_residual(values, indices, W, b, x, 0, again)
     assert torch.equal(sums, again)
+
+
+# ---------------------------------------------------------------------------------------- alignment
+
+
+def begin_anywhere(served: Any, T: torch.dtype, offset: int, device: str) -> None:
+    """Where rows are not aligned to the widest loads, a GPU refuses these, and narrower ones give
+    the same bits. Rows of lengths that are a multiple of 8, of 4 and odd."""
+
+    def placed(t: Tensor, offset: int) -> Tensor:
+        flat = torch.empty(t.numel() + offset, dtype=t.dtype, device=device)
+        return flat[offset:].view(t.shape).copy_(t)
+
+    for d, F in ((96, 640), (100, 644), (97, 641)):
+        N, k = 5, 12
+        x, W, b, z = (
+            randn(*s, dtype=T, seed=n) for n, s in enumerate([(N, d), (F, d), (d,), (N, F)])
+        )
+        values, indices = code(N, F, k, T)
+        for op, args in (
+            ("topk", (z, k)),
+            ("sparse_decode", (values, indices, W, b)),
+            ("sparse_residual", (values, indices, W, b, x, d)),
+            ("sparse_residual_slice", (values, indices, W, b, x, 4, d - 5)),
+            ("sparse_decode_backward_values", (x, indices, W)),
+            ("sparse_decode_backward_weight", (x, values, indices, F)),
+        ):
+            results = []
+            for o in (offset, 0):
+                there = (placed(a, o) if isinstance(a, Tensor) else a for a in args)
+                result = getattr(served, op)(*there)
+                results.append([result] if isinstance(result, Tensor) else result)
+            for got, want in zip(*results, strict=True):
+                assert_same(op, got, want)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_rows_that_begin_anywhere(impl: Emulated, dtype: torch.dtype, offset: int) -> None:
+    begin_anywhere(impl.kernels, dtype, offset, "cpu")
 
 
 # -------------------------------------------------------------------------------------- determinism

@@ -13,35 +13,35 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kShares = 512;
 
-template <class T>
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 8)
-    centre_kernel(RowUpdateParams p, float* sums, int64_t share, int64_t slices, bool aligned) {
+    centre_kernel(RowUpdateParams p, float* sums, int64_t share, int64_t slices) {
+  constexpr int kBatch = kAligned ? 16 / sizeof(T) : 2;  // rows that are on their way at once
   const int64_t at = blockIdx.x / slices;
   const int64_t c = (blockIdx.x % slices * kThreads + threadIdx.x) * 4;
-  if (c >= p.d || !all_finite(p.scales, p.n_groups)) return;
-  const int64_t first = at * share, last = first + share < p.F ? first + share : p.F;
-  Four sum{};
-#pragma unroll 4
-  for (int64_t i = first; i < last; ++i) {
-    const float s = p.grad_b_enc[i];
-    if (s == 0) continue;
-    const Four w = load4(static_cast<const T*>(p.W) + i * p.d + c, p.d - c, aligned);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(s, w.x[j], sum.x[j]);
-  }
-  store4(sums + at * p.d + c, sum, p.d - c, false);
-}
-
-__global__ void __launch_bounds__(kThreads, 8)
-    centre_sum_kernel(RowUpdateParams p, const float* sums, int64_t shares) {
-  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (c >= p.d) return;
-  float sum = 0;
+  const int64_t first = at * share, last = first + share < p.F ? first + share : p.F;
+  const int64_t valid = kAligned ? 4 : p.d - c;
+  const T* W = static_cast<const T*>(p.W) + c;
+  Four sum{};
   if (all_finite(p.scales, p.n_groups)) {
-#pragma unroll 8
-    for (int64_t s = 0; s < shares; ++s) sum += sums[s * p.d + c];
+    for (int64_t i = first; i < last; i += kBatch) {
+      float by[kBatch];
+      decltype(row4<kAligned>(W, valid)) w[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) by[b] = i + b < last ? p.grad_b_enc[i + b] : 0.0f;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b)
+        if (by[b] != 0) w[b] = row4<kAligned>(W + (i + b) * p.d, valid);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (by[b] == 0) continue;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(by[b], number(w[b], j), sum.x[j]);
+      }
+    }
   }
-  p.grad_b_dec[c] = sum;
+  store4(sums + at * p.d + c, sum, valid, kAligned);
 }
 
 }  // namespace
@@ -54,12 +54,13 @@ cudaError_t centre_gradient(const RowUpdateParams& p, void* workspace, cudaStrea
   const int64_t slices = (p.d + 4 * kThreads - 1) / (4 * kThreads);
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const bool aligned = aligned4(static_cast<const T*>(p.W), p.d);
-    KSAE_LAUNCH((centre_kernel<T>), static_cast<unsigned>(shares * slices), kThreads, 0, stream, p,
-                sums, share, slices, aligned);
-    KSAE_LAUNCH(centre_sum_kernel, static_cast<unsigned>((p.d + kThreads - 1) / kThreads), kThreads,
-                0, stream, p, sums, shares);
-    return cudaGetLastError();
+    const cudaError_t error =
+        with_alignment(aligned4(static_cast<const T*>(p.W), p.d), [&](auto is) {
+          KSAE_LAUNCH((centre_kernel<T, is.value>), static_cast<unsigned>(shares * slices),
+                      kThreads, 0, stream, p, sums, share, slices);
+          return cudaGetLastError();
+        });
+    return error == cudaSuccess ? column_sums(sums, shares, p.d, p.grad_b_dec, stream) : error;
   });
 }
 

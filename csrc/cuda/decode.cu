@@ -4,12 +4,13 @@
 // sparse_decode and slices of the residual: one warp a token and 128 columns, slices outermost, so
 // that 128 columns of W_dec (256 F bytes at 16 bits) are what the L2 cache has to hold. The whole
 // residual: one block a token, its row in shared memory, from which the products with the chosen
-// rows are taken while these rows are still in cache. With column sums, a block takes N / kShares
-// tokens one after the other and keeps their sum. All sums have a fixed order.
+// rows are taken afterwards: from cache if it holds k rows of every block in flight, else these
+// rows come twice. With column sums, a block takes N / kShares tokens one after the other and keeps
+// their sum. All sums have a fixed order.
 //
 // Bytes: N k d sizeof(T) gathered (twice for the residual), N d written; for column sums 8 kShares
-// d instead of another reading of the residual. Flops: 2 N k d (4 N k d). Limits: a residual row
-// longer than kSharedRow numbers lies in the workspace.
+// d instead of another reading of the residual. Flops: 2 N k d (4 N k d). Limits: F and d
+// below 2^32; a residual row longer than kSharedRow numbers lies in the workspace.
 //
 // AuxK has k_aux slots a token whatever is dead, for only the device knows how many latents are.
 // Slots of value 0 are passed over 32 at a time: with nothing dead they cost their own reading, and
@@ -25,93 +26,130 @@ namespace ksae::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kSumThreads = 1024;
 constexpr int kSlice = 128;  // columns a warp
 constexpr int64_t kSharedRow = 11 * 1024;
 constexpr int64_t kShares = 1024;  // of the tokens, for column sums
 
-// Columns [c, c + 4) of the unrounded reconstruction of token n, bias included. All 32 lanes call.
-template <class T>
-__device__ __forceinline__ Four decode4(const DecodeParams& p, int64_t n, int64_t c, bool aligned) {
-  const T* W = static_cast<const T*>(p.W_dec);
+// How many rows are on their way to a thread at once: 64 bytes, where rows allow it.
+template <bool kAligned, class T>
+constexpr int kBatch = kAligned ? 16 / sizeof(T) : 2;
+
+// How many of the columns from c on a thread has.
+template <bool kAligned>
+__device__ __forceinline__ int64_t valid4(int64_t d, int64_t c) {
+  return kAligned ? 4 : d - c;
+}
+
+// Columns [c, c + 4) of the unrounded reconstruction of token n, bias included; anything from
+// column d on. All 32 lanes call.
+template <bool kAligned, class T>
+__device__ __forceinline__ Four decode4(const DecodeParams& p, int64_t n, int64_t c) {
+  const auto d = static_cast<uint32_t>(p.d);  // the product of 32-bit numbers is one instruction
+  const int64_t from = c < p.d ? c : 0, valid = valid4<kAligned>(p.d, from);
+  const T* W = static_cast<const T*>(p.W_dec) + from;
   const T* values = static_cast<const T*>(p.values) + n * p.k;
   const int lane = threadIdx.x % 32;
   Four sum{};
   for (int64_t j0 = 0; j0 < p.k; j0 += 32) {
     float v = 0;
-    int64_t i = 0;
+    uint32_t i = 0;
     if (j0 + lane < p.k) {
       v = load(values + j0 + lane);
-      i = index_at(p.indices64, p.indices32, n * p.k + j0 + lane);
+      i = static_cast<uint32_t>(index_at(p.indices64, p.indices32, n * p.k + j0 + lane));
     }
-    if (!__any_sync(0xffffffffu, v != 0)) continue;
-    const int count = static_cast<int>(p.k - j0 < 32 ? p.k - j0 : 32);
-#pragma unroll 4
-    for (int j = 0; j < count; ++j) {
-      const float vj = __shfl_sync(0xffffffffu, v, j);
-      const int64_t ij = __shfl_sync(0xffffffffu, i, j);
-      if (vj == 0 || c >= p.d) continue;
-      const Four w = load4(W + ij * p.d + c, p.d - c, aligned);
+    const unsigned used = __ballot_sync(0xffffffffu, v != 0);
+    for (int j = 0; j < 32 && used >> j; j += kBatch<kAligned, T>) {
+      float by[kBatch<kAligned, T>];
+      decltype(row4<kAligned>(W, valid)) w[kBatch<kAligned, T>];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum.x[e] = fmaf(vj, w.x[e], sum.x[e]);
+      for (int b = 0; b < kBatch<kAligned, T>; ++b) {
+        by[b] = __shfl_sync(0xffffffffu, v, j + b);
+        const uint32_t row = __shfl_sync(0xffffffffu, i, j + b);
+        if (by[b] != 0) w[b] = row4<kAligned>(W + uint64_t(row) * d, valid);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch<kAligned, T>; ++b) {
+        if (by[b] == 0) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum.x[e] = fmaf(by[b], number(w[b], e), sum.x[e]);
+      }
     }
   }
-  if (p.b_dec && c < p.d) {
-    const Four b = load4(static_cast<const T*>(p.b_dec) + c, p.d - c, false);
+  if (p.b_dec) {
+    const Four b = load4(static_cast<const T*>(p.b_dec) + from, valid, kAligned);
 #pragma unroll
     for (int e = 0; e < 4; ++e) sum.x[e] += b.x[e];
   }
   return sum;
 }
 
-__device__ __forceinline__ float target_at(const ResidualParams& p, const float*, int64_t at) {
-  return static_cast<const float*>(p.target)[at];
-}
-template <class T>
-__device__ __forceinline__ float target_at(const ResidualParams& p, const T*, int64_t at) {
-  return p.target_float ? static_cast<const float*>(p.target)[at]
-                        : load(static_cast<const T*>(p.target) + at);
+// Takes the target from columns [c, c + 4) of the reconstruction of token n, and stores those that
+// are wanted.
+template <bool kAligned, class T>
+__device__ __forceinline__ Four residual4(const ResidualParams& p, int64_t n, int64_t c,
+                                          const Four& reconstruction) {
+  const int64_t d = p.decode.d, at = n * d + c, valid = valid4<kAligned>(d, c);
+  const Four target = p.target_float
+                          ? load4(static_cast<const float*>(p.target) + at, valid, kAligned)
+                          : load4(static_cast<const T*>(p.target) + at, valid, kAligned);
+  Four r;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) r.x[e] = reconstruction.x[e] - target.x[e];
+  float* out = p.residual + n * p.columns + c - p.start;
+  if constexpr (kAligned) {
+    if (c >= p.start && c < p.start + p.columns) store4(out, r, 4, true);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (e < valid && c + e >= p.start && c + e < p.start + p.columns) out[e] = r.x[e];
+  }
+  return r;
 }
 
 // residual = false: out of DecodeParams. True: columns [start, start + columns) of the residual.
-template <class T, bool kResidual>
+template <class T, bool kResidual, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 8)
-    decode_kernel(ResidualParams p, int64_t first, int64_t slices, bool aligned) {
+    decode_kernel(ResidualParams p, int64_t first, int64_t slices) {
   const DecodeParams& q = p.decode;
   const int64_t at = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (at >= q.N * slices) return;
   const int64_t n = at % q.N;
   const int64_t c = (first + at / q.N) * kSlice + 4 * (threadIdx.x % 32);
-  const Four sum = decode4<T>(q, n, c, aligned);
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const int64_t column = c + e;
-    if (!kResidual) {
-      if (column < q.d) store(static_cast<T*>(q.out) + n * q.d + column, sum.x[e]);
-    } else if (column >= p.start && column < p.start + p.columns) {
-      const float target = target_at(p, static_cast<const T*>(nullptr), n * q.d + column);
-      p.residual[n * p.columns + column - p.start] = sum.x[e] - target;
-    }
-  }
+  const Four sum = decode4<kAligned, T>(q, n, c);
+  if (c >= q.d) return;
+  if constexpr (kResidual)
+    residual4<kAligned, T>(p, n, c, sum);
+  else
+    store4(static_cast<T*>(q.out) + n * q.d + c, sum, valid4<kAligned>(q.d, c), kAligned);
 }
 
-// <row, W> over d columns by one warp; the same number in every lane.
-template <class R, class T>
-__device__ __forceinline__ float dot(const R* row, const T* w, int64_t d, bool aligned) {
+// <row, w> over d columns by one warp; the same number in every lane.
+template <bool kAligned, class R, class T>
+__device__ __forceinline__ float dot(const R* row, const T* w, int64_t d) {
   float sum = 0;
-#pragma unroll 2
-  for (int64_t c = 4 * (threadIdx.x % 32); c < d; c += kSlice) {
-    const Four a = load4(row + c, d - c, aligned), b = load4(w + c, d - c, aligned);
+  for (int64_t c0 = 4 * (threadIdx.x % 32); c0 < d; c0 += kBatch<kAligned, T> * kSlice) {
+    decltype(row4<kAligned>(w, 0)) ahead[kBatch<kAligned, T>];
 #pragma unroll
-    for (int e = 0; e < 4; ++e) sum = fmaf(a.x[e], b.x[e], sum);
+    for (int b = 0; b < kBatch<kAligned, T>; ++b) {
+      const int64_t c = c0 + b * kSlice;
+      if (c < d) ahead[b] = row4<kAligned>(w + c, d - c);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch<kAligned, T>; ++b) {
+      const int64_t c = c0 + b * kSlice;
+      if (c >= d) continue;
+      const auto a = row4<kAligned>(row + c, d - c);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum = fmaf(number(a, e), number(ahead[b], e), sum);
+    }
   }
   return warp_sum(sum);
 }
 
 // A block takes tokens [share * block, share * (block + 1)).
-template <class T>
-__global__ void __launch_bounds__(kThreads, 10)
-    residual_kernel(ResidualParams p, float* rows, float* sums, int64_t share, bool aligned) {
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 8)
+    residual_kernel(ResidualParams p, float* rows, float* sums, int64_t share) {
   KSAE_SHARED_BYTES(shared);
   const DecodeParams& q = p.decode;
   auto* scratch = reinterpret_cast<double*>(shared);
@@ -120,21 +158,21 @@ __global__ void __launch_bounds__(kThreads, 10)
   for (int64_t n = first; n < last; ++n) {
     double square = 0;
     for (int64_t c0 = 0; c0 < q.d; c0 += 4 * kThreads) {
-      const int64_t c = c0 + 4 * threadIdx.x;
-      const Four sum = decode4<T>(q, n, c, aligned);
+      const int64_t c = c0 + 4 * threadIdx.x, valid = valid4<kAligned>(q.d, c);
+      const Four sum = decode4<kAligned, T>(q, n, c);
+      if (c >= q.d) continue;
+      const Four r = residual4<kAligned, T>(p, n, c, sum);
+      store4(row + c, r, valid, kAligned);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int64_t column = c + e;
-        if (column >= q.d) continue;
-        const float r = sum.x[e] - target_at(p, static_cast<const T*>(nullptr), n * q.d + column);
-        row[column] = r;
-        square += double(r) * r;
-        if (column >= p.start && column < p.start + p.columns)
-          p.residual[n * p.columns + column - p.start] = r;
-        if (sums) {  // [blocks, d], each number of one thread
-          float* total = sums + blockIdx.x * q.d + column;
-          *total = n == first ? r : *total + r;
-        }
+      for (int e = 0; e < 4; ++e)
+        if (e < valid) square += double(r.x[e]) * r.x[e];
+      if (sums) {  // [blocks, d], each number of one thread
+        float* total = sums + blockIdx.x * q.d + c;
+        Four before{};
+        if (n > first) before = load4(total, valid, kAligned);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) before.x[e] += r.x[e];
+        store4(total, before, valid, kAligned);
       }
     }
     square = block_sum(square, scratch);  // a barrier: the row is complete
@@ -149,7 +187,8 @@ __global__ void __launch_bounds__(kThreads, 10)
       float g = 0;
       for (unsigned rest = __ballot_sync(0xffffffffu, used); rest; rest &= rest - 1) {
         const int from = __ffs(static_cast<int>(rest)) - 1;
-        const float product = dot(row, W + __shfl_sync(0xffffffffu, i, from) * q.d, q.d, aligned);
+        const T* w = W + __shfl_sync(0xffffffffu, i, from) * q.d;
+        const float product = dot<kAligned>(row, w, q.d);
         if (lane == from) g = product;
       }
       if (j < q.k) p.grad_values[at] = g;
@@ -158,32 +197,13 @@ __global__ void __launch_bounds__(kThreads, 10)
   }
 }
 
-// out[c] = sum of sums[:, c]: a lane a column, a warp every 32nd row; warps in their order.
-__global__ void __launch_bounds__(kSumThreads)
-    column_sums_kernel(const float* sums, int64_t rows, int64_t d, float* out) {
-  KSAE_SHARED_BYTES(shared);
-  auto* partial = reinterpret_cast<float*>(shared);  // [warps, 32]
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t c = int64_t(blockIdx.x) * 32 + lane;
-  float sum = 0;
-  if (c < d) {
-#pragma unroll 8
-    for (int64_t r = warp; r < rows; r += kSumThreads / 32) sum += sums[r * d + c];
-  }
-  partial[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp != 0 || c >= d) return;
-  for (int w = 1; w < kSumThreads / 32; ++w) sum += partial[32 * w + lane];
-  out[c] = sum;
-}
-
-template <class T>
+template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 8)
-    backward_values_kernel(DecodeBackwardValuesParams p, bool aligned) {
+    backward_values_kernel(DecodeBackwardValuesParams p) {
   const int64_t at = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (at >= p.N * p.k) return;
   const T* W = static_cast<const T*>(p.W_dec) + index_at(p.indices64, p.indices32, at) * p.d;
-  const float g = dot(static_cast<const T*>(p.grad) + at / p.k * p.d, W, p.d, aligned);
+  const float g = dot<kAligned>(static_cast<const T*>(p.grad) + at / p.k * p.d, W, p.d);
   if (threadIdx.x % 32 == 0) store(static_cast<T*>(p.grad_values) + at, g);
 }
 
@@ -198,6 +218,19 @@ struct Blocks {
         outside(p.decode.d > kSharedRow) {}
 };
 
+// Whether all rows may be read four numbers at a time, and slices cut none of these fours.
+template <class T>
+bool aligned_code(const DecodeParams& p) {
+  return aligned4(static_cast<const T*>(p.W_dec), p.d) &&
+         aligned4(static_cast<const T*>(p.b_dec), p.d) && aligned4(static_cast<T*>(p.out), p.d);
+}
+template <class T>
+bool aligned_residual(const ResidualParams& p) {
+  const bool target = p.target_float ? aligned4(static_cast<const float*>(p.target), p.decode.d)
+                                     : aligned4(static_cast<const T*>(p.target), p.decode.d);
+  return target && aligned_code<T>(p.decode) && aligned4(p.residual, p.columns) && p.start % 4 == 0;
+}
+
 template <bool kResidual>
 cudaError_t launch_slices(const ResidualParams& p, cudaStream_t stream) {
   if (p.decode.N == 0 || p.columns == 0) return cudaSuccess;
@@ -207,10 +240,12 @@ cudaError_t launch_slices(const ResidualParams& p, cudaStream_t stream) {
   if (!grid_fits(blocks)) return cudaErrorInvalidConfiguration;
   return with_type(p.decode.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const bool aligned = aligned4(static_cast<const T*>(p.decode.W_dec), p.decode.d);
-    KSAE_LAUNCH((decode_kernel<T, kResidual>), static_cast<unsigned>(blocks), kThreads, 0, stream,
-                p, first, slices, aligned);
-    return cudaGetLastError();
+    const bool aligned = kResidual ? aligned_residual<T>(p) : aligned_code<T>(p.decode);
+    return with_alignment(aligned, [&](auto is) {
+      KSAE_LAUNCH((decode_kernel<T, kResidual, is.value>), static_cast<unsigned>(blocks), kThreads,
+                  0, stream, p, first, slices);
+      return cudaGetLastError();
+    });
   });
 }
 
@@ -233,7 +268,7 @@ size_t sparse_residual_workspace(const ResidualParams& p) {
 cudaError_t sparse_residual(const ResidualParams& p, void* workspace, cudaStream_t stream) {
   const DecodeParams& q = p.decode;
   if (q.N == 0)  // before sq_error is looked at: empty tensors may have no address
-    return p.column_sums ? cudaMemsetAsync(p.column_sums, 0, q.d * sizeof(float), stream)
+    return p.column_sums ? forgotten(cudaMemsetAsync(p.column_sums, 0, q.d * sizeof(float), stream))
                          : cudaSuccess;
   if (!p.sq_error) return launch_slices<true>(p, stream);
   const Blocks blocks(p);
@@ -245,13 +280,13 @@ cudaError_t sparse_residual(const ResidualParams& p, void* workspace, cudaStream
   float* sums = p.column_sums ? memory + blocks.outside * blocks.count * q.d : nullptr;
   return with_type(q.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const bool aligned = aligned4(static_cast<const T*>(q.W_dec), q.d);
-    KSAE_LAUNCH((residual_kernel<T>), static_cast<unsigned>(blocks.count), kThreads, bytes, stream,
-                p, rows, sums, blocks.share, aligned);
-    if (sums)
-      KSAE_LAUNCH(column_sums_kernel, static_cast<unsigned>((q.d + 31) / 32), kSumThreads,
-                  kSumThreads * sizeof(float), stream, sums, blocks.count, q.d, p.column_sums);
-    return cudaGetLastError();
+    const cudaError_t error = with_alignment(aligned_residual<T>(p), [&](auto is) {
+      KSAE_LAUNCH((residual_kernel<T, is.value>), static_cast<unsigned>(blocks.count), kThreads,
+                  bytes, stream, p, rows, sums, blocks.share);
+      return cudaGetLastError();
+    });
+    if (error != cudaSuccess || !sums) return error;
+    return column_sums(sums, blocks.count, q.d, p.column_sums, stream);
   });
 }
 
@@ -264,9 +299,11 @@ cudaError_t sparse_decode_backward_values(const DecodeBackwardValuesParams& p,
     using T = std::remove_pointer_t<decltype(type)>;
     const bool aligned = aligned4(static_cast<const T*>(p.W_dec), p.d) &&
                          aligned4(static_cast<const T*>(p.grad), p.d);
-    KSAE_LAUNCH((backward_values_kernel<T>), static_cast<unsigned>(blocks), kThreads, 0, stream, p,
-                aligned);
-    return cudaGetLastError();
+    return with_alignment(aligned, [&](auto is) {
+      KSAE_LAUNCH((backward_values_kernel<T, is.value>), static_cast<unsigned>(blocks), kThreads, 0,
+                  stream, p);
+      return cudaGetLastError();
+    });
   });
 }
 

@@ -34,17 +34,7 @@ struct Pass {
   bool last;
 };
 
-// The key of an entry, -1 if it is left out, and the entry. T: of the values, in the first pass;
-// void in later ones.
-template <class T>
-__device__ __forceinline__ int32_t key_at(const GroupParams& p, const Pass& pass, int64_t at) {
-  if constexpr (std::is_void_v<T>) {
-    return pass.keys[at];
-  } else {
-    if (load(static_cast<const T*>(p.values) + at) == 0) return -1;  // NaN counts
-    return static_cast<int32_t>(index_at(p.indices64, p.indices32, at));
-  }
-}
+// The entry at a place of a pass. T: of the values, in the first pass; void in later ones.
 template <class T>
 __device__ __forceinline__ int32_t position_at(const Pass& pass, int64_t at) {
   return std::is_void_v<T> ? pass.positions[at] : static_cast<int32_t>(at);
@@ -61,15 +51,30 @@ __device__ __forceinline__ int64_t first_entry() {
   return int64_t(blockIdx.x) * kTile + threadIdx.x / 32 * (kTile / kWarps) + threadIdx.x % 32;
 }
 
-// The keys of a thread's entries, all on their way at once.
+// The keys of a thread's entries, -1 for those that are left out; all on their way at once.
 template <class T>
 __device__ __forceinline__ void read_keys(const GroupParams& p, const Pass& pass,
                                           int32_t (&keys)[kRounds]) {
   const int64_t first = first_entry(), count = entries_of<T>(pass);
+  bool used[kRounds];
+#pragma unroll
+  for (int r = 0; r < kRounds; ++r) used[r] = first + 32 * r < count;
+  if constexpr (!std::is_void_v<T>) {
+    T values[kRounds];
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r)
+      if (used[r]) values[r] = static_cast<const T*>(p.values)[first + 32 * r];
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r) used[r] = used[r] && load(&values[r]) != 0;  // NaN counts
+  }
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
     keys[r] = -1;
-    if (first + 32 * r < count) keys[r] = key_at<T>(p, pass, first + 32 * r);
+    if (!used[r]) continue;
+    if constexpr (std::is_void_v<T>)
+      keys[r] = pass.keys[first + 32 * r];
+    else
+      keys[r] = static_cast<int32_t>(index_at(p.indices64, p.indices32, first + 32 * r));
   }
 }
 
@@ -258,7 +263,8 @@ size_t group_by_latent_workspace(const GroupParams& p) {
 
 cudaError_t group_by_latent(const GroupParams& p, void* workspace, cudaStream_t stream) {
   const Plan plan(p);
-  if (plan.entries == 0) return cudaMemsetAsync(p.offsets, 0, (p.F + 1) * sizeof(int32_t), stream);
+  if (plan.entries == 0)
+    return forgotten(cudaMemsetAsync(p.offsets, 0, (p.F + 1) * sizeof(int32_t), stream));
   auto* keys = static_cast<int32_t*>(workspace);
   int32_t* positions = keys + 2 * plan.padded();
   Pass pass{};

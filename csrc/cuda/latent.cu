@@ -13,6 +13,7 @@
 // with noise, and about 35 integer instructions. For a piece of a long segment 8 bytes a column,
 // written and read. Flops: 2 an entry and column, about 14 a parameter. Limits: four groups; N k
 // and 2^31 - 1 entries a group.
+#include "entries.h"
 #include "latent.h"
 #include "rounding.h"
 #include "segments.h"
@@ -30,49 +31,19 @@ struct Args {
   RowGroup group[kMaxGroups];
   Segments segments;
   float* pieces;  // [slots, columns]
-  bool aligned;
 };
-
-__device__ __forceinline__ Four stream4(const float* p, int64_t valid, bool aligned) {
-  if (!aligned || valid < 4) return load4(p, valid, false);
-  const float4 r = __ldcs(reinterpret_cast<const float4*>(p));
-  return {{r.x, r.y, r.z, r.w}};
-}
-__device__ __forceinline__ Four stream4(const __nv_bfloat16* p, int64_t valid, bool aligned) {
-  if (!aligned || valid < 4) return load4(p, valid, false);
-  const uint2 r = __ldcs(reinterpret_cast<const uint2*>(p));
-  return {{__uint_as_float(r.x << 16), __uint_as_float(r.x & 0xffff0000u),
-           __uint_as_float(r.y << 16), __uint_as_float(r.y & 0xffff0000u)}};
-}
-
-// Adds scale * coefficient * (row - centre) of entries [from, to) to columns [c, c + 4).
-template <class C, class R>
-__device__ __forceinline__ void add_entries(const Args& args, const RowGroup& group, float scale,
-                                            int32_t from, int32_t to, int64_t c, const Four& centre,
-                                            Four& sum) {
-  const int64_t columns = args.p.columns, valid = columns - c;
-  const auto k = static_cast<uint32_t>(group.k);
-#pragma unroll 4
-  for (int32_t e = from; e < to; ++e) {
-    const auto at = static_cast<uint32_t>(group.order[e]);
-    const float a = scale * load(static_cast<const C*>(group.coefficients) + at);
-    if (a == 0) continue;
-    const Four r = load4(static_cast<const R*>(group.rows) + int64_t(at / k) * columns + c, valid,
-                         args.aligned);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(a, r.x[j] - centre.x[j], sum.x[j]);
-  }
-}
 
 template <class R>
 __device__ __forceinline__ Four centre4(const RowUpdateParams& p, int64_t c) {
-  return p.centre ? load4(static_cast<const R*>(p.centre) + c, p.columns - c, false) : Four{};
+  return p.centre && c < p.columns
+             ? load4(static_cast<const R*>(p.centre) + c, p.columns - c, false)
+             : Four{};
 }
 
 // Pieces of long segments, a block a piece and 128 columns: each warp adds an eighth of a unit, and
 // the warps' sums are added in their order.
-template <class C, class R>
-__global__ void __launch_bounds__(kThreads, 6) pieces_kernel(Args args) {
+template <class C, class R, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 3) pieces_kernel(Args args) {
   static_assert(1 << kLogCut >= kThreads, "an entry a lane");
   KSAE_SHARED_BYTES(shared);
   auto* sums = reinterpret_cast<float*>(shared);  // [warps, 128]
@@ -88,29 +59,10 @@ __global__ void __launch_bounds__(kThreads, 6) pieces_kernel(Args args) {
     const int32_t share = (1 << args.segments.log_cut[piece.group]) / (kThreads / 32);
     const int32_t first = piece.from + warp * share;
     const int32_t last = first + share < piece.to ? first + share : piece.to;
-    const Four centre = c < p.columns ? centre4<R>(p, c) : Four{};
+    const float scale = p.scales ? p.scales[piece.group] : 1.0f;
+    const Four centre = centre4<R>(p, c);
     Four sum{};
-    for (int32_t e0 = first; e0 < last; e0 += 32) {
-      const int count = last - e0 < 32 ? last - e0 : 32;
-      uint32_t row = 0;
-      float a = 0;
-      if (lane < count) {
-        const auto at = static_cast<uint32_t>(group.order[e0 + lane]);
-        row = at / static_cast<uint32_t>(group.k);
-        a = (p.scales ? p.scales[piece.group] : 1.0f) *
-            load(static_cast<const C*>(group.coefficients) + at);
-      }
-#pragma unroll 8
-      for (int e = 0; e < count; ++e) {
-        const float by = __shfl_sync(0xffffffffu, a, e);
-        const uint32_t n = __shfl_sync(0xffffffffu, row, e);
-        if (by == 0 || c >= p.columns) continue;
-        const Four r = load4(static_cast<const R*>(group.rows) + int64_t(n) * p.columns + c,
-                             p.columns - c, args.aligned);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum.x[j] = fmaf(by, r.x[j] - centre.x[j], sum.x[j]);
-      }
-    }
+    add_entries<kAligned, C, R>(group, p.columns, scale, first, last, c, centre, sum);
     *reinterpret_cast<Four*>(sums + warp * kPieceColumns + 4 * lane) = sum;
     __syncthreads();
     if (threadIdx.x < kPieceColumns && c0 + threadIdx.x < p.columns) {
@@ -122,8 +74,9 @@ __global__ void __launch_bounds__(kThreads, 6) pieces_kernel(Args args) {
   }
 }
 
-// Gradient of columns [c, c + 4) of latent i, before what is along W_i is taken off.
-template <class C, class R>
+// Gradient of columns [c, c + 4) of latent i, before what is along W_i is taken off. All 32 lanes
+// call.
+template <bool kAligned, class C, class R>
 __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c) {
   const RowUpdateParams& p = args.p;
   const Four centre = centre4<R>(p, c);
@@ -133,16 +86,18 @@ __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c
     const int32_t begin = group.offsets[i], end = group.offsets[i + 1];
     const int log = args.segments.log_cut[g];
     if (end - begin <= 1 << log) {
-      add_entries<C, R>(args, group, p.scales ? p.scales[g] : 1.0f, begin, end, c, centre, sum);
+      add_entries<kAligned, C, R>(group, p.columns, p.scales ? p.scales[g] : 1.0f, begin, end, c,
+                                  centre, sum);
       continue;
     }
+    if (c >= p.columns) continue;
     const int32_t last = (end - 1) >> log;
 #pragma unroll 4
     for (int32_t u = begin >> log; u <= last; ++u) {
       const int64_t slot = slot_of(args.segments, g, u, begin);
-      const Four piece = load4(args.pieces + slot * p.columns + c, p.columns - c, args.aligned);
+      const auto piece = row4<kAligned>(args.pieces + slot * p.columns + c, p.columns - c);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum.x[j] += piece.x[j];
+      for (int j = 0; j < 4; ++j) sum.x[j] += number(piece, j);
     }
   }
   return sum;
@@ -154,13 +109,13 @@ struct Squares {
 };
 
 // The parameters' row as it is after the update: the weights, and a copy of them if there is one.
-template <class T>
+template <bool kAligned, class T>
 __device__ __forceinline__ void store_weights(const Args& args, int64_t at, const Four& theta,
                                               int64_t valid, Squares& squares) {
-  store4(static_cast<T*>(args.p.W) + at, theta, valid, args.aligned);
+  store4(static_cast<T*>(args.p.W) + at, theta, valid, kAligned);
   if constexpr (sizeof(T) == sizeof(float)) {
     if (!args.p.shadow) return;
-    store4(static_cast<__nv_bfloat16*>(args.p.shadow) + at, theta, valid, args.aligned);
+    store4(static_cast<__nv_bfloat16*>(args.p.shadow) + at, theta, valid, kAligned);
     if (!args.p.norms) return;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {  // zero beyond `valid`
@@ -195,7 +150,7 @@ __device__ __forceinline__ void store_norms(const RowUpdateParams& p, int64_t i,
 }
 
 // Unit row: theta /= |theta|, and its rounded copy. `square` is this thread's part of |theta|^2.
-template <class T, class M>
+template <bool kAligned, class T, class M>
 __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, double square,
                                               double* scratch) {
   const RowUpdateParams& p = args.p;
@@ -205,21 +160,20 @@ __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, doubl
   const float by = norm > 0 ? norm : 1.0f;
   Squares squares{};
   for (int64_t c = 4 * threadIdx.x; c < p.d; c += 4 * blockDim.x) {
-    Four theta =
-        master ? load4(master + c, p.d - c, args.aligned) : load4(W + c, p.d - c, args.aligned);
+    Four theta = master ? load4(master + c, p.d - c, kAligned) : load4(W + c, p.d - c, kAligned);
 #pragma unroll
     for (int j = 0; j < 4; ++j) theta.x[j] /= by;
     if constexpr (sizeof(M) == 2)
       theta = stochastic4(theta, noise4(p.noise, i, c, kRoundWeights).second);
-    if (master) store4(master + c, theta, p.d - c, args.aligned);
-    store_weights<T>(args, i * p.d + c, theta, p.d - c, squares);
+    if (master) store4(master + c, theta, p.d - c, kAligned);
+    store_weights<kAligned, T>(args, i * p.d + c, theta, p.d - c, squares);
   }
   if (p.norms) store_norms(p, i, squares, scratch);
 }
 
 // M: of the moments; bfloat16 with noise.
-template <class C, class R, class T, class M, Pass kPass>
-__global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kernel(Args args) {
+template <class C, class R, class T, class M, Pass kPass, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 3) latent_kernel(Args args) {
   KSAE_SHARED_BYTES(shared);
   auto* scratch = reinterpret_cast<double*>(shared);
   const RowUpdateParams& p = args.p;
@@ -235,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kerne
     if (kPass == Pass::kGradSq || p.start == 0) {
       double square = 0;
       for (int64_t c = 4 * threadIdx.x; c < p.d; c += 4 * blockDim.x) {
-        const Four w = load4(W + c, p.d - c, args.aligned);
+        const Four w = load4(W + c, p.d - c, kAligned);
 #pragma unroll
         for (int j = 0; j < 4; ++j) square += double(w.x[j]) * w.x[j];
       }
@@ -247,14 +201,29 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kerne
   float* master = p.master ? p.master + i * p.d : nullptr;
   double square = 0;
   Squares squares{};
-  for (int64_t c = 4 * threadIdx.x; c < p.columns; c += 4 * blockDim.x) {
-    const int64_t valid = p.columns - c, at = i * p.d + p.start + c;
-    Four g = gradient4<C, R>(args, i, c);
+  const int lane = threadIdx.x % 32;
+  for (int64_t c = 4 * threadIdx.x; c - 4 * lane < p.columns; c += 4 * blockDim.x) {
+    const int64_t own = c < p.columns ? c : 0, valid = kAligned ? 4 : p.columns - own;
+    const int64_t at = i * p.d + p.start + own;
+    M *moment = static_cast<M*>(p.m) + at, *second = static_cast<M*>(p.v) + at;
+    // What is streamed is on its way while the gradient is formed.
+    decltype(stream4<kAligned>(moment, valid)) m_before, v_before;
+    Four theta{};
+    if (kPass == Pass::kUpdate) {
+      m_before = stream4<kAligned>(moment, valid);
+      v_before = stream4<kAligned>(second, valid);
+      if (master) theta = stream4<kAligned>(master + p.start + own, valid);
+    }
+    decltype(row4<kAligned>(W, valid)) w_before{};
+    if (kPass != Pass::kWeight && (p.parallel || !master))
+      w_before = row4<kAligned>(W + p.start + own, valid);
+    Four g = gradient4<kAligned, C, R>(args, i, c);
+    if (c >= p.columns) continue;
     if (kPass == Pass::kWeight) {
-      store4(W + c, g, valid, args.aligned);
+      store4(W + c, g, valid, kAligned);
       continue;
     }
-    const Four w = load4(W + p.start + c, valid, args.aligned);
+    const Four w = numbers(w_before);
     if (p.parallel) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) g.x[j] -= along * w.x[j];
@@ -267,9 +236,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kerne
     }
     const float step = p.hyper[0], root = p.hyper[1], b1 = p.hyper[2], b2 = p.hyper[3];
     const float eps = p.hyper[4], grad_scale = p.hyper[5], rest1 = p.hyper[6], rest2 = p.hyper[7];
-    M *moment = static_cast<M*>(p.m) + at, *second = static_cast<M*>(p.v) + at;
-    Four m = stream4(moment, valid, args.aligned), v = stream4(second, valid, args.aligned);
-    Four theta = master ? stream4(master + p.start + c, valid, args.aligned) : w;
+    Four m = numbers(m_before), v = numbers(v_before);
+    if (!master) theta = w;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (j >= valid) continue;
@@ -283,15 +251,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kerne
       m = stochastic4(m, noise.first);
       v = stochastic4(v, noise.second);
     }
-    store4(moment, m, valid, args.aligned);
-    store4(second, v, valid, args.aligned);
+    store4(moment, m, valid, kAligned);
+    store4(second, v, valid, kAligned);
     if constexpr (sizeof(M) == 2)
       theta = stochastic4(theta, noise4(p.noise, i, p.start + c, kRoundWeights).first);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       if (j < valid) square += double(theta.x[j]) * theta.x[j];
-    if (master) store4(master + p.start + c, theta, valid, args.aligned);
-    if (!master || !p.normalize) store_weights<T>(args, at, theta, valid, squares);
+    if (master) store4(master + p.start + c, theta, valid, kAligned);
+    if (!master || !p.normalize) store_weights<kAligned, T>(args, at, theta, valid, squares);
   }
   if (kPass == Pass::kGradSq) {
     const double total = block_sum(square, scratch);
@@ -306,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(M) == 2 ? 4 : 3) latent_kerne
         square += double(theta) * theta;
       }
     }
-    normalize_row<T, M>(args, i, square, scratch);
+    normalize_row<kAligned, T, M>(args, i, square, scratch);
   } else if (kPass == Pass::kUpdate && p.norms) {
     store_norms(p, i, squares, scratch);
   }
@@ -328,14 +296,14 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
   auto* memory = static_cast<char*>(workspace);
   args.segments = segments_of(p.groups, p.n_groups, p.F, memory);
   args.pieces = reinterpret_cast<float*>(memory + list_bytes(units));
-  args.aligned = aligned4(static_cast<const T*>(p.W), p.d) &&
+  bool aligned = aligned4(static_cast<const T*>(p.W), p.d) &&
                  aligned4(static_cast<const M*>(p.m), p.d) &&
                  aligned4(static_cast<const M*>(p.v), p.d) && aligned4(p.master, p.d) &&
                  aligned4(static_cast<const __nv_bfloat16*>(p.shadow), p.d) && p.start % 4 == 0 &&
                  p.columns % 4 == 0;
   for (int g = 0; g < p.n_groups; ++g) {
     args.group[g] = p.groups[g];
-    args.aligned = args.aligned && aligned4(static_cast<const R*>(p.groups[g].rows), p.columns);
+    aligned = aligned && aligned4(static_cast<const R*>(p.groups[g].rows), p.columns);
   }
   if (units && p.columns) {
     unsigned blocks = 0;
@@ -343,8 +311,12 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
     cudaError_t error = grid_for(2 * units * slices, &blocks);
     if (error == cudaSuccess) error = list_pieces(args.segments, stream);
     if (error != cudaSuccess) return error;
-    KSAE_LAUNCH((pieces_kernel<C, R>), blocks, kThreads,
-                kThreads / 32 * kPieceColumns * sizeof(float), stream, args);
+    error = with_alignment(aligned, [&](auto is) {
+      KSAE_LAUNCH((pieces_kernel<C, R, is.value>), blocks, kThreads,
+                  kThreads / 32 * kPieceColumns * sizeof(float), stream, args);
+      return cudaGetLastError();
+    });
+    if (error != cudaSuccess) return error;
   }
   if (p.grad_b_dec) {
     const cudaError_t error =
@@ -354,9 +326,11 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
   const int64_t wanted = (p.columns + 127) / 128 * 32;
   const auto threads =
       static_cast<unsigned>(wanted < 32 ? 32 : (wanted > kThreads ? kThreads : wanted));
-  KSAE_LAUNCH((latent_kernel<C, R, T, M, kPass>), static_cast<unsigned>(p.F), threads,
-              kThreads / 32 * sizeof(double), stream, args);
-  return cudaGetLastError();
+  return with_alignment(aligned, [&](auto is) {
+    KSAE_LAUNCH((latent_kernel<C, R, T, M, kPass, is.value>), static_cast<unsigned>(p.F), threads,
+                kThreads / 32 * sizeof(double), stream, args);
+    return cudaGetLastError();
+  });
 }
 
 template <Pass kPass>

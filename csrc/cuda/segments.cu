@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) list_kernel(Segments s) {
 
 cudaError_t list_pieces(const Segments& s, cudaStream_t stream) {
   const cudaError_t error = cudaMemsetAsync(s.count, 0, sizeof(int32_t), stream);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return forgotten(error);
   KSAE_LAUNCH(list_kernel, static_cast<unsigned>((s.F + kThreads - 1) / kThreads), kThreads, 0,
               stream, s);
   return cudaGetLastError();
@@ -45,7 +45,7 @@ cudaError_t grid_for(int64_t items, unsigned* blocks) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   const int64_t most = 8 * multiprocessors;
   *blocks = static_cast<unsigned>(items < most ? items : most);
-  return error;
+  return forgotten(error);
 }
 
 }  // namespace ksae::cuda

@@ -26,31 +26,39 @@ struct Args {
 
 int64_t blocks_of_columns(int64_t d) { return (d + kColumns - 1) / kColumns; }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, 8) shares_kernel(Args args, bool aligned) {
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 6) shares_kernel(Args args) {
+  constexpr int kBatch = kAligned ? 16 / sizeof(T) : 2;  // rows that are on their way at once
   KSAE_SHARED_BYTES(shared);
   const TotalVarianceParams& p = args.p;
-  const T* y = static_cast<const T*>(p.y);
   const int64_t at = blockIdx.x / args.slices;
   const int64_t c = (blockIdx.x % args.slices * kThreads + threadIdx.x) * 4;
   const int64_t share = (p.N + args.shares - 1) / args.shares;
   const int64_t first = at * share, last = first + share < p.N ? first + share : p.N;
+  const int64_t valid = kAligned ? 4 : p.d - c;
   double sum[4] = {}, square[4] = {};
   if (c < p.d) {
-    const Four pivot = load4(y + c, p.d - c, aligned);
-#pragma unroll 4
-    for (int64_t n = first; n < last; ++n) {
-      const Four x = load4(y + n * p.d + c, p.d - c, aligned);
+    const T* y = static_cast<const T*>(p.y) + c;
+    const auto pivot = row4<kAligned>(y, valid);
+    for (int64_t n = first; n < last; n += kBatch) {
+      decltype(row4<kAligned>(y, valid)) x[kBatch];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const double t = double(x.x[e]) - double(pivot.x[e]);
-        sum[e] += t;
-        square[e] = fma(t, t, square[e]);
+      for (int b = 0; b < kBatch; ++b)  // past the end the last row, which is not used
+        x[b] = row4<kAligned>(y + (n + b < last ? n + b : last - 1) * p.d, valid);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (n + b >= last) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const double t = double(number(x[b], e)) - double(number(pivot, e));
+          sum[e] += t;
+          square[e] = fma(t, t, square[e]);
+        }
       }
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      if (c + e < p.d) args.sums[at * p.d + c + e] = sum[e];
+      if (e < valid) args.sums[at * p.d + c + e] = sum[e];
   }
   const double all = (square[0] + square[1]) + (square[2] + square[3]);
   const double total = block_sum(all, reinterpret_cast<double*>(shared));
@@ -118,11 +126,15 @@ cudaError_t total_variance(const TotalVarianceParams& p, void* workspace, cudaSt
   if (!grid_fits(squares) || !grid_fits(columns)) return cudaErrorInvalidValue;
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const bool aligned = aligned4(static_cast<const T*>(p.y), p.d);
     constexpr int kBytes = kThreads * sizeof(double);
     if (squares) {
-      KSAE_LAUNCH((shares_kernel<T>), static_cast<unsigned>(squares), kThreads, kBytes, stream,
-                  args, aligned);
+      const bool aligned = aligned4(static_cast<const T*>(p.y), p.d);
+      const cudaError_t error = with_alignment(aligned, [&](auto is) {
+        KSAE_LAUNCH((shares_kernel<T, is.value>), static_cast<unsigned>(squares), kThreads, kBytes,
+                    stream, args);
+        return cudaGetLastError();
+      });
+      if (error != cudaSuccess) return error;
       KSAE_LAUNCH(columns_kernel, static_cast<unsigned>(columns), kThreads, kBytes, stream, args);
     }
     KSAE_LAUNCH(variance_kernel, 1u, kThreads, kBytes, stream, args, squares, columns);

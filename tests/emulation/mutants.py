@@ -4,7 +4,7 @@
     python mutants.py MODULE < jobs.json > outcomes.json
 
 MODULE is a module of build.cuda whose mistakes wait for the number in its variable `ksae_mutant`;
-jobs are [number, file of the kernel]. Each runs in a child of its own, because a broken kernel may
+jobs are [number, a name in CASES]. Each runs in a child of its own, because a broken kernel may
 read and write anywhere and need not end. An outcome is "right", "wrong: " and the case,
 "rejected: " and what the emulator threw, or, where the child died, what it said before that.
 """
@@ -220,14 +220,14 @@ def vector(kernels: Kernels) -> Iterator[Case]:
 
 
 CASES: dict[str, Callable[[Kernels], Iterator[Case]]] = {
-    "select.cu": select,
-    "decode.cu": decode,
-    "group.cu": group,
-    "latent.cu": latent,
-    "sums.cu": sums,
-    "variance.cu": variance,
-    "scalars.cu": scalars,
-    "vector.cu": vector,
+    "select": select,
+    "decode": decode,
+    "group": group,
+    "latent": latent,
+    "sums": sums,
+    "variance": variance,
+    "scalars": scalars,
+    "vector": vector,
 }
 
 
@@ -244,7 +244,7 @@ def leave_room() -> None:
     Tensor.new_empty = new_empty
 
 
-def outcome(emulator: Emulator, file: str) -> str:
+def outcome(emulator: Emulator, name: str) -> str:
     leave_room()
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
     kernels = Kernels(emulator.module)
@@ -252,7 +252,7 @@ def outcome(emulator: Emulator, file: str) -> str:
     for seed in range(2):
         emulator.seed(seed)
         try:
-            for what, right in CASES[file](kernels):
+            for what, right in CASES[name](kernels):
                 if not right:
                     return f"wrong: {what}, seed {seed}"
         except RuntimeError as error:
@@ -260,14 +260,14 @@ def outcome(emulator: Emulator, file: str) -> str:
     return "right"
 
 
-def in_child(emulator: Emulator, number: int, file: str) -> str:
+def in_child(emulator: Emulator, number: int, name: str) -> str:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(write, 2)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         ctypes.c_int.in_dll(ctypes.CDLL(str(emulator.path)), "ksae_mutant").value = number
-        os.write(write, outcome(emulator, file).encode())
+        os.write(write, outcome(emulator, name).encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as said:
