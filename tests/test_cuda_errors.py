@@ -35,14 +35,15 @@ def module(driver: int, devices: int | str = 1) -> Any:
         (module(13000), ""),
         (module(13020), ""),
         (module(13000, 0), "no CUDA device"),
-        (module(0, "device_count: CUDA error 35 (old)"), "device_count: CUDA error 35 (old)"),
+        (module(0, "device_count: CUDA error 35 (old)"), "no CUDA driver is installed"),
+        (module(13000, "device_count: CUDA error 3 (x)"), "device_count: CUDA error 3 (x)"),
         (
             module(12040, "device_count: CUDA error 35 (old)"),
             "the driver is too old: it runs CUDA up to 12.4, the kernels are built with 13.0;"
             " update the driver",
         ),
     ],
-    ids=["right", "newer", "no device", "no driver", "old driver"],
+    ids=["right", "newer", "no device", "no driver", "no start", "old driver"],
 )
 def test_why_the_kernels_cannot_run(native: Any, reason: str) -> None:
     assert cuda.why_not(native) == reason
