@@ -232,8 +232,9 @@ def describe(record: Record, dry: bool) -> None:
 
     record.note("machine", **measure.machine(data="normal"), cuda=str(torch.version.cuda))
     record.note("machine", serving=json.dumps(ops.serving()), package=str(Path(ksae.__file__)))
-    if not dry and any(served["cuda"] == "reference" for served in ops.serving().values()):
-        record.problem("no kernel serves CUDA tensors")
+    cuda = ksae.config()["cuda"]
+    if not dry and not cuda["usable"]:
+        record.problem(f"the CUDA kernels do not serve: {cuda['reason']}")
 
 
 def interpret() -> None:

@@ -65,6 +65,12 @@ def run(command: Sequence[str], seconds: float, log: Path, **environment: str) -
         return status, text.read().decode(errors="replace")
 
 
+def last_line(log: Path) -> str:
+    """What was printed last."""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
 def supervise(
     record: Record,
     names: Sequence[str],
@@ -96,7 +102,7 @@ def supervise(
             return
         begun = [name for name in record.reload()["begun"] if name in waiting]
         how = "took too long" if status == TIMED_OUT else f"its process ended with {status}"
-        record.problem(f"{begun[-1] if begun else waiting[0]}: {how}")
+        record.problem(f"{begun[-1] if begun else waiting[0]}: {how}, after: {last_line(log)}")
         waiting = waiting[waiting.index(begun[-1]) + 1 :] if begun else []
     for name in waiting:
         record.problem(f"no time for {name}")

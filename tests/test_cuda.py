@@ -196,6 +196,32 @@ def test_steps_in_a_cuda_graph(T: torch.dtype) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dead", [0, 200])
+def test_a_module_and_its_gradients_in_a_cuda_graph(dead: int) -> None:
+    """Recorded while nothing is dead; replayed with new rows and with dead latents."""
+    sae = ksae.TopKSAE(96, 1024, 16, k_aux=24).cuda().eval()
+    batches, parameters = randn(2, 512, 96, seed=2).cuda(), list(sae.parameters())
+    x = batches[0].clone()
+
+    def call() -> list[Tensor]:
+        out = sae(x)
+        return [out.loss, out.recon, *torch.autograd.grad(out.loss, parameters)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = call()
+    x.copy_(batches[1])
+    sae.tokens_since_fired[:dead] = sae.dead_after + 1
+    graph.replay()
+    for got, want in zip(recorded, call(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 @dtypes
 def test_triton_in_a_cuda_graph(T: torch.dtype) -> None:
     """Both ways to encode, and decode, replayed with new rows."""

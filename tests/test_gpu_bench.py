@@ -214,15 +214,16 @@ def supervised(process: Any, tmp_path: Path, *names: str, most: float = 5.0) -> 
 def test_a_section_that_dies_takes_nothing_along(process: Any, tmp_path: Path) -> None:
     record = supervised(process, tmp_path, "a", "dies", "b", "dies too", "c")
     assert [row["op"] for row in record.data["rows"]] == ["a", "b", "c"]
-    assert record.data["problems"] == [
-        f"{n}: its process ended with -11" for n in ("dies", "dies too")
-    ]
+    ended = "its process ended with -11, after: "
+    told = [problem.split(ended)[0] for problem in record.data["problems"]]
+    assert told == ["dies: ", "dies too: "]
 
 
 def test_a_section_that_hangs_is_ended(process: Any, tmp_path: Path) -> None:
     record = supervised(process, tmp_path, "hangs", "a", most=2.0)
     assert [row["op"] for row in record.data["rows"]] == ["a"]
-    assert record.data["problems"] == ["hangs: took too long"]
+    (problem,) = record.data["problems"]
+    assert problem.startswith("hangs: took too long, after: hangs, ")
 
 
 def test_a_process_that_does_not_start_is_not_tried_for_ever(process: Any, tmp_path: Path) -> None:
@@ -231,8 +232,7 @@ def test_a_process_that_does_not_start_is_not_tried_for_ever(process: Any, tmp_p
     record = Record(tmp_path, "name", 8.5)
     failing = lambda names: [sys.executable, "-c", "raise SystemExit('no ksae')"]
     process.supervise(record, ["a", "b"], failing, tmp_path / "log", 5.0)
-    assert record.data["problems"] == ["a: its process ended with 1"]
-    assert "no ksae" in (tmp_path / "log").read_text()
+    assert record.data["problems"] == ["a: its process ended with 1, after: no ksae"]
 
 
 def test_what_a_process_started_ends_with_it(process: Any, tmp_path: Path) -> None:
