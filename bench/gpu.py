@@ -27,6 +27,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -88,7 +89,7 @@ def tests(record: Record, log: Path, environment: dict[str, str]) -> None:
     if importlib.util.find_spec("pytest_timeout"):  # a kernel that hangs is one test
         pytest += ["--timeout", "90", "--timeout-method", "thread"]
     paths = os.pathsep.join([environment["PYTHONPATH"], str(Path(__file__).parent)])
-    options = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+    options = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     status, out = run(pytest, min(TESTS, record.left()), log, **options)
     failed = sorted(set(re.findall(r"^FAILED (.*)$", out, re.MULTILINE)))
     passed = len(re.findall(r"\bPASSED\b", out))
@@ -150,13 +151,15 @@ def smoke(device: str) -> None:
         torch.cuda.synchronize()
 
 
-NAMES = ("select", "encode", "grad encode", "AuxK", "decode", "latents", "step")
+NAMES = ("select", "encode", "decode", "latents", "step", "AuxK", "grad encode", "encode float32")
 
 
 def sections(shapes: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of what is measured, most wanted first, and of what comes after the sanitizer."""
-    large = [f"{name} {shape}" for shape in shapes[2:] for name in ("step", *NAMES[:-1])]
-    return ["ceilings"] + [f"{name} {shape}" for shape in shapes[:2] for name in NAMES], large
+    small = [f"{name} {shape}" for shape in shapes[:2] for name in NAMES]
+    steps = [f"step {shape}" for shape in shapes[2:]]
+    rest = [n for n in NAMES if n not in ("step", "encode float32")]
+    return ["ceilings", *small, *steps], [f"{n} {shape}" for shape in shapes[2:] for n in rest]
 
 
 def measure(record: Record, names: Sequence[str], dry: bool) -> int:
@@ -227,14 +230,13 @@ def describe(record: Record, dry: bool) -> None:
     import torch
 
     import ksae
-    from ksae import ops
+    from ksae import cuda, ops
     from ksae.bench import measure
 
     record.note("machine", **measure.machine(data="normal"), cuda=str(torch.version.cuda))
     record.note("machine", serving=json.dumps(ops.serving()), package=str(Path(ksae.__file__)))
-    cuda = ksae.config()["cuda"]
-    if not dry and not cuda["usable"]:
-        record.problem(f"the CUDA kernels do not serve: {cuda['reason']}")
+    if not dry and cuda.kernels is None:
+        record.problem(f"the CUDA kernels do not serve: {cuda.reason}")
 
 
 def interpret() -> None:
@@ -280,6 +282,11 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     record = Record(arguments.out, name, arguments.minutes)
     record.note("machine", gpu=gpu)
+    if smi := None if dry else shutil.which("nvidia-smi"):
+        facts = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        query = [smi, f"--query-gpu={facts}", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        record.note("machine", **{facts: done.stdout.strip()})
     everything(record, dry, arguments.installed)
     print(report(record.data))
     return 1 if record.data["problems"] else 0

@@ -63,23 +63,26 @@ class Timer:
     def __init__(self, device: str, rounds: int, seconds: float = 3.0) -> None:
         self.device, self.rounds, self.seconds = device, rounds, seconds
         self.failed: dict[str, str] = {}
+        self.extra: dict[str, int] = {}  # bytes that a call of a way has allocated at most
         if device == "cuda":
             self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
     def __call__(self, ways: Mapping[str, Way], cold: bool = True) -> dict[str, Times]:
         """Times of each way; with `cold`, L2 holds none of its inputs."""
         hosts, turn = {}, 0.0  # seconds that the host takes to queue a way; of all ways
-        self.failed = {}
+        self.failed, self.extra = {}, {}
         for name, way in ways.items():
             try:
                 if self.device == "cuda":
                     way()  # compiles, allocates
                 self.wait()
+                before = memory(reset=True)
                 start = time.perf_counter()
                 way()
                 hosts[name] = time.perf_counter() - start
                 self.wait()
                 turn += time.perf_counter() - start + hosts[name] + 1e-3
+                self.extra[name] = memory() - before
             except Exception as error:
                 self.wait()
                 self.failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -108,17 +111,31 @@ class Timer:
 
     def wall(self, way: Way) -> float:
         """Seconds a call among calls that are made one after the other, as in training."""
-        calls = 10 if self.device == "cuda" else 1
-        self.wait()
-        start = time.perf_counter()
-        for _ in range(calls):
-            way()
-        self.wait()
-        return (time.perf_counter() - start) / calls
+
+        def seconds(calls: int) -> float:
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                way()
+            self.wait()
+            return (time.perf_counter() - start) / calls
+
+        one = seconds(1)
+        return seconds(max(2, min(20, int(1 / one)))) if self.device == "cuda" else one
 
     def wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def memory(reset: bool = False) -> int:
+    """Bytes allocated on the GPU: now, with `reset`; else the most since then."""
+    if not torch.cuda.is_available():
+        return 0
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return torch.cuda.max_memory_allocated()
 
 
 def copy_and_product(timer: Timer, tiny: bool) -> dict[str, float]:
@@ -175,6 +192,7 @@ def add_rows(
         record.row(
             shape=shape.name, op=op, way=way, **asdict(taken),
             bytes=cost.bytes, flops=cost.flops, gathered=gathered, fraction=floor / taken.median,
+            extra_bytes=timer.extra[way],
         )  # fmt: skip
     for way, why in timer.failed.items():
         record.row(shape=shape.name, op=op, way=way, note=why)

@@ -65,6 +65,30 @@ def measure_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
     note_choice(record, timer.device, shape, dtype, "encode", times)
 
 
+def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """float32 weights: screened in bfloat16, and by float32 products."""
+    i = Inputs(shape, timer.device, torch.float32)
+    tokens = (i.x, i.W, i.b_enc, shape.k)
+    low_x, low_W = i.x.bfloat16(), i.W.bfloat16()
+
+    def low_product() -> None:
+        for part in low_x.split(CHUNK):
+            part @ low_W.T
+
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.topk_encode(*tokens),
+        "fused Triton": lambda: Kernels().fused_topk_encode(*tokens),
+        "product + select": lambda: with_product().topk_encode(*tokens),
+        "bf16 product alone": low_product,
+        "product alone": i.product,
+    }
+    for way in list(ways)[:3]:
+        got = lambda way=way: ways[way]()[0]
+        check(record, timer, f"encode float32 {shape.name} by {way}", got, i.values, 1e-5)
+    cost = costs.topk_encode(shape.N, shape.d, shape.F, shape.k, 4)
+    add_rows(record, timer, shape, "encode float32", ways, cost)
+
+
 def measure_grad_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     i, portable = Inputs(shape, timer.device, dtype), Kernels()
     arguments = (i.x, i.x.flip(0), i.W, i.b_enc, i.W, shape.k, 0.5)
@@ -245,6 +269,7 @@ SECTIONS = {
     "encode": measure_encode,
     "grad encode": measure_grad_encode,
     "AuxK": measure_aux,
+    "encode float32": measure_screen,
     "decode": measure_decode,
     "latents": measure_latents,
 }

@@ -99,6 +99,18 @@ def goals(rows: list[dict[str, Any]]) -> list[tuple[str, float, str, float, bool
         wanted.append((f"{shape} step / product", field(shape, "step", "products"), "<=", step))
         faster = ratio(shape, "step", "dense torch", "ksae")
         wanted.append((f"{shape} dense torch step / ksae's", faster, ">=", 3))
+    # of the fused Triton kernels
+    way = "fused Triton"
+    for shape, encode, screened in (("A", 1.12, 1.5), ("B", 1.25, 1.8)):
+        share = ratio(shape, "encode + select", way, "product alone")
+        wanted.append((f"{shape} fused encode / product", share, "<=", encode))
+        share = ratio(shape, "grad encode + select", way, "products alone")
+        wanted.append((f"{shape} fused grad encode / both products", share, "<=", 1.15))
+        share = ratio(shape, "encode float32", way, "bf16 product alone")
+        wanted.append((f"{shape} screened float32 / bf16 product", share, "<=", screened))
+    extra = found.get(("A", "encode + select", way), {}).get("extra_bytes")
+    gigabytes = None if extra is None else extra / 1e9
+    wanted.append(("A fused encode: GB of its own", gigabytes, "<=", 0.2))
     return [
         (what, got, relation, want, got >= want if relation == ">=" else got <= want)
         for what, got, relation, want in wanted

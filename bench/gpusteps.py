@@ -12,7 +12,7 @@ from ksae.modules import TopKSAE
 from ksae.step import TrainStep
 
 from . import costs, gpurivals
-from .gpumeasure import Inputs, Shape, Timer, Way, add_rows
+from .gpumeasure import Inputs, Shape, Timer, Way, add_rows, memory
 from .gpureport import Record
 
 LR = 1e-3
@@ -110,13 +110,3 @@ class Recorded:
 
 def partial_step(rival: Any, x: Any) -> Way:
     return lambda: rival.step(x)
-
-
-def memory(reset: bool = False) -> int:
-    """Bytes allocated on the GPU: now, with `reset`; else the most since then."""
-    if not torch.cuda.is_available():
-        return 0
-    if reset:
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    return torch.cuda.max_memory_allocated()

@@ -54,6 +54,13 @@ def test_every_op_and_way_is_measured(results):
             "cuBLAS + torch.topk",
         },
         "grad encode + select": {"ksae", "Triton", "fused Triton", "products alone"},
+        "encode float32": {
+            "ksae",
+            "fused Triton",
+            "product + select",
+            "bf16 product alone",
+            "product alone",
+        },
         "encode + AuxK": {"ksae", "Triton", "fused Triton", "product + select", "encoded twice"},
         "decode": {"ksae", "Triton", "Triton gather", "embedding_bag"},
         "group": {"ksae", "Triton", "stable sort"},
@@ -127,6 +134,7 @@ def test_results_are_on_disk_after_each_measurement_and_goals_are_judged(tmp_pat
     row("select", "ksae", 1.0)
     row("select", "torch.topk", 4.9)
     row("encode + select", "ksae", 1.1)
+    row("encode + select", "fused Triton", 1.13, extra_bytes=1e8)
     row("encode + select", "product alone", 1.0)
     row("step", "ksae", 2.0, products=2.4)
     row("decode", "ksae", 1.0, fraction=0.69)
@@ -138,6 +146,8 @@ def test_results_are_on_disk_after_each_measurement_and_goals_are_judged(tmp_pat
         "A decode: of gather": False,
         "A encode + select / product": True,
         "A step / product": False,
+        "A fused encode / product": False,
+        "A fused encode: GB of its own": True,
     }
     assert "| A | step | dense torch | out of memory |" in path.with_suffix(".md").read_text()
 
