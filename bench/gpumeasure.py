@@ -60,7 +60,7 @@ class Timer:
     raised.
     """
 
-    def __init__(self, device: str, rounds: int, seconds: float = 3.0) -> None:
+    def __init__(self, device: str, rounds: int, seconds: float = 4.0) -> None:
         self.device, self.rounds, self.seconds = device, rounds, seconds
         self.failed: dict[str, str] = {}
         self.extra: dict[str, int] = {}  # bytes that a call of a way has allocated at most
@@ -91,7 +91,7 @@ class Timer:
         ways = {name: ways[name] for name in hosts}
         pairs: dict[str, list[Any]] = {name: [] for name in ways}
         names = list(ways)
-        for n in range(max(3, min(self.rounds, int(self.seconds / turn))) if names else 0):
+        for n in range(max(1, min(self.rounds, int(self.seconds / turn))) if names else 0):
             shift = n % len(names)
             for name in names[shift:] + names[:shift]:
                 if cold:

@@ -222,6 +222,19 @@ def test_a_module_and_its_gradients_in_a_cuda_graph(dead: int) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_module_and_its_gradients(backend: str) -> None:
+    sae, x = ksae.TopKSAE(96, 1024, 16, k_aux=24).cuda().eval(), randn(512, 96, seed=2).cuda()
+    parameters = list(sae.parameters())
+    torch._dynamo.reset()
+    results = []
+    for module in (sae, torch.compile(sae, fullgraph=True, backend=backend)):
+        out = module(x)
+        results.append([out.loss, out.recon, *torch.autograd.grad(out.loss, parameters)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 @dtypes
 def test_triton_in_a_cuda_graph(T: torch.dtype) -> None:
     """Both ways to encode, and decode, replayed with new rows."""
