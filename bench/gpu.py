@@ -229,12 +229,11 @@ def describe(record: Record, dry: bool) -> None:
     """What serves here, as the package says it that is measured."""
     import torch
 
-    import ksae
     from ksae import cuda, ops
     from ksae.bench import measure
 
     record.note("machine", **measure.machine(data="normal"), cuda=str(torch.version.cuda))
-    record.note("machine", serving=json.dumps(ops.serving()), package=str(Path(ksae.__file__)))
+    record.note("machine", serving=json.dumps(ops.serving()), package=str(Path(cuda.__file__).parent))
     if not dry and cuda.kernels is None:
         record.problem(f"the CUDA kernels do not serve: {cuda.reason}")
 
