@@ -233,7 +233,8 @@ def describe(record: Record, dry: bool) -> None:
     from ksae.bench import measure
 
     record.note("machine", **measure.machine(data="normal"), cuda=str(torch.version.cuda))
-    record.note("machine", serving=json.dumps(ops.serving()), package=str(Path(cuda.__file__).parent))
+    package = str(Path(cuda.__file__).parent)
+    record.note("machine", serving=json.dumps(ops.serving()), package=package)
     if not dry and cuda.kernels is None:
         record.problem(f"the CUDA kernels do not serve: {cuda.reason}")
 
