@@ -34,12 +34,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 try:
-    from .gpuprocess import ROOT, UNUSABLE, end_with_parent, run, supervise
+    from .gpuprocess import UNUSABLE, end_with_parent, run, supervise
     from .gpureport import Record, report
 except ImportError:  # run as a file, maybe before ksae is installed
-    from gpuprocess import ROOT, UNUSABLE, end_with_parent, run, supervise
+    from gpuprocess import UNUSABLE, end_with_parent, run, supervise
     from gpureport import Record, report
 
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "build" / "gpu"  # where the build lands
 BUILD, TESTS, SANITIZER, SECTION = 240, 150, 60, 100  # seconds at most
 
@@ -54,7 +55,7 @@ def cuda_tool(name: str) -> str | None:
 def build(record: Record, log: Path, capability: tuple[int, int]) -> bool:
     """The package in build/gpu: with CUDA kernels, or else without. False: there is none."""
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
-    pip += ["--no-index", "--upgrade", "--target", str(PACKAGE), "."]
+    pip += ["--no-index", "--upgrade", "--target", str(PACKAGE), str(ROOT)]
     architecture = f"{capability[0]}{capability[1]}-real"
     options = {"CMAKE_CUDA_ARCHITECTURES": architecture, "PYTHONSAFEPATH": "1"}
     nvcc = cuda_tool(os.environ.get("CUDACXX", "nvcc"))
@@ -82,7 +83,7 @@ def marked() -> list[str]:
 def tests(record: Record, log: Path, environment: dict[str, str]) -> None:
     """The tests marked gpu; on many cores, for Triton compiles hundreds of kernels for them."""
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rN", "-p", "no:cacheprovider"]
-    pytest += ["--tb=short", "-p", "gpuplugin", *marked()]
+    pytest += ["--tb=short", "-p", "gpuplugin", "-c", str(ROOT / "pyproject.toml"), *marked()]
     cores = len(os.sched_getaffinity(0))
     if importlib.util.find_spec("xdist") and cores > 2:
         pytest += ["-n", str(min(cores - 2, 12))]

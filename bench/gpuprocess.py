@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .gpureport import Record
 
-ROOT = Path(__file__).resolve().parents[1]
 TIMED_OUT = 124
 UNUSABLE = 70  # exit status of a process whose device is lost
 LOOK = 0.2  # seconds between two looks at a process
@@ -36,7 +35,7 @@ def start(
         out.write(f"\n$ {' '.join(command)}\n".encode())
         out.flush()
         return subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | environment, stdin=subprocess.PIPE,
+            command, env=os.environ | environment, stdin=subprocess.PIPE,
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
