@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -11,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksae import ops
-
-from . import gpurivals, measure
+from . import gpurivals
 from .costs import Cost
 from .gpureport import Record
 from .measure import Times
@@ -33,7 +32,7 @@ TINY = (Shape("B", 9, 16, 40, 4), Shape("A", 7, 24, 50, 3))
 
 
 class Inputs:
-    """A batch, weights and code of one shape, on the device."""
+    """A batch, weights and code of one shape, on the device; of plain torch."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -44,7 +43,9 @@ class Inputs:
         self.b_enc, self.b_dec = (
             torch.zeros(n, device=device, dtype=dtype) for n in (shape.F, shape.d)
         )
-        self.values, self.indices = ops.topk_encode(self.x, self.W, self.b_enc, shape.k)
+        chosen = [(part @ self.W.T).topk(shape.k) for part in self.x.split(CHUNK)]
+        self.values, self.indices = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+        self.values = self.values.relu()
 
     def product(self) -> None:
         """The encoder's product and nothing else."""
@@ -53,31 +54,50 @@ class Inputs:
 
 
 class Timer:
-    """Takes times on the device: `rounds` of each way, in turns."""
+    """Takes times on the device: at most `rounds` of each way, in turns, in some `seconds`.
 
-    def __init__(self, device: str, rounds: int) -> None:
-        self.device, self.rounds = device, rounds
+    A way that raises has no time: `failed` says why. An error that the device does not survive is
+    raised.
+    """
+
+    def __init__(self, device: str, rounds: int, seconds: float = 4.0) -> None:
+        self.device, self.rounds, self.seconds = device, rounds, seconds
+        self.failed: dict[str, str] = {}
+        self.extra: dict[str, int] = {}  # bytes that a call of a way has allocated at most
         if device == "cuda":
             self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
 
     def __call__(self, ways: Mapping[str, Way], cold: bool = True) -> dict[str, Times]:
         """Times of each way; with `cold`, L2 holds none of its inputs."""
-
-        if self.device != "cuda":
-            taken = measure.interleave(ways, 0.0, least=2)
-            return {name: Times.of(samples) for name, samples in taken.items()}
-        for way in ways.values():
-            way()
-            way()
-        torch.cuda.synchronize()
+        hosts, turn = {}, 0.0  # seconds that the host takes to queue a way; of all ways
+        self.failed, self.extra = {}, {}
+        for name, way in ways.items():
+            try:
+                if self.device == "cuda":
+                    way()  # compiles, allocates
+                self.wait()
+                before = memory(reset=True)
+                start = time.perf_counter()
+                way()
+                hosts[name] = time.perf_counter() - start
+                self.wait()
+                turn += time.perf_counter() - start + hosts[name] + 1e-3
+                self.extra[name] = memory() - before
+            except Exception as error:
+                self.wait()
+                self.failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
+        if self.device != "cuda":  # a dry run, whose times say nothing
+            return {name: Times.of([seconds]) for name, seconds in hosts.items()}
+        ways = {name: ways[name] for name in hosts}
         pairs: dict[str, list[Any]] = {name: [] for name in ways}
         names = list(ways)
-        for turn in range(self.rounds):
-            shift = turn % len(names)
+        for n in range(max(1, min(self.rounds, int(self.seconds / turn))) if names else 0):
+            shift = n % len(names)
             for name in names[shift:] + names[:shift]:
                 if cold:
                     self.flush.zero_()
-                torch.cuda._sleep(2_000_000)
+                # Queued while the device idles for longer than the host takes: some 2e9 cycles/s.
+                torch.cuda._sleep(int(min(1.5 * hosts[name] + 5e-4, 0.1) * 2e9))
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 ways[name]()
@@ -88,6 +108,34 @@ class Timer:
             name: Times.of([a.elapsed_time(b) / 1e3 for a, b in taken])
             for name, taken in pairs.items()
         }
+
+    def wall(self, way: Way) -> float:
+        """Seconds a call among calls that are made one after the other, as in training."""
+
+        def seconds(calls: int) -> float:
+            self.wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                way()
+            self.wait()
+            return (time.perf_counter() - start) / calls
+
+        one = seconds(1)
+        return seconds(max(2, min(20, int(1 / one)))) if self.device == "cuda" else one
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def memory(reset: bool = False) -> int:
+    """Bytes allocated on the GPU: now, with `reset`; else the most since then."""
+    if not torch.cuda.is_available():
+        return 0
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return torch.cuda.max_memory_allocated()
 
 
 def copy_and_product(timer: Timer, tiny: bool) -> dict[str, float]:
@@ -125,24 +173,50 @@ def measure_ceilings(record: Record, timer: Timer, tiny: bool) -> None:
 
 def add_rows(
     record: Record,
+    timer: Timer,
     shape: Shape,
     op: str,
-    times: Mapping[str, Times],
+    ways: Mapping[str, Way],
     cost: Cost,
     gathered: float = 0,
-) -> None:
-    """A row a way. Fraction: of the time that ceilings allow to have taken, by formula."""
+) -> dict[str, Times]:
+    """Measures ways, and adds a row of each. Fraction: of the time that ceilings allow to have
+    taken, by formula."""
+    times = timer(ways)
     ceilings = record.data["ceilings"]
-    floor = max(cost.bytes / ceilings["copy"], cost.flops / ceilings["product"])
-    floor = gathered / ceilings["gather"] if gathered else floor
+    floor = 0.0
+    if {"copy", "product", "gather"} <= ceilings.keys():
+        floor = max(cost.bytes / ceilings["copy"], cost.flops / ceilings["product"])
+        floor = gathered / ceilings["gather"] if gathered else floor
     for way, taken in times.items():
         record.row(
             shape=shape.name, op=op, way=way, **asdict(taken),
             bytes=cost.bytes, flops=cost.flops, gathered=gathered, fraction=floor / taken.median,
+            extra_bytes=timer.extra[way],
         )  # fmt: skip
+    for way, why in timer.failed.items():
+        record.row(shape=shape.name, op=op, way=way, note=why)
+        if "OutOfMemory" not in why:
+            record.problem(f"{op} {shape.name} by {way}: {why}")
+    return times
 
 
-def check(record: Record, what: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    error = float((got.float() - want.float()).norm() / want.float().norm().clamp_min(1e-30))
-    if not error <= tolerance:
-        record.problem(f"{what}: relative error {error:.3g}, at most {tolerance} was expected")
+def check(
+    record: Record,
+    timer: Timer,
+    what: str,
+    got: Callable[[], Tensor],
+    want: Tensor | Callable[[], Tensor],
+    most: float,
+) -> None:
+    """Notes a problem where the relative error is above `most`, or there is no result."""
+    try:
+        result = got().float()
+        wanted = (want if isinstance(want, Tensor) else want()).float()
+        error = float((result - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    except Exception as failure:
+        record.problem(f"{what}: {type(failure).__name__}: {str(failure)[:300]}")
+        timer.wait()  # raises where the device does not survive it
+        return
+    if not error <= most:
+        record.problem(f"{what}: relative error {error:.3g}, at most {most} was expected")

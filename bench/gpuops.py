@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ksae import gpu, ops
+from ksae import gpu, ops, reference
+from ksae.products import Encode
 from ksae.triton import Kernels
 
 from . import costs, gpurivals
@@ -19,75 +20,112 @@ from .gpureport import Record
 from .measure import Times
 
 
-def measure_ops(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
-    """Rows of all ops at one shape."""
+def measure_select(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     i = Inputs(shape, timer.device, dtype)
-    for kind, wide in (("", dtype), (" float32", torch.float32)):
-        measure_select(record, timer, i, f"select{kind}", (i.x[:CHUNK] @ i.W.T).to(wide))
-    measure_encode(record, timer, i)
-    measure_decode(record, timer, i)
-    measure_latents(record, timer, i, "")
-    measure_latents(record, timer, i, ", hot latent")
+    for op, wide in (("select", dtype), ("select float32", torch.float32)):
+        _measure_select(record, timer, shape, op, (i.x[:CHUNK] @ i.W.T).to(wide))
 
 
-def measure_select(record: Record, timer: Timer, i: Inputs, op: str, scores: Any) -> None:
-    k, portable = i.shape.k, Kernels()
-    want = scores.topk(k)[0]
-    for served, name in ((ops, op), (portable, f"Triton {op}")):
-        check(record, f"{name} {i.shape.name}", served.topk(scores, k)[0], want, 0)
+def _measure_select(record: Record, timer: Timer, shape: Shape, op: str, scores: Tensor) -> None:
+    k, portable = shape.k, Kernels()
     ways: dict[str, Way] = {
         "ksae": lambda: ops.topk(scores, k),
         "Triton": lambda: portable.topk(scores, k),
         "torch.topk": lambda: scores.topk(k),
     }
+    want = scores.topk(k)[0]
+    for way in ("ksae", "Triton"):
+        got = lambda way=way: ways[way]()[0]
+        check(record, timer, f"{op} {shape.name} by {way}", got, want, 0)
     cost = costs.topk(*scores.shape, k, scores.element_size())
-    add_rows(record, i.shape, op, timer(ways), cost)
+    add_rows(record, timer, shape, op, ways, cost)
 
 
-def measure_encode(record: Record, timer: Timer, i: Inputs) -> None:
-    """Product and selection: plain, gradient-aware, and with AuxK's."""
-    shape, s, portable = i.shape, i.x.element_size(), Kernels()
-    N, d, F, k = shape.N, shape.d, shape.F, shape.k
+def measure_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """Product and selection: what serves, both ways, and torch's."""
+    i = Inputs(shape, timer.device, dtype)
+    tokens = (i.x, i.W, i.b_enc, shape.k)
 
     def dense_encode() -> None:
         for part in i.x.split(CHUNK):
-            torch.addmm(i.b_enc, part, i.W.T).topk(k)
+            torch.addmm(i.b_enc, part, i.W.T).topk(shape.k)
 
-    tokens = (i.x, i.W, i.b_enc, k)
-    with_product = gpu.cuda.kernels or portable
     ways: dict[str, Way] = {
         "ksae": lambda: ops.topk_encode(*tokens),
-        "fused Triton": lambda: portable.fused_topk_encode(*tokens),
-        "product + select": lambda: with_product.topk_encode(*tokens),
+        "fused Triton": lambda: Kernels().fused_topk_encode(*tokens),
+        "product + select": lambda: with_product().topk_encode(*tokens),
         "product alone": i.product,
         "cuBLAS + torch.topk": dense_encode,
     }
-    for way in list(ways)[1:3]:
-        check(record, f"{way} {shape.name}", ways[way]()[0], i.values, 1e-2)
-    times = timer(ways)
-    add_rows(record, shape, "encode + select", times, costs.topk_encode(N, d, F, k, s))
-    grad, dead, k_aux = i.x.flip(0), torch.arange(F, device=timer.device) % 10 == 0, min(d, F) // 2
-    ways = {
-        "ksae": lambda: ops.grad_topk_encode(i.x, grad, i.W, i.b_enc, i.W, k, 0.5),
-        "Triton": lambda: portable.grad_topk_encode(i.x, grad, i.W, i.b_enc, i.W, k, 0.5),
+    for way in list(ways)[:3]:
+        got = lambda way=way: ways[way]()[0]
+        check(record, timer, f"encode {shape.name} by {way}", got, i.values, 1e-2)
+    cost = costs.topk_encode(shape.N, shape.d, shape.F, shape.k, i.x.element_size())
+    times = add_rows(record, timer, shape, "encode + select", ways, cost)
+    note_choice(record, timer.device, shape, dtype, "encode", times)
+
+
+def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """float32 weights: screened in bfloat16, and by float32 products."""
+    i = Inputs(shape, timer.device, torch.float32)
+    tokens = (i.x, i.W, i.b_enc, shape.k)
+    low_x, low_W = i.x.bfloat16(), i.W.bfloat16()
+
+    def low_product() -> None:
+        for part in low_x.split(CHUNK):
+            part @ low_W.T
+
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.topk_encode(*tokens),
+        "fused Triton": lambda: Kernels().fused_topk_encode(*tokens),
+        "product + select": lambda: with_product().topk_encode(*tokens),
+        "bf16 product alone": low_product,
+        "product alone": i.product,
+    }
+    for way in list(ways)[:3]:
+        got = lambda way=way: ways[way]()[0]
+        check(record, timer, f"encode float32 {shape.name} by {way}", got, i.values, 1e-5)
+    cost = costs.topk_encode(shape.N, shape.d, shape.F, shape.k, 4)
+    add_rows(record, timer, shape, "encode float32", ways, cost)
+
+
+def measure_grad_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    i, portable = Inputs(shape, timer.device, dtype), Kernels()
+    arguments = (i.x, i.x.flip(0), i.W, i.b_enc, i.W, shape.k, 0.5)
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.grad_topk_encode(*arguments),
+        "Triton": lambda: portable.grad_topk_encode(*arguments),
+        "fused Triton": lambda: portable.fused_grad_topk_encode(*arguments),
         "products alone": lambda: (i.product(), i.product()),
     }
-    cost = costs.grad_topk_encode(N, d, F, k, s)
-    add_rows(record, shape, "grad encode + select", timer(ways), cost)
-    ways = {
-        "ksae": lambda: ops.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
-        "Triton": lambda: portable.topk_encode_aux(i.x, i.W, i.b_enc, k, k_aux, dead),
+    cost = costs.grad_topk_encode(shape.N, shape.d, shape.F, shape.k, i.x.element_size())
+    add_rows(record, timer, shape, "grad encode + select", ways, cost)
+
+
+def measure_aux(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """A second selection, of AuxK's dead latents."""
+    i, portable = Inputs(shape, timer.device, dtype), Kernels()
+    tokens = (i.x, i.W, i.b_enc, shape.k)
+    dead = torch.arange(shape.F, device=timer.device) % 10 == 0
+    k_aux = min(shape.d, shape.F) // 2
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.topk_encode_aux(*tokens, k_aux, dead),
+        "Triton": lambda: portable.topk_encode_aux(*tokens, k_aux, dead),
         "fused Triton": lambda: portable.fused_topk_encode_aux(*tokens, k_aux, dead),
-        "product + select": lambda: with_product.topk_encode_aux(*tokens, k_aux, dead),
+        "product + select": lambda: with_product().topk_encode_aux(*tokens, k_aux, dead),
         "encoded twice": lambda: (
-            ops.topk_encode(i.x, i.W, i.b_enc, k),
+            ops.topk_encode(*tokens),
             ops.topk_encode(i.x, i.W, i.b_enc, k_aux, None, dead),
         ),
     }
-    cost = costs.topk_encode_aux(N, d, F, k, k_aux, s)
-    aux_times = timer(ways)
-    add_rows(record, shape, "encode + AuxK", aux_times, cost)
-    note_choice(record, timer.device, shape, i.dtype, times, aux_times)
+    cost = costs.topk_encode_aux(shape.N, shape.d, shape.F, shape.k, k_aux, i.x.element_size())
+    times = add_rows(record, timer, shape, "encode + AuxK", ways, cost)
+    note_choice(record, timer.device, shape, dtype, "aux", times)
+
+
+def with_product() -> Encode:
+    """Kernels that encode by torch's product."""
+    return gpu.cuda.kernels or Kernels()
 
 
 def note_choice(
@@ -95,47 +133,59 @@ def note_choice(
     device: str,
     shape: Shape,
     dtype: torch.dtype,
+    what: str,
     times: Mapping[str, Times],
-    aux_times: Mapping[str, Times],
 ) -> None:
-    """The row for the table of python/ksae/gpu.py that these times give."""
+    """The row for the table of python/ksae/gpu.py that these times give, once both are there."""
     names = {"fused": "fused Triton", "product": "product + select"}
-    way, aux = (min(names, key=lambda way: of[names[way]].median) for of in (times, aux_times))
-    fused, product = (times[name].median * 1e3 for name in names.values())
-    generation = gpu.generation(torch.device("cuda")) if device == "cuda" else "dry run"
-    said = f"{record.data['machine'].get('gpu')}, N={shape.N}, k={shape.k}, {dtype}: fused"
-    said += f" {fused:.4g} ms, product {product:.4g} ms, {time.strftime('%Y-%m-%d')}"
-    fused, product = (aux_times[name].median * 1e3 for name in names.values())
-    said += f"; with AuxK {fused:.4g} and {product:.4g} ms"
-    row = gpu.Row(generation, shape.d, shape.F, way, said, aux)
-    record.note("choice", **{shape.name: repr(row)})
+    if not set(names.values()) <= times.keys():
+        return
+    ms = {way: times[name].median * 1e3 for way, name in names.items()}
+    found = record.data["choice"].get(shape.name, {}) | {what: ms}
+    if {"encode", "aux"} <= found.keys():
+        generation = gpu.generation(torch.device("cuda")) if device == "cuda" else "dry run"
+        said = f"{record.data['machine'].get('gpu')}, N={shape.N}, k={shape.k}, {dtype}: " + (
+            "; with AuxK ".join(
+                f"fused {found[of]['fused']:.4g} ms, product {found[of]['product']:.4g} ms"
+                for of in ("encode", "aux")
+            )
+        )
+        said += f"; {time.strftime('%Y-%m-%d')}"
+        way, aux = (min(found[of], key=found[of].__getitem__) for of in ("encode", "aux"))
+        found["row"] = repr(gpu.Row(generation, shape.d, shape.F, way, said, aux))
+    record.note("choice", **{shape.name: found})
 
 
-def measure_decode(record: Record, timer: Timer, i: Inputs) -> None:
+def measure_decode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     """Reconstruction and residual, also of slots that AuxK has no latent for."""
-    shape, s, portable = i.shape, i.x.element_size(), Kernels()
+    i, portable = Inputs(shape, timer.device, dtype), Kernels()
+    s = i.x.element_size()
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
-    want = ops.sparse_decode(i.values, i.indices, i.W)
-    check(record, f"decode {shape.name}", gpurivals.decode(i.values, i.indices, i.W), want, 1e-2)
-    got = portable.sparse_decode(i.values, i.indices, i.W)
-    check(record, f"Triton decode {shape.name}", got, want, 1e-2)
+    code: Any = (i.values, i.indices, i.W)
     bag = torch.nn.functional.embedding_bag
     ways: dict[str, Way] = {
-        "ksae": lambda: ops.sparse_decode(i.values, i.indices, i.W),
-        "Triton": lambda: portable.sparse_decode(i.values, i.indices, i.W),
-        "Triton gather": lambda: gpurivals.decode(i.values, i.indices, i.W),
+        "ksae": lambda: ops.sparse_decode(*code),
+        "Triton": lambda: portable.sparse_decode(*code),
+        "Triton gather": lambda: gpurivals.decode(*code),
         "embedding_bag": lambda: bag(i.indices, i.W, mode="sum", per_sample_weights=i.values),
     }
-    cost = costs.sparse_decode(N, d, F, k, s)
-    add_rows(record, shape, "decode", timer(ways), cost, gathered=N * k * d * s)
+    want = ways["embedding_bag"]()
+    for way in list(ways)[:3]:
+        check(record, timer, f"decode {shape.name} by {way}", ways[way], want, 1e-2)
+    cost, gathered = costs.sparse_decode(N, d, F, k, s), N * k * d * s
+    add_rows(record, timer, shape, "decode", ways, cost, gathered)
 
-    code = (i.values, i.indices, i.W, i.b_dec, i.x, d)
-    residual = lambda: ops.sparse_residual(*code)
-    ways = {"ksae": residual, "Triton": lambda: portable.sparse_residual(*code)}
-    for part, wanted in zip(ways["Triton"](), residual(), strict=True):
-        check(record, f"Triton residual {shape.name}", part, wanted, 1e-4)
+    target = (i.b_dec, i.x, d)
+    ways = {
+        "ksae": lambda: ops.sparse_residual(*code, *target),
+        "Triton": lambda: portable.sparse_residual(*code, *target),
+    }
+    want = want.float() - i.x.float()
+    for way in ways:
+        got = lambda way=way: ways[way]()[0]
+        check(record, timer, f"residual {shape.name} by {way}", got, want, 1e-2)
     cost = costs.sparse_residual(N, d, F, k, s)
-    add_rows(record, shape, "residual", timer(ways), cost, gathered=N * k * d * s)
+    add_rows(record, timer, shape, "residual", ways, cost, gathered)
 
     k_aux = min(d, F) // 2  # slots of AuxK while nothing is dead
     none = (torch.zeros(N, k_aux, device=i.x.device, dtype=i.dtype), i.indices.new_zeros(N, k_aux))
@@ -147,7 +197,7 @@ def measure_decode(record: Record, timer: Timer, i: Inputs) -> None:
         for name, served in (("ksae", ops), ("Triton", portable))
     }
     cost = costs.Cost(N * k_aux * (2 * s + 8) + N * d * (s + 4))
-    add_rows(record, shape, "unused slots", timer(ways), cost)
+    add_rows(record, timer, shape, "unused slots", ways, cost)
 
 
 def hot(indices: Tensor, latent: int) -> Tensor:
@@ -156,34 +206,44 @@ def hot(indices: Tensor, latent: int) -> Tensor:
     return torch.cat([first[:, None], indices[:, 1:]], 1)
 
 
-def measure_latents(record: Record, timer: Timer, i: Inputs, case: str) -> None:
-    """Grouping by latent and the passes over latents; in one case, every token has one latent."""
+def measure_latents(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """Grouping by latent and the passes over latents; once more with one latent in every token."""
+    i = Inputs(shape, timer.device, dtype)
+    _measure_latents(record, timer, i, i.indices, "")
+    _measure_latents(record, timer, i, hot(i.indices, shape.F // 2), ", hot latent")
+
+
+def _measure_latents(record: Record, timer: Timer, i: Inputs, indices: Tensor, case: str) -> None:
     shape, s, portable = i.shape, i.x.element_size(), Kernels()
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
-    indices = hot(i.indices, F // 2) if case else i.indices
     ways: dict[str, Way] = {
         "ksae": lambda: ops.group_by_latent(i.values, indices, F),
         "Triton": lambda: portable.group_by_latent(i.values, indices, F),
         "stable sort": lambda: indices.reshape(-1).sort(stable=True),
     }
-    for got, want in zip(ways["Triton"](), ways["ksae"](), strict=True):
-        check(record, f"Triton group{case} {shape.name}", got, want, 0)
-    add_rows(record, shape, f"group{case}", timer(ways), costs.group_by_latent(N, F, k, s))
+    groups = reference.group_by_latent(i.values, indices, F)
+    for way in ("ksae", "Triton"):
+        for part, want in enumerate(groups):
+            got = lambda way=way, part=part: ways[way]()[part]
+            check(record, timer, f"group{case} {shape.name} by {way}", got, want, 0)
+    add_rows(record, timer, shape, f"group{case}", ways, costs.group_by_latent(N, F, k, s))
 
-    ways = {
-        name: latent_pass(i, indices, served)
-        for name, served in (("ksae", ops), ("Triton", portable))
-    }
-    got, want = (ways[name]() for name in ("Triton", "ksae"))
-    check(record, f"Triton latent pass{case} {shape.name}", got - i.W, want - i.W, 1e-2)
+    ours, triton = (latent_pass(i, indices, groups, served) for served in (ops, portable))
+    what = f"latent pass{case} {shape.name} by Triton"
+    check(record, timer, what, lambda: triton() - i.W.float(), lambda: ours() - i.W.float(), 1e-2)
     cost = costs.latent_sums(N, F, k, s) + costs.row_update(N, d, F, k, s, row=s)
     cost += costs.row_update(N, d, F, k, s, coefficient=s)
-    add_rows(record, shape, f"latent pass{case}", timer(ways), cost)
+    ways = {"ksae": ours, "Triton": triton}
+    add_rows(record, timer, shape, f"latent pass{case}", ways, cost)
 
 
-def latent_pass(i: Inputs, indices: Tensor, served: Any) -> Way:
-    """Gradients, projection, Adam and unit rows of both matrices, as `served` computes them."""
-    error, _, grads = ops.sparse_residual(i.values, indices, i.W, i.b_dec, i.x, i.shape.d)
+def latent_pass(
+    i: Inputs, indices: Tensor, groups: tuple[Tensor, Tensor], served: Any
+) -> Callable[[], Tensor]:
+    """Gradients, projection, Adam and unit rows of both matrices, as `served` computes them; the
+    float32 W_dec."""
+    rows = i.W[indices[:, 0]].float()  # a residual's kind of numbers
+    error, grads = i.x.float() - rows, torch.where(i.values == 0, 0, i.values.float())
     wide = torch.float32
     masters = [None if i.dtype == wide else i.W.float() for _ in range(2)]
     W_enc, W_dec = i.W.clone(), i.W.clone()
@@ -191,7 +251,7 @@ def latent_pass(i: Inputs, indices: Tensor, served: Any) -> Way:
     hyper = torch.tensor([1e-4, 0.03, 0.9, 0.999, 1e-8, 1.0, 0.1, 0.001], device=i.W.device)
     grad_b_dec = torch.empty(i.shape.d, device=i.W.device)
     scale = torch.full((1,), 1e-6, device=i.W.device)
-    offsets, order = ([t] for t in ops.group_by_latent(i.values, indices, i.shape.F))
+    offsets, order = ([t] for t in groups)
 
     def call() -> Any:
         b_enc, along = served.latent_sums([i.values], [grads], offsets, order, scale)
@@ -199,6 +259,17 @@ def latent_pass(i: Inputs, indices: Tensor, served: Any) -> Way:
         served.row_update(*encoder, moments[0], moments[1], hyper, grad_b_dec, 0, False)
         decoder = ([i.values], offsets, order, [error], scale, None, along, None, W_dec, masters[1])
         served.row_update(*decoder, moments[2], moments[3], hyper, None, 0, True)
-        return W_dec
+        return W_dec if masters[1] is None else masters[1]
 
     return call
+
+
+SECTIONS = {
+    "select": measure_select,
+    "encode": measure_encode,
+    "grad encode": measure_grad_encode,
+    "AuxK": measure_aux,
+    "encode float32": measure_screen,
+    "decode": measure_decode,
+    "latents": measure_latents,
+}

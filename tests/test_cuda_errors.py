@@ -13,6 +13,7 @@ from cases import randn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ksae
 from ksae import checks, cuda, products
 
 
@@ -35,14 +36,15 @@ def module(driver: int, devices: int | str = 1) -> Any:
         (module(13000), ""),
         (module(13020), ""),
         (module(13000, 0), "no CUDA device"),
-        (module(0, "device_count: CUDA error 35 (old)"), "device_count: CUDA error 35 (old)"),
+        (module(0, "device_count: CUDA error 35 (old)"), "no CUDA driver is installed"),
+        (module(13000, "device_count: CUDA error 3 (x)"), "device_count: CUDA error 3 (x)"),
         (
             module(12040, "device_count: CUDA error 35 (old)"),
             "the driver is too old: it runs CUDA up to 12.4, the kernels are built with 13.0;"
             " update the driver",
         ),
     ],
-    ids=["right", "newer", "no device", "no driver", "old driver"],
+    ids=["right", "newer", "no device", "no driver", "no start", "old driver"],
 )
 def test_why_the_kernels_cannot_run(native: Any, reason: str) -> None:
     assert cuda.why_not(native) == reason
@@ -149,3 +151,30 @@ def test_float32_products_are_never_tf32(allowed: bool, monkeypatch: pytest.Monk
     finally:
         settings.fp32_precision = before
     assert len(seen) == 2 and not {"tf32"} & set(seen)
+
+
+class Mask(torch.Tensor):
+    """Says that it is on a GPU, and counts how often somebody wants its number of True."""
+
+    is_cuda = True
+    counted = 0
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+
+    def sum(self) -> Tensor:
+        Mask.counted += 1
+        return super().sum()
+
+
+@pytest.mark.parametrize("dead", [0, 20])
+def test_a_module_reads_no_number_of_the_device_while_a_graph_is_recorded(
+    monkeypatch: pytest.MonkeyPatch, dead: int
+) -> None:
+    sae, x, mask = ksae.TopKSAE(8, 40, 3, k_aux=5).eval(), randn(6, 8), torch.arange(40) < dead
+    monkeypatch.setattr(ksae.TopKSAE, "dead", property(lambda self: mask.as_subclass(Mask)))
+    losses = []
+    for recording in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=recording: now)
+        Mask.counted = 0
+        losses.append(sae(x).loss)
+        assert Mask.counted == (0 if recording else 1)
+    torch.testing.assert_close(*losses)

@@ -348,7 +348,9 @@ def why_not(module: ModuleType) -> str:
     Asks the driver for a device, but opens none.
     """
     driver, runtime = module.driver_version(), module.runtime_version()
-    if 0 < driver // 1000 < runtime // 1000:
+    if driver == 0:
+        return "no CUDA driver is installed"
+    if driver // 1000 < runtime // 1000:
         newest, built = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
         return (
             f"the driver is too old: it runs CUDA up to {newest}, the kernels are built with"

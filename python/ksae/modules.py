@@ -297,7 +297,9 @@ class SparseCoder(nn.Module):
     def _auxk(self, rows: Tensor, target: Tensor, recon: Tensor) -> Tensor:
         """|ehat - t|^2 / |t - mean t|^2, t = target - recon detached, ehat of dead latents."""
         dead, k_aux = self.dead, self.k_aux
-        if not torch.compiler.is_compiling():  # compiled: no branch on data, the weight below is 0
+        recorded = torch.compiler.is_compiling()
+        recorded |= dead.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not recorded:  # where it is: no branch on data, the weight below is 0
             count = int(dead.sum())
             if count == 0:
                 return torch.zeros((), dtype=accumulator(recon.dtype), device=recon.device)
