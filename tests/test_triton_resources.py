@@ -23,6 +23,7 @@ PORTABLE = [
 
 PRODUCTS = {"maxima_kernel", "gate_kernel", "redo_kernel"}
 GATED = {"maxima_kernel", "guess_kernel", "gate_kernel", "pick_kernel"}
+SCREEN = {"tighten_kernel", "prove_kernel", "rescore_kernel", "merge_kernel"}
 OF_STEP = {
     "decode_kernel", "values_kernel", "squares_kernel", "keys_kernel", "order_kernel",
     "bounds_kernel", "sums_kernel", "pieces_kernel", "centre_kernel", "centre_sum_kernel",
@@ -31,7 +32,7 @@ OF_STEP = {
 KERNELS = {
     "topk": GATED | {"list_kernel", "redo_kernel"},
     "grad": GATED | {"list_kernel", "redo_kernel", "informed_kernel"},
-    "screen": GATED | {"norms_kernel", "tighten_kernel", "rescore_kernel"},
+    "screen": GATED | {"norms_kernel"} | SCREEN,
     "selection": {"maxima_kernel", "select_kernel"},
     "selections": {"maxima_kernel", "select_kernel"},
     "gradients": {"decode_kernel", "values_kernel", "pieces_kernel", "weight_kernel"},
