@@ -109,39 +109,103 @@ def guess_kernel(
 
 
 @triton.jit
+def _of_word(v):
+    """[*, 4, WORDS, 8] int32 -> [*, WORDS]: the sum of what belongs to a word."""
+    return tl.sum(tl.sum(v, axis=1), axis=2)
+
+
+@triton.jit
+def _only(v, taken):
+    """The number of each word that is taken, bit for bit."""
+    return _of_word(tl.where(taken, v.to(tl.int32, bitcast=True), 0)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _gate_tile(
+    op,
+    tau_ptr, count_ptr, keys_ptr, carried_ptr,
+    rows,  # [BLOCK_N]
+    wanted,  # [BLOCK_N]
+    tile,
+    SCORE: tl.constexpr, CAPACITY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Appends what is not below tau.
+
+    Few scores are: a pass over the tile makes words of bits, and as long as there is one, another
+    takes a score of every word. A word is 32 latents, eight consecutive ones of four places, which
+    one warp holds; so no number of the tile goes through shared memory.
+    """
+    f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+    s, u = scores(op, rows, f, SCORE, BLOCK_N, BLOCK_F, BLOCK_D)
+    tau = tl.maximum(tl.load(tau_ptr + rows, wanted, 0.0), LOWEST)  # -inf never passes
+    WORDS: tl.constexpr = BLOCK_F // 32
+    four, word, eight = tl.arange(0, 4), tl.arange(0, WORDS), tl.arange(0, 8)
+    bit = tl.full((4, 8), 1, tl.int32) << (four[:, None] * 8 + eight[None, :])
+    bit = bit[None, :, None, :]
+    s = tl.reshape(s, (BLOCK_N, 4, WORDS, 8))
+    below = s < tau[:, None, None, None]  # a NaN is not below
+    passed = _of_word(tl.where(below, 0, bit))
+    first = tile * BLOCK_F + word * 8
+    eights = first[None, None, :, None] + four[None, :, None, None] * (WORDS * 8)
+    exists = _of_word(tl.where(eights + eight[None, None, None, :] < op.F, bit, 0))
+    passed = tl.where(wanted[:, None], passed & exists, 0)
+    counter = count_ptr + rows[:, None] + tl.zeros((BLOCK_N, WORDS), tl.int32)
+    base = rows.to(tl.int64)[:, None] * CAPACITY
+    while tl.max((passed != 0).to(tl.int32)) != 0:
+        lowest = passed & -passed
+        taken = bit == lowest[:, None, :, None]
+        power = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+        latent = first[None, :] + (power >> 3) * (WORDS * 8) + (power & 7)
+        place = tl.atomic_add(counter, 1, mask=lowest != 0, sem="relaxed")
+        fits = (lowest != 0) & (place < CAPACITY)
+        tl.store(keys_ptr + base + place, key_of(_only(s, taken), latent), fits)
+        if carried_ptr is not None:
+            carried = _only(tl.reshape(u, (BLOCK_N, 4, WORDS, 8)), taken)
+            tl.store(carried_ptr + base + place, carried, fits)
+        passed ^= lowest
+
+
+@triton.jit
 def gate_kernel(
     op,
     tau_ptr,  # [N]
     count_ptr,  # [N] int32, zero
     keys_ptr,  # [N, CAPACITY] int64
     carried_ptr,  # [N, CAPACITY] float32 or None
-    list_ptr,  # [N] int32: the rows that are wanted; or None: all
-    listed_ptr,  # [1] int32: how many they are
     tiles,
     SCORE: tl.constexpr, CAPACITY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row_tile, tile = _place(op, tiles, BLOCK_N)
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    wanted = rows < op.N
-    if list_ptr is not None:
-        listed = tl.load(listed_ptr)
-        if row_tile * BLOCK_N >= listed:
-            return
-        wanted = rows < listed
-        rows = tl.load(list_ptr + rows, wanted, 0)
-    f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-    s, u = scores(op, rows, f, SCORE, BLOCK_N, BLOCK_F, BLOCK_D)
-    tau = tl.maximum(tl.load(tau_ptr + rows, wanted, 0.0), LOWEST)  # -inf never passes
-    below = s < tau[:, None]  # a NaN is not below
-    passed = (below == 0) & wanted[:, None] & (f < op.F)[None, :]
-    counter = count_ptr + rows[:, None] + tl.zeros((BLOCK_N, BLOCK_F), tl.int32)
-    place = tl.atomic_add(counter, 1, mask=passed, sem="relaxed")  # only survivors reach memory
-    passed = passed & (place < CAPACITY)
-    here = rows.to(tl.int64)[:, None] * CAPACITY + place
-    tl.store(keys_ptr + here, key_of(s, f[None, :]), passed)
-    if carried_ptr is not None:
-        tl.store(carried_ptr + here, u, passed)
+    _gate_tile(
+        op, tau_ptr, count_ptr, keys_ptr, carried_ptr, rows, rows < op.N, tile,
+        SCORE, CAPACITY, BLOCK_N, BLOCK_F, BLOCK_D,
+    )  # fmt: skip
+
+
+@triton.jit
+def gate_listed_kernel(
+    op,
+    tau_ptr, count_ptr, keys_ptr, carried_ptr,
+    list_ptr,  # [N] int32: the rows that are wanted
+    listed_ptr,  # [1] int32: how many they are
+    tiles,
+    SCORE: tl.constexpr, CAPACITY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A program walks many tiles: one for each would take its time even if none is wanted."""
+    listed = tl.load(listed_ptr)
+    row_tiles = tl.cdiv(listed, BLOCK_N)
+    for t in range(tl.program_id(0), row_tiles * tiles, tl.num_programs(0)):
+        slot = t % row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+        wanted = slot < listed
+        rows = tl.load(list_ptr + slot, wanted, 0)
+        _gate_tile(
+            op, tau_ptr, count_ptr, keys_ptr, carried_ptr, rows, wanted, t // row_tiles,
+            SCORE, CAPACITY, BLOCK_N, BLOCK_F, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -296,22 +360,25 @@ def gated(op: Operands, tau: Tensor, score: str, tile: Tile, capacity: int) -> C
     keys = x.new_empty(N, capacity, dtype=torch.int64)
     carried = None if score == "plain" else x.new_empty(N, capacity, dtype=torch.float32)
     found = Candidates(count, keys, carried)
-    gate_rows(op, tau, found, score, tile)
+    tiles = triton.cdiv(op.F, tile.f)
+    gate_kernel[(triton.cdiv(N, tile.n) * tiles,)](
+        op, tau, *found, tiles, SCORE=score, CAPACITY=capacity, **tile.meta()
+    )
     return found
 
 
-def gate_rows(
+def gate_listed(
     op: Operands,
     tau: Tensor,  # [N] float32
     found: Candidates,
     score: str,
     tile: Tile,
-    rows: Tensor | None = None,  # [N] int32: those that are wanted; None: all
-    listed: Tensor | None = None,  # [1] int32: how many they are
+    rows: Tensor,  # [N] int32: those that are wanted
+    listed: Tensor,  # [1] int32: how many they are
 ) -> None:
     """Appends the scores of some rows that are not below tau. Programs without a row leave."""
     tiles, capacity = triton.cdiv(op.F, tile.f), found.keys.shape[1]
-    gate_kernel[(triton.cdiv(op.N, tile.n) * tiles,)](
+    gate_listed_kernel[(min(REDO_PROGRAMS, triton.cdiv(op.N, tile.n) * tiles),)](
         op, tau, *found, rows, listed, tiles, SCORE=score, CAPACITY=capacity, **tile.meta()
     )
 

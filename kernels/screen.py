@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bound import norms
-from .gate import LOWEST, MAX_K, Candidates, capacity_of, gate_rows, gated, guess, pick
+from .gate import LOWEST, MAX_K, Candidates, capacity_of, gate_listed, gated, guess, pick
 from .keys import (
     EMPTY,
     NOTHING,
@@ -340,7 +340,7 @@ def screened_and_redone(
         tau, found.counts, found.carried, redone, rows, listed, unproven, k, CAPACITY=capacity,
         num_warps=4,
     )  # fmt: skip
-    gate_rows(op, tau, found, "screen", tile, rows, listed)
+    gate_listed(op, tau, found, "screen", tile, rows, listed)
     prove_kernel[(N,)](
         tau, *found, redone, rows, unproven, k, CAPACITY=capacity, num_warps=4
     )  # fmt: skip

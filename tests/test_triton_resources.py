@@ -21,9 +21,11 @@ PORTABLE = [
     if (ops, capability) != ("selection", 90)
 ] + ["selections-bf16, 90", "step-bf16-halves, 90", "step-fp32, 80"]
 
-PRODUCTS = {"maxima_kernel", "gate_kernel", "redo_kernel"}
+PRODUCTS = {"maxima_kernel", "gate_kernel", "gate_listed_kernel", "redo_kernel"}
 GATED = {"maxima_kernel", "guess_kernel", "gate_kernel", "pick_kernel"}
-SCREEN = {"tighten_kernel", "prove_kernel", "rescore_kernel", "merge_kernel"}
+SCREEN = {
+    "gate_listed_kernel", "tighten_kernel", "prove_kernel", "rescore_kernel", "merge_kernel",
+}  # fmt: skip
 OF_STEP = {
     "decode_kernel", "values_kernel", "squares_kernel", "keys_kernel", "order_kernel",
     "bounds_kernel", "sums_kernel", "pieces_kernel", "centre_kernel", "centre_sum_kernel",
