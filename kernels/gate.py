@@ -40,6 +40,7 @@ from .keys import (
     order_of,
     score_of,
 )
+from .launch import warps_of
 from .product import Operands, Tile, scores
 
 MAX_K = 1024
@@ -282,11 +283,18 @@ def pick_kernel(
     values_ptr,  # [N, k] T
     indices_ptr,  # [N, k] int64
     k,
-    RELU: tl.constexpr, CAPACITY: tl.constexpr, LOG: tl.constexpr,
+    RELU: tl.constexpr, CAPACITY: tl.constexpr,
+    SORTED: tl.constexpr, LOG: tl.constexpr,  # 2 ** LOG, at least k, are sorted
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, CAPACITY)
     count = tl.load(count_ptr + n)
+    if SORTED < CAPACITY and count > SORTED:
+        if carried_ptr is None:
+            keep_best(keys_ptr + n * CAPACITY, None, count, k, CAPACITY)
+        else:
+            keep_best(keys_ptr + n * CAPACITY, carried_ptr + n * CAPACITY, count, k, CAPACITY)
+        count = tl.minimum(count, k)
+    c = tl.arange(0, SORTED)
     held = tl.load(keys_ptr + n * CAPACITY + c, c < count, EMPTY)
     key = tl.sort(held, descending=True)
     f = index_of(key)
@@ -295,10 +303,10 @@ def pick_kernel(
         v, place, out = score_of(key), c, found
     else:
         v = tl.load(carried_ptr + n * CAPACITY + c, c < count, 0.0)
-        place = tl.zeros((CAPACITY,), tl.int32)  # how many keys are larger, by bisection
+        place = tl.zeros((SORTED,), tl.int32)  # how many keys are larger, by bisection
         for i in tl.static_range(LOG):
-            larger = tl.gather(key, place + ((CAPACITY >> (i + 1)) - 1), 0) > held
-            place = tl.where(larger, place + (CAPACITY >> (i + 1)), place)
+            larger = tl.gather(key, place + ((SORTED >> (i + 1)) - 1), 0) > held
+            place = tl.where(larger, place + (SORTED >> (i + 1)), place)
         out = (c < count) & (place < k)
     if RELU:
         v = tl.where(v <= 0, 0.0, v)
@@ -315,7 +323,7 @@ def pick_kernel(
         one = free.to(tl.int32)
         place = count + tl.cumsum(one, axis=0) - one
         out = free & (place < k)
-        none = tl.zeros((CAPACITY,), tl.float32)
+        none = tl.zeros((SORTED,), tl.float32)
         tl.store(values_ptr + n * k + place, none.to(values_ptr.dtype.element_ty), out)
         tl.store(indices_ptr + n * k + place, c.to(tl.int64), out)
 
@@ -349,7 +357,8 @@ def guess(op: Operands, k: int, score: str, tile: Tile) -> Tensor:
         op, maxima, None, sampled, groups, stride,
         SCORE=score, RELU=False, GROUP=group, **tile.meta(),
     )  # fmt: skip
-    guess_kernel[(op.N,)](maxima, tau, groups, r, BLOCK=triton.next_power_of_2(groups))
+    block = triton.next_power_of_2(groups)
+    guess_kernel[(op.N,)](maxima, tau, groups, r, BLOCK=block, num_warps=warps_of(block))
     return tau
 
 
@@ -410,7 +419,10 @@ def pick(found: Candidates, k: int, dtype: torch.dtype, relu: bool) -> tuple[Ten
     N, capacity = found.keys.shape
     values = found.keys.new_empty(N, k, dtype=dtype)
     indices = found.keys.new_empty(N, k)
+    # a sort of many takes long to compile, and to run: the k best are found by bisection first
+    ordered = capacity if capacity <= 1024 else max(16, triton.next_power_of_2(k))
     pick_kernel[(N,)](
-        *found, values, indices, k, RELU=relu, CAPACITY=capacity, LOG=capacity.bit_length() - 1
-    )
+        *found, values, indices, k, RELU=relu, CAPACITY=capacity, SORTED=ordered,
+        LOG=ordered.bit_length() - 1, num_warps=warps_of(capacity),
+    )  # fmt: skip
     return values, indices

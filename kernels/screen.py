@@ -49,7 +49,7 @@ from .keys import (
     of_order,
     order_of,
 )
-from .launch import registers
+from .launch import registers, warps_of
 from .product import Operands, tile_of
 
 BLOCK_C = 32  # latents scored at a time
@@ -330,30 +330,33 @@ def screened_and_redone(
     )
     tile = tile_of(rounded, carries=True)
     tau = guess(op, k, "screen", tile) if tau is None else tau.clone()  # it is written
-    # twice the room of the plain gate: latents that cannot be told apart pass as well
-    found = gated(op, tau, "screen", tile, capacity or 2 * capacity_of(k, tile.f))
+    # twice the room of the plain gate: latents that cannot be told apart pass as well; but no more
+    # than the registers of a program can hold
+    room = min(2 * capacity_of(k, tile.f), 4096)
+    found = gated(op, tau, "screen", tile, capacity or room)
     assert found.carried is not None
     capacity = found.keys.shape[1]
     rows, listed = tau.new_empty(N + 1, dtype=torch.int32), found.counts[N:]
     unproven = rows[N:]
+    warps = warps_of(capacity)
     tighten_kernel[(N,)](
         tau, found.counts, found.carried, redone, rows, listed, unproven, k, CAPACITY=capacity,
-        num_warps=4,
+        num_warps=warps,
     )  # fmt: skip
     gate_listed(op, tau, found, "screen", tile, rows, listed)
     prove_kernel[(N,)](
-        tau, *found, redone, rows, unproven, k, CAPACITY=capacity, num_warps=4
+        tau, *found, redone, rows, unproven, k, CAPACITY=capacity, num_warps=warps
     )  # fmt: skip
     parts = found.keys.new_empty(PROGRAMS, capacity)
     block_d = min(128, int(triton.next_power_of_2(d)))
     rescore_kernel[(PROGRAMS + N,)](
         x, W_enc, b_enc, living, tau, found.counts, found.keys, redone, rows, unproven, parts,
         F, d, k, PROGRAMS=PROGRAMS, CAPACITY=capacity, BLOCK_C=BLOCK_C, BLOCK_D=block_d,
-        num_warps=4, **registers(160),
+        num_warps=warps, **(registers(160) if warps == 4 else {}),
     )  # fmt: skip
     merge_kernel[(min(N, PROGRAMS // 2),)](
         found.counts, found.keys, rows, unproven, parts, k, PROGRAMS=PROGRAMS, CAPACITY=capacity,
-        CHUNK=1 << (capacity - k).bit_length() - 1, num_warps=4,
+        CHUNK=1 << (capacity - k).bit_length() - 1, num_warps=warps,
     )  # fmt: skip
     values, indices = pick(Candidates(found.counts, found.keys, None), k, x.dtype, relu=True)
     return values, indices, redone

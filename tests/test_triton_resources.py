@@ -12,7 +12,7 @@ ENCODES = [
     f"{op}, {capability}"
     for op in ("topk-bf16", "grad-bf16", "screen")
     for capability in CAPABILITIES
-] + ["grad-fp32, 80", "one-of-each, 90"]
+] + ["grad-fp32, 80", "screen-k1024, 90", "one-of-each, 90"]
 # a selection takes seconds to compile: most generations have the commonest only
 PORTABLE = [
     f"{ops}-bf16, {capability}"

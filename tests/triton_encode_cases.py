@@ -91,6 +91,9 @@ def topk_case(case: str) -> None:
             meaning["activation"] = "abs"
         case "absolute, overflow":
             meaning["activation"], way["tau"] = "abs", everything
+        case "room for many" | "absolute, room for many":  # more than are sorted
+            way = {"tau": everything, "capacity": 2048}
+            meaning["activation"] = "abs" if "absolute" in case else "relu"
         case "absolute, shortfall":
             meaning["activation"], way["tau"] = "abs", nothing
         case "absolute, masked":

@@ -58,6 +58,9 @@ def case_of(case: str) -> None:
         case "near ties, room for all":
             W = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3)
             way, again, full = {"capacity": 256}, 0, 0
+        case "near ties, room for many":  # more than are sorted
+            W = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3)
+            way, again, full = {"capacity": 2048}, 0, 0
         case "near ties, overflow" | "rows and parts" | "more rows than programs":
             W, full = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3), N
             programs = {"rows and parts": 8, "near ties, overflow": 20}.get(case, 3)
