@@ -17,7 +17,7 @@ TOPK = (
     "NaN row", "winners in one tile", "centred", "masked", "masked, overflow", "scaled", "linear",
     "absolute", "absolute, overflow", "absolute, shortfall", "absolute, masked", "thresholds",
     "thresholds, overflow", "threshold that nothing reaches", "room for many",
-    "absolute, room for many",
+    "absolute, room for many", "winners at every place",
 )  # fmt: skip
 GRAD = [f"{mode}, {kind}" for mode in MODES for kind in ("wide", "NaN")]
 GRAD += [
