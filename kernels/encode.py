@@ -14,8 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .gate import LOWEST, MAX_K, capacity_of, gated, guess, maxima_kernel, pick, redo
+from .gate import LOWEST, MAX_K, capacity_of, gated, guess, maxima_kernel, pick
 from .product import Operands, tile_of
+from .redo import redo
 
 ACTIVATIONS = ("relu", "none", "abs")
 

@@ -4,9 +4,9 @@
 1. maxima: the product on tiles of latents spread over F; maxima of groups of columns are stored.
 2. guess: per row the r-th largest maximum, r = k p + 4 sqrt(k p), p the sampled share.
 3. gate: the whole product; each score that is not below the guess is appended to the row's
-   buffer as a 64-bit key (keys.py), at the place that the row's counter gives.
-4. redo: a row whose count is below k or above the capacity is done again, tile by tile, above a
-   running threshold; exact on any data. The grid is fixed and leaves at once with nothing to do.
+   buffer as a 64-bit key (keys.py), at the place that the row's counter gives. A tile has few of
+   them: its epilogue makes bits of all comparisons and touches memory for what has passed alone.
+4. redo (redo.py): a row whose count is below k or above the capacity is done again, exactly.
 5. pick: sorts the buffer of each row by key and writes the first k.
 
 The count is the proof: at least k scores reach the guess, so none below it wins. A score of -inf
@@ -14,8 +14,8 @@ is never appended: rows with fewer than k others are filled with the first laten
 
 Cost: 1 + p products. Memory beyond inputs and outputs: the buffers, N * capacity * 8 bytes (12
 where values are not the scores), and the sampled maxima, N * F * p / group * 4 bytes. Nothing
-synchronises with the host. A redone row is slow: one program works on a tile of rows alone. Of 4096
-rows of layer 9 of SmolLM2-135M (d = 576, k = 32, F = 4608 and 24576) none would be redone.
+synchronises with the host. Of 4096 rows of layer 9 of SmolLM2-135M (d = 576, k = 32, F = 4608 and
+24576) none would be redone.
 Portable Triton; run on no AMD GPU, and so far on no GPU: interpreted and compiled only.
 """
 
@@ -40,6 +40,7 @@ from .keys import (
     order_of,
     score_of,
 )
+from .launch import warps_of
 from .product import Operands, Tile, scores
 
 MAX_K = 1024
@@ -109,106 +110,103 @@ def guess_kernel(
 
 
 @triton.jit
+def _of_word(v):
+    """[*, 4, WORDS, 8] int32 -> [*, WORDS]: the sum of what belongs to a word."""
+    return tl.sum(tl.sum(v, axis=1), axis=2)
+
+
+@triton.jit
+def _only(v, taken):
+    """The number of each word that is taken, bit for bit."""
+    return _of_word(tl.where(taken, v.to(tl.int32, bitcast=True), 0)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _gate_tile(
+    op,
+    tau_ptr, count_ptr, keys_ptr, carried_ptr,
+    rows,  # [BLOCK_N]
+    wanted,  # [BLOCK_N]
+    tile,
+    SCORE: tl.constexpr, CAPACITY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Appends what is not below tau.
+
+    Few scores are: a pass over the tile makes words of bits, and as long as there is one, another
+    takes a score of every word. A word is 32 latents, eight consecutive ones of four places, which
+    one warp holds; so no number of the tile goes through shared memory.
+    """
+    f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
+    s, u = scores(op, rows, f, SCORE, BLOCK_N, BLOCK_F, BLOCK_D)
+    tau = tl.maximum(tl.load(tau_ptr + rows, wanted, 0.0), LOWEST)  # -inf never passes
+    WORDS: tl.constexpr = BLOCK_F // 32
+    four, word, eight = tl.arange(0, 4), tl.arange(0, WORDS), tl.arange(0, 8)
+    bit = tl.full((4, 8), 1, tl.int32) << (four[:, None] * 8 + eight[None, :])
+    bit = bit[None, :, None, :]
+    s = tl.reshape(s, (BLOCK_N, 4, WORDS, 8))
+    below = s < tau[:, None, None, None]  # a NaN is not below
+    passed = _of_word(tl.where(below, 0, bit))
+    first = tile * BLOCK_F + word * 8
+    eights = first[None, None, :, None] + four[None, :, None, None] * (WORDS * 8)
+    exists = _of_word(tl.where(eights + eight[None, None, None, :] < op.F, bit, 0))
+    passed = tl.where(wanted[:, None], passed & exists, 0)
+    counter = count_ptr + rows[:, None] + tl.zeros((BLOCK_N, WORDS), tl.int32)
+    base = rows.to(tl.int64)[:, None] * CAPACITY
+    while tl.max((passed != 0).to(tl.int32)) != 0:
+        lowest = passed & -passed
+        taken = bit == lowest[:, None, :, None]
+        power = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+        latent = first[None, :] + (power >> 3) * (WORDS * 8) + (power & 7)
+        place = tl.atomic_add(counter, 1, mask=lowest != 0, sem="relaxed")
+        fits = (lowest != 0) & (place < CAPACITY)
+        tl.store(keys_ptr + base + place, key_of(_only(s, taken), latent), fits)
+        if carried_ptr is not None:
+            carried = _only(tl.reshape(u, (BLOCK_N, 4, WORDS, 8)), taken)
+            tl.store(carried_ptr + base + place, carried, fits)
+        passed ^= lowest
+
+
+@triton.jit
 def gate_kernel(
     op,
     tau_ptr,  # [N]
     count_ptr,  # [N] int32, zero
     keys_ptr,  # [N, CAPACITY] int64
     carried_ptr,  # [N, CAPACITY] float32 or None
-    list_ptr,  # [N] int32: the rows that are wanted; or None: all
-    listed_ptr,  # [1] int32: how many they are
     tiles,
     SCORE: tl.constexpr, CAPACITY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row_tile, tile = _place(op, tiles, BLOCK_N)
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    wanted = rows < op.N
-    if list_ptr is not None:
-        listed = tl.load(listed_ptr)
-        if row_tile * BLOCK_N >= listed:
-            return
-        wanted = rows < listed
-        rows = tl.load(list_ptr + rows, wanted, 0)
-    f = tile * BLOCK_F + tl.arange(0, BLOCK_F)
-    s, u = scores(op, rows, f, SCORE, BLOCK_N, BLOCK_F, BLOCK_D)
-    tau = tl.maximum(tl.load(tau_ptr + rows, wanted, 0.0), LOWEST)  # -inf never passes
-    below = s < tau[:, None]  # a NaN is not below
-    passed = (below == 0) & wanted[:, None] & (f < op.F)[None, :]
-    counter = count_ptr + rows[:, None] + tl.zeros((BLOCK_N, BLOCK_F), tl.int32)
-    place = tl.atomic_add(counter, 1, mask=passed, sem="relaxed")  # only survivors reach memory
-    passed = passed & (place < CAPACITY)
-    here = rows.to(tl.int64)[:, None] * CAPACITY + place
-    tl.store(keys_ptr + here, key_of(s, f[None, :]), passed)
-    if carried_ptr is not None:
-        tl.store(carried_ptr + here, u, passed)
+    _gate_tile(
+        op, tau_ptr, count_ptr, keys_ptr, carried_ptr, rows, rows < op.N, tile,
+        SCORE, CAPACITY, BLOCK_N, BLOCK_F, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit
-def list_kernel(
-    tau_ptr,  # [N]
-    count_ptr,  # [N]
-    list_ptr,  # [N]
-    listed_ptr,  # [1] int32, zero
-    short_ptr,  # [1] int8, zero: no row came short; or None
-    N, k,
-    CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows whose count proves nothing. Their order in the list does not show in the result."""
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(count_ptr + n, n < N, k)
-    tau = tl.load(tau_ptr + n, n < N, 0.0)
-    short = (count < k) & (tau > LOWEST)  # at the least number all have passed
-    if short_ptr is not None:
-        short = short & (tl.load(short_ptr) != 0)
-    bad = (short | (count > CAPACITY)) & (n < N)
-    place = tl.atomic_add(listed_ptr + tl.zeros((BLOCK,), tl.int32), 1, mask=bad, sem="relaxed")
-    tl.store(list_ptr + place, n, bad)
-
-
-@triton.jit
-def redo_kernel(
+def gate_listed_kernel(
     op,
-    list_ptr, listed_ptr,
-    count_ptr, keys_ptr, carried_ptr,
-    k,
+    tau_ptr, count_ptr, keys_ptr, carried_ptr,
+    list_ptr,  # [N] int32: the rows that are wanted
+    listed_ptr,  # [1] int32: how many they are
+    tiles,
     SCORE: tl.constexpr, CAPACITY: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """A program walks many tiles: one for each would take its time even if none is wanted."""
     listed = tl.load(listed_ptr)
-    slot = tl.arange(0, BLOCK_N)
-    for first in range(tl.program_id(0) * BLOCK_N, listed, tl.num_programs(0) * BLOCK_N):
-        valid = first + slot < listed
-        rows = tl.load(list_ptr + first + slot, valid, 0)
-        count = tl.zeros((BLOCK_N,), tl.int32)
-        # keys at or below it have lost, and so has -inf
-        least = key_of(tl.full((BLOCK_N,), float("-inf"), tl.float32), tl.zeros_like(slot))
-        for start in range(0, op.F, BLOCK_F):
-            f = start + tl.arange(0, BLOCK_F)
-            s, u = scores(op, rows, f, SCORE, BLOCK_N, BLOCK_F, BLOCK_D)
-            key = key_of(s, f[None, :])
-            passed = (key > least[:, None]) & valid[:, None] & (f < op.F)[None, :]
-            one = passed.to(tl.int32)
-            place = count[:, None] + tl.cumsum(one, axis=1) - one
-            here = rows.to(tl.int64)[:, None] * CAPACITY + place
-            tl.store(keys_ptr + here, key, passed)
-            if carried_ptr is not None:
-                tl.store(carried_ptr + here, u, passed)
-            count += tl.sum(one, axis=1)
-            tl.debug_barrier()  # other threads of the program read what was stored
-            full = count > CAPACITY - BLOCK_F  # no room for another tile: keep the best k
-            if tl.max(full.to(tl.int32)) > 0:
-                for i in range(BLOCK_N):
-                    mine = tl.sum(tl.where(slot == i, count, 0))
-                    if mine > CAPACITY - BLOCK_F:
-                        at = tl.sum(tl.where(slot == i, rows, 0)).to(tl.int64) * CAPACITY
-                        if carried_ptr is not None:
-                            last = keep_best(keys_ptr + at, carried_ptr + at, mine, k, CAPACITY)
-                        else:
-                            last = keep_best(keys_ptr + at, None, mine, k, CAPACITY)
-                        least = tl.where(slot == i, last, least)
-                        count = tl.where(slot == i, k, count)
-        tl.store(count_ptr + rows, count, valid)
+    row_tiles = tl.cdiv(listed, BLOCK_N)
+    for t in range(tl.program_id(0), row_tiles * tiles, tl.num_programs(0)):
+        slot = t % row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+        wanted = slot < listed
+        rows = tl.load(list_ptr + slot, wanted, 0)
+        _gate_tile(
+            op, tau_ptr, count_ptr, keys_ptr, carried_ptr, rows, wanted, t // row_tiles,
+            SCORE, CAPACITY, BLOCK_N, BLOCK_F, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -218,11 +216,18 @@ def pick_kernel(
     values_ptr,  # [N, k] T
     indices_ptr,  # [N, k] int64
     k,
-    RELU: tl.constexpr, CAPACITY: tl.constexpr, LOG: tl.constexpr,
+    RELU: tl.constexpr, CAPACITY: tl.constexpr,
+    SORTED: tl.constexpr, LOG: tl.constexpr,  # 2 ** LOG, at least k, are sorted
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, CAPACITY)
     count = tl.load(count_ptr + n)
+    if SORTED < CAPACITY and count > SORTED:
+        if carried_ptr is None:
+            keep_best(keys_ptr + n * CAPACITY, None, count, k, CAPACITY)
+        else:
+            keep_best(keys_ptr + n * CAPACITY, carried_ptr + n * CAPACITY, count, k, CAPACITY)
+        count = tl.minimum(count, k)
+    c = tl.arange(0, SORTED)
     held = tl.load(keys_ptr + n * CAPACITY + c, c < count, EMPTY)
     key = tl.sort(held, descending=True)
     f = index_of(key)
@@ -231,10 +236,10 @@ def pick_kernel(
         v, place, out = score_of(key), c, found
     else:
         v = tl.load(carried_ptr + n * CAPACITY + c, c < count, 0.0)
-        place = tl.zeros((CAPACITY,), tl.int32)  # how many keys are larger, by bisection
+        place = tl.zeros((SORTED,), tl.int32)  # how many keys are larger, by bisection
         for i in tl.static_range(LOG):
-            larger = tl.gather(key, place + ((CAPACITY >> (i + 1)) - 1), 0) > held
-            place = tl.where(larger, place + (CAPACITY >> (i + 1)), place)
+            larger = tl.gather(key, place + ((SORTED >> (i + 1)) - 1), 0) > held
+            place = tl.where(larger, place + (SORTED >> (i + 1)), place)
         out = (c < count) & (place < k)
     if RELU:
         v = tl.where(v <= 0, 0.0, v)
@@ -251,7 +256,7 @@ def pick_kernel(
         one = free.to(tl.int32)
         place = count + tl.cumsum(one, axis=0) - one
         out = free & (place < k)
-        none = tl.zeros((CAPACITY,), tl.float32)
+        none = tl.zeros((SORTED,), tl.float32)
         tl.store(values_ptr + n * k + place, none.to(values_ptr.dtype.element_ty), out)
         tl.store(indices_ptr + n * k + place, c.to(tl.int64), out)
 
@@ -285,7 +290,8 @@ def guess(op: Operands, k: int, score: str, tile: Tile) -> Tensor:
         op, maxima, None, sampled, groups, stride,
         SCORE=score, RELU=False, GROUP=group, **tile.meta(),
     )  # fmt: skip
-    guess_kernel[(op.N,)](maxima, tau, groups, r, BLOCK=triton.next_power_of_2(groups))
+    block = triton.next_power_of_2(groups)
+    guess_kernel[(op.N,)](maxima, tau, groups, r, BLOCK=block, num_warps=warps_of(block))
     return tau
 
 
@@ -296,45 +302,26 @@ def gated(op: Operands, tau: Tensor, score: str, tile: Tile, capacity: int) -> C
     keys = x.new_empty(N, capacity, dtype=torch.int64)
     carried = None if score == "plain" else x.new_empty(N, capacity, dtype=torch.float32)
     found = Candidates(count, keys, carried)
-    gate_rows(op, tau, found, score, tile)
+    tiles = triton.cdiv(op.F, tile.f)
+    gate_kernel[(triton.cdiv(N, tile.n) * tiles,)](
+        op, tau, *found, tiles, SCORE=score, CAPACITY=capacity, **tile.meta()
+    )
     return found
 
 
-def gate_rows(
+def gate_listed(
     op: Operands,
     tau: Tensor,  # [N] float32
     found: Candidates,
     score: str,
     tile: Tile,
-    rows: Tensor | None = None,  # [N] int32: those that are wanted; None: all
-    listed: Tensor | None = None,  # [1] int32: how many they are
+    rows: Tensor,  # [N] int32: those that are wanted
+    listed: Tensor,  # [1] int32: how many they are
 ) -> None:
     """Appends the scores of some rows that are not below tau. Programs without a row leave."""
     tiles, capacity = triton.cdiv(op.F, tile.f), found.keys.shape[1]
-    gate_kernel[(triton.cdiv(op.N, tile.n) * tiles,)](
+    gate_listed_kernel[(min(REDO_PROGRAMS, triton.cdiv(op.N, tile.n) * tiles),)](
         op, tau, *found, rows, listed, tiles, SCORE=score, CAPACITY=capacity, **tile.meta()
-    )
-
-
-def redo(
-    op: Operands,
-    tau: Tensor,  # [N] float32
-    found: Candidates,
-    k: int,
-    score: str,
-    tile: Tile,
-    short: Tensor | None = None,  # [1] int8: whether rows below k candidates count as short
-) -> None:
-    """Brings rows that came short or overflowed to their k best."""
-    N, capacity = found.keys.shape
-    rows = tau.new_empty(N, dtype=torch.int32)
-    total = found.counts[N:]
-    list_kernel[(triton.cdiv(N, 256),)](
-        tau, found.counts, rows, total, short, N, k, CAPACITY=capacity, BLOCK=256
-    )
-    tile = tile._replace(f=tile.f // 2)  # half, for what it keeps beside a tile
-    redo_kernel[(min(REDO_PROGRAMS, triton.cdiv(N, tile.n)),)](
-        op, rows, total, *found, k, SCORE=score, CAPACITY=capacity, **tile.meta()
     )
 
 
@@ -343,7 +330,10 @@ def pick(found: Candidates, k: int, dtype: torch.dtype, relu: bool) -> tuple[Ten
     N, capacity = found.keys.shape
     values = found.keys.new_empty(N, k, dtype=dtype)
     indices = found.keys.new_empty(N, k)
+    # a sort of many takes long to compile, and to run: the k best are found by bisection first
+    ordered = capacity if capacity <= 1024 else max(16, triton.next_power_of_2(k))
     pick_kernel[(N,)](
-        *found, values, indices, k, RELU=relu, CAPACITY=capacity, LOG=capacity.bit_length() - 1
-    )
+        *found, values, indices, k, RELU=relu, CAPACITY=capacity, SORTED=ordered,
+        LOG=ordered.bit_length() - 1, num_warps=warps_of(capacity),
+    )  # fmt: skip
     return values, indices

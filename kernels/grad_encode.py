@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .encode import topk_encode
-from .gate import MAX_K, capacity_of, gated, guess, pick, redo
+from .gate import MAX_K, capacity_of, gated, guess, pick
 from .product import Operands, tile_of
+from .redo import redo
 
 
 @triton.jit

@@ -67,6 +67,12 @@ TILES = {
     (4, False): Tile(64, 64, 32, 4, 3),
     (4, True): Tile(64, 64, 32, 8, 3),
 }
+# Four warps leave room for a second program on a multiprocessor, whose product runs while this one
+# looks for what passes.
+HOPPER_TILES = TILES | {
+    (2, False): Tile(128, 128, 64, 4, 3),
+    (2, True): Tile(128, 64, 64, 4, 3),
+}
 # 128 x 128 spills on sm_100: its accumulators come back from tensor memory all at once.
 BLACKWELL_TILES = TILES | {(2, False): TILES[2, True]}
 INTERPRETED_TILE = Tile(16, 64, 32, 4, 1)
@@ -83,7 +89,7 @@ def tile_of(x: Tensor, carries: bool = False) -> Tile:
     """The tile for operands like x."""
     if INTERPRETED.value:
         return INTERPRETED_TILE
-    tiles = BLACKWELL_TILES if capability(x) == 10 else TILES
+    tiles = {9: HOPPER_TILES, 10: BLACKWELL_TILES}.get(capability(x), TILES)
     return tiles[x.element_size(), carries]
 
 

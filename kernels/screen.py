@@ -5,22 +5,27 @@
 2. The gate of gate.py over the bf16 product: each latent has an interval [s^ - m, s^ + m] that
    holds its score. The threshold is guessed from the lower ends; a latent passes by its upper end,
    and its lower end travels along.
-3. rescore, a program a row: L = the k-th largest lower end bounds the k-th score from below. With
+3. prove, a program a row: L = the k-th largest lower end bounds the k-th score from below. With
    tau <= L and no overflow, what the gate dropped cannot win, nor what has its upper end below L.
-   The others, about 2 k, are scored in float32. A row without that proof is scored in full by the
-   same loop above a running threshold.
-4. pick, as in gate.py.
+4. rescore, a program a row: the others, about 2 k, are scored in float32.
+5. pick, as in gate.py.
 
 Between 2 and 3 rows without proof pass the gate once more: even of the latents that an overflowing
 row has kept, the k-th largest lower end bounds the k-th score from below, and more tightly than the
 guess did. That gate is a product of these rows alone.
 
+A row without proof even then is scored in full, in the launch of step 4: its latents are cut into
+so many parts that PROGRAMS programs have work, each keeps the k best of its part above L and a
+running threshold, and merge brings them together. So nothing can overflow, whatever the data.
+
 Every float32 score comes from one loop of one kernel, so the result is that of scoring each latent
 with it: which path a row took does not show. Cost: 1 + p bf16 products and the reading of about
-2 k rows of W_enc a row of x. A row that is scored in full reads all of W_enc, in one program: where
-x has entries that dwarf the others (and b_dec does not remove them) the plain encode is the faster
-one. Of 4096 rows of layer 9 of SmolLM2-135M (d = 576, k = 32, SAEs after 120 and 300 steps), these
-steps in torch let 2 pass twice and score none in full for F = 24576, and 19 and 7 for F = 4608.
+2 k rows of W_enc a row of x, 2 k d 4 bytes. A row that is scored in full reads all of W_enc, F d 4
+bytes, spread over the device; many such rows read it from L2 at best, each for itself: where x has
+entries that dwarf the others (and b_dec does not remove them) the plain encode is the faster one.
+Its parts take PROGRAMS * capacity * 8 bytes of memory, 2 MB for k up to 64. Of 4096 rows of layer 9
+of SmolLM2-135M (d = 576, k = 32, SAEs after 120 and 300 steps), these steps in torch let 2 pass
+twice and score none in full for F = 24576, and 19 and 7 for F = 4608.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bound import norms
-from .gate import LOWEST, MAX_K, Candidates, capacity_of, gate_rows, gated, guess, pick
+from .gate import LOWEST, MAX_K, Candidates, capacity_of, gate_listed, gated, guess, pick
 from .keys import (
     EMPTY,
     NOTHING,
@@ -44,9 +49,12 @@ from .keys import (
     of_order,
     order_of,
 )
+from .launch import registers, warps_of
 from .product import Operands, tile_of
 
 BLOCK_C = 32  # latents scored at a time
+# of rows that are scored in full: two for each multiprocessor of an H100
+PROGRAMS = 3 if triton.knobs.runtime.interpret else 264
 
 
 class Shadow(NamedTuple):
@@ -78,10 +86,12 @@ def tighten_kernel(
     redone_ptr,  # [N] int8: 1 there
     list_ptr,  # [N] int32: those rows, in an order that does not show in the result
     listed_ptr,  # [1] int32, zero
+    unproven_ptr,  # [1] int32, made zero for prove_kernel
     k,
     CAPACITY: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
+    tl.store(unproven_ptr, 0, n == 0)
     count = tl.load(count_ptr + n)
     tau = tl.load(tau_ptr + n)
     c = tl.arange(0, CAPACITY)
@@ -98,18 +108,16 @@ def tighten_kernel(
 
 
 @triton.jit
-def rescore_kernel(
-    x_ptr,  # [N, d] float32
-    w_ptr,  # [F, d] float32
-    b_ptr,  # [F] float32
-    mask_ptr,  # [F] int8 or None
-    tau_ptr,  # [N]
-    count_ptr,  # [N] in: what passed the gate; out: scored keys
-    keys_ptr,  # [N, CAPACITY] in: of the upper ends; out: of the scores
+def prove_kernel(
+    tau_ptr,  # [N]; out, where nothing is proven: what is certain
+    count_ptr,  # [N] in: what passed the gate; out: what can win
+    keys_ptr,  # [N, CAPACITY] of the upper ends; out: those of the latents that can win first
     low_ptr,  # [N, CAPACITY]
-    redone_ptr,  # [N] int8: 2 where the row was scored in full
-    F, d, k,
-    CAPACITY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    redone_ptr,  # [N] int8: 2 where nothing is proven
+    list_ptr,  # [N] int32: those rows, in an order that does not show in the result
+    listed_ptr,  # [1] int32, zero
+    k,
+    CAPACITY: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     keys = keys_ptr + n * CAPACITY
@@ -120,45 +128,140 @@ def rescore_kernel(
     low = tl.load(low_ptr + n * CAPACITY + c, c < count, float("-inf"))
     certain = tl.where(c < count, order_of(low).to(tl.int64), NOTHING)
     bound, proven = _bound(certain, count, tau, k, CAPACITY)
-    survives = (c < count) & ((held >> 32) >= bound) & proven
-    one = survives.to(tl.int32)
-    place = tl.cumsum(one, axis=0) - one
-    tl.debug_barrier()  # every thread has read what others overwrite
-    tl.store(keys + place, held, survives)
-    tl.debug_barrier()
-    total = tl.where(proven, tl.sum(one), F)
-    kept = 0
-    least = key_of(float("-inf") + tl.zeros((), tl.float32), tl.zeros((), tl.int32))
+    if proven:
+        survives = (c < count) & ((held >> 32) >= bound)
+        one = survives.to(tl.int32)
+        tl.debug_barrier()  # every thread has read what others overwrite
+        tl.store(keys + tl.cumsum(one, axis=0) - one, held, survives)
+        tl.store(count_ptr + n, tl.sum(one))
+    else:
+        certain_tau = tl.where(bound == NOTHING, float("-inf"), of_order(bound.to(tl.int32)))
+        tl.store(tau_ptr + n, certain_tau)
+        tl.store(redone_ptr + n, 2)
+        place = tl.atomic_add(listed_ptr, 1, sem="relaxed")
+        tl.store(list_ptr + place, n.to(tl.int32))
+
+
+@triton.jit
+def _parts(listed, PROGRAMS: tl.constexpr):
+    """Into how many parts W_enc is cut for each of the rows that are scored in full."""
+    return tl.maximum(PROGRAMS // tl.maximum(listed, 1), 1)
+
+
+@triton.jit
+def rescore_kernel(
+    x_ptr,  # [N, d] float32
+    w_ptr,  # [F, d] float32
+    b_ptr,  # [F] float32
+    mask_ptr,  # [F] int8 or None
+    tau_ptr,  # [N] what is certain of rows that are scored in full
+    count_ptr,  # [N] in: how many can win; out: scored keys
+    keys_ptr,  # [N, CAPACITY] in: of the upper ends; out: of the scores
+    redone_ptr,  # [N] int8: 2 where the row is scored in full
+    list_ptr,  # [N] int32: those rows
+    listed_ptr,  # [1] int32: how many they are
+    parts_ptr,  # [PROGRAMS, CAPACITY] out: k keys of a part, EMPTY if there are fewer
+    F, d, k,
+    PROGRAMS: tl.constexpr,
+    CAPACITY: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The first PROGRAMS programs walk the parts of listed rows, the others have a row each."""
+    pid = tl.program_id(0)
+    listed = tl.load(listed_ptr)
+    parts = _parts(listed, PROGRAMS)
+    full = pid < PROGRAMS
+    if full:
+        stop = listed * parts
+    else:
+        stop = pid + (tl.load(redone_ptr + pid - PROGRAMS) != 2).to(tl.int32)
+    split = full & (parts > 1)
+    size = tl.cdiv(F, parts * BLOCK_C) * BLOCK_C
+    c = tl.arange(0, CAPACITY)
     of_block = tl.arange(0, BLOCK_C)
     column = tl.arange(0, BLOCK_D)
-    for start in range(0, total, BLOCK_C):
-        i = start + of_block
-        listed = tl.load(keys + i, (i < total) & proven, 0)
-        f = tl.where(proven, index_of(listed).to(tl.int32), i)
-        f = tl.where(i < total, f, 0)
-        acc = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
-        w_rows = w_ptr + f.to(tl.int64)[:, None] * d
-        for first in range(0, d, BLOCK_D):
-            inside = first + column < d
-            x = tl.load(x_ptr + n * d + first + column, inside, 0.0)
-            w = tl.load(w_rows + (first + column)[None, :], inside[None, :], 0.0)
-            acc += w * x[None, :]
-        s = tl.sum(acc, axis=1) + tl.load(b_ptr + f)
-        if mask_ptr is not None:
-            s = tl.where(tl.load(mask_ptr + f) != 0, s, float("-inf"))
-        key = key_of(s, f)
-        wins = (i < total) & (key > least)
-        one_more = wins.to(tl.int32)
-        at = kept + tl.cumsum(one_more, axis=0) - one_more
-        tl.debug_barrier()  # the list is read before scores take its place
-        tl.store(keys + at, key, wins)
-        kept += tl.sum(one_more)
-        tl.debug_barrier()
-        if kept > CAPACITY - BLOCK_C:
-            least = keep_best(keys, None, kept, k, CAPACITY)
-            kept = tl.minimum(kept, k)
-    tl.store(count_ptr + n, kept)
-    tl.store(redone_ptr + n, 2, proven == 0)
+    nothing = key_of(float("-inf") + tl.zeros((), tl.float32), tl.zeros((), tl.int32))
+    for item in range(pid, stop, PROGRAMS):
+        n = (pid - PROGRAMS).to(tl.int64)
+        first_i = 0
+        total = 0
+        least = nothing  # keys at or below it have lost
+        if full:
+            n = tl.load(list_ptr + item // parts).to(tl.int64)
+            first_i = item % parts * size
+            total = tl.minimum(first_i + size, F)
+            certain = order_of(tl.load(tau_ptr + n)).to(tl.int64)
+            least = tl.maximum(least, (certain << 32) - 1)
+        else:
+            total = tl.load(count_ptr + n)
+        keys = keys_ptr + n * CAPACITY
+        if split:
+            keys = parts_ptr + item * CAPACITY
+        kept = 0
+        for start in range(first_i, total, BLOCK_C):
+            i = start + of_block
+            listed_key = tl.load(keys + i, (i < total) & (full == 0), 0)
+            f = tl.where(full, i, index_of(listed_key).to(tl.int32))
+            f = tl.where(i < total, f, 0)
+            acc = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+            w_rows = w_ptr + f.to(tl.int64)[:, None] * d
+            for first in tl.range(0, d, BLOCK_D, num_stages=3):
+                inside = first + column < d
+                x = tl.load(x_ptr + n * d + first + column, inside, 0.0)
+                w = tl.load(w_rows + (first + column)[None, :], inside[None, :], 0.0)
+                acc += w * x[None, :]
+            s = tl.sum(acc, axis=1) + tl.load(b_ptr + f)
+            if mask_ptr is not None:
+                s = tl.where(tl.load(mask_ptr + f) != 0, s, float("-inf"))
+            key = key_of(s, f)
+            wins = (i < total) & (key > least)
+            one = wins.to(tl.int32)
+            at = kept + tl.cumsum(one, axis=0) - one
+            tl.debug_barrier()  # the list is read before scores take its place
+            tl.store(keys + at, key, wins)
+            kept += tl.sum(one)
+            tl.debug_barrier()
+            over = split & (start + BLOCK_C >= total) & (kept > k)
+            if (kept > CAPACITY - BLOCK_C) | over:
+                least = keep_best(keys, None, kept, k, CAPACITY)
+                kept = tl.minimum(kept, k)
+        tl.store(keys + c, EMPTY, split & (c >= kept) & (c < k))
+        tl.store(count_ptr + n, kept, split == 0)
+        tl.debug_barrier()  # before the next item takes the place
+
+
+@triton.jit
+def merge_kernel(
+    count_ptr,  # [N] out: scored keys of rows in parts
+    keys_ptr,  # [N, CAPACITY] out
+    list_ptr,  # [N] int32: rows that were scored in full
+    listed_ptr,  # [1] int32: how many they are
+    parts_ptr,  # [PROGRAMS, CAPACITY], of which k are read
+    k,
+    PROGRAMS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The k best of all parts of a row."""
+    row = tl.program_id(0)
+    listed = tl.load(listed_ptr)
+    parts = _parts(listed, PROGRAMS)
+    if (row < listed) & (parts > 1):
+        n = tl.load(list_ptr + row).to(tl.int64)
+        keys = keys_ptr + n * CAPACITY
+        own = parts_ptr + row * parts * CAPACITY
+        least = tl.full((), EMPTY, tl.int64)
+        kept = 0
+        for first in range(0, parts * k, CHUNK):
+            e = first + tl.arange(0, CHUNK)
+            part = e // k
+            key = tl.load(own + part * CAPACITY + e % k, part < parts, EMPTY)
+            wins = key > least
+            one = wins.to(tl.int32)
+            tl.store(keys + kept + tl.cumsum(one, axis=0) - one, key, wins)
+            kept += tl.sum(one)
+            tl.debug_barrier()  # other threads of the program read what was stored
+            if kept > CAPACITY - CHUNK:
+                least = keep_best(keys, None, kept, k, CAPACITY)
+                kept = tl.minimum(kept, k)
+        tl.store(count_ptr + n, kept)
 
 
 def screened_topk_encode(
@@ -227,19 +330,33 @@ def screened_and_redone(
     )
     tile = tile_of(rounded, carries=True)
     tau = guess(op, k, "screen", tile) if tau is None else tau.clone()  # it is written
-    # twice the room of the plain gate: latents that cannot be told apart pass as well
-    found = gated(op, tau, "screen", tile, capacity or 2 * capacity_of(k, tile.f))
+    # twice the room of the plain gate: latents that cannot be told apart pass as well; but no more
+    # than the registers of a program can hold
+    room = min(2 * capacity_of(k, tile.f), 4096)
+    found = gated(op, tau, "screen", tile, capacity or room)
     assert found.carried is not None
     capacity = found.keys.shape[1]
-    rows, listed = tau.new_empty(N, dtype=torch.int32), found.counts[N:]
+    rows, listed = tau.new_empty(N + 1, dtype=torch.int32), found.counts[N:]
+    unproven = rows[N:]
+    warps = warps_of(capacity)
     tighten_kernel[(N,)](
-        tau, found.counts, found.carried, redone, rows, listed, k, CAPACITY=capacity, num_warps=4
-    )
-    gate_rows(op, tau, found, "screen", tile, rows, listed)
+        tau, found.counts, found.carried, redone, rows, listed, unproven, k, CAPACITY=capacity,
+        num_warps=warps,
+    )  # fmt: skip
+    gate_listed(op, tau, found, "screen", tile, rows, listed)
+    prove_kernel[(N,)](
+        tau, *found, redone, rows, unproven, k, CAPACITY=capacity, num_warps=warps
+    )  # fmt: skip
+    parts = found.keys.new_empty(PROGRAMS, capacity)
     block_d = min(128, int(triton.next_power_of_2(d)))
-    rescore_kernel[(N,)](
-        x, W_enc, b_enc, living, tau, found.counts, found.keys, found.carried, redone, F, d, k,
-        CAPACITY=capacity, BLOCK_C=BLOCK_C, BLOCK_D=block_d, num_warps=4,
+    rescore_kernel[(PROGRAMS + N,)](
+        x, W_enc, b_enc, living, tau, found.counts, found.keys, redone, rows, unproven, parts,
+        F, d, k, PROGRAMS=PROGRAMS, CAPACITY=capacity, BLOCK_C=BLOCK_C, BLOCK_D=block_d,
+        num_warps=warps, **(registers(160) if warps == 4 else {}),
+    )  # fmt: skip
+    merge_kernel[(min(N, PROGRAMS // 2),)](
+        found.counts, found.keys, rows, unproven, parts, k, PROGRAMS=PROGRAMS, CAPACITY=capacity,
+        CHUNK=1 << (capacity - k).bit_length() - 1, num_warps=warps,
     )  # fmt: skip
     values, indices = pick(Candidates(found.counts, found.keys, None), k, x.dtype, relu=True)
     return values, indices, redone

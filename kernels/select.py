@@ -4,9 +4,9 @@
 1. maxima: the largest order of each group of consecutive columns; one read, spread over the device.
 2. select, one program a row: the k-th largest maximum bounds the k-th score from below, so only
    groups that reach it are read again. What passes is appended to a buffer of 64-bit keys (order,
-   then smaller index). At the end, and where there is no room for another round, the buffer is
-   sorted and cut to its best k, the last of which is the new bound. Exact on any data, and the
-   order of appending does not matter.
+   then smaller index). Where there is no room for another round, the buffer is cut to its best k,
+   the last of which is the new bound. At the end it is sorted. Exact on any data, and the order of
+   appending does not matter.
 
 Bytes a row: the scores once, about k groups again, the maxima and the buffer, which stay in cache.
 A larger k than MAX_K has no buffer: torch sorts the orders of whole rows.
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .keys import EMPTY, NOTHING, index_of, kth_largest, order_of
+from .keys import EMPTY, NOTHING, index_of, keep_best, kth_largest, order_of
 from .launch import registers
 
 MAX_K = 128 if triton.knobs.runtime.interpret else 2048
@@ -112,6 +112,7 @@ def select_kernel(
     F, groups, k, beta,
     RELU: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, MODE: tl.constexpr,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, ROUND: tl.constexpr, CAPACITY: tl.constexpr,
+    SORTED: tl.constexpr,  # at least k
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, GROUPS)
@@ -125,7 +126,6 @@ def select_kernel(
     tl.debug_barrier()
 
     keys = keys_ptr + n * CAPACITY
-    c = tl.arange(0, CAPACITY)
     least = bound << 32  # keys below it have lost
     count = tl.full((), 0, tl.int32)
     PARTS: tl.constexpr = ROUND // GROUP
@@ -141,16 +141,14 @@ def select_kernel(
         passed = ((key >= least) & (f < F)).to(tl.int32)
         tl.store(keys + count + tl.cumsum(passed, axis=0) - passed, key, passed != 0)
         count += tl.sum(passed)
-        if (count > CAPACITY - ROUND) | (first + PARTS >= listed):  # no room, or the end: cut to k
-            tl.debug_barrier()
-            kept = tl.sort(tl.load(keys + c, c < count, EMPTY), descending=True)
-            tl.debug_barrier()
-            tl.store(keys + c, kept, c < k)
-            least = tl.max(tl.where(c == k - 1, kept, EMPTY)) + 1  # keys are unique
+        tl.debug_barrier()  # other threads of the program read what was stored
+        over = (first + PARTS >= listed) & (count > SORTED)
+        if (count > CAPACITY - ROUND) | over:  # no room for another round, or to sort them
+            least = keep_best(keys, None, count, k, CAPACITY) + 1  # keys are unique
             count = tl.minimum(count, k)
-        tl.debug_barrier()
 
-    key = tl.load(keys + c, c < k, EMPTY)
+    c = tl.arange(0, SORTED)
+    key = tl.sort(tl.load(keys + c, c < count, EMPTY), descending=True)
     f = index_of(key)
     z = _preactivation(scores_ptr, bias_ptr, mask_ptr, n, f, c < k, F, BIAS, MASK)
     if RELU:
@@ -213,9 +211,12 @@ def select(
         values.copy_(torch.where(z <= 0, 0, z) if relu else z)
         return
     capacity = triton.next_power_of_2(k + ROUND)
+    # what passes is seldom a ninth more than k; a sort of more is slow, and takes long to compile
+    ordered = max(16, triton.next_power_of_2(k + k // 8 if k <= 512 else k))
     keys = torch.empty(rows, capacity, dtype=torch.int64, device=scores.device)
     select_kernel[(rows,)](
         *inputs, maxima, keys, values, indices, F, groups, k, beta, RELU=relu, **options,
         GROUP=group, GROUPS=triton.next_power_of_2(groups), ROUND=ROUND, CAPACITY=capacity,
+        SORTED=ordered,
         num_warps=4 if capacity <= 1024 else 8, **registers(128 if capacity <= 1024 else 255),
     )  # fmt: skip

@@ -16,7 +16,8 @@ TOPK = (
     "overflow", "overflow of one row", "shortfall", "all equal", "infinite", "one NaN latent",
     "NaN row", "winners in one tile", "centred", "masked", "masked, overflow", "scaled", "linear",
     "absolute", "absolute, overflow", "absolute, shortfall", "absolute, masked", "thresholds",
-    "thresholds, overflow", "threshold that nothing reaches",
+    "thresholds, overflow", "threshold that nothing reaches", "room for many",
+    "absolute, room for many", "winners at every place",
 )  # fmt: skip
 GRAD = [f"{mode}, {kind}" for mode in MODES for kind in ("wide", "NaN")]
 GRAD += [

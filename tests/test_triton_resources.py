@@ -12,7 +12,7 @@ ENCODES = [
     f"{op}, {capability}"
     for op in ("topk-bf16", "grad-bf16", "screen")
     for capability in CAPABILITIES
-] + ["grad-fp32, 80", "one-of-each, 90"]
+] + ["grad-fp32, 80", "screen-k1024, 90", "one-of-each, 90"]
 # a selection takes seconds to compile: most generations have the commonest only
 PORTABLE = [
     f"{ops}-bf16, {capability}"
@@ -21,8 +21,11 @@ PORTABLE = [
     if (ops, capability) != ("selection", 90)
 ] + ["selections-bf16, 90", "step-bf16-halves, 90", "step-fp32, 80"]
 
-PRODUCTS = {"maxima_kernel", "gate_kernel", "redo_kernel"}
+PRODUCTS = {"maxima_kernel", "gate_kernel", "gate_listed_kernel", "redo_kernel"}
 GATED = {"maxima_kernel", "guess_kernel", "gate_kernel", "pick_kernel"}
+SCREEN = {
+    "gate_listed_kernel", "tighten_kernel", "prove_kernel", "rescore_kernel", "merge_kernel",
+}  # fmt: skip
 OF_STEP = {
     "decode_kernel", "values_kernel", "squares_kernel", "keys_kernel", "order_kernel",
     "bounds_kernel", "sums_kernel", "pieces_kernel", "centre_kernel", "centre_sum_kernel",
@@ -32,7 +35,7 @@ OF_STEP = {
 KERNELS = {
     "topk": GATED | {"list_kernel", "redo_kernel"},
     "grad": GATED | {"list_kernel", "redo_kernel", "informed_kernel"},
-    "screen": GATED | {"norms_kernel", "tighten_kernel", "rescore_kernel"},
+    "screen": GATED | {"norms_kernel"} | SCREEN,
     "selection": {"maxima_kernel", "select_kernel"},
     "selections": {"maxima_kernel", "select_kernel"},
     "gradients": {"decode_kernel", "values_kernel", "pieces_kernel", "weight_kernel"},

@@ -12,10 +12,13 @@ from ksae.kernels import screen
 CASES = (
     "random", "no row", "one row", "k is F", "wide", "overflow", "overflow of one row",
     "shortfall", "shortfall, room for all", "guess too high", "near ties, room for all",
-    "near ties, overflow", "ties", "outlier dimension", "tiny", "denormal", "huge weights",
-    "huge rows", "mixed norms", "zeros", "NaN in a row", "infinite row", "NaN latent",
-    "infinite latents", "bias not finite", "all negative", "masked", "half masked, overflow",
-    "centred", "kept shadow", "without the bound", "paths agree", "bound holds",
+    "near ties, room for many", "near ties, overflow", "near ties, masked", "many, near ties",
+    "rows and parts",
+    "more rows than programs", "all equal", "few above -inf", "all NaN", "ties",
+    "outlier dimension", "tiny", "denormal", "huge weights", "huge rows", "mixed norms", "zeros",
+    "NaN in a row", "infinite row", "NaN latent", "infinite latents", "bias not finite",
+    "all negative", "masked", "half masked, overflow", "centred", "kept shadow",
+    "without the bound", "paths agree", "bound holds",
 )  # fmt: skip
 
 

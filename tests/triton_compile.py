@@ -134,6 +134,7 @@ CASES = {
     "grad-bf16": lambda: grad(T16, **B),
     "grad-fp32": lambda: grad(T32, **B),
     "screen": lambda: screened(**B),
+    "screen-k1024": lambda: screened(**B | {"k": 1024}),
     "one-of-each": one_of_each,
     "selection-bf16": lambda: selection(T16, **A),
     "selections-bf16": lambda: selections(T16, **A),

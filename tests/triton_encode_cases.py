@@ -52,6 +52,7 @@ def topk_case(case: str) -> None:
         "sampled": (2, 5, 2100, 4),
         "overflow of one row": (3, 17, 200, 6),
         "random": (5, 40, 300, 9),
+        "winners at every place": (16, 16, 70, 5),
     }.get(case, (2, 17, 200, 6))
     dtype = {"half": torch.float16, "bf16": torch.bfloat16}.get(case, torch.float32)
     x, W = integers(N, d, dtype=dtype), integers(F, d, dtype=dtype, seed=1)
@@ -91,6 +92,12 @@ def topk_case(case: str) -> None:
             meaning["activation"] = "abs"
         case "absolute, overflow":
             meaning["activation"], way["tau"] = "abs", everything
+        case "winners at every place":
+            x, way = torch.eye(N, d, dtype=dtype), {"tau": everything, "capacity": 128}
+            W[torch.arange(F), torch.arange(F) % N] = 1000
+        case "room for many" | "absolute, room for many":  # more than are sorted
+            way = {"tau": everything, "capacity": 2048}
+            meaning["activation"] = "abs" if "absolute" in case else "relu"
         case "absolute, shortfall":
             meaning["activation"], way["tau"] = "abs", nothing
         case "absolute, masked":

@@ -8,6 +8,7 @@ Prints a JSON object: the name of each case that is asked for, and "equal" or wh
 
 import json
 import sys
+from unittest import mock
 
 import torch
 import triton_interpreter  # noqa: F401  first: sets the mode
@@ -30,11 +31,15 @@ def case_of(case: str) -> None:
         "k is F": (2, 17, 33, 33),
         "overflow of one row": (3, 20, 160, 6),
         "wide": (2, 300, 40, 3),
+        "many, near ties": (1, 20, 1100, 900),
+        "rows and parts": (3, 20, 300, 6),
+        "more rows than programs": (5, 20, 160, 6),
     }.get(case, (2, 20, 160, 6))
     top = 63 if case == "wide" else 511
     x, W = integers(N, d, top=top), integers(F, d, top=top, seed=1)
     b, b_dec, mask = integers(F, top=511, seed=2), None, None
     way = {} if case == "random" else {"capacity": 64}
+    programs = 3
     again = full = None  # rows that are expected to pass the gate twice; to be scored in full
     match case:
         case "random" | "wide":
@@ -53,8 +58,20 @@ def case_of(case: str) -> None:
         case "near ties, room for all":
             W = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3)
             way, again, full = {"capacity": 256}, 0, 0
-        case "near ties, overflow":
+        case "near ties, room for many":  # more than are sorted
+            W = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3)
+            way, again, full = {"capacity": 2048}, 0, 0
+        case "near ties, overflow" | "rows and parts" | "more rows than programs":
             W, full = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3), N
+            programs = {"rows and parts": 8, "near ties, overflow": 20}.get(case, 3)
+        case "near ties, masked":
+            W, full = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3), N
+            mask = torch.arange(F) % 2 == 0
+        case "many, near ties":  # room for less than two programs' best
+            W, full = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3), N
+            way = {"capacity": 1024}
+        case "all equal":
+            W, b, full, programs = integers(1, d, top=511, seed=1).expand(F, d), b * 0, N, 5
         case "ties":
             W = W[torch.arange(F) % 8]
             b = b[torch.arange(F) % 8]
@@ -84,6 +101,10 @@ def case_of(case: str) -> None:
             W[150, 3], W[10, 2] = INF, -INF
         case "bias not finite":
             b[3], b[77], b[150] = INF, -INF, torch.nan
+        case "few above -inf":  # parts with fewer than k, rows with fewer than k
+            b[torch.arange(F) % 40 != 7], full = -INF, N
+        case "all NaN":
+            x[:, 0], full = torch.nan, N
         case "all negative":
             b -= 1e6
         case "masked":
@@ -95,7 +116,8 @@ def case_of(case: str) -> None:
         case "kept shadow":
             way["of_W"] = screen.shadow(W, W.bfloat16())
     given = way["tau"].clone() if "tau" in way else None
-    *got, fell = screen.screened_and_redone(x, W, b, k, b_dec, mask, **way)
+    with mock.patch.object(screen, "PROGRAMS", programs):
+        *got, fell = screen.screened_and_redone(x, W, b, k, b_dec, mask, **way)
     expected = reference.topk_encode(x, W, b, k, b_dec, mask)
     assert_same("indices", got[1], expected[1])
     assert_same("values", got[0], expected[0])
@@ -117,14 +139,17 @@ def without_the_bound() -> None:
 
 
 def paths_agree() -> None:
-    """Normal numbers: scored as one of few or in full, a latent has the same bits."""
+    """Normal numbers: scored as one of few, in full or in parts, a latent has the same bits."""
     x, W, b = randn(3, 50), randn(200, 50, seed=1), randn(200, seed=2)
     few = screen.screened_and_redone(x, W, b, 6, capacity=64)
     twice = screen.screened_and_redone(x, W, b, 6, capacity=64, tau=torch.full((3,), -INF))
-    full = screen.screened_and_redone(x, W, b, 6, capacity=64, tau=torch.full((3,), INF))
-    assert not few[2].any() and (twice[2] == 1).all() and (full[2] == 2).all()
+    assert not few[2].any() and (twice[2] == 1).all()
     assert torch.equal(few[0], twice[0]) and torch.equal(few[1], twice[1])
-    assert torch.equal(few[0], full[0]) and torch.equal(few[1], full[1])
+    for programs in (2, 3, 7, 60):  # a part a row, and as many as leave some of them empty
+        with mock.patch.object(screen, "PROGRAMS", programs):
+            full = screen.screened_and_redone(x, W, b, 6, capacity=64, tau=torch.full((3,), INF))
+        assert (full[2] == 2).all()
+        assert torch.equal(few[0], full[0]) and torch.equal(few[1], full[1])
     exact = reference.topk_encode(x.double(), W.double(), b.double(), 6)
     assert_same("indices", few[1], exact[1])
     assert_close("values", few[0], reference.topk_encode(x, W, b, 6)[0], exact[0])
@@ -168,4 +193,5 @@ def outcome(name: str) -> str:
 
 
 if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)  # fills what is allocated
     print(json.dumps({name: outcome(name) for name in sys.argv[1:]}))

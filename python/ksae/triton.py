@@ -9,8 +9,9 @@ Run on no AMD GPU, and so far on no GPU: interpreted and compiled only.
 The first call of a kind compiles its kernels; Triton keeps them on disk (TRITON_CACHE_DIR), where
 the next process finds them in tenths of a second. Nothing is tuned at run time: dtype and GPU
 generation choose a tile (kernels/product.py). Seconds of one core of an AMD EPYC (Zen 5) to compile
-for sm_90 in bfloat16: fused encode 3.4, gradient-aware 4.0, screened float32 3.8, selection of
-stored scores 3.2 for k = 64 and 8.0 for k = 2048, the rest of a fused training step 3.0.
+for sm_90 in bfloat16: fused encode 3.0, gradient-aware 3.7, screened float32 4.7, selection of
+stored scores 1.2 for k = 64 and 3.3 for k = 2048, the rest of a fused training step 3.0 (processor
+time, the least of three).
 
 Environment, read once at import: KSAE_TRITON=0 leaves the Triton kernels out.
 """
