@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +407,19 @@ def test_streams_are_respected() -> None:
             got = ops.topk(x * 2 + 1, 9)
         stream.synchronize()
         assert_same("indices", got[1], want[1])
+
+
+def test_a_forked_child_of_an_import_can_use_the_device() -> None:
+    program = """
+import os, ksae, torch
+child = os.fork()
+if child == 0:
+    x = torch.randn(3, 99, device="cuda")
+    os._exit(0 if torch.equal(ksae.topk(x, 2)[0], x.topk(2).values) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_mixed_devices_are_refused() -> None:

@@ -50,6 +50,12 @@ def test_why_the_kernels_cannot_run(native: Any, reason: str) -> None:
     assert cuda.why_not(native) == reason
 
 
+def test_an_import_asks_for_no_device() -> None:
+    asks = module(13000)
+    asks.device_count = lambda: pytest.fail("the driver was asked for its devices")
+    assert cuda._why_not_by_version(asks) == ""
+
+
 def test_an_old_gpu_is_refused_and_a_new_one_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

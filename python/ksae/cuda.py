@@ -342,10 +342,11 @@ class Kernels(Encode):
             )  # fmt: skip
 
 
-def why_not(module: ModuleType) -> str:
-    """Why the kernels of `module` cannot run here, in one line; empty if they can.
+def _why_not_by_version(module: ModuleType) -> str:
+    """Why no driver here can run the kernels of `module`; empty if one can.
 
-    Asks the driver for a device, but opens none.
+    Asks for versions alone: once a process has asked the driver for its devices, the children that
+    it forks cannot use them.
     """
     driver, runtime = module.driver_version(), module.runtime_version()
     if driver == 0:
@@ -356,6 +357,16 @@ def why_not(module: ModuleType) -> str:
             f"the driver is too old: it runs CUDA up to {newest}, the kernels are built with"
             f" {built}; update the driver"
         )
+    return ""
+
+
+def why_not(module: ModuleType) -> str:
+    """Why the kernels of `module` cannot run here, in one line; empty if they can.
+
+    Asks the driver for a device, but opens none.
+    """
+    if reason := _why_not_by_version(module):
+        return reason
     try:
         return "" if module.device_count() else "no CUDA device"
     except RuntimeError as error:
@@ -410,7 +421,7 @@ def _load() -> tuple[Kernels | None, str]:
         return None, f"not importable: {error}"
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is built without CUDA"
-    reason = why_not(_cuda)
+    reason = _why_not_by_version(_cuda)
     return (None if reason else Kernels(_cuda), reason)
 
 
