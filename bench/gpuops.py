@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksae import gpu, ops, reference
+from ksae import gpu, ops, products, reference, triton
 from ksae.products import Encode
 from ksae.triton import Kernels
 
@@ -57,6 +57,8 @@ def measure_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
         "product alone": i.product,
         "cuBLAS + torch.topk": dense_encode,
     }
+    for size in (32, 1024):  # MiB of scores at a time: what L2 holds, and full waves of rows
+        ways[f"product + select, {size} MiB"] = in_chunks(size, ways["product + select"])
     for way in list(ways)[:3]:
         got = lambda way=way: ways[way]()[0]
         check(record, timer, f"encode {shape.name} by {way}", got, i.values, 1e-2)
@@ -70,6 +72,12 @@ def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
     i = Inputs(shape, timer.device, torch.float32)
     tokens = (i.x, i.W, i.b_enc, shape.k)
     low_x, low_W = i.x.bfloat16(), i.W.bfloat16()
+    kept: list[Tensor] = []
+
+    def with_shadow() -> tuple[Tensor, Tensor]:
+        """As in a training step, which writes the shadow with the weights."""
+        kept.extend(() if kept else triton.shadow(i.W))
+        return Kernels().fused_topk_encode(*tokens, None, None, *kept)
 
     def low_product() -> None:
         for part in low_x.split(CHUNK):
@@ -79,6 +87,7 @@ def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
         "ksae": lambda: ops.topk_encode(*tokens),
         "fused Triton": lambda: Kernels().fused_topk_encode(*tokens),
         "product + select": lambda: with_product().topk_encode(*tokens),
+        "fused Triton, kept shadow": with_shadow,
         "bf16 product alone": low_product,
         "product alone": i.product,
     }
@@ -121,6 +130,19 @@ def measure_aux(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) 
     cost = costs.topk_encode_aux(shape.N, shape.d, shape.F, shape.k, k_aux, i.x.element_size())
     times = add_rows(record, timer, shape, "encode + AuxK", ways, cost)
     note_choice(record, timer.device, shape, dtype, "aux", times)
+
+
+def in_chunks(mebibytes: int, way: Way) -> Way:
+    """The same, with so much memory for the scores of a chunk."""
+
+    def run() -> Any:
+        before, products.chunk_bytes = products.chunk_bytes, mebibytes << 20
+        try:
+            return way()
+        finally:
+            products.chunk_bytes = before
+
+    return run
 
 
 def with_product() -> Encode:

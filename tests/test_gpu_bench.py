@@ -50,6 +50,8 @@ def test_every_op_and_way_is_measured(results):
             "ksae",
             "fused Triton",
             "product + select",
+            "product + select, 32 MiB",
+            "product + select, 1024 MiB",
             "product alone",
             "cuBLAS + torch.topk",
         },
@@ -57,6 +59,7 @@ def test_every_op_and_way_is_measured(results):
         "encode float32": {
             "ksae",
             "fused Triton",
+            "fused Triton, kept shadow",
             "product + select",
             "bf16 product alone",
             "product alone",
