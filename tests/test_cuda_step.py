@@ -21,7 +21,9 @@ from test_step import (  # noqa: F401  (a fixture)
 from test_step import (
     test_one_step_has_at_most_twice_torchs_error as at_most_twice_torchs_error,
 )
+from torch import is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ksae
 from ksae import products, reference
@@ -91,6 +93,40 @@ def test_no_step_asks_the_device(kind: str, dead: int) -> None:
     with NothingAsksTheDevice():
         metrics = step(*rows, **options)
     assert (metrics["auxk_loss"] > 0) == (dead > 0)
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made inside."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if is_tensor(t)}
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if is_tensor(t) and t.untyped_storage()._cdata not in given:
+                self.most = max(self.most, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["sae", "gradient"])
+def test_no_step_holds_the_scores(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever N, nothing is larger than the scores of a chunk and a few numbers a token."""
+    d, width, k, k_aux, rows = 5, 700, 4, 3, 8
+    chunk = rows * width * 4
+    monkeypatch.setattr(products, "chunk_bytes", chunk)
+    for tokens in (64, 256):
+        if kind == "gradient":
+            model = ksae.GradTopKSAE(d, width, k, beta=0.5, k_aux=k_aux)
+        else:
+            model = ksae.TopKSAE(d, width, k, k_aux=k_aux)
+        x = randn(tokens, d)
+        options = {"grad": randn(tokens, d, seed=3)} if kind == "gradient" else {}
+        step = ksae.TrainStep(model, lr=LR, clip_norm=1.0)
+        with Largest() as largest:
+            step(x, **options)
+        assert chunk <= largest.most <= chunk + tokens * 8 * (d + 2 * k)
+        assert largest.most < tokens * width * 4
 
 
 # ---------------------------------------------------------------------------------- both selections
