@@ -118,6 +118,24 @@ def row_update(
     return Cost(read, 2 * N * k * d + 6 * F * d) + adam(F * d, s)
 
 
+def total_variance(N: int, d: int, s: int = F32) -> Cost:
+    return Cost(N * d * s + F32, 4 * N * d)
+
+
+def loss_terms(N: int, terms: int = 1) -> Cost:
+    """Squared errors of each token, and a few numbers a term."""
+    return Cost(terms * (N * 8 + 4 * F32) + F32, terms * N)
+
+
+def adam_scalars(scales: int = 1) -> Cost:
+    return Cost((2 + 8 + 2 * scales) * F32 + 5 * 8 + 1, 20)
+
+
+def vector_update(size: float, s: int = F32) -> Cost:
+    """One gradient, and Adam."""
+    return Cost(size * F32) + adam(size, s)
+
+
 def train_step(N: int, d: int, F: int, k: int, s: int = F32) -> dict[str, Cost]:
     """The fused step by phase; each phase counts its tensors once."""
     return {

@@ -250,6 +250,59 @@ def _step_ops(case: Case) -> Iterator[Problem]:
         lambda impl: _update(case, impl, decoder, along),
         {"index_add_, fused Adam": _torch_update(case)} if s == 4 else {},
     )
+    yield from _small(case)
+
+
+def _small(case: Case) -> Iterator[Problem]:
+    """What else a step does: the numbers of its loss and of Adam, and the update of a bias."""
+    N, d, s, x = case.N, case.d, case.dtype.itemsize, case.x
+    device = x.device
+    loss, lr, t = (torch.tensor(v, device=device, dtype=torch.float64) for v in (0.5, 1e-3, 0.0))
+    constants = torch.tensor([0.9, 0.999, 1e-8], device=device, dtype=torch.float64)
+    terms = ([case.residual.double().square().sum(1)], [ops.total_variance(x)], [1.0])
+    yield Problem(
+        "total_variance",
+        "forward",
+        costs.total_variance(N, d, s),
+        lambda impl: partial(impl.total_variance, x),
+        {"torch.var": lambda: N * x.float().var(0, correction=0).sum()},
+    )
+    yield Problem(
+        "loss_terms",
+        "forward",
+        costs.loss_terms(N),
+        lambda impl: partial(impl.loss_terms, *terms),
+        check=list,
+    )
+    scalars = (loss.float(), None, None, case.scale, lr, t, constants)
+    yield Problem(
+        "adam_scalars",
+        "forward",
+        costs.adam_scalars(),
+        lambda impl: partial(impl.adam_scalars, *scalars),
+        check=lambda r: [r[0], r[2]],
+    )
+    yield Problem(
+        "vector_update",
+        "forward",
+        costs.vector_update(case.F, s),
+        lambda impl: _vector_update(case, impl),
+    )
+
+
+def _vector_update(case: Case, impl: Any) -> Call:
+    """b_enc's update, on a bias and moments of its own."""
+    p = case.b_enc.clone()
+    master = None if case.dtype == torch.float32 else p.float()
+    m, v = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
+    hyper, taken = torch.tensor(HYPER, device=p.device), torch.tensor(True, device=p.device)
+    grad = case.W[:, 0].float()
+
+    def call() -> Tensor:
+        impl.vector_update([grad], None, None, taken, hyper, p, master, m, v)
+        return p
+
+    return call
 
 
 def _update(case: Case, impl: Any, lists: tuple[Any, ...], along: Tensor) -> Call:

@@ -91,6 +91,9 @@ def implementations(op: str, device: str, every_isa: bool) -> Iterator[Implement
         return
     if not native.available():
         return
+    if "cpu" not in ops.serving()[op]:
+        yield Implementation("ksae (the reference)", ops)
+        return
     from ksae import _cpu
 
     best = _cpu.isa()

@@ -202,7 +202,6 @@ def test_backward_through_an_op_without_formula_is_an_error():
 # may import each other; the package itself (ksae/__init__.py) stands above all of them.
 LAYERS = [
     {"_cpu", "_cuda", "checks", "errors", "version"},
-    {"reference_small"},
     {"reference", "native", "products", "kernels"},
     {"cuda"},
     {"triton"},

@@ -262,11 +262,13 @@ def test_vmap_over_rows() -> None:
         )
         top = torch.vmap(lambda x: ksae.topk(x, 2)[0], in_dims=2)(x.movedim(0, 2))
         none = torch.vmap(lambda x: ksae.topk(x, 2)[0])(x[:, :0])
+        variance = torch.vmap(ops.total_variance, in_dims=1)(x.movedim(0, 1))
     want = ksae.topk_encode(x, W, b, k)
     assert torch.equal(values, want[0]) and torch.equal(indices, want[1])
     assert torch.equal(recon, ksae.sparse_decode(*want, W))
     assert torch.equal(shared[2], ksae.sparse_decode(want[0][2], want[1][0], W))
     assert torch.equal(top, ksae.topk(x, 2)[0]) and none.shape == (4, 0, 2)
+    assert torch.equal(variance, torch.stack([ops.total_variance(rows) for rows in x]))
 
 
 def test_vmap_over_gradients() -> None:

@@ -451,9 +451,7 @@ def row_update(
     if parallel is not None:
         written["parallel"] = parallel
     _like(op, "hyper", hyper, (8,), acc, W)
-    for arg, t in written.items():
-        if not t.is_contiguous():
-            raise fail(op, arg, "contiguous, for it is written", f"strides {_text(t.stride())}")
+    _writable(op, written)
     return T
 
 
@@ -531,11 +529,14 @@ def vector_update(
         _like(op, "scales", scales, (len(grads),), acc, p)
     _like(op, "taken", taken, (), torch.bool, p)
     _like(op, "hyper", hyper, (8,), acc, p)
-    for arg, written in (("p", p), ("master", master), ("m", m), ("v", v)):
-        if written is not None and not written.is_contiguous():
-            strides = _text(written.stride())
-            raise fail(op, arg, "contiguous, for it is written", f"strides {strides}")
+    _writable(op, {"p": p, "m": m, "v": v} | ({} if master is None else {"master": master}))
     return p.dtype
+
+
+def _writable(op: str, written: dict[str, Tensor]) -> None:
+    for arg, t in written.items():
+        if not t.is_contiguous():
+            raise fail(op, arg, "contiguous, for it is written", f"strides {_text(t.stride())}")
 
 
 def _accumulated(op: str, arg: str, t: Tensor) -> torch.dtype:

@@ -349,10 +349,11 @@ class TrainStep:
 
     def _keep_shadow(self, k: int, aux: bool, grad: Tensor | None) -> None:
         """From the first step on that selects by way of a shadow; by a gradient only AuxK does."""
+        if self._shadow:
+            return
         W = self.parameters["W_enc"]
-        screened = (aux or grad is None) and gpu.screens(W, k, aux)
         unseen = W.is_inference() or self.model.shares_memory  # writes that no version counts
-        if screened and not unseen and not self._shadow:
+        if (aux or grad is None) and gpu.screens(W, k, aux) and not unseen:
             self._shadow = triton.shadow(W)
 
     def _renew_shadow(self) -> None:
