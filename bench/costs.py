@@ -194,7 +194,7 @@ def ceilings(
 
     `copied`: floats of the copy; the default's 256 MB are far beyond any cache.
     """
-    from ksae import native
+    from ksae.backends import cpu as native
 
     source = torch.randn(copied)
     target = torch.zeros_like(source)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ksae import plots
+from ksae.analysis import plots
 
 from .record import Record, Row, groups
 from .report import best_of_ours, best_rival, quotient

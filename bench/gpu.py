@@ -130,9 +130,9 @@ def smoke(device: str) -> None:
     import torch
 
     from ksae import ops, reference
+    from ksae.backends.triton import Kernels
     from ksae.bench.gpumeasure import Inputs, Shape
     from ksae.bench.gpuops import latent_pass
-    from ksae.triton import Kernels
 
     N, d, F, k = (33, 72, 1100, 9) if device == "cuda" else (5, 24, 140, 4)
     dead = torch.arange(F, device=device) % 10 == 0
@@ -230,7 +230,8 @@ def describe(record: Record, dry: bool) -> None:
     """What serves here, as the package says it that is measured."""
     import torch
 
-    from ksae import cuda, ops
+    from ksae import ops
+    from ksae.backends import cuda
     from ksae.bench import measure
 
     record.note("machine", **measure.machine(data="normal"), cuda=str(torch.version.cuda))

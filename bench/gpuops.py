@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksae import gpu, ops, products, reference, triton
-from ksae.products import Encode
-from ksae.triton import Kernels
+from ksae import ops, reference
+from ksae.backends import product as products
+from ksae.backends import serving as gpu
+from ksae.backends import triton
+from ksae.backends.product import Encode
+from ksae.backends.triton import Kernels
 
 from . import costs, gpurivals
 from .gpumeasure import CHUNK, Inputs, Shape, Timer, Way, add_rows, check
@@ -74,9 +77,9 @@ def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
     low_x, low_W = i.x.bfloat16(), i.W.bfloat16()
     kept: list[Tensor] = []
 
-    def with_shadow() -> tuple[Tensor, Tensor]:
-        """As in a training step, which writes the shadow with the weights."""
-        kept.extend(() if kept else triton.shadow(i.W))
+    def with_bf16_copy() -> tuple[Tensor, Tensor]:
+        """As in a training step, which writes the bf16 copy with the weights."""
+        kept.extend(() if kept else triton.bf16_copy(i.W))
         return Kernels().fused_topk_encode(*tokens, None, None, *kept)
 
     def low_product() -> None:
@@ -87,7 +90,7 @@ def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
         "ksae": lambda: ops.topk_encode(*tokens),
         "fused Triton": lambda: Kernels().fused_topk_encode(*tokens),
         "product + select": lambda: with_product().topk_encode(*tokens),
-        "fused Triton, kept shadow": with_shadow,
+        "fused Triton, kept bf16 copy": with_bf16_copy,
         "bf16 product alone": low_product,
         "product alone": i.product,
     }

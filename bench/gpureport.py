@@ -106,7 +106,7 @@ def goals(rows: list[dict[str, Any]]) -> list[tuple[str, float, str, float, bool
         wanted.append((f"{shape} fused encode / product", share, "<=", encode))
         share = ratio(shape, "grad encode + select", way, "products alone")
         wanted.append((f"{shape} fused grad encode / both products", share, "<=", 1.15))
-        for of in (way, f"{way}, kept shadow"):
+        for of in (way, f"{way}, kept bf16 copy"):
             share = ratio(shape, "encode float32", of, "bf16 product alone")
             name = of.replace(way, "screened float32")
             wanted.append((f"{shape} {name} / bf16 product", share, "<=", screened))

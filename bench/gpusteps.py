@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ksae.modules import TopKSAE
-from ksae.step import TrainStep
+from ksae.coders.coder import TopKSAE
+from ksae.step.train_step import TrainStep
 
 from . import costs, gpurivals
 from .gpumeasure import Inputs, Shape, Timer, Way, add_rows, memory

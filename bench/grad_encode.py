@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksae import _cpu, native
+from ksae import _cpu
+from ksae.backends import cpu as native
 
 
 def problem(N: int, d: int, F: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

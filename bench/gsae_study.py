@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksae.checkpoint import write_atomic
-from ksae.evalrun import about
-from ksae.evaluate import compare_language_model, evaluate
-from ksae.gradtopk import GradTopKSAE
-from ksae.initialize import geometric_median
-from ksae.modules import TopKSAE
-from ksae.steering import logit_shift, matched_latents
-from ksae.step import TrainStep
+from ksae.analysis.evaluate import compare_language_model, evaluate
+from ksae.analysis.steering import logit_shift, matched_latents
+from ksae.coders.coder import TopKSAE
+from ksae.coders.gradtopk import GradTopKSAE
+from ksae.coders.initialize import geometric_median
+from ksae.files.checkpoint import write_atomic
+from ksae.runs.evaluation import about
+from ksae.step.train_step import TrainStep
 
 from . import data, gsae_data, gsae_report
 from .gsae_data import SITES, Pairs, StudyData

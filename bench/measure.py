@@ -155,7 +155,7 @@ def _high_water() -> int:
 
 def machine(**conditions: Any) -> dict[str, Any]:
     """What a record of timings has to say: hardware, versions, revision, the run's `conditions`."""
-    from ksae import native
+    from ksae.backends import cpu as native
 
     record = {
         "cpu": _cpu_model(),

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksae import native, ops, reference
+from ksae import ops, reference
+from ksae.backends import cpu as native
 
 from . import peaks
 from .children import in_process

@@ -45,9 +45,9 @@ class Ksae:
         fused: bool = True,
         screening: bool | None = None,
     ) -> None:
-        from ksae import native
-        from ksae.modules import TopKSAE
-        from ksae.step import TrainStep
+        from ksae.backends import cpu as native
+        from ksae.coders.coder import TopKSAE
+        from ksae.step.train_step import TrainStep
         from ksae.version import VERSION
 
         self.version = VERSION

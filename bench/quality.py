@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ksae import ops
+from ksae.coders.initialize import geometric_median
 from ksae.errors import UserError
-from ksae.initialize import geometric_median
 
 from . import data, ours, peers
 from .data import Weights
@@ -69,8 +69,8 @@ def activations(cache: Path, harvest: bool) -> tuple[Tensor, Tensor]:
 
 def _harvest(files: list[Path]) -> None:
     from ksae.activations import PYDOC, SMOLLM2
-    from ksae.runconfig import DataConfig
-    from ksae.rundata import open_data
+    from ksae.runs.config import DataConfig
+    from ksae.runs.data import open_data
 
     config = DataConfig(model=SMOLLM2, hook=HOOK, text=PYDOC, holdout=0.1)
     sources = open_data(config)

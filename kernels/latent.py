@@ -154,22 +154,22 @@ def _square_of_row(W_ptr, i, d, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _along(parallel, square):
-    return tl.where(square > 0, tl.div_rn(parallel, tl.where(square > 0, square, 1.0)), 0.0)
+def _along(grad_dot_w, square):
+    return tl.where(square > 0, tl.div_rn(grad_dot_w, tl.where(square > 0, square, 1.0)), 0.0)
 
 
 @triton.jit
 def update_kernel(
     coefficients, offsets, order, rows, pieces, ks, scales_ptr, centre_ptr,
-    parallel_ptr,  # [F] float32
+    grad_dot_w_ptr,  # [F] float32
     W_ptr,  # [F, d] T
     master_ptr,  # [F, d] float32, with MASTER
     m_ptr, v_ptr,  # [F, d] float32
     hyper_ptr,  # [8] float32
-    shadow_ptr,  # [F, d] bf16 or None
-    norms_ptr,  # [3, F] float32 or None, with a shadow and WHOLE
+    W_bf16_ptr,  # [F, d] bf16 or None
+    norms_ptr,  # [3, F] float32 or None, with a bf16 copy and WHOLE
     F, d, columns, start,
-    GROUPS: tl.constexpr, CENTRE: tl.constexpr, PARALLEL: tl.constexpr, FIRST: tl.constexpr,
+    GROUPS: tl.constexpr, CENTRE: tl.constexpr, PROJECT: tl.constexpr, FIRST: tl.constexpr,
     MASTER: tl.constexpr, NORMALIZE: tl.constexpr, WHOLE: tl.constexpr,
     CUT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -184,12 +184,12 @@ def update_kernel(
             GROUPS, True, CUT, BLOCK,
         )  # fmt: skip
         w = tl.load(W_ptr + at, inside, 0.0).to(tl.float32)
-        if PARALLEL:
-            along = tl.load(parallel_ptr + i)
+        if PROJECT:
+            along = tl.load(grad_dot_w_ptr + i)
             if FIRST:  # later slices find it divided
                 along = _along(along, _square_of_row(W_ptr, i, d, BLOCK_D))
                 if not WHOLE:
-                    tl.store(parallel_ptr + i, along)
+                    tl.store(grad_dot_w_ptr + i, along)
             g -= along * w
         g *= tl.load(hyper_ptr + 5)
         m = tl.load(hyper_ptr + 2) * tl.load(m_ptr + at, inside, 0.0)
@@ -223,14 +223,14 @@ def update_kernel(
                 tl.store(W_ptr + i * d + o, other.to(W_ptr.dtype.element_ty), others)
                 if MASTER:
                     tl.store(master_ptr + i * d + o, other, others)
-                if shadow_ptr is not None:
-                    tl.store(shadow_ptr + i * d + o, other.to(tl.bfloat16), others)
+                if W_bf16_ptr is not None:
+                    tl.store(W_bf16_ptr + i * d + o, other.to(tl.bfloat16), others)
         tl.store(W_ptr + at, theta.to(W_ptr.dtype.element_ty), inside)
         if MASTER:
             tl.store(master_ptr + at, theta, inside)
-        if shadow_ptr is not None:
+        if W_bf16_ptr is not None:
             rounded = theta.to(tl.bfloat16)
-            tl.store(shadow_ptr + at, rounded, inside)
+            tl.store(W_bf16_ptr + at, rounded, inside)
             if norms_ptr is not None:
                 rounded = rounded.to(tl.float32)
                 lost = theta - rounded
@@ -245,10 +245,10 @@ def update_kernel(
 
 @triton.jit
 def grad_sq_kernel(
-    coefficients, offsets, order, rows, pieces, ks, scales_ptr, centre_ptr, parallel_ptr, W_ptr,
+    coefficients, offsets, order, rows, pieces, ks, scales_ptr, centre_ptr, grad_dot_w_ptr, W_ptr,
     out_ptr,  # [F] float64
     d, columns, start,
-    GROUPS: tl.constexpr, CENTRE: tl.constexpr, PARALLEL: tl.constexpr,
+    GROUPS: tl.constexpr, CENTRE: tl.constexpr, PROJECT: tl.constexpr,
     CUT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
@@ -260,8 +260,8 @@ def grad_sq_kernel(
             coefficients, offsets, order, rows, pieces, ks, scales_ptr, centre, i, c, columns,
             GROUPS, True, CUT, BLOCK,
         )  # fmt: skip
-        if PARALLEL:
-            along = _along(tl.load(parallel_ptr + i), _square_of_row(W_ptr, i, d, BLOCK_D))
+        if PROJECT:
+            along = _along(tl.load(grad_dot_w_ptr + i), _square_of_row(W_ptr, i, d, BLOCK_D))
             g -= along * tl.load(W_ptr + i * d + start + c, c < columns, 0.0).to(tl.float32)
         wide = tl.where(c < columns, g, 0.0).to(tl.float64)
         square = tl.sum(wide * wide, axis=0)
@@ -363,7 +363,7 @@ def row_update(
     groups: Groups,
     scales: Tensor,  # [G] float32
     centre: Tensor | None,  # [columns] T
-    parallel: Tensor | None,  # [F] float32
+    grad_dot_w: Tensor | None,  # [F] float32
     grad_b_enc: Tensor | None,  # [F] float32
     W: Tensor,  # [F, d] T
     master: Tensor | None,  # [F, d] float32
@@ -373,7 +373,7 @@ def row_update(
     grad_b_dec: Tensor | None,  # [d] float32
     start: int,
     normalize: bool,
-    shadow: Tensor | None,  # [F, d] bfloat16
+    W_bf16: Tensor | None,  # [F, d] bfloat16
     norms: Tensor | None,  # [3, F] float32
 ) -> None:
     """Gradient, projection, Adam and unit rows, in place; W.T @ grad_b_enc with W as it was."""
@@ -383,9 +383,9 @@ def row_update(
     block, block_d = (triton.next_power_of_2(max(n, 1)) for n in (groups.columns, d))
     update_kernel[(F,)](
         *groups.arguments, scales, W if centre is None else centre,
-        scales if parallel is None else parallel, W, W if master is None else master, m, v, hyper,
-        shadow, norms, F, d, groups.columns, start, GROUPS=groups.count, CENTRE=centre is not None,
-        PARALLEL=parallel is not None, FIRST=start == 0, MASTER=master is not None,
+        scales if grad_dot_w is None else grad_dot_w, W, W if master is None else master, m, v,
+        hyper, W_bf16, norms, F, d, groups.columns, start, GROUPS=groups.count, CENTRE=centre is not None,
+        PROJECT=grad_dot_w is not None, FIRST=start == 0, MASTER=master is not None,
         NORMALIZE=normalize, WHOLE=groups.columns == d, CUT=CUT, BLOCK=block, BLOCK_D=block_d,
         num_warps=warps(block_d), **registers(REGISTERS),
     )  # fmt: skip
@@ -405,7 +405,7 @@ def row_grad_sq(
     groups: Groups,
     scales: Tensor,  # [G] float32
     centre: Tensor | None,  # [columns] T
-    parallel: Tensor | None,  # [F] float32
+    grad_dot_w: Tensor | None,  # [F] float32
     W: Tensor,  # [F, d] T
     start: int,
     out: Tensor,  # [F] float64, written
@@ -415,8 +415,8 @@ def row_grad_sq(
     block, block_d = (triton.next_power_of_2(max(n, 1)) for n in (groups.columns, d))
     grad_sq_kernel[(F,)](
         *groups.arguments, scales, W if centre is None else centre,
-        scales if parallel is None else parallel, W, out, d, groups.columns, start,
-        GROUPS=groups.count, CENTRE=centre is not None, PARALLEL=parallel is not None, CUT=CUT,
+        scales if grad_dot_w is None else grad_dot_w, W, out, d, groups.columns, start,
+        GROUPS=groups.count, CENTRE=centre is not None, PROJECT=grad_dot_w is not None, CUT=CUT,
         BLOCK=block, BLOCK_D=block_d, num_warps=warps(block_d), **registers(REGISTERS),
     )  # fmt: skip
 

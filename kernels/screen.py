@@ -57,18 +57,18 @@ BLOCK_C = 32  # latents scored at a time
 PROGRAMS = 3 if triton.knobs.runtime.interpret else 264
 
 
-class Shadow(NamedTuple):
+class Bf16Copy(NamedTuple):
     """bf16 copy of float32 weights, with the norms that bound what it lost."""
 
     rounded: Tensor  # [F, d] bfloat16
     norms: Tensor  # [3, F] float32
 
 
-def shadow(W: Tensor, rounded: Tensor | None = None) -> Shadow:
-    """The shadow of W [F, d] float32; of the given copy, if there is one already."""
+def bf16_copy(W: Tensor, rounded: Tensor | None = None) -> Bf16Copy:
+    """The bf16 copy of W [F, d] float32; of the given copy, if there is one already."""
     W = W.contiguous()
     rounded = W.bfloat16() if rounded is None else rounded.contiguous()
-    return Shadow(rounded, norms(W, rounded))
+    return Bf16Copy(rounded, norms(W, rounded))
 
 
 @triton.jit
@@ -272,7 +272,7 @@ def screened_topk_encode(
     b_dec: Tensor | None = None,  # [d]
     mask: Tensor | None = None,  # [F] bool
     *,
-    of_W: Shadow | None = None,
+    of_W: Bf16Copy | None = None,
     tau: Tensor | None = None,  # [N] float32: a guess of the caller's, in place of the sample's
     capacity: int | None = None,
     slack: float = 1.0,
@@ -283,7 +283,7 @@ def screened_topk_encode(
 
     Args:
         k: at most 1024; ValueError above it.
-        of_W: the shadow of W_enc, where it outlives the call; else it is made here.
+        of_W: the bf16 copy of W_enc, where it outlives the call; else it is made here.
         tau, capacity: as in `topk_encode`. A slack below 1 breaks the proof: tests want to see it.
     """
     return screened_and_redone(
@@ -299,7 +299,7 @@ def screened_and_redone(
     b_dec: Tensor | None = None,
     mask: Tensor | None = None,
     *,
-    of_W: Shadow | None = None,
+    of_W: Bf16Copy | None = None,
     tau: Tensor | None = None,
     capacity: int | None = None,
     slack: float = 1.0,
@@ -314,7 +314,7 @@ def screened_and_redone(
         return x.new_empty(0, k), x.new_empty(0, k, dtype=torch.int64), redone
     x = (x if b_dec is None else x - b_dec).contiguous()
     W_enc, b_enc = W_enc.contiguous(), b_enc.contiguous()
-    of_W = shadow(W_enc) if of_W is None else of_W
+    of_W = bf16_copy(W_enc) if of_W is None else of_W
     rounded = x.bfloat16()
     living = None if mask is None else mask.contiguous().view(torch.int8)
     op = Operands(

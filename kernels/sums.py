@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of numbers over the entries of each latent: gradients of biases, and what is parallel.
+"""Sums of numbers over the entries of each latent: gradients of biases, and what is grad_dot_w.
 
 One program a latent takes SUMS entries at a time, in float64, so that sums depend on no order but
 that of the entries. Bytes: an entry's position, value and gradient. A latent that every token
@@ -35,12 +35,12 @@ def sums_kernel(
     order,
     scales_ptr,  # [GROUPS] float32, with GRADS
     bias_ptr,  # [F]: the sum of scale * grad, or of the values
-    parallel_ptr,  # [F]: the sum of scale * value * grad, with GRADS
+    grad_dot_w_ptr,  # [F]: the sum of scale * value * grad, with GRADS
     GROUPS: tl.constexpr, GRADS: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     bias = tl.zeros((SUMS,), tl.float64)
-    parallel = tl.zeros((SUMS,), tl.float64)
+    grad_dot_w = tl.zeros((SUMS,), tl.float64)
     good = True
     if GRADS:
         good = finite(scales_ptr, GROUPS)
@@ -55,12 +55,12 @@ def sums_kernel(
                     scale = tl.load(scales_ptr + g).to(tl.float64)
                     product = scale * tl.load(grads[g] + at, e < last, 0.0).to(tl.float64)
                     bias += product  # entries have values that are not 0
-                    parallel += v * product
+                    grad_dot_w += v * product
                 else:
                     bias += v
     tl.store(bias_ptr + i, tl.sum(bias, axis=0).to(tl.float32).to(bias_ptr.dtype.element_ty))
     if GRADS:
-        tl.store(parallel_ptr + i, tl.sum(parallel, axis=0).to(tl.float32))
+        tl.store(grad_dot_w_ptr + i, tl.sum(grad_dot_w, axis=0).to(tl.float32))
 
 
 def latent_sums(
@@ -70,11 +70,11 @@ def latent_sums(
     order: Sequence[Tensor],  # G of [N*k_g] int32
     scales: Tensor,  # [G] float32
     grad_b_enc: Tensor,  # [F] float32, written
-    parallel: Tensor,  # [F] float32, written
+    grad_dot_w: Tensor,  # [F] float32, written
 ) -> None:
     """Sums of scale * grad and of scale * value * grad over the entries of each latent."""
     sums_kernel[(grad_b_enc.numel(),)](
-        tuple(values), tuple(grads), tuple(offsets), tuple(order), scales, grad_b_enc, parallel,
+        tuple(values), tuple(grads), tuple(offsets), tuple(order), scales, grad_b_enc, grad_dot_w,
         GROUPS=len(values), GRADS=True, SUMS=SUMS, num_warps=1,
     )  # fmt: skip
 

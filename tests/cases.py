@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksae import native, ops, reference
+from ksae import ops, reference
+from ksae.backends import cpu as native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = tuple(ops.serving())
@@ -155,7 +156,7 @@ def row_arguments(
         "rows": [rows[0]] * len(ks) if encoder else rows,
         "scales": torch.tensor([0.5, 0.03, 0.1][: len(ks)], dtype=acc),
         "centre": randn(d, dtype=dtype, seed=8) if encoder else None,
-        "parallel": None if encoder else sums,
+        "grad_dot_w": None if encoder else sums,
         "grad_b_enc": sums if encoder else None,
         "W": W,
         "master": None if acc == dtype else _unrounded(W),
@@ -170,7 +171,7 @@ def row_arguments(
 
 def norm_arguments(a: dict[str, Any]) -> list[Any]:
     """Of row_update's arguments those of row_grad_sq."""
-    names = ("coefficients", "offsets", "order", "rows", "scales", "centre", "parallel", "W")
+    names = ("coefficients", "offsets", "order", "rows", "scales", "centre", "grad_dot_w", "W")
     return [*(a[name] for name in names), a["start"]]
 
 
@@ -333,9 +334,9 @@ def assert_close(
     )
 
 
-def assert_norms(norms: Tensor, W: Tensor, shadow: Tensor) -> None:
-    """norms [3, F] are the bounds of reference.shadow_norms, from above and not far."""
-    d, exact = W.shape[1], [t.double() for t in (W, shadow)]
+def assert_norms(norms: Tensor, W: Tensor, W_bf16: Tensor) -> None:
+    """norms [3, F] are the bounds of reference.bf16_norms, from above and not far."""
+    d, exact = W.shape[1], [t.double() for t in (W, W_bf16)]
     wide = torch.stack([t.norm(dim=1) for t in (exact[0], exact[0] - exact[1], exact[1])])
     assert norms.shape == wide.shape and norms.dtype == torch.float32
     infinite = norms[0].isinf()

@@ -12,7 +12,7 @@ import torch
 from cases import DTYPES, Implementation, dtype_id, implementations
 from emulation import build
 
-from ksae import native
+from ksae.backends import cpu as native
 
 _exercised: Counter[str] = Counter()
 

@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 import ksae
-from ksae import _cpu, native
+from ksae import _cpu
 from ksae.activations import (
     SMOLLM2,
     LanguageModel,
@@ -26,8 +26,9 @@ from ksae.activations import (
     splice,
     tokenize,
 )
+from ksae.backends import cpu as native
+from ksae.coders.initialize import initialize_from
 from ksae.errors import UserError
-from ksae.initialize import initialize_from
 
 
 def test_a_saved_model_is_loaded_by_its_folder(tmp_path: Path) -> None:

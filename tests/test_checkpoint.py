@@ -18,8 +18,8 @@ import safetensors.torch
 import torch
 
 import ksae
-from ksae import checkpoint
 from ksae.errors import UserError
+from ksae.files import checkpoint
 
 d, F, k = 6, 20, 3
 
@@ -217,7 +217,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import ksae
-from ksae import checkpoint
+from ksae.files import checkpoint
 
 folder = Path(sys.argv[1])
 model = ksae.TopKSAE(64, 2048, 4)

@@ -21,7 +21,8 @@ import torch
 import yaml
 
 import ksae
-from ksae import cli, runconfig
+from ksae import cli
+from ksae.runs import config as runconfig
 
 D, ROWS = 12, 600
 RUN = [

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 import ksae
-from ksae import checkpoint, cli
+from ksae import cli
 from ksae.activations import ArraySource
 from ksae.errors import UserError
-from ksae.runconfig import LogConfig, TrainConfig
-from ksae.trainer import Trainer
+from ksae.files import checkpoint
+from ksae.runs.config import LogConfig, TrainConfig
+from ksae.runs.trainer import Trainer
 
 D = 8
 RUN = [

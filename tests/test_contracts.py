@@ -28,7 +28,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 import ksae
-from ksae import checks, native, ops, reference
+from ksae import ops, reference
+from ksae.backends import cpu as native
+from ksae.ops import checks
 
 N, d, F, k = 6, 5, 20, 3
 
@@ -43,20 +45,20 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
     values, indices = reference.topk_encode(x.detach(), W.detach(), b.detach(), k)
     values = values.requires_grad_(grad)
     update = row_arguments(dtype, "decoder", N=N, F=F)
-    shadow: tuple[Tensor, ...] = ()
+    W_bf16: tuple[Tensor, ...] = ()
     if dtype == torch.float32:
         rounded = W.detach().bfloat16()
-        shadow = rounded, reference.shadow_norms(W.detach(), rounded)
+        W_bf16 = rounded, reference.bf16_norms(W.detach(), rounded)
     residual = (values.detach(), indices, W.detach(), b_dec.detach(), x.detach())
     return {
         "topk": (W, k),
-        "topk_encode": (x, W, b, k, b_dec, torch.arange(F) % 2 == 0, *shadow),
+        "topk_encode": (x, W, b, k, b_dec, torch.arange(F) % 2 == 0, *W_bf16),
         "grad_topk_encode": (x, x.detach().flip(0), W, b, W.detach(), k, 0.5, "signed", b_dec),
         "topk_encode_aux": tuple(
             t.detach() if isinstance(t, Tensor) else t
             for t in (x, W, b, k, 2 * k, torch.arange(F) % 3 == 0, b_dec, x.flip(0), W, 0.5)
         )
-        + (("additive", *shadow) if shadow else ()),
+        + (("additive", *W_bf16) if W_bf16 else ()),
         "sparse_decode": (values, indices, W, b_dec),
         "sparse_decode_backward_values": (x, indices, W),
         "sparse_decode_backward_weight": (x, values, indices, F),
@@ -338,14 +340,14 @@ def bad(name: str, position: int, value: Any) -> tuple[str, Callable[[], Any]]:
             "mask must be torch.bool, got torch.int32",
         ),
         (("topk_encode", 0, lambda t: t.to("meta")), ValueError, "W_enc must be on meta, got cpu"),
-        (("topk_encode", 6, None), ValueError, "norms must be given with shadow, got one without"),
+        (("topk_encode", 6, None), ValueError, "norms must be given with W_bf16, got one without"),
         (
             ("topk_encode", 6, lambda t: t.float()),
             TypeError,
-            "shadow must be torch.bfloat16, got torch.float32",
+            "W_bf16 must be torch.bfloat16, got torch.float32",
         ),
-        (("topk_encode", 6, lambda t: t[1:]), ValueError, "shadow must be of shape [20, 5], got"),
-        (("topk_encode_aux", 12, None), ValueError, "norms must be given with shadow, got one"),
+        (("topk_encode", 6, lambda t: t[1:]), ValueError, "W_bf16 must be of shape [20, 5], got"),
+        (("topk_encode_aux", 12, None), ValueError, "norms must be given with W_bf16, got one"),
         (
             ("topk_encode_aux", 12, lambda t: t[:2]),
             ValueError,
@@ -411,7 +413,7 @@ def bad(name: str, position: int, value: Any) -> tuple[str, Callable[[], Any]]:
         (
             ("row_update", 6, lambda t: t[1:]),
             ValueError,
-            "parallel must be of shape [20], got [19]",
+            "grad_dot_w must be of shape [20], got [19]",
         ),
         (
             ("row_update", 8, lambda t: t.T.contiguous().T),

@@ -18,6 +18,13 @@ from typing import Any
 import pytest
 import torch
 from cases import DTYPES, Implementation, assert_close, assert_same, code, dtype_id, randn
+from test_bf16_copy import (  # noqa: F401  (collected here with the `impl` below)
+    assert_kept,
+    test_a_shadow_changes_no_encode,
+    test_a_step_that_is_not_taken_leaves_both,
+    test_norms_are_of_the_row_as_it_is_stored,
+    test_norms_of_special_rows,
+)
 from test_cuda_kernels import (
     begin_anywhere,
     test_grouping_in_tiles_and_passes,  # noqa: F401
@@ -48,13 +55,6 @@ from test_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_topk,
     test_topk_of_many_columns_and_of_no_row,
 )
-from test_shadow import (  # noqa: F401  (collected here with the `impl` below)
-    assert_kept,
-    test_a_shadow_changes_no_encode,
-    test_a_step_that_is_not_taken_leaves_both,
-    test_norms_are_of_the_row_as_it_is_stored,
-    test_norms_of_special_rows,
-)
 from test_small_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_adam_scalars,
     test_adam_scalars_of_a_step_that_is_not_taken,
@@ -69,11 +69,14 @@ from test_small_ops import (  # noqa: F401  (collected here with the `impl` belo
 from torch import Tensor
 
 import ksae
-from ksae import cuda, gpu, ops, products, reference, triton
+from ksae import ops, reference
 from ksae.activations import ArraySource
-from ksae.runconfig import LogConfig, TrainConfig
-from ksae.trainer import Trainer
-from ksae.transfer import Readback
+from ksae.activations.transfer import Readback
+from ksae.backends import cuda, triton
+from ksae.backends import product as products
+from ksae.backends import serving as gpu
+from ksae.runs.config import LogConfig, TrainConfig
+from ksae.runs.trainer import Trainer
 
 
 def to(arg: Any, device: str) -> Any:

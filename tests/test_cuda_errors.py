@@ -14,7 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ksae
-from ksae import checks, cuda, products
+from ksae.backends import cuda
+from ksae.backends import product as products
+from ksae.ops import checks
 
 
 def module(driver: int, devices: int | str = 1) -> Any:

@@ -17,8 +17,9 @@ from test_grad_encode import (  # noqa: F401  (collected here with the `impl` ab
     test_without_weight_or_gradient_it_is_topk_encode_bit_for_bit,
 )
 
-from ksae import products, reference
-from ksae.checks import MODES
+from ksae import reference
+from ksae.backends import product as products
+from ksae.ops.checks import MODES
 
 
 @pytest.mark.parametrize("mode", MODES)

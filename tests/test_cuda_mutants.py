@@ -188,7 +188,7 @@ MUTANTS = {
     "latent: lost tail": Mutant(
         "latent.cu", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
     ),
-    "latent: a shadow's lost part is not summed": Mutant(
+    "latent: a bf16 copy's lost part is not summed": Mutant(
         "latent.cu",
         "squares.lost = fmaf(t - r, t - r, squares.lost);",
         "squares.lost = fmaf(t - r, t - r, WRONG ? 0 : squares.lost);",

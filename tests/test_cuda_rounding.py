@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stochastic rounding and shadows in the latent pass on CUDA, executed by the emulator."""
+"""Stochastic rounding and bf16 copies in the latent pass on CUDA, executed by the emulator."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from cases import Implementation, assert_same, clone_all, row_arguments
 from emulation.build import Emulator
-from test_cuda_kernels import impl  # noqa: F401  (the emulated kernels)
-from test_shadow import (  # noqa: F401  (collected here with the `impl` above)
+from test_bf16_copy import (  # noqa: F401  (collected here with the `impl` above)
     test_a_shadow_changes_no_encode,
     test_a_step_that_is_not_taken_leaves_both,
     test_norms_are_of_the_row_as_it_is_stored,
     test_norms_of_special_rows,
 )
+from test_cuda_kernels import impl  # noqa: F401  (the emulated kernels)
 from torch import Tensor
 
 from ksae import reference
@@ -24,8 +24,8 @@ from ksae import reference
 def noisy(side: str, **options: Any) -> dict[str, Any]:
     """Arguments of row_update with bfloat16 moments and seed 2^40 + 3 in step 7."""
     a = row_arguments(torch.bfloat16, side, **options)
-    a |= {"master": None, "m": a["m"].bfloat16(), "v": a["v"].bfloat16(), "shadow": None}
-    return a | {"noise": torch.tensor([2**40 + 3, 7])}
+    a |= {"master": None, "m": a["m"].bfloat16(), "v": a["v"].bfloat16(), "W_bf16": None}
+    return a | {"rng_state": torch.tensor([2**40 + 3, 7])}
 
 
 def one_neighbour_off(got: Tensor, want: Tensor) -> float:
@@ -64,7 +64,7 @@ def test_rounding_by_the_same_bits_is_the_same(
     outcomes = []
     for order, seed, step in ((0, 3, 7), (9, 3, 7), (0, 4, 7), (0, 3, 8), (0, 3 + 2**32, 7)):
         emulated.seed(order)
-        a = noisy("encoder", N=0, ks=(3,)) | {"noise": torch.tensor([seed, step])}
+        a = noisy("encoder", N=0, ks=(3,)) | {"rng_state": torch.tensor([seed, step])}
         want = clone_all(a)
         reference.row_update(*want.values())
         impl.row_update(*a.values())
@@ -95,12 +95,12 @@ def test_the_shadow_is_the_rounded_weight(
 ) -> None:
     a = row_arguments(torch.float32, side)
     plain, sliced = clone_all(a), clone_all(a)
-    a["shadow"], sliced["shadow"] = a["W"].bfloat16(), torch.zeros_like(a["W"]).bfloat16()
+    a["W_bf16"], sliced["W_bf16"] = a["W"].bfloat16(), torch.zeros_like(a["W"]).bfloat16()
     impl.row_update(*a.values())
     impl.row_update(*plain.values())
     assert_same("W", a["W"], plain["W"])
-    assert_same("shadow", a["shadow"], a["W"].bfloat16())
+    assert_same("W_bf16", a["W_bf16"], a["W"].bfloat16())
     for start, stop in ((0, 8), (8, 23)) if side == "decoder" else ():
         part = [r[:, start:stop].contiguous() for r in sliced["rows"]]
         impl.row_update(*(sliced | {"rows": part, "start": start, "normalize": False}).values())
-        assert_same("slices", sliced["shadow"][:, :stop], sliced["W"].bfloat16()[:, :stop])
+        assert_same("slices", sliced["W_bf16"][:, :stop], sliced["W"].bfloat16()[:, :stop])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cases import Implementation, assert_same, integers, randn
+from test_bf16_copy import assert_kept, bf16_copy_of
 from test_cuda_kernels import Emulated, impl  # noqa: F401  (the emulated kernels)
-from test_shadow import assert_kept, shadow_of
 from test_step import (  # noqa: F401  (a fixture)
     LR,
     batch,
@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ksae
-from ksae import products, reference
-from ksae.checks import MODES
+from ksae import reference
+from ksae.backends import product as products
+from ksae.ops.checks import MODES
 
 N, D, F, K, K_AUX = 11, 17, 130, 9, 20
 
@@ -35,8 +36,8 @@ N, D, F, K, K_AUX = 11, 17, 130, 9, 20
 @pytest.fixture(autouse=True)
 def as_on_cuda(impl: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: F811
     """Every op of the fused step is the emulated kernel, and the step takes CUDA's way."""
-    monkeypatch.setattr("ksae.step.ops", impl)
-    monkeypatch.setattr("ksae.modules.ops", impl)
+    monkeypatch.setattr("ksae.step.train_step.ops", impl)
+    monkeypatch.setattr("ksae.coders.coder.ops", impl)
     monkeypatch.setattr(
         ksae.TrainStep, "_k_aux", lambda self, dead: min(self.model.k_aux, dead.numel())
     )
@@ -55,8 +56,8 @@ def test_one_step(
 
 
 def test_a_kept_shadow_follows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ksae.gpu.screens", lambda W, k, aux: True)
-    monkeypatch.setattr("ksae.triton.shadow", shadow_of)
+    monkeypatch.setattr("ksae.backends.serving.screens", lambda W, k, aux: True)
+    monkeypatch.setattr("ksae.backends.triton.bf16_copy", bf16_copy_of)
     model = build("sae", torch.float32)
     step = ksae.TrainStep(model, lr=LR)
     for seed in (1, 2):

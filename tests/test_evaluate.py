@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ksae import TopKSAE, Transcoder
-from ksae.contexts import encode_rows, repeats, telling_latents, top_contexts
-from ksae.evaluate import LM_DEFINITIONS, evaluate, evaluate_language_model
-from ksae.plots import latent_frequency, training_curve
+from ksae.analysis.evaluate import LM_DEFINITIONS, evaluate, evaluate_language_model
+from ksae.analysis.plots import latent_frequency, training_curve
+from ksae.analysis.top_contexts import encode_rows, repeats, telling_latents, top_contexts
 
 VOCABULARY, D = 50, 16
 RESIDUAL = "layers.1.resid_post"

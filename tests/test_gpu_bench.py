@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ksae import gpu
+from ksae.backends import serving as gpu
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -59,7 +59,7 @@ def test_every_op_and_way_is_measured(results):
         "encode float32": {
             "ksae",
             "fused Triton",
-            "fused Triton, kept shadow",
+            "fused Triton, kept bf16 copy",
             "product + select",
             "bf16 product alone",
             "product alone",

@@ -14,7 +14,7 @@ from cases import assert_close, randn
 from torch import Tensor
 
 import ksae
-from ksae.gradtopk import GRAD_NORMS, GradSelection
+from ksae.coders.gradtopk import GRAD_NORMS, GradSelection
 
 N, D_IN, D_OUT, F, K = 96, 24, 16, 128, 6
 KINDS = ("sae", "transcoder")

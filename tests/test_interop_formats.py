@@ -14,9 +14,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import ksae
-from ksae import checkpoint
 from ksae.cli import run
 from ksae.errors import UserError
+from ksae.files import checkpoint
 from ksae.interop import convert
 from ksae.interop.dictionary_learning import AutoEncoderTopK
 from ksae.interop.formats import FORMATS, Coder

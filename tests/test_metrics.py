@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from ksae.metrics import DEFINITIONS, Accumulator
+from ksae.analysis.metrics import DEFINITIONS, Accumulator
 
 N, d, F, k = 203, 12, 40, 5
 

@@ -10,7 +10,8 @@ import torch
 from cases import randn
 from torch import Tensor
 
-from ksae import _cpu, native
+from ksae import _cpu
+from ksae.backends import cpu as native
 
 ISAS = tuple(_cpu.isas())
 

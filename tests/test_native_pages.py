@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from ksae import native, ops
+from ksae import ops
+from ksae.backends import cpu as native
 
 F, d = (1 << 14) + 1, 513  # more than 32 MiB
 

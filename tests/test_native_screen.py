@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ksae import _cpu, native
+from ksae import _cpu
+from ksae.backends import cpu as native
 
 ISA = "avx512bf16"
 SCREENS = ISA in _cpu.isas()

@@ -126,9 +126,9 @@ def test_the_latent_pass_is_autograd(centred: bool) -> None:
     values, products, offsets, order, residuals = (list(g) for g in zip(*groups, strict=True))
     want = gradients(loss, t | ({"b_dec": centre} if centred else {}))
 
-    grad_b_enc, parallel = reference.latent_sums(values, products, offsets, order, scales)
+    grad_b_enc, grad_dot_w = reference.latent_sums(values, products, offsets, order, scales)
     torch.testing.assert_close(grad_b_enc, want["b_enc"])
-    torch.testing.assert_close(parallel, (want["W_dec"] * W_dec).sum(1))
+    torch.testing.assert_close(grad_dot_w, (want["W_dec"] * W_dec).sum(1))
     middle = b_dec if centred else None
     encoder = (products, offsets, order, [x, x], scales, middle, None, t["W_enc"].detach())
     decoder = (values, offsets, order, residuals, scales, None, None, W_dec)
@@ -137,7 +137,7 @@ def test_the_latent_pass_is_autograd(centred: bool) -> None:
     for args, gradient in (
         (encoder, want["W_enc"]),
         (decoder, want["W_dec"]),
-        ((*decoder[:6], parallel, W_dec), projected),
+        ((*decoder[:6], grad_dot_w, W_dec), projected),
     ):
         square = reference.row_grad_sq(*args, 0)
         torch.testing.assert_close(square, gradient.square().sum(1))
@@ -175,9 +175,9 @@ def test_row_update_is_torchs_adam(side: str) -> None:
                     row = rows[position // c.shape[1]]
                     row = row if a["centre"] is None else row - a["centre"]
                     gradient[i] += scale * c.flatten()[position] * row
-        if a["parallel"] is not None:
+        if a["grad_dot_w"] is not None:
             square = a["W"].square().sum(1, keepdim=True)
-            gradient -= torch.where(square > 0, a["parallel"][:, None] / square, 0) * a["W"]
+            gradient -= torch.where(square > 0, a["grad_dot_w"][:, None] / square, 0) * a["W"]
         theta.grad = 0.5 * gradient
         adam.step()
         if a["normalize"]:

@@ -32,8 +32,8 @@ def test_philox_gives_the_published_words(counter: tuple[int, ...], key: int, wo
 
 
 def rounded(x: torch.Tensor, *, seed: int = 5, step: int = 0, draw: int = 0, start: int = 0):
-    noise = torch.tensor([seed, step])
-    return reference.stochastic_bfloat16(x, noise, draw, start)
+    rng_state = torch.tensor([seed, step])
+    return reference.stochastic_bfloat16(x, rng_state, draw, start)
 
 
 def test_rounding_is_unbiased_and_to_a_neighbour() -> None:
@@ -86,8 +86,8 @@ def test_infinities_and_nan_stay() -> None:
 
 def noisy() -> dict[str, Any]:
     a = row_arguments(torch.bfloat16, "encoder")
-    a |= {"master": None, "m": a["m"].bfloat16(), "v": a["v"].bfloat16(), "shadow": None}
-    return a | {"noise": torch.tensor([1, 2])}
+    a |= {"master": None, "m": a["m"].bfloat16(), "v": a["v"].bfloat16(), "W_bf16": None}
+    return a | {"rng_state": torch.tensor([1, 2])}
 
 
 def test_the_cpu_is_served_by_the_reference() -> None:
@@ -97,10 +97,10 @@ def test_the_cpu_is_served_by_the_reference() -> None:
     assert all(torch.equal(a[n], want[n]) for n in ("W", "m", "v", "grad_b_dec"))
     b = row_arguments(torch.float32, "decoder")
     plain = copy.deepcopy(b)
-    ops.row_update(*b.values(), shadow := torch.zeros_like(b["W"]).bfloat16())
+    ops.row_update(*b.values(), W_bf16 := torch.zeros_like(b["W"]).bfloat16())
     reference.row_update(*plain.values())
-    assert torch.equal(b["W"], plain["W"]) and torch.equal(shadow, b["W"].bfloat16())
-    assert shadow._version > 0
+    assert torch.equal(b["W"], plain["W"]) and torch.equal(W_bf16, b["W"].bfloat16())
+    assert W_bf16._version > 0
 
 
 SLICE = {"rows": [torch.zeros(19, 8).bfloat16()] * 2, "centre": None}
@@ -111,20 +111,32 @@ SLICE = {"rows": [torch.zeros(19, 8).bfloat16()] * 2, "centre": None}
     [
         ({"master": torch.zeros(33, 23)}, ValueError, "master must be None for torch.bfloat16 w"),
         ({"m": torch.zeros(33, 23)}, TypeError, "m must be torch.bfloat16, got torch.float32"),
-        ({"noise": torch.zeros(2)}, TypeError, "noise must be torch.int64, got torch.float32"),
-        ({"noise": torch.tensor([1])}, ValueError, r"noise must be of shape \[2\], got \[1\]"),
-        (SLICE | {"start": 2}, ValueError, "start must be a multiple of 4 with noise, got 2"),
-        ({"noise": None}, ValueError, "master must be a tensor for torch.bfloat16 weights, got"),
-        ({"shadow": torch.zeros(33, 23)}, ValueError, "shadow must be None for torch.bfloat16 w"),
+        (
+            {"rng_state": torch.zeros(2)},
+            TypeError,
+            "rng_state must be torch.int64, got torch.float32",
+        ),
+        (
+            {"rng_state": torch.tensor([1])},
+            ValueError,
+            r"rng_state must be of shape \[2\], got \[1\]",
+        ),
+        (SLICE | {"start": 2}, ValueError, "start must be a multiple of 4 with rng_state, got 2"),
+        (
+            {"rng_state": None},
+            ValueError,
+            "master must be a tensor for torch.bfloat16 weights, got",
+        ),
+        ({"W_bf16": torch.zeros(33, 23)}, ValueError, "W_bf16 must be None for torch.bfloat16 w"),
     ],
 )
 def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"row_update: {message}"):
         ops.row_update(*(noisy() | changes).values())
     a = row_arguments(torch.float32, "encoder")
-    with pytest.raises(TypeError, match=r"W must be torch\.bfloat16 with noise"):
+    with pytest.raises(TypeError, match=r"W must be torch\.bfloat16 with rng_state"):
         ops.row_update(*a.values(), None, torch.tensor([1, 2]))
-    with pytest.raises(TypeError, match=r"shadow must be torch\.bfloat16, got"):
+    with pytest.raises(TypeError, match=r"W_bf16 must be torch\.bfloat16, got"):
         ops.row_update(*a.values(), torch.zeros(33, 23), None)
 
 

@@ -8,10 +8,10 @@ import itertools
 
 import pytest
 
-from ksae import runconfig
 from ksae.errors import UserError
-from ksae.runconfig import RunConfig, from_dict, override
-from ksae.schedule import learning_rate
+from ksae.runs import config as runconfig
+from ksae.runs.config import RunConfig, from_dict, override
+from ksae.step.schedule import learning_rate
 
 
 def test_a_written_file_is_complete_and_reads_back(tmp_path):

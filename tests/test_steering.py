@@ -11,14 +11,14 @@ from torch import nn
 
 from ksae import TopKSAE
 from ksae.activations import capture_gradient
-from ksae.evaluate import (
+from ksae.analysis.evaluate import (
     LM_DEFINITIONS,
     ORACLE_DEFINITIONS,
     compare_language_model,
     evaluate,
     evaluate_language_model,
 )
-from ksae.steering import latents_by_rate, logit_shift, matched_latents
+from ksae.analysis.steering import latents_by_rate, logit_shift, matched_latents
 
 VOCABULARY, D = 6, 3
 

@@ -13,7 +13,7 @@ from cases import Implementation, assert_close, randn
 from torch import Tensor
 
 import ksae
-from ksae.modules import SparseCoder
+from ksae.coders.coder import SparseCoder
 
 N, D, OUT, F, K = 64, 17, 23, 97, 5
 LR = 1e-2
@@ -139,7 +139,7 @@ def test_one_step_has_at_most_twice_torchs_error(
 ) -> None:
     """Every parameter, moment and master."""
     if not impl.native:
-        monkeypatch.setattr("ksae.step.ops", impl)
+        monkeypatch.setattr("ksae.step.train_step.ops", impl)
     exact, exact_metrics, exact_counts = oracle[case]
     plain, plain_metrics, _ = one_step(case, dtype, fused=False)
     got, metrics, counts = one_step(case, dtype, fused=True)

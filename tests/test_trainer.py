@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 import ksae
-from ksae import checkpoint, runconfig, runlog
 from ksae.activations import ActivationSource, ArraySource
+from ksae.activations.transfer import Readback, staged
 from ksae.errors import UserError
-from ksae.runconfig import LogConfig, RunConfig, TrainConfig
-from ksae.rundir import compare
-from ksae.trainer import Interrupted, Trainer, TrainResult, train
-from ksae.transfer import Readback, staged
+from ksae.files import checkpoint
+from ksae.runs import config as runconfig
+from ksae.runs import log as runlog
+from ksae.runs.config import LogConfig, RunConfig, TrainConfig
+from ksae.runs.directory import compare
+from ksae.runs.trainer import Interrupted, Trainer, TrainResult, train
 
 d, F, k = 8, 32, 3
 CONFIG = TrainConfig(
@@ -133,7 +135,7 @@ def test_biases_start_from_the_data(tmp_path):
     x = activations()
     config = dataclasses.replace(CONFIG, steps=0, warmup=0, init_tokens=10**6)
     result = run(tmp_path / "a", config, ArraySource([x]))
-    from ksae.initialize import geometric_median
+    from ksae.coders.initialize import geometric_median
 
     torch.testing.assert_close(result.model.b_dec.data, geometric_median(x))
     untouched = dataclasses.replace(config, init_tokens=0)
@@ -410,8 +412,8 @@ def test_configurations_that_no_data_fit(tmp_path):
 # What the command line does with a run's end.
 CHILD = """
 import sys
-from ksae import runconfig
-from ksae.trainer import Interrupted, train
+from ksae.runs import config as runconfig
+from ksae.runs.trainer import Interrupted, train
 try:
     train(runconfig.read(sys.argv[1]), resume=len(sys.argv) > 2)
 except Interrupted as stopped:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from triton_process import report
 
-from ksae.checks import MODES
 from ksae.kernels import encode, grad_encode
+from ksae.ops.checks import MODES
 
 TOPK = (
     "random", "no row", "one row", "k is F", "half", "bf16", "two tiles of rows", "sampled",

@@ -21,8 +21,12 @@ import test_contracts
 import torch
 from cases import NAMES
 
-from ksae import checks, cuda, gpu, native, ops, reference
-from ksae.triton import Kernels
+from ksae import ops, reference
+from ksae.backends import cpu as native
+from ksae.backends import cuda
+from ksae.backends import serving as gpu
+from ksae.backends.triton import Kernels
+from ksae.ops import checks
 
 TESTS = Path(__file__).parent
 CASES = (TESTS / "triton_ops_cases.py", TESTS / "triton_step_cases.py")

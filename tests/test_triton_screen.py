@@ -17,7 +17,7 @@ CASES = (
     "more rows than programs", "all equal", "few above -inf", "all NaN", "ties",
     "outlier dimension", "tiny", "denormal", "huge weights", "huge rows", "mixed norms", "zeros",
     "NaN in a row", "infinite row", "NaN latent", "infinite latents", "bias not finite",
-    "all negative", "masked", "half masked, overflow", "centred", "kept shadow",
+    "all negative", "masked", "half masked, overflow", "centred", "kept bf16 copy",
     "without the bound", "paths agree", "bound holds",
 )  # fmt: skip
 

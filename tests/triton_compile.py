@@ -19,9 +19,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import ksae
-from ksae import gpu, step
+from ksae.backends import serving as gpu
+from ksae.backends.triton import Kernels
 from ksae.kernels import encode, grad_encode, product, screen
-from ksae.triton import Kernels
+from ksae.step import train_step as step
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 USAGE = ("REG", "STACK", "LOCAL")
@@ -118,7 +119,7 @@ def gradients(dtype, N, d, F, k):
 
 
 def training(dtype, N, d, F, k, clip_norm=None, **options):
-    """A fused step, its encoding left out; one of float32 writes the shadow."""
+    """A fused step, its encoding left out; one of float32 writes the bf16 copy."""
     step.ops = Kernels()
     gpu.screens = lambda W, k, aux: dtype == T32
     sae = ksae.TopKSAE(d, F, k, **options, dtype=dtype, device="meta")

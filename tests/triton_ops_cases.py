@@ -12,9 +12,9 @@ import triton_interpreter  # noqa: F401  first: sets the mode
 
 # isort: split
 import pytest
+import test_bf16_copy
 import test_contracts
 import test_ops
-import test_shadow
 import torch
 import triton.language as tl
 from cases import (
@@ -31,14 +31,14 @@ from cases import (
     to_float64,
     written,
 )
-from test_ops import (  # noqa: F401  (collected here with the `impl` below)
-    test_decode_of_special_numbers,
-    test_latent_sums,
-)
-from test_shadow import (  # noqa: F401
+from test_bf16_copy import (  # noqa: F401
     test_a_step_that_is_not_taken_leaves_both,
     test_norms_are_of_the_row_as_it_is_stored,
     test_norms_of_special_rows,
+)
+from test_ops import (  # noqa: F401  (collected here with the `impl` below)
+    test_decode_of_special_numbers,
+    test_latent_sums,
 )
 from test_small_ops import (  # noqa: F401  (collected here with the `impl` below)
     test_adam_scalars,
@@ -53,9 +53,11 @@ from test_small_ops import (  # noqa: F401  (collected here with the `impl` belo
 )
 from triton_sort import numpy_sort
 
-from ksae import checks, ops, products, reference
+from ksae import ops, reference
+from ksae.backends import product as products
+from ksae.backends.triton import Kernels
 from ksae.kernels import gate, select
-from ksae.triton import Kernels
+from ksae.ops import checks
 
 T32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -293,26 +295,26 @@ def test_latent_pass_without_tokens(impl: Implementation, T: torch.dtype, side: 
     test_ops.test_latent_pass_without_tokens(impl, T, side)
 
 
-def test_noise_is_left_to_the_reference(impl: Implementation) -> None:
+def test_rng_state_is_left_to_the_reference(impl: Implementation) -> None:
     a = row_arguments(T32, "decoder", N=5, d=6, F=8, ks=(2,))
-    shadow, before = torch.zeros(8, 6, dtype=B16), clone_all(a)
-    assert impl.row_update(*a.values(), shadow, torch.zeros(2, dtype=torch.int64)) is NotImplemented
+    W_bf16, before = torch.zeros(8, 6, dtype=B16), clone_all(a)
+    assert impl.row_update(*a.values(), W_bf16, torch.zeros(2, dtype=torch.int64)) is NotImplemented
     assert torch.equal(a["W"], before["W"])
 
 
 def test_the_shadow_in_slices_is_the_rounded_weight(impl: Implementation) -> None:
     a = row_arguments(T32, "decoder")
-    shadow = torch.zeros_like(a["W"]).bfloat16()
+    W_bf16 = torch.zeros_like(a["W"]).bfloat16()
     for start, stop in ((0, 12), (12, 23)):
         part = [r[:, start:stop].contiguous() for r in a["rows"]]
         last = {"rows": part, "start": start, "normalize": stop == 23}
-        impl.row_update(*(a | last).values(), shadow)
-    assert_same("shadow", shadow, a["W"].bfloat16())
+        impl.row_update(*(a | last).values(), W_bf16)
+    assert_same("W_bf16", W_bf16, a["W"].bfloat16())
 
 
 def test_a_shadow_changes_no_encode_of_either_way(impl: Implementation) -> None:
     for way in (impl, Fused()):
-        test_shadow.test_a_shadow_changes_no_encode(way)
+        test_bf16_copy.test_a_shadow_changes_no_encode(way)
 
 
 def test_one_latent_takes_every_token(impl: Implementation, dtype: torch.dtype) -> None:

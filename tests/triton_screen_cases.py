@@ -113,8 +113,8 @@ def case_of(case: str) -> None:
             mask, way["tau"] = torch.arange(F) % 2 == 0, torch.full((N,), -INF)
         case "centred":
             b_dec = integers(d, seed=3)
-        case "kept shadow":
-            way["of_W"] = screen.shadow(W, W.bfloat16())
+        case "kept bf16 copy":
+            way["of_W"] = screen.bf16_copy(W, W.bfloat16())
     given = way["tau"].clone() if "tau" in way else None
     with mock.patch.object(screen, "PROGRAMS", programs):
         *got, fell = screen.screened_and_redone(x, W, b, k, b_dec, mask, **way)

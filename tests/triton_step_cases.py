@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from cases import Implementation, assert_close, assert_same, randn
-from test_shadow import assert_kept, write
+from test_bf16_copy import assert_kept, write
 from triton_ops_cases import Fused, impl, quick_sort  # noqa: F401  (fixtures)
 
 import ksae
-from ksae import functional, gpu, modules, reference, step
+from ksae import functional, reference
+from ksae.backends import serving as gpu
+from ksae.coders import coder as modules
 from ksae.kernels import screen
+from ksae.step import train_step as step
 
 
 @pytest.mark.parametrize("way", ["product", "fused"])
@@ -46,9 +49,9 @@ def test_a_training_step_is_that_of_the_reference(
 
 def skip(train: ksae.TrainStep) -> None:
     """A step that is not finite."""
-    shadow = [t.clone() for t in train._shadow]
+    W_bf16 = [t.clone() for t in train._W_bf16]
     assert train(torch.full((2, 6), torch.nan))["loss"].isnan()
-    for now, before in zip(train._shadow, shadow, strict=True):
+    for now, before in zip(train._W_bf16, W_bf16, strict=True):
         assert_same("after a step that is not taken", now, before)
 
 
@@ -64,14 +67,14 @@ def test_steps_with_a_kept_shadow_are_those_that_make_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     count = 0
-    make = screen.shadow
+    make = screen.bf16_copy
 
-    def counted(*args: Any) -> screen.Shadow:
+    def counted(*args: Any) -> screen.Bf16Copy:
         nonlocal count
         count += 1
         return make(*args)
 
-    monkeypatch.setattr(screen, "shadow", counted)
+    monkeypatch.setattr(screen, "bf16_copy", counted)
     for module in (step, modules, functional):
         monkeypatch.setattr(module, "ops", Fused())
 
@@ -90,7 +93,7 @@ def test_steps_with_a_kept_shadow_are_those_that_make_their_own(
             assert_kept(train)
             assert count == made
         else:
-            assert train._shadow == () and count >= 2
+            assert train._W_bf16 == () and count >= 2
         return [*sae.parameters(), *train.state_dict().values()]
 
     for got, want in zip(run(True), run(False), strict=True):

@@ -191,19 +191,19 @@ PYBIND11_MODULE(_cpu, m) {
     with_workspace(p, allocate, threads, group_by_latent_workspace, group_by_latent);
   });
   m.def("latent_sums", [](int64_t F, int dtype, const std::vector<Group>& from, Pointer scales,
-                          Pointer grad_b_enc, Pointer parallel, int threads) {
+                          Pointer grad_b_enc, Pointer grad_dot_w, int threads) {
     std::vector<LatentSumsGroup> groups;
     for (const auto& [offsets, order, values, grads, k] : from)
       groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
                         as<const void>(values), as<const float>(grads)});
     py::gil_scoped_release release;
     latent_sums({F, Dtype(dtype), groups.data(), as<const float>(scales), int(groups.size()),
-                 as<float>(grad_b_enc), as<float>(parallel)},
+                 as<float>(grad_b_enc), as<float>(grad_dot_w)},
                 threads);
   });
   const auto row_params = [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
                              bool encoder, const std::vector<RowGroup>& groups, Pointer scales,
-                             Pointer centre, Pointer parallel, Pointer W) {
+                             Pointer centre, Pointer grad_dot_w, Pointer W) {
     RowUpdateParams p{};
     p.F = F;
     p.d = d;
@@ -215,35 +215,35 @@ PYBIND11_MODULE(_cpu, m) {
     p.scales = as<const float>(scales);
     p.n_groups = int(groups.size());
     p.centre = as<const void>(centre);
-    p.parallel = as<float>(parallel);
+    p.grad_dot_w = as<float>(grad_dot_w);
     p.W = as<void>(W);
     return p;
   };
-  m.def("row_update",
-        [row_params](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype, bool encoder,
-                     const std::vector<Group>& from, Pointer scales, Pointer centre,
-                     Pointer parallel, Pointer grad_b_enc, Pointer grad_b_dec, Pointer W,
-                     Pointer master, Pointer m, Pointer v, Pointer hyper, bool normalize,
-                     const py::function& allocate, int threads) {
-          const auto groups = row_groups(from);
-          RowUpdateParams p =
-              row_params(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
-          p.grad_b_enc = as<const float>(grad_b_enc);
-          p.grad_b_dec = as<float>(grad_b_dec);
-          p.master = as<float>(master);
-          p.m = as<float>(m);
-          p.v = as<float>(v);
-          p.hyper = as<const float>(hyper);
-          p.normalize = normalize;
-          with_workspace(p, allocate, threads, row_update_workspace, row_update);
-        });
+  m.def("row_update", [row_params](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
+                                   bool encoder, const std::vector<Group>& from, Pointer scales,
+                                   Pointer centre, Pointer grad_dot_w, Pointer grad_b_enc,
+                                   Pointer grad_b_dec, Pointer W, Pointer master, Pointer m,
+                                   Pointer v, Pointer hyper, bool normalize,
+                                   const py::function& allocate, int threads) {
+    const auto groups = row_groups(from);
+    RowUpdateParams p =
+        row_params(F, d, start, columns, dtype, encoder, groups, scales, centre, grad_dot_w, W);
+    p.grad_b_enc = as<const float>(grad_b_enc);
+    p.grad_b_dec = as<float>(grad_b_dec);
+    p.master = as<float>(master);
+    p.m = as<float>(m);
+    p.v = as<float>(v);
+    p.hyper = as<const float>(hyper);
+    p.normalize = normalize;
+    with_workspace(p, allocate, threads, row_update_workspace, row_update);
+  });
   m.def("row_grad_sq", [row_params](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
                                     bool encoder, const std::vector<Group>& from, Pointer scales,
-                                    Pointer centre, Pointer parallel, Pointer W, Pointer grad_sq,
+                                    Pointer centre, Pointer grad_dot_w, Pointer W, Pointer grad_sq,
                                     const py::function& allocate, int threads) {
     const auto groups = row_groups(from);
     RowUpdateParams p =
-        row_params(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
+        row_params(F, d, start, columns, dtype, encoder, groups, scales, centre, grad_dot_w, W);
     p.grad_sq = as<double>(grad_sq);
     with_workspace(p, allocate, threads, row_update_workspace, row_grad_sq);
   });

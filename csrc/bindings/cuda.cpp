@@ -75,7 +75,7 @@ struct Rows {
   RowUpdateParams p{};
 
   Rows(int64_t F, int64_t d, int64_t start, int64_t columns, int dtype, bool encoder,
-       const std::vector<Group>& from, Pointer scales, Pointer centre, Pointer parallel,
+       const std::vector<Group>& from, Pointer scales, Pointer centre, Pointer grad_dot_w,
        Pointer W) {
     for (const auto& [offsets, order, coefficients, rows, k, entries] : from)
       groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
@@ -90,7 +90,7 @@ struct Rows {
     p.n_groups = static_cast<int>(groups.size());
     p.scales = as<const float>(scales);
     p.centre = as<const void>(centre);
-    p.parallel = as<float>(parallel);
+    p.grad_dot_w = as<float>(grad_dot_w);
     p.W = as<void>(W);
   }
   Rows(const Rows&) = delete;
@@ -192,7 +192,7 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
           sizes("group_by_latent", N, 0, F, k));
   });
   module.def("latent_sums", [](int64_t F, int dtype, const std::vector<Group>& from, Pointer scales,
-                               Pointer grad_b_enc, Pointer parallel, const py::function& allocate,
+                               Pointer grad_b_enc, Pointer grad_dot_w, const py::function& allocate,
                                Pointer stream) {
     std::vector<LatentSumsGroup> groups;
     for (const auto& [offsets, order, values, grads, k, entries] : from)
@@ -204,34 +204,34 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                              as<const float>(scales),
                              static_cast<int>(groups.size()),
                              as<float>(grad_b_enc),
-                             as<float>(parallel)};
+                             as<float>(grad_dot_w)};
     void* workspace = as<void>(allocate(latent_sums_workspace(p)).cast<Pointer>());
     check(latent_sums(p, workspace, as<CUstream_st>(stream)), sizes("latent_sums", 0, 0, F, 0));
   });
   module.def("row_grad_sq", [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
                                bool encoder, const std::vector<Group>& groups, Pointer scales,
-                               Pointer centre, Pointer parallel, Pointer W, Pointer grad_sq,
+                               Pointer centre, Pointer grad_dot_w, Pointer W, Pointer grad_sq,
                                const py::function& allocate, Pointer stream) {
-    Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
+    Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, grad_dot_w, W);
     r.p.grad_sq = as<double>(grad_sq);
     void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());
     check(row_grad_sq(r.p, workspace, as<CUstream_st>(stream)), sizes("row_grad_sq", 0, d, F, 0));
   });
   module.def("row_update", [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
                               bool encoder, const std::vector<Group>& groups, Pointer scales,
-                              Pointer centre, Pointer parallel, Pointer grad_b_enc,
+                              Pointer centre, Pointer grad_dot_w, Pointer grad_b_enc,
                               Pointer grad_b_dec, Pointer W, Pointer master, Pointer m, Pointer v,
-                              Pointer hyper, bool normalize, Pointer shadow, Pointer noise,
+                              Pointer hyper, bool normalize, Pointer W_bf16, Pointer rng_state,
                               Pointer norms, const py::function& allocate, Pointer stream) {
-    Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, parallel, W);
+    Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, grad_dot_w, W);
     r.p.grad_b_enc = as<const float>(grad_b_enc);
     r.p.grad_b_dec = as<float>(grad_b_dec);
     r.p.master = as<float>(master);
     r.p.m = as<void>(m);
     r.p.v = as<void>(v);
-    r.p.shadow = as<void>(shadow);
+    r.p.W_bf16 = as<void>(W_bf16);
     r.p.norms = as<float>(norms);
-    r.p.noise = as<const int64_t>(noise);
+    r.p.rng_state = as<const int64_t>(rng_state);
     r.p.hyper = as<const float>(hyper);
     r.p.normalize = normalize;
     void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());

@@ -5,14 +5,14 @@
 // entries in their order, takes off the part along W_i, moves m, v and the parameter, and forgets
 // the gradient. Pieces of long segments (segments.h) are summed by other blocks first, so no sum
 // depends on scheduling, and a latent that every token selects is spread over the device. With
-// noise, bfloat16 weights have no master and are rounded stochastically, as are their moments. The
-// norms of a row and of its bfloat16 copy are summed while the row is in registers.
+// rng_state, bfloat16 weights have no master and are rounded stochastically, as are their moments.
+// The norms of a row and of its bfloat16 copy are summed while the row is in registers.
 //
 // Bytes of an update, for each entry a row of `columns` numbers (from cache where they repeat), for
 // each parameter 24 of moments and parameter and 2 of a 16-bit copy, to read the copy 2; 12 in all
-// with noise, and about 35 integer instructions. For a piece of a long segment 8 bytes a column,
-// written and read. Flops: 2 an entry and column, about 14 a parameter. Limits: four groups; N k
-// and 2^31 - 1 entries a group.
+// with rng_state, and about 35 integer instructions. For a piece of a long segment 8 bytes a
+// column, written and read. Flops: 2 an entry and column, about 14 a parameter. Limits: four
+// groups; N k and 2^31 - 1 entries a group.
 #include "entries.h"
 #include "latent.h"
 #include "rounding.h"
@@ -114,8 +114,8 @@ __device__ __forceinline__ void store_weights(const Args& args, int64_t at, cons
                                               int64_t valid, Squares& squares) {
   store4(static_cast<T*>(args.p.W) + at, theta, valid, kAligned);
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (!args.p.shadow) return;
-    store4(static_cast<__nv_bfloat16*>(args.p.shadow) + at, theta, valid, kAligned);
+    if (!args.p.W_bf16) return;
+    store4(static_cast<__nv_bfloat16*>(args.p.W_bf16) + at, theta, valid, kAligned);
     if (!args.p.norms) return;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {  // zero beyond `valid`
@@ -164,14 +164,14 @@ __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, doubl
 #pragma unroll
     for (int j = 0; j < 4; ++j) theta.x[j] /= by;
     if constexpr (sizeof(M) == 2)
-      theta = stochastic4(theta, noise4(p.noise, i, c, kRoundWeights).second);
+      theta = stochastic4(theta, draws4(p.rng_state, i, c, kRoundWeights).second);
     if (master) store4(master + c, theta, p.d - c, kAligned);
     store_weights<kAligned, T>(args, i * p.d + c, theta, p.d - c, squares);
   }
   if (p.norms) store_norms(p, i, squares, scratch);
 }
 
-// M: of the moments; bfloat16 with noise.
+// M: of the moments; bfloat16 with rng_state.
 template <class C, class R, class T, class M, Pass kPass, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 3) latent_kernel(Args args) {
   KSAE_SHARED_BYTES(shared);
@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(kThreads, 3) latent_kernel(Args args) {
   }
   T* W = static_cast<T*>(p.W) + i * p.d;
   float along = 0;
-  if (kPass != Pass::kWeight && p.parallel) {
-    along = p.parallel[i];
+  if (kPass != Pass::kWeight && p.grad_dot_w) {
+    along = p.grad_dot_w[i];
     if (kPass == Pass::kGradSq || p.start == 0) {
       double square = 0;
       for (int64_t c = 4 * threadIdx.x; c < p.d; c += 4 * blockDim.x) {
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 3) latent_kernel(Args args) {
       }
       const auto whole = static_cast<float>(block_sum(square, scratch));
       along = whole > 0 ? along / whole : 0;
-      if (kPass == Pass::kUpdate && p.columns < p.d && threadIdx.x == 0) p.parallel[i] = along;
+      if (kPass == Pass::kUpdate && p.columns < p.d && threadIdx.x == 0) p.grad_dot_w[i] = along;
     }
   }
   float* master = p.master ? p.master + i * p.d : nullptr;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads, 3) latent_kernel(Args args) {
       if (master) theta = stream4<kAligned>(master + p.start + own, valid);
     }
     decltype(row4<kAligned>(W, valid)) w_before{};
-    if (kPass != Pass::kWeight && (p.parallel || !master))
+    if (kPass != Pass::kWeight && (p.grad_dot_w || !master))
       w_before = row4<kAligned>(W + p.start + own, valid);
     Four g = gradient4<kAligned, C, R>(args, i, c);
     if (c >= p.columns) continue;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 3) latent_kernel(Args args) {
       continue;
     }
     const Four w = numbers(w_before);
-    if (p.parallel) {
+    if (p.grad_dot_w) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) g.x[j] -= along * w.x[j];
     }
@@ -247,14 +247,14 @@ __global__ void __launch_bounds__(kThreads, 3) latent_kernel(Args args) {
       theta.x[j] -= step * m.x[j] / (sqrtf(v.x[j]) / root + eps);
     }
     if constexpr (sizeof(M) == 2) {
-      const Noise noise = noise4(p.noise, i, p.start + c, kRoundMoments);
-      m = stochastic4(m, noise.first);
-      v = stochastic4(v, noise.second);
+      const Draws draws = draws4(p.rng_state, i, p.start + c, kRoundMoments);
+      m = stochastic4(m, draws.first);
+      v = stochastic4(v, draws.second);
     }
     store4(moment, m, valid, kAligned);
     store4(second, v, valid, kAligned);
     if constexpr (sizeof(M) == 2)
-      theta = stochastic4(theta, noise4(p.noise, i, p.start + c, kRoundWeights).first);
+      theta = stochastic4(theta, draws4(p.rng_state, i, p.start + c, kRoundWeights).first);
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       if (j < valid) square += double(theta.x[j]) * theta.x[j];
@@ -299,7 +299,7 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
   bool aligned = aligned4(static_cast<const T*>(p.W), p.d) &&
                  aligned4(static_cast<const M*>(p.m), p.d) &&
                  aligned4(static_cast<const M*>(p.v), p.d) && aligned4(p.master, p.d) &&
-                 aligned4(static_cast<const __nv_bfloat16*>(p.shadow), p.d) && p.start % 4 == 0 &&
+                 aligned4(static_cast<const __nv_bfloat16*>(p.W_bf16), p.d) && p.start % 4 == 0 &&
                  p.columns % 4 == 0;
   for (int g = 0; g < p.n_groups; ++g) {
     args.group[g] = p.groups[g];
@@ -366,8 +366,8 @@ size_t row_update_workspace(const RowUpdateParams& p) {
 }
 
 cudaError_t row_update(const RowUpdateParams& p, void* workspace, cudaStream_t stream) {
-  if (p.norms && !(p.shadow && p.columns == p.d)) return cudaErrorInvalidValue;
-  if (p.noise) {
+  if (p.norms && !(p.W_bf16 && p.columns == p.d)) return cudaErrorInvalidValue;
+  if (p.rng_state) {
     using B = __nv_bfloat16;
     if (p.dtype != Dtype::kBFloat16 || p.master || p.start % 4) return cudaErrorInvalidValue;
     return p.encoder ? launch<float, B, B, B, Pass::kUpdate>(p, workspace, stream)

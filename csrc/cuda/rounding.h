@@ -14,11 +14,11 @@ namespace ksae::cuda {
 enum Purpose : uint32_t { kRoundMoments = 0, kRoundWeights = 1 };
 
 // Bits for four columns, 16 each, of two purposes: m and v, or the weights and their unit rows.
-struct Noise {
+struct Draws {
   uint64_t first, second;
 };
 
-__device__ __forceinline__ Noise philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
+__device__ __forceinline__ Draws philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
                                         uint32_t k0, uint32_t k1) {
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
@@ -34,7 +34,7 @@ __device__ __forceinline__ Noise philox(uint32_t c0, uint32_t c1, uint32_t c2, u
 }
 
 // For columns [column, column + 4) of a latent, column a multiple of 4. seed: seed and step.
-__device__ __forceinline__ Noise noise4(const int64_t* seed, int64_t latent, int64_t column,
+__device__ __forceinline__ Draws draws4(const int64_t* seed, int64_t latent, int64_t column,
                                         Purpose purpose) {
   const auto key = static_cast<uint64_t>(seed[0]);
   return philox(static_cast<uint32_t>(column / 4), static_cast<uint32_t>(latent),

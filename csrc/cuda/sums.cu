@@ -17,12 +17,12 @@ struct Args {
   LatentSumsParams p;  // its host pointer to groups is not used
   LatentSumsGroup group[kMaxGroups];
   Segments segments;
-  double* pieces;   // [slots, 2]: bias and parallel
+  double* pieces;   // [slots, 2]: bias and grad_dot_w
   void* value_sum;  // not null: sums of the values alone, in their dtype
 };
 
 struct Sums {
-  double bias, parallel;
+  double bias, grad_dot_w;
 };
 
 // The sums of entries [from, to) by one warp; the same numbers in every lane.
@@ -35,9 +35,9 @@ __device__ __forceinline__ Sums sum_entries(const LatentSumsGroup& group, double
     const int32_t at = group.order[e];
     const double product = group.grads ? scale * group.grads[at] : scale;
     sum.bias += product;  // entries have values that are not 0
-    sum.parallel += load(static_cast<const T*>(group.values) + at) * product;
+    sum.grad_dot_w += load(static_cast<const T*>(group.values) + at) * product;
   }
-  return {warp_sum(sum.bias), warp_sum(sum.parallel)};
+  return {warp_sum(sum.bias), warp_sum(sum.grad_dot_w)};
 }
 
 template <class T>
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) sum_pieces_kernel(Args args) {
     double* out = args.pieces + 2 * int64_t(piece.slot);
     if (threadIdx.x % 32 == 0) {
       out[0] = sum.bias;
-      out[1] = sum.parallel;
+      out[1] = sum.grad_dot_w;
     }
   }
 }
@@ -77,20 +77,20 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Args args) {
              u += 32) {
           const double* piece = args.pieces + 2 * slot_of(args.segments, g, u, begin);
           sum.bias += piece[0];
-          sum.parallel += piece[1];
+          sum.grad_dot_w += piece[1];
         }
-        sum = {warp_sum(sum.bias), warp_sum(sum.parallel)};
+        sum = {warp_sum(sum.bias), warp_sum(sum.grad_dot_w)};
       }
       total.bias += sum.bias;
-      total.parallel += sum.parallel;
+      total.grad_dot_w += sum.grad_dot_w;
     }
   }
   if (threadIdx.x % 32 != 0) return;
   if (args.value_sum) {
-    store(static_cast<T*>(args.value_sum) + i, static_cast<float>(total.parallel));
+    store(static_cast<T*>(args.value_sum) + i, static_cast<float>(total.grad_dot_w));
   } else {
     p.grad_b_enc[i] = static_cast<float>(total.bias);
-    p.parallel[i] = static_cast<float>(total.parallel);
+    p.grad_dot_w[i] = static_cast<float>(total.grad_dot_w);
   }
 }
 

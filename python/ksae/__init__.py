@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .coders.coder import Output, SparseCoder, TopKSAE, Transcoder
+from .coders.gradtopk import GradTopKSAE, GradTopKTranscoder
 from .functional import grad_topk_encode, sparse_decode, topk, topk_encode
-from .gradtopk import GradTopKSAE, GradTopKTranscoder
-from .modules import Output, SparseCoder, TopKSAE, Transcoder
-from .step import TrainStep
+from .step.train_step import TrainStep
 from .version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from .checkpoint import load
+    from .files.checkpoint import load
     from .info import config
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`load` and `config` on first use: they import more than torch."""
     if name == "load":
-        from .checkpoint import load
+        from .files.checkpoint import load
 
         return load
     if name == "config":

@@ -33,7 +33,8 @@ def config() -> Config:
         >>> sorted(config()["cuda"])
         ['architectures', 'built', 'devices', 'driver', 'reason', 'runtime', 'usable']
     """
-    from . import gpu, ops
+    from . import ops
+    from .backends import serving as gpu
 
     return Config(
         version=metadata.version("ksae"),
@@ -57,7 +58,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _cpu() -> dict[str, Any]:
-    from . import native
+    from .backends import cpu as native
 
     if not native.available():
         return {
@@ -93,7 +94,7 @@ def _cuda() -> dict[str, Any]:
     }
     if _switches["KSAE_NATIVE"] == "0":
         return state | {"reason": "KSAE_NATIVE=0 skips native code"}
-    from . import cuda
+    from .backends import cuda
 
     try:
         module = importlib.import_module("ksae._cuda")

@@ -40,8 +40,9 @@ from cases import (
 from emulation.build import Emulator
 from torch import Tensor
 
-from ksae import cuda, reference
-from ksae.cuda import Kernels
+from ksae import reference
+from ksae.backends import cuda
+from ksae.backends.cuda import Kernels
 
 SECONDS = 60  # of processor time for one child: a busy machine is no mutant
 ROOM = 1 << 16  # numbers
@@ -145,9 +146,9 @@ def close(got: Tensor, want: Tensor) -> bool:
     return torch.allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-def bounds(norms: Tensor, W: Tensor, shadow: Tensor) -> bool:
+def bounds(norms: Tensor, W: Tensor, W_bf16: Tensor) -> bool:
     try:
-        assert_norms(norms, W, shadow)
+        assert_norms(norms, W, W_bf16)
     except AssertionError:
         return False
     return True
@@ -171,9 +172,9 @@ def latent(kernels: Kernels) -> Iterator[Case]:
         a = long_segments(side)
         got, want_sq = (g.row_grad_sq(*norm_arguments(a)) for g in (kernels, reference))
         yield f"norm, {side}", close(got, want_sq)
-        shadow, norms = a["W"].bfloat16(), a["W"].new_empty(3, a["W"].shape[0])
-        kernels.row_update(*a.values(), shadow, None, norms)
-        yield f"norms of the shadow, {side}", bounds(norms, a["W"], shadow)
+        W_bf16, norms = a["W"].bfloat16(), a["W"].new_empty(3, a["W"].shape[0])
+        kernels.row_update(*a.values(), W_bf16, None, norms)
+        yield f"norms of the bf16 copy, {side}", bounds(norms, a["W"], W_bf16)
 
 
 def sums(kernels: Kernels) -> Iterator[Case]:

@@ -106,7 +106,7 @@ void latent_sums(const LatentSumsParams& p, int64_t i0, int64_t i1) {
   with_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for (int64_t i = i0; i < i1; ++i) {
-      double bias = 0, parallel = 0;
+      double bias = 0, grad_dot_w = 0;
       for (int g = 0; g < p.n_groups; ++g) {
         const LatentSumsGroup& group = p.groups[g];
         double b = 0, w = 0;
@@ -116,10 +116,10 @@ void latent_sums(const LatentSumsParams& p, int64_t i0, int64_t i1) {
           w += grad * to_float(static_cast<const T*>(group.values)[group.order[h]]);
         }
         bias += p.scales[g] * b;
-        parallel += p.scales[g] * w;
+        grad_dot_w += p.scales[g] * w;
       }
       p.grad_b_enc[i] = float(bias);
-      p.parallel[i] = float(parallel);
+      p.grad_dot_w[i] = float(grad_dot_w);
     }
   });
 }
@@ -144,18 +144,18 @@ KSAE_INLINE void gradient_row(const RowUpdateParams& p, int64_t i, float* grad, 
               static_cast<const Row*>(p.centre), p.columns);
     }
   }
-  if (p.parallel && p.parallel[i] != 0) {
+  if (p.grad_dot_w && p.grad_dot_w[i] != 0) {
     const T* w = static_cast<const T*>(p.W) + i * p.d;
     if (p.start == 0 || !update) {
       const float ww = sum_over(p.d, [&](int64_t c, Vec acc) {
         const Vec wc = load_part(w, c, p.d);
         return fma(wc, wc, acc);
       });
-      const float along = ww > 0 ? p.parallel[i] / ww : 0;
+      const float along = ww > 0 ? p.grad_dot_w[i] / ww : 0;
       add_row<T>(grad, -along, w + p.start, nullptr, p.columns);
-      if (update && p.columns < p.d) p.parallel[i] = along;
+      if (update && p.columns < p.d) p.grad_dot_w[i] = along;
     } else {
-      add_row<T>(grad, -p.parallel[i], w + p.start, nullptr, p.columns);
+      add_row<T>(grad, -p.grad_dot_w[i], w + p.start, nullptr, p.columns);
     }
   }
 }

@@ -164,7 +164,7 @@ struct LatentSumsParams {
   const float* scales;  // [n_groups]
   int n_groups;
   float* grad_b_enc;  // [F] sum of scale * grad
-  float* parallel;    // [F] sum of scale * value * grad = <dW_dec[i], W_dec[i]>
+  float* grad_dot_w;  // [F] sum of scale * value * grad = <dW_dec[i], W_dec[i]>
 };
 void latent_sums(const LatentSumsParams& p, int threads);
 
@@ -190,7 +190,7 @@ struct RowUpdateParams {
   const void* centre;  // [columns] dtype or null: encoder only
   // [F] <gradient, W_i> over all columns, or null: no projection. A slice that starts at 0 and does
   // not span the row divides it by |W_i|^2 in place: the later slices see W half updated.
-  float* parallel;
+  float* grad_dot_w;
   const float* grad_b_enc;  // [F] with grad_b_dec
   float* grad_b_dec;        // [d] or null: W^T grad_b_enc with W as it was
   void* W;                  // [F, d] dtype

@@ -121,7 +121,7 @@ struct LatentSumsParams {
   const float* scales;  // [n_groups]
   int n_groups;
   float* grad_b_enc;  // [F] sum of scale * grad
-  float* parallel;    // [F] sum of scale * value * grad = <dW_dec[i], W_dec[i]>
+  float* grad_dot_w;  // [F] sum of scale * value * grad = <dW_dec[i], W_dec[i]>
 };
 size_t latent_sums_workspace(const LatentSumsParams& p);
 cudaError_t latent_sums(const LatentSumsParams& p, void* workspace, cudaStream_t stream);
@@ -147,20 +147,20 @@ struct RowUpdateParams {
   const float* scales;  // [n_groups]
   int n_groups;
   const void* centre;       // [columns] dtype or null: encoder only
-  float* parallel;          // [F] or null; divided by |W_i|^2 by a slice that starts at 0
+  float* grad_dot_w;        // [F] or null; divided by |W_i|^2 by a slice that starts at 0
   const float* grad_b_enc;  // [F] with grad_b_dec
   float* grad_b_dec;        // [d] or null: W^T grad_b_enc with W as it was
   void* W;                  // [F, d] dtype
   float* master;            // [F, d] float32 that W is the rounded copy of, or null
-  void *m, *v;              // [F, d] moments: float32, or bfloat16 with noise
-  void* shadow;             // [F, d] bfloat16 copy of a float32 W, written with it, or null
-  // [3, F] upper bounds of the norms of the rows of W, of W - shadow and of shadow, written with
-  // shadow, or null; infinite where the first is above 2^60 or not a number. All columns then.
+  void *m, *v;              // [F, d] moments: float32, or bfloat16 with rng_state
+  void* W_bf16;             // [F, d] bfloat16 copy of a float32 W, written with it, or null
+  // [3, F] upper bounds of the norms of the rows of W, of W - W_bf16 and of W_bf16, written with
+  // W_bf16, or null; infinite where the first is above 2^60 or not a number. All columns then.
   float* norms;
   // [2] seed and step, or null. With them W is bfloat16 without a master, and W, m and v are
   // rounded stochastically, by bits that depend on seed, step, latent and column alone; start % 4
   // is 0.
-  const int64_t* noise;
+  const int64_t* rng_state;
   const float* hyper;  // [8] lr/bc1, sqrt(bc2), beta1, beta2, eps, grad_scale, 1-beta1, 1-beta2
   bool normalize;      // unit rows at the end, over all d columns
   double* grad_sq;     // [F]: row_grad_sq only

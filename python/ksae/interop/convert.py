@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from ksae import checkpoint, modules
+from ksae.coders import coder as modules
 from ksae.errors import UserError
+from ksae.files import checkpoint
 
 from .formats import FORMATS, Coder, own
 from .formats.files import Source, read_extra, sources, write_extra

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional, modules
-from ..step import TrainStep
+from .. import functional
+from ..coders import coder as modules
+from ..step.train_step import TrainStep
 from . import lazy, libraries, sparse
 from .formats.dictionary_learning import KEYS
 from .formats.files import pick
@@ -202,7 +203,7 @@ class _Coder(modules.TopKSAE):
         return mask
 
     def select(
-        self, rows: Tensor, k: int, grad: Tensor | None, shadow: tuple[Tensor, ...] = ()
+        self, rows: Tensor, k: int, grad: Tensor | None, W_bf16: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, Tensor]:
         assert self.code is not None
         return self.code

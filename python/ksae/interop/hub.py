@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ksae import checkpoint, modules
+from ksae.coders import coder as modules
 from ksae.errors import UserError, first_line
+from ksae.files import checkpoint
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _ID = re.compile(rf"(hf://)?{_PART}/{_PART}(/.*)?")

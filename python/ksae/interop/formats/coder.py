@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksae.checks import accumulator
 from ksae.errors import UserError
+from ksae.ops.checks import accumulator
 
 
 @dataclass

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ksae.checkpoint import write_atomic
 from ksae.errors import UserError, first_line
+from ksae.files.checkpoint import write_atomic
 
 BESIDE = "ksae.safetensors"
 _EXTRA = "ksae_extra"

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from ksae import checkpoint, gradtopk, modules
+from ksae.coders import coder as modules
+from ksae.coders import gradtopk
 from ksae.errors import UserError
+from ksae.files import checkpoint
 
 from .coder import Coder, check, require
 from .files import Source

@@ -28,12 +28,7 @@ from sae_lens import (
 )
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-from .runner import (
-    LanguageModelSAETrainingRunner,
-    TranscoderTrainingRunner,
-    fused_adam,
-    pairs,
-)
+from .runner import LanguageModelSAETrainingRunner, TranscoderTrainingRunner, fused_adam, pairs
 from .topk import TopKSAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from .transcoders import (
     TopKSkipTranscoder,

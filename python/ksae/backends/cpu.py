@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bridge from torch tensors to the native CPU kernels: the one place where tensors become pointers.
+
+Each function has the name, arguments and meaning of its reference; tensors come checked, contiguous
+and in float32, bfloat16 or float16 (ops.py sees to it). Outputs and workspaces are torch's; the
+thread count is torch.get_num_threads().
+
+Environment, read once at import: KSAE_NATIVE=0 leaves the native code out,
+KSAE_ISA=plain|avx2|avx512|avx512bf16 lowers the instruction set, KSAE_SCREEN=off switches certified
+screening of float32 encodes off (on where the CPU has BF16 dot instructions).
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops.checks import MODES
+
+_ROUTES = ("auto", "dual", "pruned")  # of grad_topk_encode; as in ksae/cpu.h, as is checks.MODES
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_reason = ""
+screening = os.environ.get("KSAE_SCREEN", "on") != "off"
+
+if os.environ.get("KSAE_NATIVE", "1") == "0":
+    _reason = "left out by KSAE_NATIVE=0"
+else:
+    try:
+        from .. import _cpu
+    except ImportError as error:
+        _reason = f"not importable: {error}"
+    else:
+        if "KSAE_ISA" in os.environ:
+            _cpu.set_isa(os.environ["KSAE_ISA"])
+
+
+def available() -> bool:
+    """Whether the native kernels can be called."""
+    return not _reason
+
+
+def reason() -> str:
+    """Why they cannot, in one line; empty if they can."""
+    return _reason
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+_MAPPED = 1 << 25  # bytes; for more, malloc maps fresh pages, which the kernel clears
+_spare: dict[int, list[np.ndarray[Any, Any]]] = {}  # by size in bytes
+
+
+def _large(F: int, d: int, dtype: torch.dtype) -> Tensor:
+    """An [F, d] that is to be written in full.
+
+    A training step frees its weight gradients and wants the same sizes again: a large one gets the
+    memory of one that nobody holds any more. What is spare is let go once it does not serve.
+    """
+    size = F * d * dtype.itemsize
+    if size < _MAPPED:
+        return torch.empty(F, d, dtype=dtype)
+    try:
+        memory = _spare[size].pop()  # one step for the interpreter: threads cannot take the same
+    except (KeyError, IndexError):
+        _spare.clear()
+        memory = np.empty(size, np.uint8)  # on Linux, NumPy asks for huge pages
+    held = memory.view()  # by the tensor's storage, and by nothing else
+    weakref.finalize(held, _keep, memory).atexit = False
+    return torch.from_numpy(held).view(dtype).view(F, d)
+
+
+def _keep(memory: np.ndarray[Any, Any]) -> None:
+    _spare.setdefault(memory.nbytes, []).append(memory)
+
+
+class _Workspace:
+    """Allocator for the native side; the memory lives as long as this object."""
+
+    def __call__(self, size: int) -> int:
+        self.memory = torch.empty(size + 64, dtype=torch.uint8)
+        return (self.memory.data_ptr() + 63) & ~63
+
+
+def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    N, F = x.shape
+    values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
+    _cpu.topk(
+        N, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(values), _pointer(indices), _Workspace(),
+        torch.get_num_threads()
+    )  # fmt: skip
+    return values, indices
+
+
+def topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
+    W_bf16: Tensor | None = None,
+    norms: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    values, indices, _ = topk_encode_counted(x, W_enc, b_enc, k, b_dec, mask)
+    return values, indices
+
+
+def topk_encode_counted(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    screen: bool | None = None,
+    slack: float = 1.0,
+    product_only: bool = False,
+) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
+    """topk_encode, and rows screened, survivors, rows redone.
+
+    For tests, `slack` scales the bound; for benchmarks, `product_only` leaves out the selection and
+    the outputs unwritten.
+    """
+    (N, d), F = x.shape, W_enc.shape[0]
+    if screen is None:  # survivors are some 2 k a row: at F = 8 k screening took 2.7 times as long
+        screen = screening and 100 * k <= F
+    values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
+    counts = _cpu.topk_encode(
+        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
+        _pointer(b_dec), _pointer(mask), _pointer(values), _pointer(indices),
+        screen, slack, product_only, _Workspace(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return values, indices, counts
+
+
+def grad_topk_encode(
+    x: Tensor,
+    grad: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    k: int,
+    beta: float,
+    mode: str = "additive",
+    b_dec: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if beta == 0 and mode != "multiplicative":
+        return topk_encode(x, W_enc, b_enc, k, b_dec)
+    return grad_topk_encode_counted(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)[:2]
+
+
+def grad_topk_encode_counted(
+    x: Tensor,
+    grad: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    k: int,
+    beta: float,
+    mode: str = "additive",
+    b_dec: Tensor | None = None,
+    *,
+    route: str = "auto",
+    screen: bool | None = None,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
+    """grad_topk_encode by a route of _ROUTES, and rows with bounds, survivors, rows redone, latents
+    whose product with grad was computed one by one.
+
+    Only float32 can be pruned, and not the multiplicative mode.
+    """
+    (N, d), (F, d_out) = x.shape, W_dec.shape
+    if screen is None:
+        screen = screening and 100 * k <= F
+    values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
+    counts = _cpu.grad_topk_encode(
+        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
+        _pointer(b_dec), _pointer(values), _pointer(indices), screen, slack,
+        d_out, _pointer(grad), _pointer(W_dec), MODES.index(mode), beta, _ROUTES.index(route),
+        _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return values, indices, counts
+
+
+def topk_encode_aux(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    k_aux: int,
+    dead: Tensor,
+    b_dec: Tensor | None = None,
+    grad: Tensor | None = None,
+    W_dec: Tensor | None = None,
+    beta: float = 0.0,
+    mode: str = "additive",
+    W_bf16: Tensor | None = None,
+    norms: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if grad is None or W_dec is None:
+        chosen = topk_encode(x, W_enc, b_enc, k, b_dec)
+    else:
+        chosen = grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+    return (*chosen, *topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
+
+
+def encode_product(x: Tensor, W_enc: Tensor, *, screen: bool | None = None) -> None:
+    """The product of topk_encode in its own microkernel, packing included, without selection."""
+    bias = W_enc.new_zeros(W_enc.shape[0])
+    topk_encode_counted(x, W_enc, bias, 1, screen=screen, product_only=True)
+
+
+def sparse_decode(
+    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+) -> Tensor:
+    (N, k), (F, d) = values.shape, W_dec.shape
+    out = values.new_empty(N, d)
+    _cpu.sparse_decode(
+        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+        indices.element_size(),
+        _pointer(W_dec), _pointer(b_dec), _pointer(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def sparse_residual(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    columns: int,
+    column_sums: Tensor | None = None,
+) -> Any:
+    """NotImplemented with column_sums, which are the reference's."""
+    if column_sums is not None:
+        return NotImplemented
+    (N, k) = values.shape
+    sq_error = target.new_empty(N, dtype=torch.float64)
+    grad_values = target.new_empty(N, k, dtype=torch.float32)
+    residual = _residual(values, indices, W_dec, b_dec, target, 0, columns, sq_error, grad_values)
+    return residual, sq_error, grad_values
+
+
+def sparse_residual_slice(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    start: int,
+    stop: int,
+) -> Tensor:
+    return _residual(values, indices, W_dec, b_dec, target, start, stop, None, None)
+
+
+def _residual(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    start: int,
+    stop: int,
+    sq_error: Tensor | None,
+    grad_values: Tensor | None,
+) -> Tensor:
+    (N, k), (F, d) = values.shape, W_dec.shape
+    residual = target.new_empty(N, stop - start, dtype=torch.float32)
+    _cpu.sparse_residual(
+        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+        indices.element_size(),
+        _pointer(W_dec), _pointer(b_dec), _pointer(target), target.dtype == torch.float32, start,
+        stop - start,
+        _pointer(residual), _pointer(sq_error), _pointer(grad_values), _Workspace(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return residual
+
+
+def sparse_decode_backward_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    (N, k), (F, d) = indices.shape, W_dec.shape
+    out = grad.new_empty(N, k)
+    _cpu.sparse_decode_backward_values(
+        N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(indices), indices.element_size(),
+        _pointer(W_dec), _pointer(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def sparse_decode_backward_weight(
+    grad: Tensor, values: Tensor, indices: Tensor, F: int
+) -> tuple[Tensor, Tensor]:
+    (N, d), k = grad.shape, values.shape[1]
+    grad_W, value_sum = _large(F, d, grad.dtype), grad.new_empty(F)
+    _cpu.sparse_decode_backward_weight(
+        N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values), _pointer(indices),
+        indices.element_size(),
+        _pointer(grad_W), _pointer(value_sum), _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_W, value_sum
+
+
+def group_by_latent(values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
+    N, k = values.shape
+    offsets = values.new_empty(F + 1, dtype=torch.int32)
+    order = values.new_empty(N * k, dtype=torch.int32)
+    _cpu.group_by_latent(
+        N, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices), indices.element_size(),
+        _pointer(offsets), _pointer(order), _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return offsets, order
+
+
+def latent_sums(
+    values: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    scales: Tensor,
+) -> tuple[Tensor, Tensor]:
+    F = offsets[0].numel() - 1
+    grad_b_enc, grad_dot_w = scales.new_zeros(F), scales.new_zeros(F)
+    _cpu.latent_sums(
+        F, _DTYPES[values[0].dtype], _groups(values, offsets, order, grads), _pointer(scales),
+        _pointer(grad_b_enc),
+        _pointer(grad_dot_w), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_b_enc, grad_dot_w
+
+
+def _groups(
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
+) -> list[tuple[int, int, int, int, int]]:
+    return [
+        (_pointer(f), _pointer(o), _pointer(c), _pointer(r), c.shape[1])
+        for c, f, o, r in zip(coefficients, offsets, order, rows, strict=True)
+    ]
+
+
+def row_grad_sq(
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    scales: Tensor,
+    centre: Tensor | None,
+    grad_dot_w: Tensor | None,
+    W: Tensor,
+    start: int,
+) -> Tensor:
+    F, d = W.shape
+    grad_sq = scales.new_empty(F, dtype=torch.float64)
+    _cpu.row_grad_sq(
+        F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
+        _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+        _pointer(grad_dot_w),
+        _pointer(W), _pointer(grad_sq), _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_sq
+
+
+def row_update(
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    scales: Tensor,
+    centre: Tensor | None,
+    grad_dot_w: Tensor | None,
+    grad_b_enc: Tensor | None,
+    W: Tensor,
+    master: Tensor | None,
+    m: Tensor,
+    v: Tensor,
+    hyper: Tensor,
+    grad_b_dec: Tensor | None,
+    start: int,
+    normalize: bool,
+    W_bf16: Tensor | None = None,
+    rng_state: Tensor | None = None,
+    norms: Tensor | None = None,
+) -> Any:
+    """NotImplemented with a bf16 copy or with rng_state, which are the reference's."""
+    if W_bf16 is not None or rng_state is not None:
+        return NotImplemented
+    F, d = W.shape
+    _cpu.row_update(
+        F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
+        _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+        _pointer(grad_dot_w),
+        _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W), _pointer(master), _pointer(m),
+        _pointer(v),
+        _pointer(hyper), normalize, _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return None

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bridge from torch tensors to the CUDA kernels: the one place where tensors become pointers.
+
+Each method of `Kernels` has the name, arguments and meaning of its reference; tensors come checked,
+contiguous and in float32, bfloat16 or float16 (ops.py sees to it). Outputs and workspaces are
+torch's; work goes to torch's current stream on the tensors' device.
+
+Environment, read once at import: KSAE_NATIVE=0 leaves the native code out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.checks import MODES
+from .product import Encode
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+OLDEST = (8, 0)  # compute capability
+_known: set[torch.device] = set()  # devices that have it
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+class _Workspace:
+    """Allocator for the native side; torch's caching allocator orders reuse by stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, size: int) -> int:
+        self.memory = torch.empty(size + 256, dtype=torch.uint8, device=self.device)
+        return (self.memory.data_ptr() + 255) & ~255
+
+
+def _groups(
+    coefficients: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    order: Sequence[Tensor],
+    rows: Sequence[Tensor],
+) -> list[tuple[int, int, int, int, int, int]]:
+    return [
+        (_pointer(f), _pointer(o), _pointer(c), _pointer(r), c.shape[1], c.numel())
+        for c, f, o, r in zip(coefficients, offsets, order, rows, strict=True)
+    ]
+
+
+def _guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+def _stream(t: Tensor) -> int:
+    return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+
+
+class Kernels(Encode):
+    """The ops as the extension `module` computes them: `ksae._cuda`, or its emulation in tests."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def _select(
+        self,
+        scores: Tensor,  # [rows, F] T or float32
+        k: int,
+        values: Tensor,  # [rows, k] T, written
+        indices: Tensor,  # [rows, k] int64, written
+        bias: Tensor | None = None,  # [F] T
+        columns: Tensor | None = None,  # [F + 1] of _list_columns
+        relu: bool = False,
+        second: Tensor | None = None,  # [rows, F] as scores
+        mode: str | None = None,
+        beta: float = 0.0,
+        informed: Tensor | None = None,  # [rows] bool: False: second does not count
+    ) -> None:
+        rows, F = scores.shape
+        number = 0 if mode is None else 1 + MODES.index(mode)
+        with _guard(scores):
+            self.module.select(
+                rows, F, k, _DTYPES[scores.dtype], _DTYPES[values.dtype], _pointer(scores),
+                _pointer(second), number, beta, _pointer(informed), _pointer(bias), 0,
+                _pointer(columns), relu, _pointer(values), _pointer(indices),
+                _Workspace(scores.device), _stream(scores),
+            )  # fmt: skip
+
+    def _list_columns(self, mask: Tensor) -> Tensor:
+        """The positions of True in mask [F], ascending, and in the last of [F + 1] their number."""
+        columns = mask.new_empty(mask.numel() + 1, dtype=torch.int32)
+        with _guard(mask):
+            self.module.list_columns(mask.numel(), _pointer(mask), _pointer(columns), _stream(mask))
+        return columns
+
+    def sparse_decode(
+        self, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+    ) -> Tensor:
+        (N, k), (F, d) = values.shape, W_dec.shape
+        out = values.new_empty(N, d)
+        with _guard(values):
+            self.module.sparse_decode(
+                N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+                indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(out),
+                _stream(values),
+            )  # fmt: skip
+        return out
+
+    def sparse_residual(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        target: Tensor,
+        columns: int,
+        column_sums: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        square = target.new_empty(values.shape[0], dtype=torch.float64)
+        grads = target.new_empty(values.shape, dtype=torch.float32)
+        code = (values, indices, W_dec, b_dec, target)
+        residual = self._residual(*code, 0, columns, square, grads, column_sums)
+        return residual, square, grads
+
+    def sparse_residual_slice(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        target: Tensor,
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        return self._residual(values, indices, W_dec, b_dec, target, start, stop, None, None, None)
+
+    def _residual(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        target: Tensor,
+        start: int,
+        stop: int,
+        sq_error: Tensor | None,
+        grad_values: Tensor | None,
+        column_sums: Tensor | None,
+    ) -> Tensor:
+        (N, k), (F, d) = values.shape, W_dec.shape
+        residual = target.new_empty(N, stop - start, dtype=torch.float32)
+        with _guard(values):
+            self.module.sparse_residual(
+                N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+                indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(target),
+                target.dtype == torch.float32, start, stop - start, _pointer(residual),
+                _pointer(sq_error), _pointer(grad_values), _pointer(column_sums),
+                _Workspace(values.device),
+                _stream(values),
+            )  # fmt: skip
+        return residual
+
+    def sparse_decode_backward_values(self, grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+        (N, k), (F, d) = indices.shape, W_dec.shape
+        out = grad.new_empty(N, k)
+        with _guard(grad):
+            self.module.sparse_decode_backward_values(
+                N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(indices),
+                indices.element_size(), _pointer(W_dec), _pointer(out), _stream(grad),
+            )  # fmt: skip
+        return out
+
+    def group_by_latent(self, values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
+        N, k = values.shape
+        offsets = values.new_empty(F + 1, dtype=torch.int32)
+        order = values.new_empty(N * k, dtype=torch.int32)
+        with _guard(values):
+            self.module.group_by_latent(
+                N, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+                indices.element_size(), _pointer(offsets), _pointer(order),
+                _Workspace(values.device), _stream(values),
+            )  # fmt: skip
+        return offsets, order
+
+    def sparse_decode_backward_weight(
+        self, grad: Tensor, values: Tensor, indices: Tensor, F: int
+    ) -> tuple[Tensor, Tensor]:
+        (N, d), k = grad.shape, values.shape[1]
+        grad_W, value_sum = grad.new_empty(F, d), grad.new_empty(F)
+        offsets, order = self.group_by_latent(values, indices, F)
+        with _guard(grad):
+            self.module.sparse_decode_backward_weight(
+                N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values),
+                _pointer(offsets), _pointer(order), _pointer(grad_W), _pointer(value_sum),
+                _Workspace(grad.device), _stream(grad),
+            )  # fmt: skip
+        return grad_W, value_sum
+
+    def latent_sums(
+        self,
+        values: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        scales: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        F = offsets[0].numel() - 1
+        grad_b_enc, grad_dot_w = scales.new_empty(F), scales.new_empty(F)
+        with _guard(scales):
+            self.module.latent_sums(
+                F, _DTYPES[values[0].dtype], _groups(values, offsets, order, grads),
+                _pointer(scales), _pointer(grad_b_enc), _pointer(grad_dot_w),
+                _Workspace(scales.device), _stream(scales),
+            )  # fmt: skip
+        return grad_b_enc, grad_dot_w
+
+    def row_grad_sq(
+        self,
+        coefficients: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        scales: Tensor,
+        centre: Tensor | None,
+        grad_dot_w: Tensor | None,
+        W: Tensor,
+        start: int,
+    ) -> Tensor:
+        F, d = W.shape
+        grad_sq = scales.new_empty(F, dtype=torch.float64)
+        with _guard(W):
+            self.module.row_grad_sq(
+                F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
+                _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+                _pointer(grad_dot_w), _pointer(W), _pointer(grad_sq), _Workspace(W.device),
+                _stream(W),
+            )  # fmt: skip
+        return grad_sq
+
+    def row_update(
+        self,
+        coefficients: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        scales: Tensor,
+        centre: Tensor | None,
+        grad_dot_w: Tensor | None,
+        grad_b_enc: Tensor | None,
+        W: Tensor,
+        master: Tensor | None,
+        m: Tensor,
+        v: Tensor,
+        hyper: Tensor,
+        grad_b_dec: Tensor | None,
+        start: int,
+        normalize: bool,
+        W_bf16: Tensor | None = None,
+        rng_state: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> None:
+        F, d = W.shape
+        with _guard(W):
+            self.module.row_update(
+                F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
+                _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+                _pointer(grad_dot_w), _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W),
+                _pointer(master), _pointer(m), _pointer(v), _pointer(hyper), normalize,
+                _pointer(W_bf16), _pointer(rng_state), _pointer(norms), _Workspace(W.device),
+                _stream(W),
+            )  # fmt: skip
+
+    def total_variance(self, y: Tensor) -> Tensor:
+        N, d = y.shape
+        variance = y.new_empty((), dtype=torch.float32)
+        with _guard(y):
+            self.module.total_variance(
+                N, d, _DTYPES[y.dtype], _pointer(y), _pointer(variance), _Workspace(y.device),
+                _stream(y),
+            )  # fmt: skip
+        return variance
+
+    def loss_terms(
+        self, sq_errors: Sequence[Tensor], denominators: Sequence[Tensor], shares: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        first = denominators[0]
+        errors, terms, scales = (first.new_empty(len(shares)) for _ in range(3))
+        loss = torch.empty_like(first)
+        given = [
+            (e.numel(), _pointer(e), _pointer(d), share)
+            for e, d, share in zip(sq_errors, denominators, shares, strict=True)
+        ]
+        out = (_pointer(errors), _pointer(terms), _pointer(loss), _pointer(scales))
+        with _guard(first):
+            self.module.loss_terms(given, *out, _stream(first))
+        return errors, terms, loss, scales
+
+    def adam_scalars(
+        self,
+        loss: Tensor,
+        norm: Tensor | None,
+        clip_norm: float | None,
+        scales: Tensor,
+        lr: Tensor,
+        t: Tensor,
+        constants: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        hyper, taken_scales = loss.new_empty(8), torch.empty_like(scales)
+        taken = loss.new_empty((), dtype=torch.bool)
+        with _guard(loss):
+            self.module.adam_scalars(
+                _pointer(loss), _pointer(norm), clip_norm or 0, _pointer(scales), scales.numel(),
+                _pointer(lr), _pointer(t), _pointer(constants), _pointer(hyper), _pointer(taken),
+                _pointer(taken_scales), _stream(loss),
+            )  # fmt: skip
+        return hyper, taken, taken_scales
+
+    def vector_update(
+        self,
+        grads: Sequence[Tensor],
+        scales: Tensor | None,
+        minus: Tensor | None,
+        taken: Tensor,
+        hyper: Tensor,
+        p: Tensor,
+        master: Tensor | None,
+        m: Tensor,
+        v: Tensor,
+    ) -> None:
+        with _guard(p):
+            self.module.vector_update(
+                p.numel(), _DTYPES[p.dtype], [_pointer(g) for g in grads], _pointer(scales),
+                _pointer(minus), _pointer(taken), _pointer(hyper), _pointer(p), _pointer(master),
+                _pointer(m), _pointer(v), _stream(p),
+            )  # fmt: skip
+
+
+def _why_not_by_version(module: ModuleType) -> str:
+    """Why no driver here can run the kernels of `module`; empty if one can.
+
+    Asks for versions alone: once a process has asked the driver for its devices, the children that
+    it forks cannot use them.
+    """
+    driver, runtime = module.driver_version(), module.runtime_version()
+    if driver == 0:
+        return "no CUDA driver is installed"
+    if driver // 1000 < runtime // 1000:
+        newest, built = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
+        return (
+            f"the driver is too old: it runs CUDA up to {newest}, the kernels are built with"
+            f" {built}; update the driver"
+        )
+    return ""
+
+
+def why_not(module: ModuleType) -> str:
+    """Why the kernels of `module` cannot run here, in one line; empty if they can.
+
+    Asks the driver for a device, but opens none.
+    """
+    if reason := _why_not_by_version(module):
+        return reason
+    try:
+        return "" if module.device_count() else "no CUDA device"
+    except RuntimeError as error:
+        return str(error)
+
+
+def _require(op: str, arg: str, device: torch.device) -> None:
+    """The GPU is one that the kernels are compiled for; asked once a device."""
+    if device not in _known:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST:
+            name = f"{device} ({torch.cuda.get_device_name(device)}, {_dotted(capability)})"
+            raise RuntimeError(
+                f"{op}: {arg} must be on a GPU of compute capability {_dotted(OLDEST)} or newer,"
+                f" got {name}"
+            )
+        _known.add(device)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+def served(op: str, by: Kernels) -> Callable[..., Any]:
+    """The op as `by` computes it, for GPUs that it can run on; a failed launch names the op."""
+    function = getattr(by, op)
+    names = list(inspect.signature(function).parameters)
+
+    def run(*args: Any) -> Any:
+        for arg, t in zip(names, args, strict=False):
+            first = t[0] if isinstance(t, list | tuple) and t else t
+            if isinstance(first, Tensor) and first.is_cuda:
+                _require(op, arg, first.device)
+                break
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            if ": CUDA error " not in str(error) or str(error).startswith(f"{op} "):
+                raise
+            raise RuntimeError(f"{op}: {error}") from error
+
+    return run
+
+
+def _load() -> tuple[Kernels | None, str]:
+    """The kernels, or why there are none."""
+    if os.environ.get("KSAE_NATIVE", "1") == "0":
+        return None, "left out by KSAE_NATIVE=0"
+    try:
+        from .. import _cuda
+    except ImportError as error:
+        return None, f"not importable: {error}"
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is built without CUDA"
+    reason = _why_not_by_version(_cuda)
+    return (None if reason else Kernels(_cuda), reason)
+
+
+kernels, reason = _load()

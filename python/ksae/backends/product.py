@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoding on GPUs by torch's product in chunks of rows, each with an exact selection after it.
+
+Whose selection it is, CUDA's or Triton's, a subclass says.
+
+Environment, read once at import: KSAE_CHUNK_BYTES is the memory that the scores of one chunk may
+take, 256 MiB if not set, and twice that where there are two products: chunks have the same rows
+then, so that a row without a gradient gives topk_encode's bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+chunk_bytes = int(os.environ.get("KSAE_CHUNK_BYTES", 256 << 20))
+_product_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _float32_products() -> Iterator[None]:
+    """cuBLAS multiplies float32 as float32 here, even where torch is allowed to take TF32.
+
+    The setting is the process's: one thread at a time changes it, and nothing does by default.
+    """
+    settings = torch.backends.cuda.matmul
+    with _product_lock:
+        before = settings.fp32_precision
+        changed = before not in ("none", "ieee")
+        if changed:
+            settings.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            if changed:
+                settings.fp32_precision = before
+
+
+def _scores(x: Tensor, W: Tensor) -> Tensor:
+    """x @ W.T [rows, F] in float32, never TF32."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, W.T, out_dtype=torch.float32)
+    with _float32_products():
+        return torch.mm(x.float(), W.float().T)
+
+
+def _rows_of_chunk(N: int, F: int) -> int:
+    """Rows whose scores are held at once. Chunks are about equally long: a last one of two rows
+    would cost the launches of a whole one. Full tiles of the product, where there is room."""
+    most = max(chunk_bytes // (4 * F), 1)
+    chunks = max(-(-N // most), 1)
+    even = -(-N // chunks)
+    return max(min(most, -(-even // 128) * 128), 1)
+
+
+class _Downstream(NamedTuple):
+    """What a gradient-aware score adds to the pre-activations."""
+
+    grad: Tensor  # [N, d_out]
+    W_dec: Tensor  # [F, d_out]
+    beta: float
+    mode: str
+
+    @property
+    def counts(self) -> bool:
+        """Whether the scores differ from the pre-activations."""
+        return self.beta > 0 or self.mode == "multiplicative"
+
+
+class Encode(ABC):
+    """The ops that encode. Names, arguments and meaning are the reference's. Nothing is screened:
+    bf16 copies are not read."""
+
+    @abstractmethod
+    def _select(
+        self,
+        scores: Tensor,  # [rows, F] T or float32
+        k: int,
+        values: Tensor,  # [rows, k] T, written
+        indices: Tensor,  # [rows, k] int64, written
+        bias: Tensor | None = None,  # [F] T
+        columns: Tensor | None = None,  # of _list_columns
+        relu: bool = False,
+        second: Tensor | None = None,  # [rows, F] as scores
+        mode: str | None = None,
+        beta: float = 0.0,
+        informed: Tensor | None = None,  # [rows] bool: False: second does not count
+    ) -> None:
+        """The k largest of each row."""
+
+    @abstractmethod
+    def _list_columns(self, mask: Tensor) -> Tensor:
+        """mask [F] bool in the form in which `_select` takes it."""
+
+    def _encode(
+        self,
+        x: Tensor,  # [N, d]
+        W_enc: Tensor,  # [F, d]
+        b_enc: Tensor,  # [F]
+        b_dec: Tensor | None,  # [d]
+        wanted: Sequence[tuple[int, Tensor | None]],  # k and mask [F] of each selection
+        downstream: _Downstream | None = None,  # of the first selection
+    ) -> list[Tensor]:
+        """Values [N, k] and indices [N, k] of each selection; all share one product."""
+        N, F = x.shape[0], W_enc.shape[0]
+        out = [x.new_empty(N, k, dtype=T) for k, _ in wanted for T in (x.dtype, torch.int64)]
+        columns = [None if mask is None else self._list_columns(mask) for _, mask in wanted]
+        xc = x if b_dec is None else x - b_dec
+        informed = None
+        if downstream is not None and not downstream.counts:
+            downstream = None
+        if downstream is not None:
+            g = downstream.grad
+            informed = (g != 0).any(1) & g.isfinite().all(1)  # [N]
+        rows = _rows_of_chunk(N, F)
+        for n in range(0, N, rows):
+            part = slice(n, n + rows)
+            scores, second = _scores(xc[part], W_enc), None
+            score: dict[str, Any] = {}
+            if downstream is not None and informed is not None:
+                second = _scores(downstream.grad[part], downstream.W_dec)
+                score = {"mode": downstream.mode, "beta": downstream.beta}
+                score |= {"second": second, "informed": informed[part]}
+            for i, (k, _) in enumerate(wanted):
+                values, indices = out[2 * i][part], out[2 * i + 1][part]
+                own = score if i == 0 else {}
+                self._select(scores, k, values, indices, b_enc, columns[i], True, **own)
+            del scores, second, score, own  # before the next chunk's: one at a time
+        return out
+
+    def topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        values = x.new_empty(x.shape[0], k)
+        indices = x.new_empty(x.shape[0], k, dtype=torch.int64)
+        self._select(x, k, values, indices)
+        return values, indices
+
+    def topk_encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        b_dec: Tensor | None = None,
+        mask: Tensor | None = None,
+        W_bf16: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        values, indices = self._encode(x, W_enc, b_enc, b_dec, [(k, mask)])
+        return values, indices
+
+    def grad_topk_encode(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        k: int,
+        beta: float,
+        mode: str = "additive",
+        b_dec: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        downstream = _Downstream(grad, W_dec, beta, mode)
+        values, indices = self._encode(x, W_enc, b_enc, b_dec, [(k, None)], downstream)
+        return values, indices
+
+    def topk_encode_aux(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        k_aux: int,
+        dead: Tensor,
+        b_dec: Tensor | None = None,
+        grad: Tensor | None = None,
+        W_dec: Tensor | None = None,
+        beta: float = 0.0,
+        mode: str = "additive",
+        W_bf16: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        downstream = None
+        if grad is not None and W_dec is not None:
+            downstream = _Downstream(grad, W_dec, beta, mode)
+        wanted = [(k, None), (k_aux, dead)]
+        values, indices, *aux = self._encode(x, W_enc, b_enc, b_dec, wanted, downstream)
+        return values, indices, aux[0], aux[1]

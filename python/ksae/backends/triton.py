@@ -1,0 +1,360 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bridge from torch tensors to the Triton kernels: outputs, workspaces, order of launches.
+
+Each method of `Kernels` has the name, arguments and meaning of its reference; tensors come checked,
+contiguous and in float32, bfloat16 or float16 (ops.py sees to it). Triton and the kernels are
+imported by the first call; work goes to torch's current stream, and nothing waits for the device.
+Run on no AMD GPU, and so far on no GPU: interpreted and compiled only.
+
+The first call of a kind compiles its kernels; Triton keeps them on disk (TRITON_CACHE_DIR), where
+the next process finds them in tenths of a second. Nothing is tuned at run time: dtype and GPU
+generation choose a tile (kernels/product.py). Seconds of one core of an AMD EPYC (Zen 5) to compile
+for sm_90 in bfloat16: fused encode 3.0, gradient-aware 3.7, screened float32 4.7, selection of
+stored scores 1.2 for k = 64 and 3.3 for k = 2048, the rest of a fused training step 3.0 (processor
+time, the least of three).
+
+Environment, read once at import: KSAE_TRITON=0 leaves the Triton kernels out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import product as products
+from .cuda import _guard
+
+
+class Kernels(products.Encode):
+    """The ops in Triton."""
+
+    def _select(
+        self,
+        scores: Tensor,  # [rows, F]
+        k: int,
+        values: Tensor,  # [rows, k], written
+        indices: Tensor,  # [rows, k] int64, written
+        bias: Tensor | None = None,  # [F]
+        columns: Tensor | None = None,  # [F] bool of _list_columns
+        relu: bool = False,
+        second: Tensor | None = None,  # [rows, F] float32
+        mode: str | None = None,
+        beta: float = 0.0,
+        informed: Tensor | None = None,  # [rows] bool
+    ) -> None:
+        from ..kernels.select import select
+
+        with _guard(scores):
+            select(
+                scores, k, values, indices, bias=bias, mask=columns, relu=relu, second=second,
+                informed=informed, mode=mode or "plain", beta=beta,
+            )  # fmt: skip
+
+    def _list_columns(self, mask: Tensor) -> Tensor:
+        return mask  # which `_select` takes as it is
+
+    def fused_topk_encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        b_dec: Tensor | None = None,
+        mask: Tensor | None = None,
+        W_bf16: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`topk_encode` without the N x F scores; float32 is screened in bfloat16."""
+        from ..kernels import encode, gate, screen
+
+        if k > gate.MAX_K:
+            return self.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
+        with _guard(x):
+            if x.dtype != torch.float32:
+                return encode.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
+            kept = None if W_bf16 is None or norms is None else screen.Bf16Copy(W_bf16, norms)
+            return screen.screened_topk_encode(x, W_enc, b_enc, k, b_dec, mask, of_W=kept)
+
+    def fused_grad_topk_encode(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        k: int,
+        beta: float,
+        mode: str = "additive",
+        b_dec: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`grad_topk_encode` without the scores."""
+        from ..kernels import gate, grad_encode
+
+        if k > gate.MAX_K:
+            return self.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+        with _guard(x):
+            return grad_encode.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+
+    def fused_topk_encode_aux(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        k_aux: int,
+        dead: Tensor,
+        b_dec: Tensor | None = None,
+        grad: Tensor | None = None,
+        W_dec: Tensor | None = None,
+        beta: float = 0.0,
+        mode: str = "additive",
+        W_bf16: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`topk_encode_aux` without the scores, for a second product of x and W_enc."""
+        from ..kernels import gate
+
+        if max(k, k_aux) > gate.MAX_K:
+            rest = (b_dec, grad, W_dec, beta, mode)
+            return self.topk_encode_aux(x, W_enc, b_enc, k, k_aux, dead, *rest)
+        if grad is None or W_dec is None:
+            chosen = self.fused_topk_encode(x, W_enc, b_enc, k, b_dec, None, W_bf16, norms)
+        else:
+            score = (k, beta, mode, b_dec)
+            chosen = self.fused_grad_topk_encode(x, grad, W_enc, b_enc, W_dec, *score)
+        of_dead = (k_aux, b_dec, dead, W_bf16, norms)
+        return (*chosen, *self.fused_topk_encode(x, W_enc, b_enc, *of_dead))
+
+    def sparse_decode(
+        self, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+    ) -> Tensor:
+        from ..kernels.decode import decode
+
+        d = W_dec.shape[1]
+        out = values.new_empty(values.shape[0], d)
+        with _guard(values):
+            decode(values, indices, W_dec, b_dec, None, 0, d, out)
+        return out
+
+    def sparse_residual(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        target: Tensor,
+        columns: int,
+        column_sums: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from ..kernels import decode
+
+        N, d = target.shape
+        residual = target.new_empty(N, columns, dtype=torch.float32)
+        square = target.new_empty(N, dtype=torch.float64)
+        grads = target.new_empty(values.shape, dtype=torch.float32)
+        chunk = max(products.chunk_bytes // (4 * max(d, 1)), 1)
+        with _guard(values):
+            decode.sparse_residual(
+                values, indices, W_dec, b_dec, target, residual, square, grads, chunk
+            )
+        if column_sums is not None:
+            torch.sum(residual, 0, out=column_sums[:columns])
+            if columns < d:
+                code = (values, indices, W_dec, b_dec, target)
+                rest = self.sparse_residual_slice(*code, columns, d)
+                torch.sum(rest, 0, out=column_sums[columns:])
+        return residual, square, grads
+
+    def sparse_residual_slice(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None,
+        target: Tensor,
+        start: int,
+        stop: int,
+    ) -> Tensor:
+        from ..kernels.decode import decode
+
+        residual = target.new_empty(values.shape[0], stop - start, dtype=torch.float32)
+        with _guard(values):
+            decode(values, indices, W_dec, b_dec, target, start, stop, residual)
+        return residual
+
+    def sparse_decode_backward_values(self, grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+        from ..kernels.decode import value_products
+
+        out = grad.new_empty(indices.shape)
+        with _guard(grad):
+            value_products(grad, None, indices, W_dec, out)
+        return out
+
+    def group_by_latent(self, values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
+        from ..kernels.group import group_by_latent
+
+        with _guard(values):
+            return group_by_latent(values, indices, F)
+
+    def sparse_decode_backward_weight(
+        self, grad: Tensor, values: Tensor, indices: Tensor, F: int
+    ) -> tuple[Tensor, Tensor]:
+        from ..kernels.latent import Groups, weight_gradient
+
+        offsets, order = self.group_by_latent(values, indices, F)
+        grad_W, value_sum = grad.new_empty(F, grad.shape[1]), grad.new_empty(F)
+        with _guard(grad):
+            groups = Groups([values], [offsets], [order], [grad], None, None)
+            weight_gradient(groups, grad_W, value_sum)
+        return grad_W, value_sum
+
+    def latent_sums(
+        self,
+        values: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        scales: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        from ..kernels.sums import latent_sums
+
+        F = offsets[0].numel() - 1
+        grad_b_enc, grad_dot_w = scales.new_empty(F), scales.new_empty(F)
+        with _guard(scales):
+            latent_sums(values, grads, offsets, order, scales, grad_b_enc, grad_dot_w)
+        return grad_b_enc, grad_dot_w
+
+    def row_grad_sq(
+        self,
+        coefficients: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        scales: Tensor,
+        centre: Tensor | None,
+        grad_dot_w: Tensor | None,
+        W: Tensor,
+        start: int,
+    ) -> Tensor:
+        from ..kernels.latent import Groups, row_grad_sq
+
+        grad_sq = scales.new_empty(W.shape[0], dtype=torch.float64)
+        with _guard(W):
+            groups = Groups(coefficients, offsets, order, rows, scales, centre)
+            row_grad_sq(groups, scales, centre, grad_dot_w, W, start, grad_sq)
+        return grad_sq
+
+    def row_update(
+        self,
+        coefficients: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        order: Sequence[Tensor],
+        rows: Sequence[Tensor],
+        scales: Tensor,
+        centre: Tensor | None,
+        grad_dot_w: Tensor | None,
+        grad_b_enc: Tensor | None,
+        W: Tensor,
+        master: Tensor | None,
+        m: Tensor,
+        v: Tensor,
+        hyper: Tensor,
+        grad_b_dec: Tensor | None,
+        start: int,
+        normalize: bool,
+        W_bf16: Tensor | None = None,
+        rng_state: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> Any:
+        """NotImplemented with rng_state, which is left to the reference."""
+        if rng_state is not None:
+            return NotImplemented
+        from ..kernels.latent import Groups, row_update
+
+        with _guard(W):
+            groups = Groups(coefficients, offsets, order, rows, scales, centre)
+            row_update(
+                groups, scales, centre, grad_dot_w, grad_b_enc, W, master, m, v, hyper, grad_b_dec,
+                start, normalize, W_bf16, norms,
+            )  # fmt: skip
+        return None
+
+    def total_variance(self, y: Tensor) -> Tensor:
+        from ..kernels.variance import total_variance
+
+        with _guard(y):
+            return total_variance(y)
+
+    def loss_terms(
+        self, sq_errors: Sequence[Tensor], denominators: Sequence[Tensor], shares: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from ..kernels.scalars import loss_terms
+
+        with _guard(denominators[0]):
+            return loss_terms(sq_errors, denominators, shares)
+
+    def adam_scalars(
+        self,
+        loss: Tensor,
+        norm: Tensor | None,
+        clip_norm: float | None,
+        scales: Tensor,
+        lr: Tensor,
+        t: Tensor,
+        constants: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from ..kernels.scalars import adam_scalars
+
+        with _guard(loss):
+            return adam_scalars(loss, norm, clip_norm, scales, lr, t, constants)
+
+    def vector_update(
+        self,
+        grads: Sequence[Tensor],
+        scales: Tensor | None,
+        minus: Tensor | None,
+        taken: Tensor,
+        hyper: Tensor,
+        p: Tensor,
+        master: Tensor | None,
+        m: Tensor,
+        v: Tensor,
+    ) -> None:
+        from ..kernels.vector import vector_update
+
+        with _guard(p):
+            vector_update(grads, scales, minus, taken, hyper, p, master, m, v)
+
+
+def takes(k: int) -> bool:
+    """Whether the encodes without the scores select so many."""
+    from ..kernels.gate import MAX_K
+
+    return k <= MAX_K
+
+
+def bf16_copy(W: Tensor) -> tuple[Tensor, Tensor]:
+    """The arguments W_bf16 and norms of `topk_encode`, of float32 weights W [F, d]."""
+    from ..kernels import screen
+
+    with _guard(W):
+        return screen.bf16_copy(W)
+
+
+def _load() -> tuple[Kernels | None, str]:
+    """The kernels, or why there are none. Imports nothing: triton is heavy."""
+    if os.environ.get("KSAE_TRITON", "1") == "0":
+        return None, "left out by KSAE_TRITON=0"
+    if importlib.util.find_spec("triton") is None:
+        return None, "triton is not installed"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return None, f"torch {torch.__version__} is built for no GPU"
+    return Kernels(), ""
+
+
+kernels, reason = _load()

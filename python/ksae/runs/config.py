@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a run: one tree of dataclasses, read from and written to YAML.
+
+The help text of each key is the comment on its line; `describe()` returns key, type, default and
+help of all of them for the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from ksae.errors import UserError
+from ksae.files.checkpoint import write_atomic
+
+T = TypeVar("T")
+Gradient = Literal["labels", "sampled", "entropy", "logsumexp", "max_logit"]
+
+
+@dataclass
+class ModelConfig:
+    kind: Literal["sae", "transcoder"] = "sae"  # a transcoder predicts outputs from inputs
+    d_sae: int = 4096  # latents
+    k: int = 32  # active latents a token
+    loss: Literal["fvu", "mse"] = "fvu"  # what is minimised
+    auxk_alpha: float = 1 / 32  # weight of the loss that revives dead latents; 0 turns it off
+    k_aux: int | None = None  # dead latents in that loss; default half the width of the output
+    dead_after: int = 10_000_000  # tokens without firing after which a latent counts as dead
+    normalize_decoder: bool | None = None  # unit decoder rows; default true only for sae
+    multi_topk: bool = False  # add the loss with 4k latents, at 1/8
+    skip: bool = False  # transcoder only: a linear path beside the latents
+    beta: float | None = None  # weight of a downstream gradient in selection; null: plain TopK
+    mode: Literal["additive", "multiplicative", "signed"] = "additive"  # of beta: the score
+    grad_norm: Literal["none", "unit", "rms", "sqrt_d"] = "sqrt_d"  # of beta: gradients' scale
+
+
+@dataclass
+class DataConfig:
+    activations: str | None = None  # .npy, .safetensors or .pt file, or a cache folder; or else:
+    targets: str | None = None  # transcoder: file of the outputs, row for row with activations
+    model: str | None = None  # language model: smollm2-135m, a folder, or a Hugging Face name
+    hook: str | None = None  # where its activations are read, as layers.9.resid_post
+    target_hook: str | None = None  # transcoder: where the outputs are read
+    gradient: Gradient = "labels"  # with model.beta: the loss whose gradient is harvested
+    text: str | None = None  # .txt, .jsonl or .parquet file, a folder of them, or pydoc
+    field: str = "text"  # key or column of the text in .jsonl, .parquet and datasets
+    separator: str | None = None  # what divides a .txt file into documents
+    context: int = 128  # tokens of a context, special ones included
+    bos: Literal["auto", "always", "never"] = "auto"  # whether contexts start with a BOS token
+    max_tokens: int | None = None  # of the text that are used
+    cache: str | None = None  # folder to keep the activations in, larger than memory if need be
+    stream: bool = False  # make the activations while training, and keep none
+    holdout: float = 0.05  # share of the documents (rows of a file) kept for evaluation
+
+
+@dataclass
+class TrainConfig:
+    batch_size: int = 2048  # tokens a step
+    steps: int = 10_000  # length of the run
+    tokens: int | None = None  # length of the run in tokens; overrides steps
+    lr: float = 3e-4  # Adam's learning rate
+    warmup: int = 100  # steps of linear warm-up
+    decay: float = 0.2  # share of the run, at its end, over which the rate falls
+    decay_shape: Literal["linear", "cosine"] = "linear"  # of that fall
+    beta1: float = 0.9  # Adam
+    beta2: float = 0.999  # Adam
+    eps: float = 1e-8  # Adam
+    clip_norm: float | None = 1.0  # largest norm of the whole gradient; null turns clipping off
+    init_tokens: int = 32_768  # tokens that the first biases are set from; 0 leaves them at 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
+    device: str | None = None  # default cuda if there is one, else cpu
+    fused: bool = True  # the fused step; false runs autograd and torch's Adam
+    seed: int = 0  # of the weights and of the order of the data
+    threads: int | None = None  # CPU threads; default torch's
+    prefetch: int = 2  # batches read ahead in a thread; 0 reads in the training loop
+    checkpoint_every: int = 1000  # steps between checkpoints
+    keep_last: int = 2  # checkpoints kept
+    eval_tokens: int = 65_536  # held-out tokens measured at the end; 0 measures none
+
+
+@dataclass
+class LogConfig:
+    every: int = 10  # steps between lines of metrics.jsonl
+    progress: bool = True  # bar on a terminal, a line at each tenth of the run elsewhere
+    tensorboard: bool = False  # event files in out/tensorboard
+    wandb: str | None = None  # Weights & Biases project to log to
+
+
+@dataclass
+class RunConfig:
+    out: str = "runs/sae"  # folder of the run; must be new, unless the run is resumed
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def read(path: str | Path) -> RunConfig:
+    """The configuration in a YAML file; keys that it leaves out have their defaults."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config: cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config: {path} must be YAML, got: {reason}") from None
+    return from_dict({} if content is None else content, where=str(path))
+
+
+def from_dict(content: Any, where: str = "config") -> RunConfig:
+    """The configuration of a nested dict; `where` it is from is named in errors."""
+    config = _build(RunConfig, content, where, "")
+    check(config, where)
+    return config
+
+
+def override(config: RunConfig, settings: Mapping[str, Any] | Sequence[str]) -> RunConfig:
+    """A copy with some keys set: {"train.lr": 1e-4}, or as text, ["train.lr=1e-4"]."""
+    if not isinstance(settings, Mapping):
+        pairs = {}
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            if not equals:
+                raise UserError(f"config: a setting must be key=value, got {setting!r}")
+            try:
+                pairs[key.strip()] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise UserError(f"config: {key} must be a YAML value, got {value!r}") from None
+        settings = pairs
+    tree = dataclasses.asdict(config)
+    for key, value in settings.items():
+        node: Any = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"config: unknown key {key}: {parent} has no keys below it")
+        node[last] = value  # unknown ones are found below
+    return from_dict(tree)
+
+
+def write(config: RunConfig, path: Path) -> None:
+    """Write the complete configuration, defaults included."""
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def describe() -> list[tuple[str, str, Any, str]]:
+    """(dotted key, type, default, help) of every key, in order."""
+    return list(_describe(RunConfig, ""))
+
+
+def total_steps(train: TrainConfig) -> int:
+    """Steps of the run: `tokens`, if given, rounded up to whole batches."""
+    return train.steps if train.tokens is None else -(-train.tokens // train.batch_size)
+
+
+def check(config: RunConfig, where: str = "config") -> None:
+    """Refuse values that no run can have. What depends on the data is checked by the trainer."""
+    train, model = config.train, config.model
+    least = {
+        "model.d_sae": 1, "model.k": 1, "model.auxk_alpha": 0, "model.k_aux": 1,
+        "model.dead_after": 0, "model.beta": 0, "data.context": 1, "data.max_tokens": 1,
+        "data.holdout": 0,
+        "train.batch_size": 1, "train.steps": 0, "train.tokens": 1, "train.lr": 0,
+        "train.warmup": 0, "train.decay": 0, "train.beta1": 0, "train.beta2": 0,
+        "train.init_tokens": 0, "train.seed": 0, "train.threads": 1, "train.prefetch": 0,
+        "train.checkpoint_every": 1, "train.keep_last": 1, "train.eval_tokens": 0, "log.every": 1,
+    }  # fmt: skip
+    for key, low in least.items():
+        value = _get(config, key)
+        if value is not None and not value >= low:
+            raise UserError(f"{where}: {key} must be at least {low}, got {value}")
+    for key in ("train.beta1", "train.beta2", "data.holdout"):
+        if not _get(config, key) < 1:
+            raise UserError(f"{where}: {key} must be below 1, got {_get(config, key)}")
+    if train.decay > 1:
+        raise UserError(f"{where}: train.decay must be a share in [0, 1], got {train.decay}")
+    if train.clip_norm is not None and not train.clip_norm > 0:
+        raise UserError(f"{where}: train.clip_norm must be above 0 or null, got {train.clip_norm}")
+    for key in ("train.lr", "model.auxk_alpha", "model.beta"):
+        if _get(config, key) == float("inf"):
+            raise UserError(f"{where}: {key} must be finite, got {_get(config, key)}")
+    if not train.eps > 0:
+        raise UserError(f"{where}: train.eps must be above 0, got {train.eps}")
+    if model.k > model.d_sae:
+        raise UserError(
+            f"{where}: model.k must be at most model.d_sae = {model.d_sae}, got {model.k}"
+        )
+    if train.warmup > total_steps(train):
+        raise UserError(
+            f"{where}: train.warmup must be at most the {total_steps(train)} steps of the run, "
+            f"got {train.warmup}"
+        )
+    if config.data.stream and config.data.cache is not None:
+        raise UserError(f"{where}: data.cache must be null where data.stream is true")
+    if model.skip and model.kind != "transcoder":
+        raise UserError(
+            f"{where}: model.skip must be false for model.kind = {model.kind}, got true"
+        )
+
+
+def _get(config: RunConfig, key: str) -> Any:
+    node: Any = config
+    for name in key.split("."):
+        node = getattr(node, name)
+    return node
+
+
+def _build(kind: type[T], content: Any, where: str, prefix: str) -> T:
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{where}: {prefix.rstrip('.') or 'the file'} must be keys with values, got {content!r}"
+        )
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in content.items():
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {prefix}{key}; valid keys: {', '.join(hints)}")
+        if dataclasses.is_dataclass(hints[key]):
+            section = {} if value is None else value  # a section whose keys are all commented out
+            values[key] = _build(typing.cast(Any, hints[key]), section, where, f"{prefix}{key}.")
+        else:
+            values[key] = _convert(hints[key], value, f"{where}: {prefix}{key}")
+    return kind(**values)
+
+
+def _convert(hint: Any, value: Any, place: str) -> Any:
+    """`value` as `hint` asks: bool, int, float, str, a Literal, or one of them | None."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(arm for arm in hint.__args__ if arm is not types.NoneType)
+    if typing.get_origin(hint) is Literal:
+        if value in hint.__args__:
+            return value
+    elif hint is float and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-4, which has no point, as text
+        except (TypeError, ValueError):
+            number = float("nan")
+        if number == number:
+            return number
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif hint is int and isinstance(value, str) and _whole(value):
+        return int(float(value))  # 1e6
+    elif type(value) is hint:
+        return value
+    raise UserError(f"{place} must be {_say(hint)}, got {value!r}")
+
+
+def _whole(text: str) -> bool:
+    try:
+        return float(text).is_integer()
+    except ValueError:
+        return False
+
+
+def _say(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in hint.__args__)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return names[hint]
+
+
+def _describe(kind: Any, prefix: str) -> Iterator[tuple[str, str, Any, str]]:
+    hints = typing.get_type_hints(kind)
+    helps = {}
+    for line in inspect.getsource(kind).splitlines():
+        code, _, comment = line.partition("  # ")
+        helps[code.partition(":")[0].strip()] = comment
+    for key in dataclasses.fields(kind):
+        hint = hints[key.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _describe(hint, f"{prefix}{key.name}.")
+            continue
+        arms = [arm for arm in getattr(hint, "__args__", [hint]) if arm is not types.NoneType]
+        literal = typing.get_origin(hint) is Literal
+        name = "|".join(arms) if literal else arms[0].__name__
+        yield f"{prefix}{key.name}", name, key.default, helps[key.name]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused step's oracle: autograd, projection, clipping, torch's Adam, unit rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..coders.coder import SparseCoder
+
+Metrics = dict[str, Tensor]
+
+
+class Unfused:
+    """One step at a time on the parameters, masters and moments of a TrainStep, which shares them.
+
+    theta is what Adam moves; t [] float64 counts the steps.
+    """
+
+    def __init__(
+        self,
+        model: SparseCoder,
+        parameters: Mapping[str, Tensor],
+        masters: Mapping[str, Tensor],
+        theta: Mapping[str, Tensor],
+        moments: Mapping[str, tuple[Tensor, Tensor]],
+        t: Tensor,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        clip_norm: float | None,
+    ) -> None:
+        self.model, self.parameters, self.masters, self.theta = model, parameters, masters, theta
+        self.acc, self.t, self.clip_norm = moments["W_enc"][0].dtype, t, clip_norm
+        thetas = list(theta.values())
+        self.optimizer = torch.optim.Adam(thetas, lr=0.0, betas=betas, eps=eps, foreach=False)
+        for name, tensor in theta.items():
+            m, v = moments[name]
+            state = {"step": torch.tensor(float(t)), "exp_avg": m, "exp_avg_sq": v}
+            self.optimizer.state[tensor] = state
+
+    def set_steps_taken(self) -> None:
+        """After the state was loaded: torch's Adam counts for itself."""
+        for entry in self.optimizer.state.values():
+            entry["step"].fill_(float(self.t))
+
+    def step(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
+        """A step on x [N, d_in] and y [N, d_out]: metrics, and whether all was finite, [] bool."""
+        model = self.model
+        training, since = model.training, model.tokens_since_fired.clone()
+        dead = model.dead.to(self.acc).mean()
+        model.train()
+        for p in self.parameters.values():
+            p.requires_grad_(True)
+        out = model(x, y, grad=grad)
+        model.train(training)
+        metrics: Metrics = {
+            "loss": out.loss.detach(),
+            "fvu": out.fvu,
+            "auxk_loss": out.auxk_loss.detach(),
+            "l0": (out.values > 0).sum().to(self.acc) / x.shape[0],
+            "dead": dead,
+        }
+        if model.multi_topk:
+            metrics["multi_topk_loss"] = out.multi_topk_loss.detach()
+        finite = bool(metrics["loss"].isfinite())
+        if finite:
+            grads = torch.autograd.grad(out.loss, list(self.parameters.values()), allow_unused=True)
+            finite = self._update(dict(zip(self.parameters, grads, strict=True)), metrics)
+        if not finite:
+            model.tokens_since_fired.copy_(since)
+        return metrics, torch.tensor(finite, device=x.device)
+
+    @torch.no_grad()
+    def _update(self, grads: Mapping[str, Tensor | None], metrics: Metrics) -> bool:
+        """Projection, clipping, torch's Adam, unit rows; False if the norm is not finite."""
+        W_dec = self.theta["W_dec"]
+        for name, theta in self.theta.items():
+            g = grads[name]
+            theta.grad = torch.zeros_like(theta) if g is None else g.to(self.acc)
+        try:
+            if self.model.normalize_decoder:
+                assert W_dec.grad is not None
+                w = self.model.W_dec.to(self.acc)  # the rows that the gradient was taken at
+                square = w.square().sum(1, keepdim=True)
+                along = (W_dec.grad * w).sum(1, keepdim=True)
+                W_dec.grad -= torch.where(square > 0, along / square, 0) * w
+            if self.clip_norm is not None:
+                norm = torch.nn.utils.get_total_norm(
+                    [p.grad for p in self.theta.values() if p.grad is not None]
+                )
+                metrics["grad_norm"] = norm
+                if not norm.isfinite():
+                    return False
+                torch.nn.utils.clip_grads_with_norm_(self.theta.values(), self.clip_norm, norm)
+            self.optimizer.step()
+        finally:
+            for theta in self.theta.values():
+                theta.grad = None
+        if self.model.normalize_decoder:
+            norms = W_dec.norm(dim=1, keepdim=True)
+            W_dec /= torch.where(norms > 0, norms, 1)
+        for name, master in self.masters.items():
+            self.parameters[name].copy_(master)
+        self.t += 1
+        return True
