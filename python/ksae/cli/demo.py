@@ -78,7 +78,7 @@ def demo(
     """
     start = time.perf_counter()
     if not plots.available():
-        raise UserError('demo: needs matplotlib: pip install "ksae[demo]"')
+        raise UserError('demo: needs matplotlib: pip install "ksae[plots]"')
     config = configure(out, tokens=tokens, d_sae=d_sae, k=k, seed=seed, threads=threads)
     if threads is not None:
         torch.set_num_threads(threads)
