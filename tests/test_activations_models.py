@@ -85,7 +85,7 @@ def test_unknown_models_are_one_line_errors(
         return real(module, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", importer)
-    with pytest.raises(UserError, match=r"pip install \"ksae\[demo\]\""):
+    with pytest.raises(UserError, match=r"pip install \"ksae\[lm\]\""):
         load_model(SMOLLM2)
 
 
