@@ -19,7 +19,7 @@ import torch
 import ksae
 from ksae import _cpu
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 OPS = {
     "topk",
     "topk_encode",
