@@ -77,7 +77,7 @@ def build(record: Record, log: Path, capability: tuple[int, int]) -> bool:
 def marked() -> list[str]:
     """The files with tests marked gpu. Others may need what is not installed here."""
     mark = "pytest.mark.gpu"
-    return [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if mark in p.read_text()]
+    return [str(p) for p in sorted((ROOT / "tests").rglob("test_*.py")) if mark in p.read_text()]
 
 
 def tests(record: Record, log: Path, environment: dict[str, str]) -> None:
@@ -244,8 +244,8 @@ def describe(record: Record, dry: bool) -> None:
 def interpret() -> None:
     """Triton's interpreter, from its import on."""
     os.environ["TRITON_INTERPRET"] = "1"
-    if (ROOT / "tests" / "triton_sort.py").exists():  # in the repository: it is faster
-        sys.path.insert(0, str(ROOT / "tests"))
+    if (ROOT / "tests" / "helpers" / "triton_sort.py").exists():  # in the repository: it is faster
+        sys.path.insert(0, str(ROOT / "tests" / "helpers"))
         import triton_sort
 
         triton_sort.tl.sort = triton_sort.numpy_sort

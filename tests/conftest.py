@@ -3,6 +3,14 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch is imported, and inherited by child processes: a thread that waits gives its core to
+# the other test process instead of spinning, and the number of threads is the same everywhere.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+# isort: split
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any

@@ -34,7 +34,7 @@ def data(N: int, d: int, seed: int = 0) -> Tensor:
 def assert_agree(
     what: str, got: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor]
 ) -> None:
-    """tests/cases.py's rule for each named tensor; of codes, also the same entries."""
+    """cases.py's rule for each named tensor; of codes, also the same entries."""
     assert got.keys() == plain.keys() == exact.keys(), what
     for name, value in got.items():
         assert_close(f"{what} {name}", value, plain[name], exact[name])

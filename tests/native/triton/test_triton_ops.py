@@ -28,8 +28,9 @@ from ksae.backends import serving as gpu
 from ksae.backends.triton import Kernels
 from ksae.ops import checks
 
-TESTS = Path(__file__).parent
-CASES = (TESTS / "triton_ops_cases.py", TESTS / "triton_step_cases.py")
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+CASES = (HERE / "triton_ops_cases.py", HERE / "triton_step_cases.py")
 
 
 class FusedFirst(Kernels):
@@ -54,7 +55,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(
         [sys.executable, *arguments],
         env=inherited | environment,
-        cwd=TESTS.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=900,

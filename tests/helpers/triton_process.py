@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a script of this folder in a process where Triton is imported as the script wants it."""
+"""Runs a script of native/triton in a process where Triton is imported as the script wants it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+HELPERS = Path(__file__).parent
+SCRIPTS = HELPERS.parent / "native" / "triton"
 
 
 def report(script: str, *arguments: str, **environment: str) -> dict:
-    """What a script of this folder prints."""
+    """What a script prints."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, str(TESTS / script), *arguments],
-        env=inherited | environment,
+        [sys.executable, str(SCRIPTS / script), *arguments],
+        env=inherited | {"PYTHONPATH": paths} | environment,
         capture_output=True,
         text=True,
         timeout=1800,

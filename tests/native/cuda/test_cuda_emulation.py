@@ -255,7 +255,7 @@ def test_an_access_outside_of_memory_is_seen(call, report):
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[2] / "helpers",
         capture_output=True,
         text=True,
     )

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = (
     *("-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),

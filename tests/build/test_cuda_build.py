@@ -16,7 +16,7 @@ import pytest
 
 import ksae
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Registers a thread on sm_90. With 64 a multiprocessor holds 1024 threads.
 MOST_REGISTERS = 64
