@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from ksae.errors import UserError
-from ksae.files.checkpoint import write_atomic
+from ksae.files.atomic import write_atomic
 
 T = TypeVar("T")
 Gradient = Literal["labels", "sampled", "entropy", "logsumexp", "max_logit"]

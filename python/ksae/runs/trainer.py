@@ -31,6 +31,7 @@ from ksae.coders.gradtopk import GradSelection
 from ksae.coders.initialize import initialize_from
 from ksae.errors import UserError
 from ksae.files import checkpoint
+from ksae.files.atomic import clean, write_atomic
 from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
 from ksae.runs.config import LogConfig, RunConfig, TrainConfig, total_steps
@@ -125,7 +126,7 @@ class Trainer:
         """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input."""
         open_directory(self.out, self.resume)
         for directory in (self.out, self._checkpoints):
-            checkpoint.clean(directory)
+            clean(directory)
         with Signals() as signals, contextlib.ExitStack() as stack:
             newest = checkpoint.latest(self._checkpoints)
             if newest is not None:
@@ -350,7 +351,7 @@ class Trainer:
             )
             metrics, frequency = result.metrics, result.frequency
             text = json.dumps({"step": self.step, "tokens": result.tokens, **metrics}, indent=1)
-            checkpoint.write_atomic(
+            write_atomic(
                 self.out / "evaluation.json", lambda file: file.write(text.encode() + b"\n")
             )
         if not plots.available():
