@@ -260,10 +260,7 @@ def test_resume_of_a_stopped_run_gives_the_bits_of_a_whole_one(folder: Path, tmp
     stopped = max((out / "checkpoints").iterdir())
     steps = int(re.findall(r"\d+", stopped.name)[0])
     whole = tmp_path / "whole"
-    assert (
-        cli.run(last(*command[:3], "--out", whole, *RUN, *slow, "--steps", str(steps)))
-        == 0
-    )
+    assert cli.run(last(*command[:3], "--out", whole, *RUN, *slow, "--steps", str(steps))) == 0
     a, b = ksae.load(stopped), ksae.load(whole)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     # the rest of the settings come from run.yaml
