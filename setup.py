@@ -91,7 +91,13 @@ setup(
         "ksae.kernels",
         "ksae.bench",
     ],
-    package_dir={"ksae": "python/ksae", "ksae.kernels": "kernels", "ksae.bench": "bench"},
+    py_modules=["ksae_cli"],  # the console script
+    package_dir={
+        "": "python",
+        "ksae": "python/ksae",
+        "ksae.kernels": "kernels",
+        "ksae.bench": "bench",
+    },
     package_data={"ksae": ["py.typed", "*.pyi"]},
     exclude_package_data={
         "ksae.bench": ["*.md", ".gitignore", "results/**", "pytest/*", "cache/*"]

@@ -27,7 +27,7 @@ from ksae.analysis.steering import logit_shift, matched_latents
 from ksae.coders.coder import TopKSAE
 from ksae.coders.gradtopk import GradTopKSAE
 from ksae.coders.initialize import geometric_median
-from ksae.files.checkpoint import write_atomic
+from ksae.files.atomic import write_atomic
 from ksae.runs.evaluation import about
 from ksae.step.train_step import TrainStep
 

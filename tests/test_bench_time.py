@@ -132,7 +132,7 @@ def test_minutes_promised_are_what_the_suites_plan(mode, monkeypatch):
     promise = f"about {suites.MINUTES[mode]} minutes"
     for file in ("README.md", "bench/README.md"):
         assert promise in (ROOT / file).read_text(), file
-    help_ = (ROOT / "python/ksae/cli/__init__.py").read_text()
+    help_ = (ROOT / "python/ksae/cli/bench.py").read_text()
     assert "About {full} minutes, or {quick},".format(**suites.MINUTES) in help_
 
 

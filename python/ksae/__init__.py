@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
-from .coders.coder import Output, SparseCoder, TopKSAE, Transcoder
-from .coders.gradtopk import GradTopKSAE, GradTopKTranscoder
-from .functional import grad_topk_encode, sparse_decode, topk, topk_encode
-from .step.train_step import TrainStep
 from .version import VERSION as __version__
+
+if TYPE_CHECKING or "ksae_cli" not in sys.modules:
+    # Importing these registers torch.ops.ksae. The console script imports them when a command
+    # needs them: `ksae --help` answers without torch.
+    from .api import *
 
 if TYPE_CHECKING:
     from .files.checkpoint import load
@@ -34,7 +36,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `config` on first use: they import more than torch."""
+    """`load` and `config` on first use: they import more than torch; all names in the console
+    script."""
     if name == "load":
         from .files.checkpoint import load
 
@@ -43,4 +46,8 @@ def __getattr__(name: str) -> Any:
         from .info import config
 
         return config
+    if name in __all__:
+        from . import api
+
+        return getattr(api, name)
     raise AttributeError(f"module 'ksae' has no attribute {name!r}")

@@ -22,6 +22,7 @@ import yaml
 
 import ksae
 from ksae import cli
+from ksae.cli import train
 from ksae.runs import config as runconfig
 
 D, ROWS = 12, 600
@@ -101,6 +102,17 @@ def lm_folder(tmp_path) -> Path:
     return path
 
 
+def last(*args: str | Path) -> list[str]:
+    """The arguments with only the last of an option that is there twice."""
+    words, kept = [str(a) for a in args], []
+    for at, word in enumerate(words):
+        value = at > 0 and words[at - 1].startswith("--") and not word.startswith("--")
+        owner = words[at - 1] if value else word
+        if not (owner.startswith("--") and owner in words[at + 1 - value + 1 :]):
+            kept.append(word)
+    return kept
+
+
 def fails(capfd, *args: str | Path, code: int = 1) -> str:
     """The message of a command that must fail: one line, no traceback."""
     capfd.readouterr()
@@ -145,9 +157,9 @@ def test_train_has_every_setting_as_an_option_with_help_and_default(capfd, monke
     monkeypatch.setenv("COLUMNS", "240")
     assert cli.run(["train", "--help"]) == 0
     out = re.sub(r"\s+", " ", capfd.readouterr().out)
-    assert len(set(cli.OPTIONS.values())) == len(cli.OPTIONS)
+    assert len(set(train.OPTIONS.values())) == len(train.OPTIONS)
     for key, _, default, text in runconfig.describe():
-        flag = "--" + cli.OPTIONS[key].replace("_", "-")
+        flag = "--" + train.OPTIONS[key].replace("_", "-")
         assert flag in out, key
         assert text, f"{key} has no help"
         assert text[1:] in out, key
@@ -236,7 +248,7 @@ def test_resume_of_a_stopped_run_gives_the_bits_of_a_whole_one(folder: Path, tmp
     slow = ["--checkpoint-every", "1", "--steps", "100000", "--warmup", "2", "--decay", "0"]
     command = ["train", "--activations", folder / "x.npy", "--out", out, *RUN, *slow]
     for signum in (signal.SIGINT, signal.SIGTERM):
-        process = start(*command, *(["--resume"] if out.exists() else []))
+        process = start(*last(*command), *(["--resume"] if out.exists() else []))
         before = count(out)
         while count(out) < before + 2:
             assert process.poll() is None, process.communicate()
@@ -248,10 +260,7 @@ def test_resume_of_a_stopped_run_gives_the_bits_of_a_whole_one(folder: Path, tmp
     stopped = max((out / "checkpoints").iterdir())
     steps = int(re.findall(r"\d+", stopped.name)[0])
     whole = tmp_path / "whole"
-    assert (
-        cli.run([*map(str, command[:3]), "--out", str(whole), *RUN, *slow, "--steps", str(steps)])
-        == 0
-    )
+    assert cli.run(last(*command[:3], "--out", whole, *RUN, *slow, "--steps", str(steps))) == 0
     a, b = ksae.load(stopped), ksae.load(whole)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     # the rest of the settings come from run.yaml
@@ -315,7 +324,8 @@ BAD_TRAINING = {
 @pytest.mark.parametrize(("args", "message"), BAD_TRAINING.values(), ids=BAD_TRAINING.keys())
 def test_bad_training(folder: Path, tmp_path, capfd, monkeypatch, args: list[str], message: str):
     monkeypatch.chdir(folder)
-    said = fails(capfd, "train", "--activations", "x.npy", "--out", tmp_path / "out", *RUN, *args)
+    command = last("train", "--activations", "x.npy", "--out", tmp_path / "out", *RUN, *args)
+    said = fails(capfd, *command)
     assert re.search(message, said), said
     assert not (tmp_path / "out" / "model.safetensors").exists()
 

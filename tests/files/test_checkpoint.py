@@ -19,7 +19,7 @@ import torch
 
 import ksae
 from ksae.errors import UserError
-from ksae.files import checkpoint
+from ksae.files import atomic, checkpoint
 
 d, F, k = 6, 20, 3
 
@@ -174,7 +174,7 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path, caplog):
     checkpoint.prune(tmp_path, 2)
     assert not checkpoint.step_path(tmp_path, 9).exists() and newest.exists()
     (tmp_path / ".step_00000011.safetensors.abc.tmp").touch()
-    checkpoint.clean(tmp_path)
+    atomic.clean(tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -195,7 +195,7 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     refused(lambda: new.save(path), str(path), "No space left on device")
     monkeypatch.undo()
     refused(lambda: new.save(path / "below" / "m.safetensors"), "cannot write")
@@ -217,7 +217,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import ksae
-from ksae.files import checkpoint
+from ksae.files import atomic, checkpoint
 
 folder = Path(sys.argv[1])
 model = ksae.TopKSAE(64, 2048, 4)
@@ -252,7 +252,7 @@ for _ in range(15):
     assert state["step"] >= done, (state, done)  # what was announced is there
     assert state["x"].item() == state["step"] and bool((other.b_dec == state["step"]).all())
     done = state["step"]
-    checkpoint.clean(folder)
+    atomic.clean(folder)
     assert not list(folder.glob(".*.tmp"))
 print("torn", torn, "steps", done)
 """

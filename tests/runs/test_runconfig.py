@@ -52,7 +52,7 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path):
         ({"train": {"steps": True}}, ["train.steps", "a whole number"]),
         ({"train": {"fused": "yes, please"}}, ["train.fused", "true or false"]),
         ({"train": {"lr": None}}, ["train.lr", "a number", "None"]),
-        ({"train": {"steps": 50}}, ["train.warmup", "50", "got 100"]),
+        ({"train": {"steps": 50, "warmup": 100}}, ["train.warmup", "50", "got 100"]),
         ({"train": {"decay": 1.5}}, ["train.decay", "[0, 1]"]),
         ({"train": {"beta2": 1}}, ["train.beta2", "below 1"]),
         ({"train": {"clip_norm": 0}}, ["train.clip_norm", "null"]),
@@ -99,7 +99,7 @@ def test_every_key_has_a_type_and_a_help():
     rows = runconfig.describe()
     names = {key for key, *_ in rows}
     assert "out" in names and "train.lr" in names
-    assert ("model.k", "int", 32, "active latents a token") in rows
+    assert ("model.k", "int", 32, "active latents per token") in rows
     assert not [key for key, kind, _, help in rows if not (kind and help)]
     leaves = sum(
         len(dataclasses.fields(getattr(RunConfig(), section)))

@@ -13,13 +13,11 @@ at any moment leaves the files that were there before.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +28,7 @@ from torch import Tensor
 from ksae.coders import coder as modules
 from ksae.coders import gradtopk
 from ksae.errors import UserError
+from ksae.files.atomic import write_atomic
 from ksae.step.train_step import TrainStep
 from ksae.version import VERSION
 
@@ -215,35 +214,6 @@ def prune(directory: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def clean(directory: Path) -> None:
-    """Delete what killed saves left. Only for the one process that writes to `directory`."""
-    for path in directory.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write` on a temporary file beside `path`; once whole and on disk, it becomes `path`."""
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, 0o666 & ~_umask())  # mkstemp's 0600 would hide the file from the group
-            write(file)
-            file.flush()
-            os.fsync(fd)
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"save: cannot write {path}: {error.strerror}") from None
-        raise
-
-
 def _describe(
     model: modules.SparseCoder, kind: str, extra: Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -358,17 +328,3 @@ def _list(directory: Path) -> list[tuple[int, Path]]:
 
 def _say_foreign(size: int) -> str:
     return "an empty file" if size == 0 else f"{size} bytes of something else"
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no call that only reads it
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

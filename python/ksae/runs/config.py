@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configuration of a run: one tree of dataclasses, read from and written to YAML.
 
-The help text of each key is the comment on its line; `describe()` returns key, type, default and
-help of all of them for the command line.
+Each key states its default and its help; `describe()` returns key, type, default and help of all of
+them for the command line.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,84 +18,119 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from ksae.errors import UserError
-from ksae.files.checkpoint import write_atomic
+from ksae.files.atomic import write_atomic
 
 T = TypeVar("T")
-Gradient = Literal["labels", "sampled", "entropy", "logsumexp", "max_logit"]
+
+
+def setting(default: T, help: str) -> T:
+    """A key of the configuration."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class ModelConfig:
-    kind: Literal["sae", "transcoder"] = "sae"  # a transcoder predicts outputs from inputs
-    d_sae: int = 4096  # latents
-    k: int = 32  # active latents a token
-    loss: Literal["fvu", "mse"] = "fvu"  # what is minimised
-    auxk_alpha: float = 1 / 32  # weight of the loss that revives dead latents; 0 turns it off
-    k_aux: int | None = None  # dead latents in that loss; default half the width of the output
-    dead_after: int = 10_000_000  # tokens without firing after which a latent counts as dead
-    normalize_decoder: bool | None = None  # unit decoder rows; default true only for sae
-    multi_topk: bool = False  # add the loss with 4k latents, at 1/8
-    skip: bool = False  # transcoder only: a linear path beside the latents
-    beta: float | None = None  # weight of a downstream gradient in selection; null: plain TopK
-    mode: Literal["additive", "multiplicative", "signed"] = "additive"  # of beta: the score
-    grad_norm: Literal["none", "unit", "rms", "sqrt_d"] = "sqrt_d"  # of beta: gradients' scale
+    kind: Literal["sae", "transcoder"] = setting("sae", "a transcoder predicts outputs from inputs")
+    d_sae: int = setting(4096, "latents")
+    k: int = setting(32, "active latents per token")
+    loss: Literal["fvu", "mse"] = setting("fvu", "what is minimised")
+    auxk_alpha: float = setting(
+        1 / 32, "weight of the loss that revives dead latents; 0 turns it off"
+    )
+    k_aux: int | None = setting(
+        None, "dead latents in that loss; default half the width of the output"
+    )
+    dead_after: int | None = setting(
+        None,
+        "tokens without firing after which a latent is dead; default 1e7, at most 1/4 of the run",
+    )
+    normalize_decoder: bool | None = setting(None, "unit decoder rows; default true only for sae")
+    multi_topk: bool = setting(False, "add the loss with 4k latents, at 1/8")
+    skip: bool = setting(False, "transcoder only: a linear path beside the latents")
+    beta: float | None = setting(
+        None, "weight of a downstream gradient in selection; null: plain TopK"
+    )
+    mode: Literal["additive", "multiplicative", "signed"] = setting(
+        "additive", "of beta: the score"
+    )
+    grad_norm: Literal["none", "unit", "rms", "sqrt_d"] = setting(
+        "sqrt_d", "of beta: gradients' scale"
+    )
 
 
 @dataclass
 class DataConfig:
-    activations: str | None = None  # .npy, .safetensors or .pt file, or a cache folder; or else:
-    targets: str | None = None  # transcoder: file of the outputs, row for row with activations
-    model: str | None = None  # language model: smollm2-135m, a folder, or a Hugging Face name
-    hook: str | None = None  # where its activations are read, as layers.9.resid_post
-    target_hook: str | None = None  # transcoder: where the outputs are read
-    gradient: Gradient = "labels"  # with model.beta: the loss whose gradient is harvested
-    text: str | None = None  # .txt, .jsonl or .parquet file, a folder of them, or pydoc
-    field: str = "text"  # key or column of the text in .jsonl, .parquet and datasets
-    separator: str | None = None  # what divides a .txt file into documents
-    context: int = 128  # tokens of a context, special ones included
-    bos: Literal["auto", "always", "never"] = "auto"  # whether contexts start with a BOS token
-    max_tokens: int | None = None  # of the text that are used
-    cache: str | None = None  # folder to keep the activations in, larger than memory if need be
-    stream: bool = False  # make the activations while training, and keep none
-    holdout: float = 0.05  # share of the documents (rows of a file) kept for evaluation
+    activations: str | None = setting(
+        None, ".npy, .safetensors or .pt file, or a cache folder; or else:"
+    )
+    targets: str | None = setting(
+        None, "transcoder: file of the outputs, row for row with activations"
+    )
+    model: str | None = setting(
+        None, "language model: smollm2-135m, a folder, or a Hugging Face name"
+    )
+    hook: str | None = setting(None, "where its activations are read, as layers.9.resid_post")
+    target_hook: str | None = setting(None, "transcoder: where the outputs are read")
+    gradient: Literal["labels", "sampled", "entropy", "logsumexp", "max_logit"] = setting(
+        "labels", "with model.beta: the loss whose gradient is harvested"
+    )
+    text: str | None = setting(None, ".txt, .jsonl or .parquet file, a folder of them, or pydoc")
+    field: str = setting("text", "key or column of the text in .jsonl, .parquet and datasets")
+    separator: str | None = setting(None, "what divides a .txt file into documents")
+    context: int = setting(128, "tokens of a context, special ones included")
+    bos: Literal["auto", "always", "never"] = setting(
+        "auto", "whether contexts start with a BOS token"
+    )
+    max_tokens: int | None = setting(None, "of the text that are used")
+    cache: str | None = setting(
+        None, "folder to keep the activations in, larger than memory if need be"
+    )
+    stream: bool = setting(False, "make the activations while training, and keep none")
+    holdout: float = setting(0.05, "share of the documents (rows of a file) kept for evaluation")
 
 
 @dataclass
 class TrainConfig:
-    batch_size: int = 2048  # tokens a step
-    steps: int = 10_000  # length of the run
-    tokens: int | None = None  # length of the run in tokens; overrides steps
-    lr: float = 3e-4  # Adam's learning rate
-    warmup: int = 100  # steps of linear warm-up
-    decay: float = 0.2  # share of the run, at its end, over which the rate falls
-    decay_shape: Literal["linear", "cosine"] = "linear"  # of that fall
-    beta1: float = 0.9  # Adam
-    beta2: float = 0.999  # Adam
-    eps: float = 1e-8  # Adam
-    clip_norm: float | None = 1.0  # largest norm of the whole gradient; null turns clipping off
-    init_tokens: int = 32_768  # tokens that the first biases are set from; 0 leaves them at 0
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights
-    device: str | None = None  # default cuda if there is one, else cpu
-    fused: bool = True  # the fused step; false runs autograd and torch's Adam
-    seed: int = 0  # of the weights and of the order of the data
-    threads: int | None = None  # CPU threads; default torch's
-    prefetch: int = 2  # batches read ahead in a thread; 0 reads in the training loop
-    checkpoint_every: int = 1000  # steps between checkpoints
-    keep_last: int = 2  # checkpoints kept
-    eval_tokens: int = 65_536  # held-out tokens measured at the end; 0 measures none
+    batch_size: int = setting(2048, "tokens per step")
+    steps: int = setting(10_000, "length of the run")
+    tokens: int | None = setting(None, "length of the run in tokens; overrides steps")
+    lr: float = setting(3e-4, "Adam's learning rate")
+    warmup: int | None = setting(
+        None, "steps of linear warm-up; default 100, a tenth of a shorter run"
+    )
+    decay: float = setting(0.2, "share of the run, at its end, over which the rate falls")
+    decay_shape: Literal["linear", "cosine"] = setting("linear", "of that fall")
+    beta1: float = setting(0.9, "Adam")
+    beta2: float = setting(0.999, "Adam")
+    eps: float = setting(1e-8, "Adam")
+    clip_norm: float | None = setting(
+        1.0, "largest norm of the whole gradient; null turns clipping off"
+    )
+    init_tokens: int = setting(
+        32_768, "tokens that the first biases are set from; 0 leaves them at 0"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the weights")
+    device: str | None = setting(None, "default cuda if there is one, else cpu")
+    fused: bool = setting(True, "the fused step; false runs autograd and torch's Adam")
+    seed: int = setting(0, "of the weights and of the order of the data")
+    threads: int | None = setting(None, "CPU threads; default torch's")
+    prefetch: int = setting(2, "batches read ahead in a thread; 0 reads in the training loop")
+    checkpoint_every: int = setting(1000, "steps between checkpoints")
+    keep_last: int = setting(2, "checkpoints kept")
+    eval_tokens: int = setting(65_536, "held-out tokens measured at the end; 0 measures none")
 
 
 @dataclass
 class LogConfig:
-    every: int = 10  # steps between lines of metrics.jsonl
-    progress: bool = True  # bar on a terminal, a line at each tenth of the run elsewhere
-    tensorboard: bool = False  # event files in out/tensorboard
-    wandb: str | None = None  # Weights & Biases project to log to
+    every: int = setting(10, "steps between lines of metrics.jsonl")
+    progress: bool = setting(True, "bar on a terminal, a line at each tenth of the run elsewhere")
+    tensorboard: bool = setting(False, "event files in out/tensorboard")
+    wandb: str | None = setting(None, "Weights & Biases project to log to")
 
 
 @dataclass
 class RunConfig:
-    out: str = "runs/sae"  # folder of the run; must be new, unless the run is resumed
+    out: str = setting("runs/sae", "folder of the run; must be new, unless the run is resumed")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -163,6 +197,28 @@ def total_steps(train: TrainConfig) -> int:
     return train.steps if train.tokens is None else -(-train.tokens // train.batch_size)
 
 
+def warmup_steps(train: TrainConfig) -> int:
+    """Steps of warm-up: as given, or by the length of the run."""
+    return min(100, total_steps(train) // 10) if train.warmup is None else train.warmup
+
+
+def dead_after(config: RunConfig) -> int:
+    """Tokens after which a silent latent is dead: as given, or by the length of the run."""
+    if config.model.dead_after is not None:
+        return config.model.dead_after
+    return min(10_000_000, total_steps(config.train) * config.train.batch_size // 4)
+
+
+def fitted(config: RunConfig) -> RunConfig:
+    """A copy with what was left to the length of the run filled in."""
+    check(config)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dead_after=dead_after(config)),
+        train=dataclasses.replace(config.train, warmup=warmup_steps(config.train)),
+    )
+
+
 def check(config: RunConfig, where: str = "config") -> None:
     """Refuse values that no run can have. What depends on the data is checked by the trainer."""
     train, model = config.train, config.model
@@ -195,7 +251,7 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(
             f"{where}: model.k must be at most model.d_sae = {model.d_sae}, got {model.k}"
         )
-    if train.warmup > total_steps(train):
+    if warmup_steps(train) > total_steps(train):
         raise UserError(
             f"{where}: train.warmup must be at most the {total_steps(train)} steps of the run, "
             f"got {train.warmup}"
@@ -274,10 +330,6 @@ def _say(hint: Any) -> str:
 
 def _describe(kind: Any, prefix: str) -> Iterator[tuple[str, str, Any, str]]:
     hints = typing.get_type_hints(kind)
-    helps = {}
-    for line in inspect.getsource(kind).splitlines():
-        code, _, comment = line.partition("  # ")
-        helps[code.partition(":")[0].strip()] = comment
     for key in dataclasses.fields(kind):
         hint = hints[key.name]
         if dataclasses.is_dataclass(hint):
@@ -286,4 +338,4 @@ def _describe(kind: Any, prefix: str) -> Iterator[tuple[str, str, Any, str]]:
         arms = [arm for arm in getattr(hint, "__args__", [hint]) if arm is not types.NoneType]
         literal = typing.get_origin(hint) is Literal
         name = "|".join(arms) if literal else arms[0].__name__
-        yield f"{prefix}{key.name}", name, key.default, helps[key.name]
+        yield f"{prefix}{key.name}", name, key.default, key.metadata["help"]

@@ -125,11 +125,12 @@ def build_model(
         "loss": config.loss,
         "auxk_alpha": config.auxk_alpha,
         "k_aux": config.k_aux,
-        "dead_after": config.dead_after,
         "multi_topk": config.multi_topk,
         "dtype": dtype,
         "device": device,
     }
+    if config.dead_after is not None:
+        options["dead_after"] = config.dead_after
     if config.normalize_decoder is not None:
         options["normalize_decoder"] = config.normalize_decoder
     if config.beta is not None:

@@ -17,7 +17,7 @@ from typing import IO, Any, Protocol
 from tqdm import tqdm
 
 from ksae.errors import UserError
-from ksae.files.checkpoint import write_atomic
+from ksae.files.atomic import write_atomic
 
 
 class Sink(Protocol):

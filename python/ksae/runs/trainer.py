@@ -31,9 +31,10 @@ from ksae.coders.gradtopk import GradSelection
 from ksae.coders.initialize import initialize_from
 from ksae.errors import UserError
 from ksae.files import checkpoint
+from ksae.files.atomic import clean, write_atomic
 from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
-from ksae.runs.config import LogConfig, RunConfig, TrainConfig, total_steps
+from ksae.runs.config import LogConfig, RunConfig, TrainConfig, total_steps, warmup_steps
 from ksae.runs.data import build_model, open_data, pick_device
 from ksae.runs.directory import compare, open_directory
 from ksae.runs.log import RunLog
@@ -92,10 +93,10 @@ class Trainer:
         self.log_config = log or LogConfig()
         self.out, self.resume = Path(out), resume
         self.run_config = run
-        self.steps = total_steps(self.config)
+        self.steps, self.warmup = total_steps(self.config), warmup_steps(self.config)
         self.identity: dict[str, Any] = {
             "model": model.config(),
-            "train": dataclasses.asdict(self.config),
+            "train": {**dataclasses.asdict(self.config), "warmup": self.warmup},
             "source": {"tokens": source.num_tokens},
         }
         if run is not None:
@@ -125,7 +126,7 @@ class Trainer:
         """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input."""
         open_directory(self.out, self.resume)
         for directory in (self.out, self._checkpoints):
-            checkpoint.clean(directory)
+            clean(directory)
         with Signals() as signals, contextlib.ExitStack() as stack:
             newest = checkpoint.latest(self._checkpoints)
             if newest is not None:
@@ -173,7 +174,7 @@ class Trainer:
                     self.step,
                     lr=config.lr,
                     steps=self.steps,
-                    warmup=config.warmup,
+                    warmup=self.warmup,
                     decay=config.decay,
                     shape=config.decay_shape,
                 )
@@ -350,7 +351,7 @@ class Trainer:
             )
             metrics, frequency = result.metrics, result.frequency
             text = json.dumps({"step": self.step, "tokens": result.tokens, **metrics}, indent=1)
-            checkpoint.write_atomic(
+            write_atomic(
                 self.out / "evaluation.json", lambda file: file.write(text.encode() + b"\n")
             )
         if not plots.available():
@@ -376,7 +377,7 @@ class Trainer:
 
 def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
     """Do the run that `config` describes, from its data to the finished model in `config.out`."""
-    runconfig.check(config)
+    config = runconfig.fitted(config)
     open_directory(Path(config.out), resume)  # before any harvest
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)

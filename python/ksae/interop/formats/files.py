@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ksae.errors import UserError, first_line
-from ksae.files.checkpoint import write_atomic
+from ksae.files.atomic import write_atomic
 
 BESIDE = "ksae.safetensors"
 _EXTRA = "ksae_extra"

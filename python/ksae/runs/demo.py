@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ksae demo`: the whole job on a small language model from pip, offline, in a few minutes.
+
+SmolLM2-135M reads the help topics of Python's own documentation (about 113 000 tokens); a TopK SAE
+learns the residual stream after layer 9 (d = 576). Every context starts with a special token, the
+model's attention sink; its activation, unlike all others, is neither trained on nor replaced in the
+evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ksae.activations import PYDOC, SMOLLM2, ActivationSource, ArraySource, Contexts, LanguageModel
+from ksae.analysis import plots
+from ksae.analysis.top_contexts import encode_rows, repeats, telling_latents, top_contexts
+from ksae.coders.coder import SparseCoder
+from ksae.errors import UserError
+from ksae.files.atomic import write_atomic
+from ksae.runs.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
+from ksae.runs.data import build_model, open_data
+from ksae.runs.evaluation import measure, measure_language_model, table
+from ksae.runs.signals import Interrupted
+from ksae.runs.trainer import Trainer
+
+HOOK = "layers.9.resid_post"
+CE_TOKENS = 4096
+
+
+def configure(
+    out: Path, *, tokens: int, d_sae: int, k: int, seed: int, threads: int | None
+) -> RunConfig:
+    """The run of the demo; `out`/sae/run.yaml shows it and `ksae train` can do it too."""
+    batch_size = 1024
+    steps = max(1, round(tokens / batch_size))
+    return RunConfig(
+        out=str(out / "sae"),
+        model=ModelConfig(d_sae=d_sae, k=k, dead_after=200_000),
+        data=DataConfig(
+            model=SMOLLM2, hook=HOOK, text=PYDOC, cache=str(out / "activations"), holdout=0.1
+        ),
+        train=TrainConfig(
+            batch_size=batch_size,
+            steps=steps,
+            lr=2e-3,
+            warmup=min(50, steps),
+            decay=0.5,
+            seed=seed,
+            threads=threads,
+            checkpoint_every=500,
+        ),
+        log=LogConfig(every=5),
+    )
+
+
+def demo(
+    out: Path,
+    *,
+    tokens: int = 1_000_000,
+    d_sae: int = 4608,
+    k: int = 32,
+    latents: int = 6,
+    seed: int = 0,
+    threads: int | None = None,
+) -> dict[str, float]:
+    """Harvest, train, evaluate, show. The results are printed, returned and kept in results.json.
+
+    Args:
+        out: folder of activations, model, pictures and results; an earlier call there is gone on
+            with.
+        tokens: to train on; the text is read many times.
+        latents: how many latents to show contexts of.
+    """
+    start = time.perf_counter()
+    if not plots.available():
+        raise UserError('demo: needs matplotlib: pip install "ksae[plots]"')
+    config = configure(out, tokens=tokens, d_sae=d_sae, k=k, seed=seed, threads=threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+    _stage(start, f"activations of {SMOLLM2} at {HOOK} over the help topics of Python, in {out}")
+    data = open_data(config.data, progress=sys.stderr.isatty())
+    lm, held = data.language_model, data.holdout_contexts
+    assert lm is not None and held is not None and data.holdout is not None
+    assert isinstance(data.train, ArraySource) and isinstance(data.holdout, ArraySource)
+
+    run = config.train
+    epochs = run.steps * run.batch_size / len(_rows(data.train))
+    _stage(start, f"training on {run.steps * run.batch_size:,} tokens, {epochs:.1f} epochs")
+    torch.manual_seed(seed)
+    model = build_model(config.model, data.train, dtype=run.dtype)
+    resume = (out / "sae").is_dir() and any((out / "sae").iterdir())
+    trainer = Trainer(
+        model,
+        data.train,
+        run,
+        out=config.out,
+        resume=resume,
+        log=config.log,
+        holdout=data.holdout,
+        run=config,
+    )
+    try:
+        result = trainer.run()
+    except Interrupted:
+        print("run the same command again to go on", file=sys.stderr)
+        raise
+
+    _stage(start, "evaluation on held-out topics")
+    fresh, rows, quoted = _fresh(data.train, data.holdout, held)
+    quality = measure(model, rows, tokens=len(_rows(rows)))
+    costs = measure_language_model(model, lm, fresh, config.data, tokens=CE_TOKENS)
+
+    if latents > 0:
+        _stage(start, "what some latents respond to, in the training text")
+        _show_contexts(model, data.train, lm, latents)
+
+    seconds = time.perf_counter() - start
+    results = {**quality.metrics, **costs, "tokens": float(quality.tokens), "seconds": seconds}
+    results["left_out"] = quoted
+    text = json.dumps(results, indent=1) + "\n"
+    write_atomic(out / "results.json", lambda file: file.write(text.encode()))
+
+    _stage(start, "results")
+    topics = len(set(fresh.documents.tolist()))
+    print(
+        f"reconstruction of {quality.tokens:,} tokens of {topics} held-out topics, "
+        f"F = {d_sae}, k = {k}"
+    )
+    print(f"({quoted:.0%} of the held-out tokens left out: their contexts quote training text)")
+    print(table(quality.metrics, RECONSTRUCTION))
+    print(f"cross-entropy of {SMOLLM2} on {costs['ce_tokens']:,.0f} of them, nats a token")
+    print(table(costs, COSTS))
+    print(f"model     {result.model_path}")
+    for path in result.plots:
+        print(f"picture   {path}")
+    print(f"all of it took {seconds:.0f} s with {torch.get_num_threads()} threads")
+    return results
+
+
+RECONSTRUCTION = {
+    "fvu": "FVU (variance not explained)",
+    "l0": "L0 (active latents a token)",
+    "dead": "dead latents (never fired here)",
+}
+COSTS = {
+    "ce_clean": "clean",
+    "ce_sae": "with the SAE's reconstruction",
+    "ce_zero": "zero-ablated",
+    "ce_recovered": "recovered share",
+}
+
+
+def _rows(source: ActivationSource) -> range:
+    assert source.num_tokens is not None
+    return range(source.num_tokens)
+
+
+def _fresh(
+    train: ArraySource, holdout: ArraySource, held: Contexts
+) -> tuple[Contexts, ArraySource, float]:
+    """The held-out contexts that quote no training text, their rows, and the share left out.
+
+    Help topics repeat whole sections of each other, which no split by topic can keep apart.
+    """
+    seen = train.tokens_of(torch.arange(len(_rows(train))))[0]
+    new = ~repeats(held.ids, held.mask(), seen)  # [contexts]
+    of_row = holdout.tokens_of(torch.arange(len(_rows(holdout))))[1].long()  # context of each row
+    kept = new[of_row].nonzero()[:, 0]
+    if len(kept) == 0:
+        raise UserError("demo: all held-out contexts quote the training text, nothing to measure")
+    rows = ArraySource([holdout.gather(kept)[0]], name="held-out activations")
+    return held.select(new), rows, 1 - len(kept) / len(of_row)
+
+
+def _show_contexts(model: SparseCoder, source: ArraySource, lm: LanguageModel, count: int) -> None:
+    values, indices = encode_rows(model, (x for x, _ in source.sweep(2048)))
+    ids, sequence, _ = source.tokens_of(torch.arange(len(_rows(source))))
+    chosen = telling_latents(values, indices, ids, model.d_sae, count)
+    found = top_contexts(values, indices, ids, sequence, chosen, n=4, before=10, after=4)
+    fired = torch.bincount(indices[values > 0], minlength=model.d_sae)
+    bold = ("\x1b[1;33m«", "»\x1b[0m") if sys.stdout.isatty() else ("«", "»")
+    for latent, contexts in found.items():
+        print(f"latent {latent}, fires on {int(fired[latent]) / len(values):.2%} of the tokens")
+        for context in contexts:
+            print(f"  {context.value:6.1f}  {context.text(lm.tokenizer.decode, bold)}")
+
+
+def _stage(start: float, text: str) -> None:
+    print(f"\n[{time.perf_counter() - start:4.0f} s] {text}", flush=True)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console script: it answers at once, says its version, and refuses what would be lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ksae
+from ksae import cli
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(ksae.__file__).parents[1])}
+
+
+def python(code: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["train"]])
+def test_help_and_version_import_no_torch(arguments: list[str]):
+    said = python(
+        f"import sys, ksae_cli; sys.argv = ['ksae', *{arguments}]\n"
+        "try: ksae_cli.main()\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    assert said.splitlines()[-1] == "False"
+
+
+def test_version_is_printed(capfd):
+    assert cli.run(["--version"]) == 0
+    assert capfd.readouterr().out == f"ksae {ksae.__version__}\n"
+
+
+def test_import_ksae_registers_the_ops():
+    assert "topk_encode" in python("import ksae, torch; print(torch.ops.ksae.topk_encode)")
+
+
+def test_names_of_the_package_are_there_in_the_console_script():
+    assert "True" in python("import ksae_cli, ksae; print(ksae.TopKSAE is ksae.api.TopKSAE)")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--k", "3", "--lr", "1", "--k", "4"],
+        ["train", "--fused", "--no-fused"],
+        ["eval", "x", "--tokens", "3", "--tokens=4"],
+        ["demo", "--k", "3", "--k", "4"],
+    ],
+)
+def test_option_given_twice_is_an_error_that_names_it(capfd, arguments: list[str]):
+    assert cli.run(arguments) == 2
+    option = next(a for a in arguments if a.startswith("--") and a != "--lr")
+    assert f"Option {option} is given twice" in capfd.readouterr().err
+
+
+def test_bare_train_prints_a_line_of_usage(capfd):
+    assert cli.run(["train"]) == 2
+    out, error = capfd.readouterr()
+    assert out == "" and error.count("\n") == 1 and error.startswith("usage: ksae train")
+
+
+def test_bare_ksae_prints_its_help(capfd):
+    assert cli.run([]) == 0
+    out, error = capfd.readouterr()
+    assert "Usage: ksae" in out and error == ""
