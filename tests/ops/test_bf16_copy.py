@@ -28,7 +28,7 @@ from ksae import ops, reference
 from ksae.backends import serving as gpu
 from ksae.backends.triton import Kernels
 from ksae.coders.coder import SparseCoder
-from ksae.step import train_step as step
+from ksae.step import fused as step
 
 
 def bf16_copy_of(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,15 +253,15 @@ class Screening:
 def screening(monkeypatch: pytest.MonkeyPatch) -> Screening:
     """As on a GPU that screens."""
     seen = Screening()
-    monkeypatch.setattr(step.gpu, "screens", lambda W, k, aux: W.dtype == torch.float32)
-    monkeypatch.setattr(step.triton, "bf16_copy", seen.bf16_copy)
+    monkeypatch.setattr("ksae.backends.serving.screens", lambda W, k, aux: W.dtype == torch.float32)
+    monkeypatch.setattr("ksae.backends.triton.bf16_copy", seen.bf16_copy)
     monkeypatch.setattr("ksae.coders.coder.ops", seen)
     return seen
 
 
 def assert_kept(train: ksae.TrainStep) -> None:
     """What is kept is of the weights as they are."""
-    W_bf16, norms = train._W_bf16
+    W_bf16, norms = train.state.W_bf16
     W = train.model.W_enc.detach()
     assert_same("W_bf16", W_bf16, W.bfloat16())
     assert_norms(norms, W, W_bf16)
@@ -280,9 +280,9 @@ def test_a_step_keeps_the_shadow_that_the_first_one_made(
     for seed in range(3):
         train(batch(seed))
         assert_kept(train)
-        plain._keep_bf16_copy = lambda *_: None  # type: ignore[method-assign]
+        plain.state.keep_bf16_copy = lambda *_: None  # type: ignore[method-assign]
         plain(batch(seed))
-    assert len(screening.made) == 1 and plain._W_bf16 == ()
+    assert len(screening.made) == 1 and plain.state.W_bf16 == ()
     assert all(map(torch.equal, sae.parameters(), other.parameters()))
     assert train.state_dict().keys() == plain.state_dict().keys()
 
@@ -296,7 +296,7 @@ def test_every_selection_reads_what_is_kept(screening: Screening, dead: bool) ->
         train(batch(seed))
     assert len(screening.read) == 2
     for read in screening.read:
-        assert all(t is kept for t, kept in zip(read, train._W_bf16, strict=True))
+        assert all(t is kept for t, kept in zip(read, train.state.W_bf16, strict=True))
 
 
 def write(train: ksae.TrainStep) -> None:
@@ -323,21 +323,21 @@ def test_weights_written_from_outside_get_a_new_shadow_in_place(
 ) -> None:
     train = ksae.TrainStep(model(), 1e-2)
     train(batch(0))
-    kept = train._W_bf16
+    kept = train.state.W_bf16
     change(train)
     W = train.model.W_enc.detach().clone()
     train(batch(1))
     assert_kept(train)
     assert len(screening.made) == 2 and torch.equal(screening.made[1], W)
-    assert all(t is old for t, old in zip(train._W_bf16, kept, strict=True))
+    assert all(t is old for t, old in zip(train.state.W_bf16, kept, strict=True))
 
 
 def test_a_step_that_is_not_finite_leaves_the_shadow(screening: Screening) -> None:
     train = ksae.TrainStep(model(), 1e-2)
     train(batch(0))
-    before = [t.clone() for t in train._W_bf16]
+    before = [t.clone() for t in train.state.W_bf16]
     assert train(batch(1) * torch.nan)["loss"].isnan()
-    assert all(map(torch.equal, before, train._W_bf16))
+    assert all(map(torch.equal, before, train.state.W_bf16))
     train(batch(2))
     assert_kept(train)
     assert len(screening.made) == 1
@@ -360,8 +360,8 @@ def test_no_shadow_of_weights_that_are_written_unseen(screening: Screening) -> N
     shared = model()
     shared.shares_memory = True
     for train in (ksae.TrainStep(shared), ksae.TrainStep(inferred())):
-        train._keep_bf16_copy(K, False, None)
-        assert train._W_bf16 == ()
+        train.state.keep_bf16_copy(K, False, False)
+        assert train.state.W_bf16 == ()
 
 
 @torch.inference_mode()

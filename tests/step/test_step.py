@@ -139,7 +139,7 @@ def test_one_step_has_at_most_twice_torchs_error(
 ) -> None:
     """Every parameter, moment and master."""
     if not impl.native:
-        monkeypatch.setattr("ksae.step.train_step.ops", impl)
+        monkeypatch.setattr("ksae.step.fused.ops", impl)
     exact, exact_metrics, exact_counts = oracle[case]
     plain, plain_metrics, _ = one_step(case, dtype, fused=False)
     got, metrics, counts = one_step(case, dtype, fused=True)
@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(
         case "weight":
             with torch.no_grad():
                 model.W_enc[4, 4] = torch.nan
-            step._adopt()
+            step.state.adopt()
         case "no variance":
             y = y[:1].expand(N, OUT)
         case "no rows":
@@ -314,7 +314,7 @@ def test_masters_follow_parameters_written_from_outside() -> None:
     with torch.no_grad():
         model.b_dec.fill_(1.5)
         model.W_enc[3] = 2.0
-    step._adopt()
+    step.state.adopt()
     assert (step.masters["b_dec"] == 1.5).all() and (step.masters["W_enc"][3] == 2).all()
     rest = torch.arange(F) != 3
     assert torch.equal(step.masters["W_enc"][rest], master[rest])
@@ -427,7 +427,7 @@ def test_messages() -> None:
 
 
 @pytest.mark.parametrize("dead", [0, 3, 40])
-def test_auxk_with_masked_slots_is_auxk(dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auxk_with_masked_slots_is_auxk(dead: int) -> None:
     """A CUDA graph records AuxK with k_aux slots, however few latents are dead at the replay."""
 
     def after(padded: bool) -> dict[str, Tensor]:
@@ -435,7 +435,7 @@ def test_auxk_with_masked_slots_is_auxk(dead: int, monkeypatch: pytest.MonkeyPat
         model.tokens_since_fired[: 2 * dead : 2] = model.dead_after + 1
         step = ksae.TrainStep(model, lr=LR)
         if padded:
-            monkeypatch.setattr(step, "_k_aux", lambda dead: 8)
+            step._fused.asks_for_dead = False
         metrics = step(*batch("sae"))
         return snapshot(model, step) | metrics
 
@@ -454,7 +454,7 @@ def test_column_sums_of_the_decode_kernel(case: str) -> None:
         model = build(kind, torch.float64, **{n: v for n, v in settings.items() if n != "dead"})
         model.tokens_since_fired[::2] = model.dead_after + 1
         step = warm(ksae.TrainStep(model, LR, **options))
-        step._sums_in_decode = fused_sums
+        step._fused.sums_in_decode = fused_sums
         step(*(t.double() for t in batch(kind)))
         outcomes.append(results(model, step))
     for name, want in outcomes[0].items():

@@ -12,7 +12,7 @@ from torch.nn import functional as nnf
 
 from .. import functional, ops
 from ..ops.checks import FLOATS, accumulator
-from .terms import LOSSES, squared_error, total_variance
+from .terms import LOSSES, aux_width, squared_error, terms_of, total_variance
 
 
 class Output(NamedTuple):
@@ -264,19 +264,10 @@ class SparseCoder(nn.Module):
         recon = self.decode(values, indices, rows)
         loss = fvu = auxk_loss = multi_topk_loss = None
         if target is not None:
-            variance = total_variance(target)
-            denominator = variance if self.loss == "fvu" else self._elements(target)
-            error = squared_error(recon, target)
-            fvu = error.detach() / variance
-            loss = error / denominator
-            auxk_loss = multi_topk_loss = torch.zeros_like(fvu)
-            if self.auxk_alpha > 0:
-                auxk_loss = self._auxk(rows, target, recon)
-                loss = loss + self.auxk_alpha * auxk_loss
-            if multi:
-                wide = self.decode(wide_values, wide_indices, rows)
-                multi_topk_loss = squared_error(wide, target) / denominator
-                loss = loss + multi_topk_loss / 8
+            codes = {self.k: (values, indices), self.k_multi: (wide_values, wide_indices)}
+            loss, fvu, parts = self._losses(rows, target, recon, codes)
+            zero = torch.zeros_like(fvu)
+            auxk_loss, multi_topk_loss = parts.get("auxk", zero), parts.get("multi_topk", zero)
         if self.training:
             self._count(values, indices)
         lead = x.shape[:-1]
@@ -290,27 +281,32 @@ class SparseCoder(nn.Module):
             multi_topk_loss,
         )
 
-    @staticmethod
-    def _elements(target: Tensor) -> int:
-        return target.shape[0] * target.shape[1]
-
-    def _auxk(self, rows: Tensor, target: Tensor, recon: Tensor) -> Tensor:
-        """|ehat - t|^2 / |t - mean t|^2, t = target - recon detached, ehat of dead latents."""
-        dead, k_aux = self.dead, self.k_aux
-        recorded = torch.compiler.is_compiling()
-        recorded |= dead.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not recorded:  # where it is: no branch on data, the weight below is 0
-            count = int(dead.sum())
-            if count == 0:
-                return torch.zeros((), dtype=accumulator(recon.dtype), device=recon.device)
-            k_aux = min(k_aux, count)
-        values, indices = self._encode(rows, k_aux, dead)
-        ehat = functional.sparse_decode(values, indices, self.W_dec)
-        acc = accumulator(self.W_dec.dtype)
-        t = (target.to(acc) - recon.to(acc)).detach()  # [N, d_out]
-        spread = total_variance(t)
-        weight = torch.where((spread > 0) & dead.any(), 1 / spread, 0)
-        return squared_error(ehat, t) * weight
+    def _losses(
+        self, rows: Tensor, target: Tensor, recon: Tensor, codes: dict[int, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss, FVU and the terms by name; codes: of the selection, by their width."""
+        dead = self.dead
+        asks = not torch.compiler.is_compiling()  # what is recorded has no branch on data
+        asks &= not (dead.is_cuda and torch.cuda.is_current_stream_capturing())
+        terms = terms_of(self, aux_width(self, dead, may_ask=asks))
+        variance = total_variance(target)
+        loss, parts = torch.zeros_like(variance), {}
+        for term in terms:
+            prediction, goal, spread = recon, target, variance
+            if term.of_residual:
+                values, indices = self._encode(rows, term.k, dead)
+                prediction = functional.sparse_decode(values, indices, self.W_dec)
+                acc = accumulator(self.W_dec.dtype)
+                goal = (target.to(acc) - recon.to(acc)).detach()  # [N, d_out]
+                spread = total_variance(goal)
+            elif term.name != "reconstruction":
+                prediction = self.decode(*codes[term.k], rows)
+            denominator = term.denominator(goal, spread, dead.any())
+            parts[term.name] = term.value(prediction, goal, denominator)
+            loss = loss + term.weight * parts[term.name]
+        if self.loss == "fvu":
+            return loss, parts["reconstruction"].detach(), parts
+        return loss, squared_error(recon.detach(), target) / variance, parts
 
     @torch.no_grad()
     def _count(self, values: Tensor, indices: Tensor) -> None:

@@ -9,37 +9,32 @@ import torch
 from torch import Tensor
 
 from ..coders.coder import SparseCoder
+from .state import State
 
 Metrics = dict[str, Tensor]
 
 
 class Unfused:
-    """One step at a time on the parameters, masters and moments of a TrainStep, which shares them.
-
-    theta is what Adam moves; t [] float64 counts the steps.
-    """
+    """One step at a time on the parameters and the state of a TrainStep, which shares them."""
 
     def __init__(
         self,
         model: SparseCoder,
-        parameters: Mapping[str, Tensor],
-        masters: Mapping[str, Tensor],
-        theta: Mapping[str, Tensor],
-        moments: Mapping[str, tuple[Tensor, Tensor]],
-        t: Tensor,
+        state: State,
         *,
         betas: tuple[float, float],
         eps: float,
         clip_norm: float | None,
     ) -> None:
-        self.model, self.parameters, self.masters, self.theta = model, parameters, masters, theta
-        self.acc, self.t, self.clip_norm = moments["W_enc"][0].dtype, t, clip_norm
-        thetas = list(theta.values())
+        self.model, self.clip_norm = model, clip_norm
+        self.parameters, self.masters, self.theta = state.parameters, state.masters, state.theta
+        self.acc, self.t = state.acc, state.t
+        thetas = list(self.theta.values())
         self.optimizer = torch.optim.Adam(thetas, lr=0.0, betas=betas, eps=eps, foreach=False)
-        for name, tensor in theta.items():
-            m, v = moments[name]
-            state = {"step": torch.tensor(float(t)), "exp_avg": m, "exp_avg_sq": v}
-            self.optimizer.state[tensor] = state
+        for name, tensor in self.theta.items():
+            m, v = state.moments[name]
+            entry = {"step": torch.tensor(float(self.t)), "exp_avg": m, "exp_avg_sq": v}
+            self.optimizer.state[tensor] = entry
 
     def set_steps_taken(self) -> None:
         """After the state was loaded: torch's Adam counts for itself."""

@@ -29,6 +29,7 @@ import ksae
 from ksae import reference
 from ksae.backends import product as products
 from ksae.ops.checks import MODES
+from ksae.step.fused import FusedStep
 
 N, D, F, K, K_AUX = 11, 17, 130, 9, 20
 
@@ -36,11 +37,15 @@ N, D, F, K, K_AUX = 11, 17, 130, 9, 20
 @pytest.fixture(autouse=True)
 def as_on_cuda(impl: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: F811
     """Every op of the fused step is the emulated kernel, and the step takes CUDA's way."""
-    monkeypatch.setattr("ksae.step.train_step.ops", impl)
+    monkeypatch.setattr("ksae.step.fused.ops", impl)
     monkeypatch.setattr("ksae.coders.coder.ops", impl)
-    monkeypatch.setattr(
-        ksae.TrainStep, "_k_aux", lambda self, dead: min(self.model.k_aux, dead.numel())
-    )
+    made = FusedStep.__init__
+
+    def on_cuda(self: FusedStep, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        self.asks_for_dead = False
+
+    monkeypatch.setattr(FusedStep, "__init__", on_cuda)
     yield
 
 

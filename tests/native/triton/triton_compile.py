@@ -22,7 +22,7 @@ import ksae
 from ksae.backends import serving as gpu
 from ksae.backends.triton import Kernels
 from ksae.kernels import encode, grad_encode, product, screen
-from ksae.step import train_step as step
+from ksae.step import fused as step
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 USAGE = ("REG", "STACK", "LOCAL")
@@ -124,8 +124,8 @@ def training(dtype, N, d, F, k, clip_norm=None, **options):
     gpu.screens = lambda W, k, aux: dtype == T32
     sae = ksae.TopKSAE(d, F, k, **options, dtype=dtype, device="meta")
     train = ksae.TrainStep(sae, clip_norm=clip_norm)
-    train._k_aux = lambda dead: sae.k_aux if sae.auxk_alpha else 0  # it would count them
-    train._fused(empty(N, d, dtype=dtype), empty(N, d, dtype=dtype), None)
+    train._fused.asks_for_dead = False  # it would count them
+    train._fused.step(empty(N, d, dtype=dtype), empty(N, d, dtype=dtype), None)
 
 
 CASES = {

@@ -18,7 +18,7 @@ from ksae import functional, reference
 from ksae.backends import serving as gpu
 from ksae.coders import coder as modules
 from ksae.kernels import screen
-from ksae.step import train_step as step
+from ksae.step import fused as step
 
 
 @pytest.mark.parametrize("way", ["product", "fused"])
@@ -49,9 +49,9 @@ def test_a_training_step_is_that_of_the_reference(
 
 def skip(train: ksae.TrainStep) -> None:
     """A step that is not finite."""
-    W_bf16 = [t.clone() for t in train._W_bf16]
+    W_bf16 = [t.clone() for t in train.state.W_bf16]
     assert train(torch.full((2, 6), torch.nan))["loss"].isnan()
-    for now, before in zip(train._W_bf16, W_bf16, strict=True):
+    for now, before in zip(train.state.W_bf16, W_bf16, strict=True):
         assert_same("after a step that is not taken", now, before)
 
 
@@ -93,7 +93,7 @@ def test_steps_with_a_kept_shadow_are_those_that_make_their_own(
             assert_kept(train)
             assert count == made
         else:
-            assert train._W_bf16 == () and count >= 2
+            assert train.state.W_bf16 == () and count >= 2
         return [*sae.parameters(), *train.state_dict().values()]
 
     for got, want in zip(run(True), run(False), strict=True):
