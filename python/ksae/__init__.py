@@ -5,8 +5,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .coders.coder import Output, SparseCoder, TopKSAE, Transcoder
-from .coders.gradtopk import GradTopKSAE, GradTopKTranscoder
+from .coders import (
+    SAE,
+    GradTopK,
+    GradTopKSAE,
+    GradTopKTranscoder,
+    Output,
+    SparseCoder,
+    TopK,
+    TopKSAE,
+    Transcoder,
+)
 from .functional import grad_topk_encode, sparse_decode, topk, topk_encode
 from .step.train_step import TrainStep
 from .version import VERSION as __version__
@@ -16,10 +25,13 @@ if TYPE_CHECKING:
     from .info import config
 
 __all__ = [
+    "SAE",
+    "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
     "Output",
     "SparseCoder",
+    "TopK",
     "TopKSAE",
     "TrainStep",
     "Transcoder",
