@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ksae.coders.coder import TopKSAE
+from ksae.coders import TopKSAE
 from ksae.step.train_step import TrainStep
 
 from . import costs, gpurivals

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from ksae.analysis.evaluate import compare_language_model, evaluate
 from ksae.analysis.steering import logit_shift, matched_latents
-from ksae.coders.coder import TopKSAE
-from ksae.coders.gradtopk import GradTopKSAE
+from ksae.coders import GradTopKSAE, TopKSAE
 from ksae.coders.initialize import geometric_median
 from ksae.files.atomic import write_atomic
 from ksae.runs.evaluation import about

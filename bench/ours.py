@@ -46,7 +46,7 @@ class Ksae:
         screening: bool | None = None,
     ) -> None:
         from ksae.backends import cpu as native
-        from ksae.coders.coder import TopKSAE
+        from ksae.coders import TopKSAE
         from ksae.step.train_step import TrainStep
         from ksae.version import VERSION
 

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from .info import config
 
 __all__ = [
+    "SAE",
+    "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
     "Output",
     "SparseCoder",
+    "TopK",
     "TopKSAE",
     "TrainStep",
     "Transcoder",

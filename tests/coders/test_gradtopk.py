@@ -14,13 +14,14 @@ from cases import assert_close, randn
 from torch import Tensor
 
 import ksae
-from ksae.coders.gradtopk import GRAD_NORMS, GradSelection
+from ksae.coders import SparseCoder
+from ksae.coders.activation.grad_topk import GRAD_NORMS
 
 N, D_IN, D_OUT, F, K = 96, 24, 16, 128, 6
 KINDS = ("sae", "transcoder")
 
 
-def make(kind: str = "sae", **options: Any) -> GradSelection:
+def make(kind: str = "sae", **options: Any) -> SparseCoder:
     torch.manual_seed(0)
     options = {"dead_after": 10**9, **options}
     if kind == "sae":

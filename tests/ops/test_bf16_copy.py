@@ -255,7 +255,7 @@ def screening(monkeypatch: pytest.MonkeyPatch) -> Screening:
     seen = Screening()
     monkeypatch.setattr("ksae.backends.serving.screens", lambda W, k, aux: W.dtype == torch.float32)
     monkeypatch.setattr("ksae.backends.triton.bf16_copy", seen.bf16_copy)
-    monkeypatch.setattr("ksae.coders.coder.ops", seen)
+    monkeypatch.setattr("ksae.coders.activation.topk.ops", seen)
     return seen
 
 

@@ -66,7 +66,6 @@ def evaluate(
     Without options that name data: on what its run held out from training.
     """
     from ksae.analysis import plots
-    from ksae.coders.gradtopk import GradSelection
     from ksae.files import checkpoint
     from ksae.runs.data import pick_device
     from ksae.runs.evaluation import (
@@ -101,12 +100,12 @@ def evaluate(
         config,
         held_out=held_out,
         tokens=max(tokens, ce_tokens),
-        gradient=isinstance(sae, GradSelection),
+        gradient=sae.needs_gradient,
         progress=progress,
     )
     result = measure(sae, data.source, tokens=tokens, batch_size=batch_size)
     oracle: dict[str, float] = {}
-    if isinstance(sae, GradSelection) and data.source.has_gradient:
+    if sae.needs_gradient and data.source.has_gradient:
         with_g = measure(sae, data.source, tokens=tokens, batch_size=batch_size, oracle=True)
         oracle = {f"{name}_oracle": value for name, value in with_g.metrics.items()}
     lm: dict[str, float] = {}

@@ -1,2 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse coders: activation, topology and objective."""
+
+from .activation import Activation, GradTopK, TopK
+from .coder import Output, SparseCoder
+from .topology import SAE, GradTopKSAE, GradTopKTranscoder, TopKSAE, Transcoder
+
+__all__ = [
+    "SAE",
+    "Activation",
+    "GradTopK",
+    "GradTopKSAE",
+    "GradTopKTranscoder",
+    "Output",
+    "SparseCoder",
+    "TopK",
+    "TopKSAE",
+    "Transcoder",
+]

@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""k-sparse autoencoders and transcoders as plain modules: any torch optimizer trains them."""
+"""Sparse coders as plain modules: any torch optimizer trains them."""
 
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .. import functional, ops
-from ..ops.checks import FLOATS, accumulator
-from .terms import LOSSES, aux_width, squared_error, terms_of, total_variance
+from .. import functional
+from ..ops.checks import accumulator
+from . import registry
+from .activation import Activation
+from .code import Code
+from .config import Config, Options, floating
+from .terms import aux_width, squared_error, terms_of, total_variance
+
+_T = TypeVar("_T")
 
 
 class Output(NamedTuple):
@@ -28,50 +35,42 @@ class Output(NamedTuple):
     auxk_loss: Tensor | None  # 0 if no latent is dead
     multi_topk_loss: Tensor | None  # reconstruction loss with 4k latents; 0 without multi_topk
 
+    @property
+    def code(self) -> Code:
+        """Values and indices as one."""
+        return Code(self.values, self.indices)
 
-def _dtype(owner: str, dtype: torch.dtype | str | None) -> torch.dtype:
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    kind = torch.get_default_dtype() if kind is None and dtype is None else kind
-    if kind not in FLOATS:
-        names = ", ".join(str(f) for f in FLOATS)
-        raise TypeError(f"{owner}: dtype must be one of {names}, got {dtype}")
-    return kind
+
+def _setting(name: str, kind: type[_T]) -> _T:
+    """A property that reads an option of the coder's `settings`."""
+    return cast(_T, property(lambda self: getattr(self.settings, name)))
 
 
 class SparseCoder(nn.Module):
-    """The base of `TopKSAE` and `Transcoder`: TopK encoder, linear decoder (arXiv 2406.04093).
+    """The base of `SAE` and `Transcoder`: an activation, a linear decoder, a loss.
 
-    u = (x - b_dec if centred else x) @ W_enc.T + b_enc;  values = relu(u) at the k largest u;
+    u = (x - b_dec if centred else x) @ W_enc.T + b_enc; the activation makes a sparse code of u;
     recon = sum_j values_j W_dec[indices_j] + b_dec (+ x @ W_skip.T).
 
     Args:
         d_in, d_out: widths of the input and of the target.
         d_sae: F, the number of latents.
-        k: active latents a token, in [1, d_sae].
+        activation: how pre-activations become a sparse code, as `TopK(k)`.
         skip: add a learned linear map of the input to the output.
-        loss: "fvu", sum e^2 / sum (y - mean over the batch of y)^2, or "mse", the mean of e^2 over
-            all elements.
-        auxk_alpha: weight of AuxK, the loss that revives dead latents: the k_aux largest dead
-            pre-activations predict the (detached) residual; its gradient reaches encoder and
-            decoder. 0 switches it off.
-        k_aux: default d_out // 2, at most d_sae.
-        dead_after: a latent is dead once it has not fired (value > 0) for more than this many
-            tokens.
-        normalize_decoder: unit decoder rows, kept by `TrainStep`, which also removes the gradient
-            along them.
-        multi_topk: add the loss with 4k latents, divided by 8, so that the code also works at other
-            k.
-        dtype, device: of the parameters. Inputs are cast to the parameters' dtype; losses are
-            float32 or float64.
+        options: loss, auxk_alpha, k_aux, dead_after, normalize_decoder and multi_topk, described at
+            `ksae.coders.config.Config`; dtype and device of the parameters. Inputs are cast to
+            the parameters' dtype; losses are float32 or float64.
 
     Raises:
-        ValueError: a size, k, loss or weight out of range. TypeError: dtype is not floating.
+        ValueError: a size, k, loss or weight out of range. TypeError: a size is no integer, or
+            dtype is not floating.
 
     A batch of one token (or of equal tokens) has no variance: its FVU is infinite or not a number.
     In training mode `forward` counts, in `tokens_since_fired` [F], the tokens since each latent
-    last fired.
+    last fired. Buffers keep their dtype when the module is cast.
     """
 
+    topology: str  # what is read and predicted, by name
     centred: bool  # whether b_dec is subtracted from the input
     shares_memory = False  # with parameters of others, whose writes do not show in these
 
@@ -87,55 +86,74 @@ class SparseCoder(nn.Module):
         d_in: int,
         d_out: int,
         d_sae: int,
-        k: int,
+        activation: Activation,
         *,
-        skip: bool,
-        loss: str,
-        auxk_alpha: float,
-        k_aux: int | None,
-        dead_after: int,
-        normalize_decoder: bool,
-        multi_topk: bool,
-        dtype: torch.dtype | str | None,
-        device: torch.device | str | None,
+        skip: bool = False,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        for arg, size in (("d_in", d_in), ("d_out", d_out), ("d_sae", d_sae)):
-            if size < 1:
-                raise ValueError(f"{name}: {arg} must be at least 1, got {size}")
-        if not 1 <= k <= d_sae:
-            raise ValueError(f"{name}: k must be in [1, {d_sae}], the number of latents, got {k}")
-        if loss not in LOSSES:
-            raise ValueError(f"{name}: loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-        if not 0 <= auxk_alpha < float("inf"):
-            raise ValueError(f"{name}: auxk_alpha must be a finite number >= 0, got {auxk_alpha}")
-        if k_aux is not None and k_aux < 1:
-            raise ValueError(f"{name}: k_aux must be at least 1, got {k_aux}")
-        if dead_after < 0:
-            raise ValueError(f"{name}: dead_after must be at least 0, got {dead_after}")
-        self.d_in, self.d_out, self.d_sae, self.k, self.skip = d_in, d_out, d_sae, k, skip
-        self.loss, self.auxk_alpha, self.dead_after = loss, auxk_alpha, dead_after
-        self.k_aux = min(k_aux if k_aux is not None else max(d_out // 2, 1), d_sae)
-        self.normalize_decoder, self.multi_topk = normalize_decoder, multi_topk
-        self.k_multi = min(4 * k, d_sae)
+        if not isinstance(activation, Activation):
+            got = type(activation).__name__
+            raise TypeError(f"{name}: activation must be an Activation, as ksae.TopK(k), got {got}")
+        unknown = ", ".join(options.keys() - Options.__annotations__.keys())
+        if unknown:
+            raise TypeError(f"{name}: options must be among those of Config, got {unknown}")
+        self.settings = Config(name, d_in, d_out, d_sae, skip, **options)
+        self.activation = activation
+        activation.check(name, self.d_sae)
+        self.seen_gradient = False  # by the activation, which warns once
+        F, d_in, d_out = self.d_sae, self.d_in, self.d_out
 
-        dtype = _dtype(name, dtype)
+        dtype = floating(name, dtype)
+        acc = accumulator(dtype)
         like: dict[str, Any] = {"dtype": dtype, "device": device}
-        rows = torch.randn(d_sae, d_in, dtype=accumulator(dtype), device=device)
+        rows = torch.randn(F, d_in, dtype=acc, device=device)
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_enc = nn.Parameter(rows.to(dtype))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, **like))
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out, **like))
+        self.b_enc = nn.Parameter(torch.zeros(F, **like))
+        self.W_dec = nn.Parameter(torch.zeros(F, d_out, **like))
         self.b_dec = nn.Parameter(torch.zeros(d_out, **like))
         self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **like)) if skip else None
-        counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        counts = torch.zeros(F, dtype=torch.int64, device=device)
         self.register_buffer("tokens_since_fired", counts)
+        for buffer, start in activation.buffers(acc, self.W_enc.device).items():
+            self.register_buffer(buffer, start)
+
+    # ---------------------------------------------------------------------------------- the options
+
+    d_in = _setting("d_in", int)
+    d_out = _setting("d_out", int)
+    d_sae = _setting("d_sae", int)
+    skip = _setting("skip", bool)
+    loss = _setting("loss", str)
+    auxk_alpha = _setting("auxk_alpha", float)
+    k_aux = _setting("k_aux", int)
+    dead_after = _setting("dead_after", int)
+    normalize_decoder = _setting("normalize_decoder", bool)
+    multi_topk = _setting("multi_topk", bool)
+
+    @property
+    def k(self) -> int:
+        """Active latents a token."""
+        return self.activation.k
+
+    @property
+    def k_multi(self) -> int:
+        """Latents a token of the wider code of multi_topk."""
+        return min(4 * self.k, self.d_sae)
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether training selects by the gradient of a downstream loss."""
+        return self.activation.needs_gradient
 
     def config(self) -> dict[str, Any]:
         """Class name and constructor arguments, plain values only."""
         return {
-            "class": type(self).__name__,
+            "class": registry.name_of(self),
             "d_in": self.d_in,
             "d_sae": self.d_sae,
             "k": self.k,
@@ -146,7 +164,19 @@ class SparseCoder(nn.Module):
             "normalize_decoder": self.normalize_decoder,
             "multi_topk": self.multi_topk,
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
+            **self.activation.options(),
         }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseCoder:
+        """As torch's, but accumulators, which are the buffers, keep their dtype."""
+        kinds = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        old = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kind in kinds.items():
+            moved, before = self._buffers[name], old[name]
+            if moved is not None and before is not None and moved.dtype != kind:
+                self._buffers[name] = before.to(moved.device)
+        return self
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.config().items() if k != "class")
@@ -164,9 +194,23 @@ class SparseCoder(nn.Module):
 
     # ------------------------------------------------------------------------------------- the code
 
+    def require_tensor(self, arg: str, t: object) -> None:
+        """Refuse an argument that is no tensor.
+
+        Raises:
+            TypeError: it is none.
+        """
+        if not isinstance(t, Tensor):
+            kind = f"{type(t).__module__}.{type(t).__name__}".removeprefix("builtins.")
+            hint = ": torch.from_numpy makes one of it" if kind == "numpy.ndarray" else ""
+            raise TypeError(
+                f"{type(self).__name__}: {arg} must be a torch.Tensor, got {kind}{hint}"
+            )
+
     def rows(self, arg: str, t: Tensor, d: int) -> Tensor:
         """[..., d] -> [N, d] in the parameters' dtype, checked."""
         name = type(self).__name__
+        self.require_tensor(arg, t)
         if t.dim() < 1 or t.shape[-1] != d:
             raise ValueError(f"{name}: {arg} must be of shape [..., {d}], got {list(t.shape)}")
         if not t.is_floating_point():
@@ -179,6 +223,7 @@ class SparseCoder(nn.Module):
         """The target's rows [N, d_out], None if there is no target."""
         if y is None:
             return rows if self.centred else None
+        self.require_tensor("y", y)
         if y.shape[:-1] != x.shape[:-1]:
             want = f"of shape {[*x.shape[:-1], self.d_out]} for x of shape {list(x.shape)}"
             raise ValueError(f"{type(self).__name__}: y must be {want}, got {list(y.shape)}")
@@ -189,24 +234,15 @@ class SparseCoder(nn.Module):
         return functional.topk_encode(x, self.W_enc, self.b_enc, k, b_dec, mask)
 
     def gradients(self, x: Tensor, grad: Tensor | None, training: bool) -> Tensor | None:
-        """The rows [N, d_out] of a downstream gradient, for the classes that select by one."""
-        if grad is not None:
-            raise ValueError(
-                f"{type(self).__name__}: grad must be None, for it selects without one, got a"
-                " tensor: see GradTopKSAE and GradTopKTranscoder"
-            )
-        return None
+        """The rows [N, d_out] of a downstream gradient [..., d_out], as `select` takes it."""
+        return self.activation.gradients(self, x, grad, training)
 
     def select(
         self, rows: Tensor, k: int, grad: Tensor | None, W_bf16: tuple[Tensor, ...] = ()
     ) -> tuple[Tensor, Tensor]:
         """Values and indices [N, k] of the k latents that x's rows [N, d_in] choose; W_bf16: that
         of W_enc and its norms, where they are kept."""
-        if not W_bf16:
-            return self._encode(rows, k)
-        b_dec = self.b_dec if self.centred else None
-        values, indices = ops.topk_encode(rows, self.W_enc, self.b_enc, k, b_dec, None, *W_bf16)
-        return values, indices
+        return self.activation.select(self, rows, k, grad, W_bf16)
 
     def select_aux(
         self,
@@ -217,28 +253,21 @@ class SparseCoder(nn.Module):
         W_bf16: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `select` returns, then the code [N, k_aux] of AuxK, of dead latents alone."""
-        b_dec = self.b_dec if self.centred else None
-        dead_and_score = (self.dead, b_dec, *self._score(grad))
-        chosen: tuple[Tensor, Tensor, Tensor, Tensor] = ops.topk_encode_aux(
-            rows, self.W_enc, self.b_enc, k, k_aux, *dead_and_score, *W_bf16
-        )
-        return chosen
+        return self.activation.select_aux(self, rows, k, k_aux, grad, W_bf16)
 
-    def _score(self, grad: Tensor | None) -> tuple[Any, ...]:
-        """The arguments of topk_encode_aux from grad to mode."""
-        return None, None, 0.0, "additive"
+    def encode(self, x: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64.
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64."""
-        values, indices = self._encode(self.rows("x", x, self.d_in), self.k)
+        Selected by u, which needs no labels, or with grad [..., d_out] by the score.
+        """
+        scaled = self.gradients(x, grad, training=False)
+        values, indices = self.select(self.rows("x", x, self.d_in), self.k, scaled)
         shape = (*x.shape[:-1], self.k)
         return values.reshape(shape), indices.reshape(shape)
 
     def encode_dense(self, x: Tensor) -> Tensor:
         """The code of x [..., d_in] with its zeros -> [..., F]."""
-        values, indices = self.encode(x)
-        dense = values.new_zeros(*values.shape[:-1], self.d_sae)
-        return dense.scatter(-1, indices, values)
+        return Code(*self.encode(x)).dense(self.d_sae)
 
     def decode(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
         """Reconstruction [..., d_out] of a code; x [..., d_in] is needed with a skip connection."""
@@ -259,22 +288,21 @@ class SparseCoder(nn.Module):
         target = self.targets(x, rows, y)  # [N, d_out]
         multi = self.multi_topk and target is not None
         downstream = self.gradients(x, grad, self.training)  # [N, d_out]
-        wide_values, wide_indices = self.select(rows, self.k_multi if multi else self.k, downstream)
-        values, indices = wide_values[:, : self.k], wide_indices[:, : self.k]  # sorted: a prefix
-        recon = self.decode(values, indices, rows)
+        wide = Code(*self.select(rows, self.k_multi if multi else self.k, downstream))
+        code = wide.first(self.k)  # sorted: a prefix
+        recon = self.decode(code.values, code.indices, rows)
         loss = fvu = auxk_loss = multi_topk_loss = None
         if target is not None:
-            codes = {self.k: (values, indices), self.k_multi: (wide_values, wide_indices)}
-            loss, fvu, parts = self._losses(rows, target, recon, codes)
+            loss, fvu, parts = self._losses(rows, target, recon, wide)
             zero = torch.zeros_like(fvu)
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), parts.get("multi_topk", zero)
         if self.training:
-            self._count(values, indices)
+            self._count(code)
         lead = x.shape[:-1]
         return Output(
             recon.reshape(*lead, self.d_out),
-            values.reshape(*lead, self.k),
-            indices.reshape(*lead, self.k),
+            code.values.reshape(*lead, self.k),
+            code.indices.reshape(*lead, self.k),
             loss,
             fvu,
             auxk_loss,
@@ -282,9 +310,9 @@ class SparseCoder(nn.Module):
         )
 
     def _losses(
-        self, rows: Tensor, target: Tensor, recon: Tensor, codes: dict[int, tuple[Tensor, Tensor]]
+        self, rows: Tensor, target: Tensor, recon: Tensor, wide: Code
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss, FVU and the terms by name; codes: of the selection, by their width."""
+        """Loss, FVU and the terms by name; wide: the whole selection."""
         dead = self.dead
         asks = not torch.compiler.is_compiling()  # what is recorded has no branch on data
         asks &= not (dead.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -300,7 +328,8 @@ class SparseCoder(nn.Module):
                 goal = (target.to(acc) - recon.to(acc)).detach()  # [N, d_out]
                 spread = total_variance(goal)
             elif term.name != "reconstruction":
-                prediction = self.decode(*codes[term.k], rows)
+                code = wide.first(term.k)
+                prediction = self.decode(code.values, code.indices, rows)
             denominator = term.denominator(goal, spread, dead.any())
             parts[term.name] = term.value(prediction, goal, denominator)
             loss = loss + term.weight * parts[term.name]
@@ -309,104 +338,8 @@ class SparseCoder(nn.Module):
         return loss, squared_error(recon.detach(), target) / variance, parts
 
     @torch.no_grad()
-    def _count(self, values: Tensor, indices: Tensor) -> None:
+    def _count(self, code: Code) -> None:
         hits = torch.zeros_like(self.tokens_since_fired)
-        hits.index_add_(0, indices.reshape(-1), (values > 0).reshape(-1).to(hits.dtype))
-        since = self.tokens_since_fired + values.shape[0]
+        hits.index_add_(0, code.indices.reshape(-1), (code.values > 0).reshape(-1).to(hits.dtype))
+        since = self.tokens_since_fired + code.values.shape[0]
         self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))
-
-
-class TopKSAE(SparseCoder):
-    """TopK sparse autoencoder (arXiv 2406.04093): reconstructs its input. Arguments as
-    `SparseCoder`.
-
-    Starts with random unit decoder rows, W_enc = W_dec, biases 0; see `initialize_from` for b_dec.
-
-    Example:
-        >>> import torch, ksae
-        >>> sae = ksae.TopKSAE(d_in=8, d_sae=32, k=4)
-        >>> sae(torch.randn(5, 8)).recon.shape
-        torch.Size([5, 8])
-    """
-
-    centred = True
-
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        k: int,
-        *,
-        loss: str = "fvu",
-        auxk_alpha: float = 1 / 32,
-        k_aux: int | None = None,
-        dead_after: int = 10_000_000,
-        normalize_decoder: bool = True,
-        multi_topk: bool = False,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(
-            d_in,
-            d_in,
-            d_sae,
-            k,
-            skip=False,
-            loss=loss,
-            auxk_alpha=auxk_alpha,
-            k_aux=k_aux,
-            dead_after=dead_after,
-            normalize_decoder=normalize_decoder,
-            multi_topk=multi_topk,
-            dtype=dtype,
-            device=device,
-        )
-        with torch.no_grad():
-            self.W_dec.copy_(self.W_enc)
-
-
-class Transcoder(SparseCoder):
-    """Sparse transcoder (arXiv 2406.11944; with skip, arXiv 2501.18823): predicts y, an MLP's
-    output, from x, its input.
-
-    Arguments as `SparseCoder`. The input is not centred. Starts with random unit encoder rows and
-    zeros elsewhere; see `ksae.coders.initialize` for the biases. A loss needs y.
-    """
-
-    centred = False
-
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        d_sae: int,
-        k: int,
-        *,
-        skip: bool = False,
-        loss: str = "fvu",
-        auxk_alpha: float = 1 / 32,
-        k_aux: int | None = None,
-        dead_after: int = 10_000_000,
-        normalize_decoder: bool = False,
-        multi_topk: bool = False,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(
-            d_in,
-            d_out,
-            d_sae,
-            k,
-            skip=skip,
-            loss=loss,
-            auxk_alpha=auxk_alpha,
-            k_aux=k_aux,
-            dead_after=dead_after,
-            normalize_decoder=normalize_decoder,
-            multi_topk=multi_topk,
-            dtype=dtype,
-            device=device,
-        )
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "d_out": self.d_out, "skip": self.skip}

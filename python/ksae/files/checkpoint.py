@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ksae.coders import coder as modules
-from ksae.coders import gradtopk
+from ksae.coders import registry
 from ksae.errors import UserError
 from ksae.files.atomic import write_atomic
 from ksae.step.train_step import TrainStep
@@ -101,8 +101,9 @@ def load_own(
     header = read_header(path)
     model = _build(path, header)
     tensors = _model_tensors(path, model)
+    parameters = dict(model.named_parameters())  # buffers are accumulators, which keep their dtype
     for name, tensor in tensors.items():
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        kind = dtype if dtype is not None and name in parameters else tensor.dtype
         tensors[name] = tensor.to(device=device, dtype=kind)
     model.load_state_dict(tensors, assign=True)
     return model
@@ -257,8 +258,8 @@ def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> No
 
 def _build(path: Path, header: dict[str, Any]) -> modules.SparseCoder:
     name = str(header["class"])
-    kind = getattr(modules, name, None) or getattr(gradtopk, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, modules.SparseCoder)):
+    kind = registry.find(name)
+    if kind is None:
         raise UserError(f"load: {path} must hold a class of ksae.coders, got {header['class']!r}")
     try:
         # On the meta device: no memory, no random numbers drawn.

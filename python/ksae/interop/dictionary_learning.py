@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..coders import coder as modules
+from ..coders import TopKSAE
 from ..step.train_step import TrainStep
 from . import lazy, libraries, sparse
 from .formats.dictionary_learning import KEYS
@@ -168,7 +168,7 @@ class AutoEncoderTopK(_Base):
         return autoencoder if device is None else autoencoder.to(device)
 
 
-class _Coder(modules.TopKSAE):
+class _Coder(TopKSAE):
     """A trainer's autoencoder as `TrainStep` wants it: the same memory, the trainer's counters.
 
     TrainStep's loss is the mean over all entries, the trainer's the sum over d: all of it, AuxK,
@@ -180,9 +180,8 @@ class _Coder(modules.TopKSAE):
     def __init__(self, trainer: Any) -> None:
         ae = trainer.ae
         d, F = ae.activation_dim, ae.dict_size
-        alpha = trainer.auxk_alpha / d
-        super().__init__(d, F, int(ae.k), loss="mse", auxk_alpha=alpha, device="meta")
-        self.k_aux = min(trainer.top_k_aux, F)
+        alpha, k_aux = trainer.auxk_alpha / d, max(trainer.top_k_aux, 1)
+        super().__init__(d, F, int(ae.k), loss="mse", auxk_alpha=alpha, k_aux=k_aux, device="meta")
         for name, p in self.views(ae).items():
             setattr(self, name, nn.Parameter(p))
         self.tokens_since_fired = torch.zeros(F, dtype=torch.long, device=self.b_dec.device)

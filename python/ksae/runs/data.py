@@ -21,8 +21,7 @@ from ksae.activations import (
     open_source,
     tokenize,
 )
-from ksae.coders.coder import SparseCoder, TopKSAE, Transcoder
-from ksae.coders.gradtopk import GradTopKSAE, GradTopKTranscoder
+from ksae.coders import GradTopKSAE, GradTopKTranscoder, SparseCoder, TopKSAE, Transcoder
 from ksae.errors import UserError, first_line
 from ksae.runs.config import DataConfig, ModelConfig
 

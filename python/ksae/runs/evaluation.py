@@ -24,7 +24,6 @@ from ksae.activations import (
 from ksae.analysis.evaluate import Evaluation, evaluate, evaluate_language_model
 from ksae.analysis.steering import latents_by_rate, logit_shift, matched_latents
 from ksae.coders.coder import SparseCoder
-from ksae.coders.gradtopk import GradSelection
 from ksae.errors import UserError
 from ksae.runs import config as runconfig
 from ksae.runs.config import DataConfig
@@ -171,7 +170,7 @@ def measure_language_model(
             config.hook,
             target_hook=config.target_hook,
             exclude=contexts.special_ids,
-            oracle=isinstance(model, GradSelection),
+            oracle=model.needs_gradient,
             progress=bar.update,
         )
 

@@ -27,7 +27,6 @@ from ksae.activations.transfer import Readback, staged
 from ksae.analysis import plots
 from ksae.analysis.evaluate import evaluate
 from ksae.coders.coder import SparseCoder
-from ksae.coders.gradtopk import GradSelection
 from ksae.coders.initialize import initialize_from
 from ksae.errors import UserError
 from ksae.files import checkpoint
@@ -106,7 +105,7 @@ class Trainer:
         _check_widths(model, source)
         if holdout is not None:
             _check_widths(model, holdout)
-        self._needs_gradient = isinstance(model, GradSelection)
+        self._needs_gradient = model.needs_gradient
         if self._needs_gradient and not source.has_gradient:
             raise UserError(
                 f"train: {source.name} must have gradients for a {type(model).__name__}, got none: "

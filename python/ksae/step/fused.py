@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.terms import Term, aux_width, terms_of
 from .communicator import OneDevice
 from .state import State
 from .unfused import Metrics
-
-Pair = tuple[Tensor, Tensor]  # values and indices [N, k]
 
 
 class Batch(NamedTuple):
@@ -35,7 +34,7 @@ class Selection(NamedTuple):
     """What the encode phase chose."""
 
     terms: list[Term]  # those with a bias first
-    codes: list[Pair]  # one a term
+    codes: list[Code]  # one a term
     n_dead: Tensor  # [] int64
 
 
@@ -115,13 +114,13 @@ class FusedStep:
             values, indices, *aux = model.select_aux(batch.x, k, k_aux, *how)
         else:
             values, indices, *aux = model.select(batch.x, k, *how)
-        values, indices = exchange(values, indices)
-        codes: list[Pair] = []
+        wide = Code(*exchange(values, indices))
+        codes: list[Code] = []
         for term in terms:
             if term.of_dead:
-                codes.append(exchange(aux[0], aux[1]))
+                codes.append(Code(*exchange(aux[0], aux[1])))
             else:  # sorted: a prefix
-                codes.append((values[:, : term.k].contiguous(), indices[:, : term.k].contiguous()))
+                codes.append(wide.first(term.k).contiguous())
         return Selection(terms, codes, self.communicator.all_reduce(dead.sum()))
 
     # ------------------------------------------------------------------------------------ residual
@@ -145,6 +144,7 @@ class FusedStep:
         groups.variance = ops.total_variance(batch.y)
         for term, code in zip(chosen.terms, chosen.codes, strict=True):
             bias: Tensor | None = model.b_dec
+            pair = (code.values, code.indices)
             target, variance, sums = batch.target, groups.variance, None
             if term.of_residual:
                 bias, target = None, -groups.residuals[0]  # y - recon
@@ -152,10 +152,10 @@ class FusedStep:
             elif self.sums_in_decode:
                 sums = torch.empty(model.d_out, dtype=self.state.acc, device=target.device)
             residual, square, grads = ops.sparse_residual(
-                *code, model.W_dec, bias, target, columns, sums
+                *pair, model.W_dec, bias, target, columns, sums
             )
-            offsets, order = ops.group_by_latent(*code, model.d_sae)
-            groups.values.append(code[0])
+            offsets, order = ops.group_by_latent(*pair, model.d_sae)
+            groups.values.append(code.values)
             groups.grads.append(grads)
             groups.offsets.append(offsets)
             groups.order.append(order)
@@ -257,8 +257,9 @@ class FusedStep:
         self._update_decoder(g, sums, hyper, 0, columns == model.d_out)
         if columns != model.d_out:  # the other half, from columns of W_dec still as they were
             g.residuals.clear()
-            decoder = (model.W_dec, model.b_dec, batch.target)
-            rest = ops.sparse_residual_slice(*chosen.codes[0], *decoder, columns, model.d_out)
+            code = chosen.codes[0]
+            decoder = (model.W_dec, model.b_dec, batch.target, columns, model.d_out)
+            rest = ops.sparse_residual_slice(code.values, code.indices, *decoder)
             g.residuals.append(self.communicator.exchange_rows(rest))
             if g.sums[0] is None:
                 sums.small["b_dec"] = [torch.cat([sums.small["b_dec"][0], g.residuals[0].sum(0)])]

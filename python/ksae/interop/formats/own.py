@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ksae.coders import coder as modules
-from ksae.coders import gradtopk
+from ksae.coders import registry
+from ksae.coders.activation import GradTopK, TopK
 from ksae.errors import UserError
 from ksae.files import checkpoint
 
@@ -17,7 +18,7 @@ from .coder import Coder, check, require
 from .files import Source
 
 FOLDER = False
-GRADIENT = ("beta", "mode", "grad_norm")  # of gradtopk's classes alone
+GRADIENT = ("beta", "mode", "grad_norm")  # of coders that select by a gradient alone
 TRAINING = ("loss", "auxk_alpha", "k_aux", "dead_after", "normalize_decoder", "multi_topk")
 
 
@@ -51,7 +52,7 @@ def read(source: Source) -> Coder:
 
 
 def build(coder: Coder, fold: bool) -> modules.SparseCoder:
-    """The coder as a `ksae.TopKSAE` or `ksae.Transcoder`, or what those of gradtopk it was."""
+    """The coder as a `ksae.TopKSAE` or `ksae.Transcoder`, or with GradTopK what it was."""
     coder = require(coder, "ksae", skip=True, square=False, fold=fold)
     if coder.centred and coder.W_skip is not None:
         raise UserError("convert: ksae cannot hold W_skip with b_dec subtracted from the input")
@@ -65,13 +66,12 @@ def build(coder: Coder, fold: bool) -> modules.SparseCoder:
     by_gradient = set(GRADIENT) <= settings.keys()
     model: modules.SparseCoder
     try:
-        if coder.centred:
-            sae = gradtopk.GradTopKSAE if by_gradient else modules.TopKSAE
-            model = sae(coder.d_in, coder.d_sae, coder.k, **settings)
-        else:
-            transcoder = gradtopk.GradTopKTranscoder if by_gradient else modules.Transcoder
-            settings["skip"] = coder.W_skip is not None
-            model = transcoder(coder.d_in, coder.d_out, coder.d_sae, coder.k, **settings)
+        kind: Any = registry.of(
+            "sae" if coder.centred else "transcoder", GradTopK if by_gradient else TopK
+        )
+        if not coder.centred:
+            settings |= {"d_out": coder.d_out, "skip": coder.W_skip is not None}
+        model = kind(d_in=coder.d_in, d_sae=coder.d_sae, k=coder.k, **settings)
     except TypeError as error:
         raise UserError(f"load: {error}") from None
     names = ["W_enc", "b_enc", "W_dec", "b_dec"] + (["W_skip"] if coder.W_skip is not None else [])
