@@ -366,6 +366,47 @@ def test_latent_pass_without_tokens(impl: Implementation, dtype: torch.dtype, si
         torch.testing.assert_close(t, written(want)[name], rtol=eps, atol=1e-7)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_grouping_by_several_threads(
+    impl: Implementation, dtype: torch.dtype, count: int, threads: None
+) -> None:
+    """Two parts from 2^17 entries on, three from 3 * 2^16: each boundary is inside of a latent."""
+    torch.set_num_threads(count)
+    for N, k, F in ((4096, 32, 7), (6145, 32, 300), (131_073, 1, 2)):
+        generator = torch.Generator().manual_seed(N)
+        indices = torch.randint(0, F, (N, k), generator=generator)
+        values = torch.ones(N, k, dtype=dtype)
+        values.view(-1)[::5] = 0
+        flat, kept = indices.view(-1), values.view(-1) != 0
+        order = kept.nonzero()[:, 0][flat[kept].argsort(stable=True)]
+        got = impl.group_by_latent(values, indices, F)
+        assert_same("offsets", got[0][1:].long(), torch.bincount(flat[kept], minlength=F).cumsum(0))
+        assert_same("order", got[1][: len(order)].long(), order)
+        assert (got[1][len(order) :] == -1).all()
+
+
+@pytest.mark.parametrize("F", [4, 33, 3001])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_latent_counts_in_the_gradient_of_b_dec(
+    impl: Implementation, F: int, count: int, threads: None
+) -> None:
+    """Also the last one, whatever part of the latents it belongs to."""
+    torch.set_num_threads(count)
+    a = row_arguments(torch.float32, "encoder", N=1, d=23, F=F + 1, ks=(1,))
+    values, indices = torch.ones(F, 1), torch.arange(F)[:, None]
+    a["offsets"], a["order"] = map(list, zip(reference.group_by_latent(values, indices, F)))
+    a |= {"coefficients": [values], "rows": [randn(F, 23)]}
+    for name in ("W", "m", "v"):
+        a[name] = a[name][:F].contiguous()
+    a["grad_b_enc"] = torch.zeros(F)
+    for latent in {0, F // 2, F - 1}:
+        one = clone_all(a)
+        one["grad_b_enc"][latent] = 4.0
+        want = 4.0 * one["W"][latent]
+        impl.row_update(*one.values())
+        torch.testing.assert_close(one["grad_b_dec"], want)
+
+
 # -------------------------------------------------------------------------------------- determinism
 
 
