@@ -76,8 +76,9 @@ def build(record: Record, log: Path, capability: tuple[int, int]) -> bool:
 
 def marked() -> list[str]:
     """The files with tests marked gpu. Others may need what is not installed here."""
-    mark = "pytest.mark.gpu"
-    return [str(p) for p in sorted((ROOT / "tests").rglob("test_*.py")) if mark in p.read_text()]
+    marks = re.compile(r"pytest\.mark\.gpu|import .*(EVERY|ON_CUDA)")
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(p) for p in files if marks.search(p.read_text())]
 
 
 def tests(record: Record, log: Path, environment: dict[str, str]) -> None:

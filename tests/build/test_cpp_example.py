@@ -6,10 +6,13 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "cpp"
 
 
+@pytest.mark.nightly
 def test_the_example_builds_and_runs(tmp_path: Path) -> None:
     for command in (
         ["cmake", "-S", str(EXAMPLE), "-B", str(tmp_path)],

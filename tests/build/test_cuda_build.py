@@ -53,6 +53,7 @@ def kernel_name(symbol: str) -> str:
     return match[1]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
 def test_ptxas_report(source, tmp_path):
     nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))

@@ -203,6 +203,26 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     assert same(ksae.load(path), old)
 
 
+def test_the_file_and_then_its_folder_are_on_disk(tmp_path, monkeypatch):
+    """A renamed file whose folder was not synced may be gone after a power failure."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        at = os.fstat(fd)
+        folder = stat.S_ISDIR(at.st_mode) and at.st_ino == tmp_path.stat().st_ino
+        events.append("folder" if folder else "file")
+        fsync(fd)
+
+    def renamed(*args) -> None:
+        events.append("rename")
+        replace(*args)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    ksae.TopKSAE(d, F, k).save(tmp_path / "m.safetensors")
+    assert events == ["file", "rename", "folder"]
+
+
 def test_files_have_the_usual_permissions(tmp_path):
     ksae.TopKSAE(d, F, k).save(tmp_path / "m.safetensors")
     (tmp_path / "plain").touch()

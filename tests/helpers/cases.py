@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +17,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = tuple(ops.serving())
 
 # N, d, F, k: nothing a multiple of a vector, k = 1, k = F, no row, one row.
-SHAPES = (
+SHAPES: tuple[tuple[int, int, int, int], ...] = (
     (0, 7, 33, 4),
     (1, 1, 33, 1),
     (7, 17, 33, 33),
     (7, 64, 130, 5),
     (19, 100, 1000, 32),
 )
+if os.environ.get("TRITON_INTERPRET") == "1":  # its interpreter takes a second for a large one
+    SHAPES = ((0, 7, 33, 4), (1, 1, 33, 1), (2, 17, 33, 33), (2, 140, 130, 5))
 
 
 def dtype_id(dtype: torch.dtype) -> str:
@@ -173,6 +176,21 @@ def norm_arguments(a: dict[str, Any]) -> list[Any]:
     """Of row_update's arguments those of row_grad_sq."""
     names = ("coefficients", "offsets", "order", "rows", "scales", "centre", "grad_dot_w", "W")
     return [*(a[name] for name in names), a["start"]]
+
+
+def grad_encode_arguments(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    d_out: int | None = None,
+    exact: bool = False,
+) -> list[Tensor]:
+    """x [N, d], grad [N, d_out], W_enc [F, d], b_enc [F], W_dec [F, d_out]."""
+    N, d, F, _ = shape
+    width = d if d_out is None else d_out
+    make = integers if exact else randn
+    sizes = [(N, d), (N, width), (F, d), (F,), (F, width)]
+    return [make(*s, dtype=dtype, seed=i) for i, s in enumerate(sizes)]
 
 
 def sums_arguments(dtype: torch.dtype, N: int = 19, F: int = 33) -> dict[str, Any]:

@@ -88,6 +88,53 @@ def test_round_trip_between_every_pair(
     assert str(one.get(key)) == str(two.get(key))  # settings, counters and metadata came back
 
 
+def stored(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file or folder, as the file has it."""
+    found: dict[str, torch.Tensor] = {}
+
+    def look(name: str, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                look(f"{name}.{key}", inner)
+
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and file.suffix not in (".json", ".yaml"):
+            try:
+                look("", load_file(file))
+            except Exception:
+                look("", torch.load(file, weights_only=False))
+    return found
+
+
+def layout(name: str, latents: int, folder: Path) -> dict[str, str]:
+    """Which tensor of the coder each one of the file is, and whether it is transposed there."""
+    coder = make(centred=name != "circuit-tracer")
+    coder.W_enc, coder.W_dec = torch.randn(latents, D), torch.randn(latents, D)
+    coder.b_enc = torch.randn(latents)
+    path = place(folder, name)
+    convert.write(coder, path, name)
+    assert_same(convert.read(path)[1], coder)
+    candidates = {field: getattr(coder, field) for field in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    candidates |= {f"{field} transposed": candidates[field].T for field in ("W_enc", "W_dec")}
+    return {
+        key: field
+        for key, tensor in stored(path).items()
+        for field, own in candidates.items()
+        if tensor.shape == own.shape and torch.equal(tensor, own)
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_square_matrices_lie_as_others_do(name: str, tmp_path: Path) -> None:
+    """With as many latents as inputs no shape tells whether a matrix is transposed."""
+    (tmp_path / "square").mkdir()
+    wide = layout(name, F, tmp_path)
+    assert {"W_enc", "W_dec"} <= {field.split()[0] for field in wide.values()}
+    assert layout(name, D, tmp_path / "square") == wide
+
+
 @pytest.mark.parametrize("centred", [True, False], ids=["sae", "transcoder"])
 def test_load_gives_the_model(centred: bool, tmp_path: Path) -> None:
     coder = make(centred=centred)

@@ -192,3 +192,45 @@ def test_many_chunks_and_threads(N, d, F):
     for values, indices in results[1:]:
         assert torch.equal(values, results[0][0])
         assert torch.equal(indices, results[0][1])
+
+
+NEARLY = 0.99 * 2.0**-8  # of numbers just above 1, what rounding to bf16 loses at most is 2^-8
+
+
+def opposite(d):
+    """Two vectors [d] of numbers just above 1 whose roundings all go the other way, half by half:
+    up and down against (1, -1). Times (1, -1) they are nearly 0, their copies are far apart."""
+    down, up = torch.full((d // 2,), 1 + NEARLY), torch.full((d // 2,), 1 + 2.0**-7 - NEARLY)
+    return torch.cat([down, up]), torch.cat([up, down])
+
+
+@pytest.mark.parametrize("rounded", ["x", "W"])
+def test_the_winner_by_nearly_the_whole_bound(rounded):
+    """All that rounding loses goes against the winner and for the other; with a twentieth of the
+    bound less the winner is lost, whichever of the two is rounded."""
+    d, F, winner, other = 64, 100, 70, 20
+    sign = torch.cat([torch.ones(d // 2), -torch.ones(d // 2)])
+    below, above = opposite(d)
+    W, b = torch.zeros(F, d), torch.full((F,), -1000.0)
+    if rounded == "x":
+        x, W[winner], W[other] = below[None], sign, -sign
+    else:
+        x, W[winner], W[other] = sign[None], below, above
+    b[other], b[winner] = 0, 0.02 * d * 2.0**-7
+    x = x.repeat(15, 1)
+    rows, survivors, redone = assert_same(x, W, b, 1)
+    assert rows == 15 and redone == 0 and survivors == 30  # these two, and only by the bound
+    assert (encode(x, W, b, 1, screen=True)[1] == winner).all()
+    assert (encode(x, W, b, 1, screen=True, slack=0.95)[1] == other).all()
+
+
+def test_a_large_bias_swallows_what_tells_two_latents_apart():
+    """The float32 chain and the screen add a bias of 2^20 at different places: what they round away
+    differs, and only the term of the bias covers it."""
+    x, F = torch.full((15, 64), 2.0**-3), 100
+    W, b = torch.zeros(F, 64), torch.full((F,), 2.0**20)
+    for scale in (2.0**-4, 2.0**-2, 2.0**-1):
+        W[70], W[71] = scale, -scale
+        for k in (1, 2, 98, 99):
+            assert_same(x, W, b, k)
+            assert_same(x, W, -b, k)

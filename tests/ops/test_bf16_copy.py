@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bf16_copies import assert_kept, bf16_copy_of, write
 from cases import (
     Implementation,
     assert_norms,
@@ -21,6 +22,7 @@ from cases import (
     randn,
     row_arguments,
 )
+from implementations import EVERY, INTERPRETED, INTERPRETED_FUSED
 from torch import Tensor
 
 import ksae
@@ -29,12 +31,6 @@ from ksae.backends import serving as gpu
 from ksae.backends.triton import Kernels
 from ksae.coders.coder import SparseCoder
 from ksae.step import fused as step
-
-
-def bf16_copy_of(W: Tensor) -> tuple[Tensor, Tensor]:
-    """bf16 copy and norms of W [F, d]."""
-    rounded = W.detach().bfloat16()
-    return rounded, reference.bf16_norms(W.detach(), rounded)
 
 
 def unwritten(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,6 +42,7 @@ def unwritten(W: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("d", [1, 23, 140])
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.implementations(*EVERY, INTERPRETED)
 def test_norms_are_of_the_row_as_it_is_stored(impl: Implementation, side: str, d: int) -> None:
     """After the update, and on the decoder's side after the unit rows; W is as without norms."""
     a = row_arguments(torch.float32, side, d=d)
@@ -74,6 +71,7 @@ def special_rows(d: int) -> Tensor:
 
 
 @pytest.mark.parametrize("d", [1, 23, 1300])
+@pytest.mark.implementations(*EVERY, INTERPRETED)
 def test_norms_of_special_rows(impl: Implementation, d: int) -> None:
     a = at_rest(special_rows(d))
     W, (W_bf16, norms) = a["W"].clone(), unwritten(a["W"])
@@ -85,6 +83,7 @@ def test_norms_of_special_rows(impl: Implementation, d: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.implementations(*EVERY, INTERPRETED)
 def test_a_step_that_is_not_taken_leaves_both(impl: Implementation, bad: float) -> None:
     a = row_arguments(torch.float32, "encoder")
     a["scales"][1] = bad
@@ -139,6 +138,7 @@ def weights() -> tuple[Tensor, Tensor, Tensor]:
     return x, W, b
 
 
+@pytest.mark.implementations(*EVERY, INTERPRETED, INTERPRETED_FUSED)
 def test_a_shadow_changes_no_encode(impl: Implementation) -> None:
     x, W, b = weights()
     kept, dead = bf16_copy_of(W), torch.arange(F) % 3 == 0
@@ -259,14 +259,6 @@ def screening(monkeypatch: pytest.MonkeyPatch) -> Screening:
     return seen
 
 
-def assert_kept(train: ksae.TrainStep) -> None:
-    """What is kept is of the weights as they are."""
-    W_bf16, norms = train.state.W_bf16
-    W = train.model.W_enc.detach()
-    assert_same("W_bf16", W_bf16, W.bfloat16())
-    assert_norms(norms, W, W_bf16)
-
-
 def batch(seed: int) -> Tensor:
     return randn(9, D, seed=seed)
 
@@ -297,11 +289,6 @@ def test_every_selection_reads_what_is_kept(screening: Screening, dead: bool) ->
     assert len(screening.read) == 2
     for read in screening.read:
         assert all(t is kept for t, kept in zip(read, train.state.W_bf16, strict=True))
-
-
-def write(train: ksae.TrainStep) -> None:
-    with torch.no_grad():
-        train.model.W_enc.mul_(-0.5)
 
 
 def replace(train: ksae.TrainStep) -> None:

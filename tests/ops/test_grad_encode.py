@@ -10,29 +10,21 @@ from cases import (
     Implementation,
     assert_close,
     assert_same,
+    grad_encode_arguments,
     integers,
     randn,
 )
+from implementations import EVERY
 from torch import Tensor
 
 import ksae
 from ksae import ops, reference
 from ksae.ops.checks import MODES
 
+every_implementation = pytest.mark.implementations(*EVERY)
 Shape = tuple[int, int, int, int]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-d{}-F{}-k{}".format(*s))
 modes = pytest.mark.parametrize("mode", MODES)
-
-
-def arguments(
-    shape: Shape, dtype: torch.dtype, *, d_out: int | None = None, exact: bool = False
-) -> list[Tensor]:
-    """x [N, d], grad [N, d_out], W_enc [F, d], b_enc [F], W_dec [F, d_out]."""
-    N, d, F, _ = shape
-    width = d if d_out is None else d_out
-    make = integers if exact else randn
-    sizes = [(N, d), (N, width), (F, d), (F,), (F, width)]
-    return [make(*s, dtype=dtype, seed=i) for i, s in enumerate(sizes)]
 
 
 def oracle(args: list[Tensor], beta: float, mode: str) -> tuple[Tensor, Tensor]:
@@ -51,11 +43,12 @@ def oracle(args: list[Tensor], beta: float, mode: str) -> tuple[Tensor, Tensor]:
 
 @modes
 @shapes
+@every_implementation
 def test_integers_are_the_reference_bit_by_bit(
     impl: Implementation, dtype: torch.dtype, shape: Shape, mode: str
 ) -> None:
     """Sums are exact in every order and ties are everywhere; so is beta, a power of two."""
-    args = arguments(shape, dtype, exact=True)
+    args = grad_encode_arguments(shape, dtype, exact=True)
     k = shape[3]
     if shape[0] > 2:
         args[1][1] = 0  # a row without a gradient
@@ -75,10 +68,11 @@ def test_integers_are_the_reference_bit_by_bit(
 @modes
 @pytest.mark.parametrize("d_out", [None, 5], ids=["same-width", "other-width"])
 @shapes
+@every_implementation
 def test_normal_numbers(
     impl: Implementation, dtype: torch.dtype, shape: Shape, mode: str, d_out: int | None
 ) -> None:
-    args = arguments(shape, dtype, d_out=d_out)
+    args = grad_encode_arguments(shape, dtype, d_out=d_out)
     k, beta = shape[3], 0.5
     values, indices = impl.grad_topk_encode(*args, k, beta, mode)
     u, score = oracle(args, beta, mode)
@@ -97,10 +91,11 @@ def test_normal_numbers(
 
 
 @shapes
+@every_implementation
 def test_without_weight_or_gradient_it_is_topk_encode_bit_for_bit(
     impl: Implementation, dtype: torch.dtype, shape: Shape
 ) -> None:
-    x, grad, W_enc, b_enc, W_dec = arguments(shape, dtype)
+    x, grad, W_enc, b_enc, W_dec = grad_encode_arguments(shape, dtype)
     k = shape[3]
     b_dec = randn(shape[1], dtype=dtype, seed=8)
     want = impl.topk_encode(x, W_enc, b_enc, k, b_dec)
@@ -117,8 +112,9 @@ def test_without_weight_or_gradient_it_is_topk_encode_bit_for_bit(
 
 @modes
 @pytest.mark.parametrize("kind", ["x nan", "x inf", "W_enc nan", "W_dec nan", "b inf", "negative"])
+@every_implementation
 def test_special_numbers(impl: Implementation, dtype: torch.dtype, mode: str, kind: str) -> None:
-    args = arguments((7, 17, 130, 9), dtype, exact=True)
+    args = grad_encode_arguments((7, 17, 130, 9), dtype, exact=True)
     x, _, W_enc, b_enc, W_dec = args
     match kind:
         case "x nan":
@@ -138,10 +134,11 @@ def test_special_numbers(impl: Implementation, dtype: torch.dtype, mode: str, ki
     assert_same("indices", got[1], want[1])
 
 
+@every_implementation
 def test_scaled_inputs_keep_their_selection(impl: Implementation, dtype: torch.dtype) -> None:
     """x / c with g c leaves z a as it is; additively that takes beta / c or unit gradients."""
     shape, k, c = (19, 100, 1000, 32), 32, 4.0  # powers of two scale without rounding
-    x, grad, W_enc, _, W_dec = arguments(shape, dtype)
+    x, grad, W_enc, _, W_dec = grad_encode_arguments(shape, dtype)
     b_enc = torch.zeros(1000, dtype=dtype)
 
     def select(x: Tensor, g: Tensor, beta: float, mode: str) -> Tensor:
@@ -159,7 +156,10 @@ def test_scaled_inputs_keep_their_selection(impl: Implementation, dtype: torch.d
 
 @modes
 def test_gradients_are_those_of_the_fixed_selection(mode: str) -> None:
-    args = [t.requires_grad_(i != 1) for i, t in enumerate(arguments((5, 6, 20, 4), torch.float64))]
+    args = [
+        t.requires_grad_(i != 1)
+        for i, t in enumerate(grad_encode_arguments((5, 6, 20, 4), torch.float64))
+    ]
     b_dec = randn(6, seed=8).double().requires_grad_()
     values, indices = ksae.grad_topk_encode(*args, 4, 1.0, mode, b_dec)
     weight = randn(5, 4, seed=7).double()
@@ -176,7 +176,7 @@ def test_gradients_are_those_of_the_fixed_selection(mode: str) -> None:
 
 @modes
 def test_opcheck_and_compile(mode: str) -> None:
-    x, grad, W_enc, b_enc, W_dec = arguments((5, 6, 20, 4), torch.float32)
+    x, grad, W_enc, b_enc, W_dec = grad_encode_arguments((5, 6, 20, 4), torch.float32)
     for t in (x, W_enc, b_enc):
         t.requires_grad_()
     b_dec = torch.ones(6, requires_grad=True)
@@ -207,6 +207,6 @@ def test_opcheck_and_compile(mode: str) -> None:
 )
 def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
     names = ("x", "grad", "W_enc", "b_enc", "W_dec")
-    args = dict(zip(names, arguments((5, 6, 20, 4), torch.float32), strict=True))
+    args = dict(zip(names, grad_encode_arguments((5, 6, 20, 4), torch.float32), strict=True))
     with pytest.raises(error, match=f"^grad_topk_encode: {message}"):
         ksae.grad_topk_encode(**{**args, "k": 4, "beta": 0.5, **change})

@@ -26,11 +26,14 @@ from cases import (
     to_float64,
     written,
 )
+from implementations import EVERY, INTERPRETED
 from torch import Tensor
 
 from ksae import functional, ops, reference
 from ksae.backends import cpu as native
 
+every_implementation = pytest.mark.implementations(*EVERY)
+interpreted_too = pytest.mark.implementations(*EVERY, INTERPRETED)
 Shape = tuple[int, int, int, int]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-d{}-F{}-k{}".format(*s))
 
@@ -38,6 +41,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-d{}-F{}-k{}
 
 
 @pytest.mark.parametrize("kind", SCORES)
+@every_implementation
 def test_topk(impl: Implementation, dtype: torch.dtype, kind: str) -> None:
     for F in (1, 33, 130, 1000):
         x = scores(kind, 7, F, dtype)
@@ -48,6 +52,7 @@ def test_topk(impl: Implementation, dtype: torch.dtype, kind: str) -> None:
             assert_same("values at the indices", got[0], x.gather(1, got[1]))
 
 
+@every_implementation
 def test_topk_of_many_columns_and_of_no_row(impl: Implementation, dtype: torch.dtype) -> None:
     x = randn(2, 70_001, dtype=dtype)  # indices past 16 bits, and many ties at 16 bits a number
     for k in (1, 9, 700):
@@ -67,6 +72,7 @@ def masks(F: int, k: int) -> list[Tensor | None]:
 
 
 @shapes
+@interpreted_too
 def test_encode_of_integers_is_the_reference_bit_by_bit(
     impl: Implementation, dtype: torch.dtype, shape: Shape
 ) -> None:
@@ -85,6 +91,7 @@ def test_encode_of_integers_is_the_reference_bit_by_bit(
 @pytest.mark.parametrize(
     "kind", ["equal", "negative", "x nan", "x inf", "W nan", "W inf", "b", "zeros"]
 )
+@every_implementation
 def test_encode_of_special_numbers(impl: Implementation, dtype: torch.dtype, kind: str) -> None:
     N, d, F, k = 7, 17, 130, 9
     x, W, b = (integers(*s, dtype=dtype, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
@@ -116,6 +123,7 @@ def test_encode_of_special_numbers(impl: Implementation, dtype: torch.dtype, kin
 
 
 @shapes
+@every_implementation
 def test_encode_of_normal_numbers(impl: Implementation, dtype: torch.dtype, shape: Shape) -> None:
     N, d, F, k = shape
     x, W, b, b_dec = (
@@ -146,6 +154,7 @@ def dense(values: Tensor, indices: Tensor, F: int) -> Tensor:
 
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
 @shapes
+@interpreted_too
 def test_decode(
     impl: Implementation, dtype: torch.dtype, shape: Shape, index_dtype: torch.dtype
 ) -> None:
@@ -195,6 +204,7 @@ def test_decode(
         assert_same(name, t, want)
 
 
+@interpreted_too
 def test_decode_of_special_numbers(impl: Implementation, dtype: torch.dtype) -> None:
     """Zero values silence infinite rows; NaN values count as entries and spread; -0 is a zero."""
     N, d, F, k = 7, 19, 33, 6
@@ -222,6 +232,7 @@ def test_decode_of_special_numbers(impl: Implementation, dtype: torch.dtype) -> 
             assert_same(name, g, w)
 
 
+@every_implementation
 def test_one_latent_takes_every_token(impl: Implementation, dtype: torch.dtype) -> None:
     """A hot latent: one segment of N entries, all others empty."""
     N, d, F = 700, 9, 33
@@ -239,6 +250,7 @@ def test_one_latent_takes_every_token(impl: Implementation, dtype: torch.dtype) 
 sides = pytest.mark.parametrize("side", ["encoder", "decoder"])
 
 
+@interpreted_too
 def test_latent_sums(impl: Implementation, dtype: torch.dtype) -> None:
     a = sums_arguments(dtype)
     got, plain = impl.latent_sums(*a.values()), reference.latent_sums(*a.values())
@@ -251,6 +263,21 @@ def test_latent_sums(impl: Implementation, dtype: torch.dtype) -> None:
 @sides
 @pytest.mark.parametrize("extras", [True, False], ids=["extras", "bare"])
 @pytest.mark.parametrize("ks", [(5,), (5, 9, 1)], ids=["one group", "three groups"])
+@interpreted_too
+@pytest.mark.interpreted(
+    where=lambda dtype, ks, extras, side: (
+        (dtype, len(ks), extras, side)
+        in {
+            (torch.float32, 1, True, "encoder"),
+            (torch.float32, 3, True, "decoder"),
+            (torch.float32, 1, False, "decoder"),
+            (torch.bfloat16, 3, True, "encoder"),
+            (torch.bfloat16, 1, True, "decoder"),
+            (torch.float16, 1, False, "encoder"),
+            (torch.float16, 3, True, "decoder"),
+        }
+    )
+)
 def test_row_update(
     impl: Implementation, dtype: torch.dtype, ks: tuple[int, ...], extras: bool, side: str
 ) -> None:
@@ -274,6 +301,8 @@ def test_row_update(
         assert_same("W", a["W"], a["master"].to(dtype))
 
 
+@interpreted_too
+@pytest.mark.interpreted(where=lambda dtype: dtype != torch.float16)
 def test_row_update_in_slices_is_the_whole(impl: Implementation, dtype: torch.dtype) -> None:
     """The first slice leaves what the second needs for its projection; unit rows come last."""
     whole = row_arguments(dtype, "decoder")
@@ -291,6 +320,17 @@ def test_row_update_in_slices_is_the_whole(impl: Implementation, dtype: torch.dt
 
 @sides
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@interpreted_too
+@pytest.mark.interpreted(
+    where=lambda dtype, bad, side: (
+        (dtype, str(bad), side)
+        in {
+            (torch.float32, "nan", "encoder"),
+            (torch.bfloat16, "inf", "decoder"),
+            (torch.float16, "-inf", "encoder"),
+        }
+    )
+)
 def test_a_scale_that_is_not_finite_writes_nothing(
     impl: Implementation, dtype: torch.dtype, bad: float, side: str
 ) -> None:
@@ -309,6 +349,12 @@ def test_a_scale_that_is_not_finite_writes_nothing(
 
 
 @sides
+@interpreted_too
+@pytest.mark.interpreted(
+    where=lambda dtype, side: (
+        (dtype, side) in ((torch.float32, "encoder"), (torch.bfloat16, "decoder"))
+    )
+)
 def test_latent_pass_without_tokens(impl: Implementation, dtype: torch.dtype, side: str) -> None:
     """N = 0: gradients are zero and Adam still moves by its moments."""
     a = row_arguments(dtype, side, N=0, ks=(3,))
@@ -318,6 +364,47 @@ def test_latent_pass_without_tokens(impl: Implementation, dtype: torch.dtype, si
     for name, t in written(a).items():
         eps = 2 * torch.finfo(t.dtype).eps
         torch.testing.assert_close(t, written(want)[name], rtol=eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_grouping_by_several_threads(
+    impl: Implementation, dtype: torch.dtype, count: int, threads: None
+) -> None:
+    """Two parts from 2^17 entries on, three from 3 * 2^16: each boundary is inside of a latent."""
+    torch.set_num_threads(count)
+    for N, k, F in ((4096, 32, 7), (6145, 32, 300), (131_073, 1, 2)):
+        generator = torch.Generator().manual_seed(N)
+        indices = torch.randint(0, F, (N, k), generator=generator)
+        values = torch.ones(N, k, dtype=dtype)
+        values.view(-1)[::5] = 0
+        flat, kept = indices.view(-1), values.view(-1) != 0
+        order = kept.nonzero()[:, 0][flat[kept].argsort(stable=True)]
+        got = impl.group_by_latent(values, indices, F)
+        assert_same("offsets", got[0][1:].long(), torch.bincount(flat[kept], minlength=F).cumsum(0))
+        assert_same("order", got[1][: len(order)].long(), order)
+        assert (got[1][len(order) :] == -1).all()
+
+
+@pytest.mark.parametrize("F", [4, 33, 3001])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_latent_counts_in_the_gradient_of_b_dec(
+    impl: Implementation, F: int, count: int, threads: None
+) -> None:
+    """Also the last one, whatever part of the latents it belongs to."""
+    torch.set_num_threads(count)
+    a = row_arguments(torch.float32, "encoder", N=1, d=23, F=F + 1, ks=(1,))
+    values, indices = torch.ones(F, 1), torch.arange(F)[:, None]
+    a["offsets"], a["order"] = map(list, zip(reference.group_by_latent(values, indices, F)))
+    a |= {"coefficients": [values], "rows": [randn(F, 23)]}
+    for name in ("W", "m", "v"):
+        a[name] = a[name][:F].contiguous()
+    a["grad_b_enc"] = torch.zeros(F)
+    for latent in {0, F // 2, F - 1}:
+        one = clone_all(a)
+        one["grad_b_enc"][latent] = 4.0
+        want = 4.0 * one["W"][latent]
+        impl.row_update(*one.values())
+        torch.testing.assert_close(one["grad_b_dec"], want)
 
 
 # -------------------------------------------------------------------------------------- determinism

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small ops of a training step against float64, by every implementation. The tests of other
-kernels import them."""
+"""The small ops of a training step against float64, by every implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,16 +18,12 @@ from cases import (
     vector_arguments,
     written,
 )
+from implementations import HOST, INTERPRETED, ON_CUDA
 
 from ksae import reference
 
-
-@pytest.fixture(params=["reference", "cpu"])
-def impl(request: pytest.FixtureRequest) -> Iterator[Implementation]:
-    """The meaning, and what the table of ops makes of it: no instruction set has its own."""
-    yield Implementation(request.param)
-
-
+# What the table of ops makes of the host's: no instruction set has its own.
+pytestmark = pytest.mark.implementations("reference", HOST, *ON_CUDA, INTERPRETED)
 SIZES = ((0, 5), (1, 7), (5, 1), (7, 17), (19, 512), (301, 130), (1030, 33))
 
 

@@ -17,55 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, Implementation, assert_close, assert_same, code, dtype_id, randn
-from test_bf16_copy import (  # noqa: F401  (collected here with the `impl` below)
-    assert_kept,
-    test_a_shadow_changes_no_encode,
-    test_a_step_that_is_not_taken_leaves_both,
-    test_norms_are_of_the_row_as_it_is_stored,
-    test_norms_of_special_rows,
-)
-from test_cuda_kernels import (
-    begin_anywhere,
-    test_grouping_in_tiles_and_passes,  # noqa: F401
-)
-from test_cuda_rounding import (  # noqa: F401
-    test_rounding_is_the_references,
-    test_the_shadow_is_the_rounded_weight,
-)
-from test_grad_encode import (  # noqa: F401  (collected here with the `impl` below)
-    test_integers_are_the_reference_bit_by_bit,
-    test_normal_numbers,
-    test_scaled_inputs_keep_their_selection,
-    test_special_numbers,
-    test_without_weight_or_gradient_it_is_topk_encode_bit_for_bit,
-)
-from test_ops import (  # noqa: F401  (collected here with the `impl` below)
-    test_a_scale_that_is_not_finite_writes_nothing,
-    test_decode,
-    test_decode_of_special_numbers,
-    test_encode_of_integers_is_the_reference_bit_by_bit,
-    test_encode_of_normal_numbers,
-    test_encode_of_special_numbers,
-    test_latent_pass_without_tokens,
-    test_latent_sums,
-    test_one_latent_takes_every_token,
-    test_row_update,
-    test_row_update_in_slices_is_the_whole,
-    test_topk,
-    test_topk_of_many_columns_and_of_no_row,
-)
-from test_small_ops import (  # noqa: F401  (collected here with the `impl` below)
-    test_adam_scalars,
-    test_adam_scalars_of_a_step_that_is_not_taken,
-    test_loss_terms,
-    test_loss_terms_without_a_denominator,
-    test_total_variance,
-    test_total_variance_of_large_numbers,
-    test_total_variance_of_what_is_not_finite,
-    test_vector_update,
-    test_vector_update_that_is_not_taken,
-)
+from alignment import begin_anywhere
+from bf16_copies import assert_kept
+from cases import DTYPES, assert_close, assert_same, code, dtype_id, randn
 from torch import Tensor
 
 import ksae
@@ -78,62 +32,7 @@ from ksae.backends import serving as gpu
 from ksae.runs.config import LogConfig, TrainConfig
 from ksae.runs.trainer import Trainer
 
-
-def to(arg: Any, device: str) -> Any:
-    """Tensors and lists of tensors on a device, contiguous; the same objects where they are so."""
-    if isinstance(arg, list | tuple):
-        return [to(a, device) for a in arg]
-    return arg.to(device).contiguous() if isinstance(arg, Tensor) else arg
-
-
-class Fused(triton.Kernels):
-    """Encodes without the scores."""
-
-    topk_encode = triton.Kernels.fused_topk_encode
-    grad_topk_encode = triton.Kernels.fused_grad_topk_encode
-
-
-SERVED = {"cuda": ops, "triton": triton.Kernels(), "triton-fused": Fused()}
-
-
-class OnCuda(Implementation):
-    """The ops, or the Triton kernels, on the GPU, for tests whose tensors are on the CPU; what was
-    written is copied."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.native = True
-
-    def __getattr__(self, op: str) -> Any:
-        def run(*args: Any) -> Any:
-            there = [to(a, "cuda") for a in args]
-            result = getattr(SERVED[self.name], op)(*there)
-            if result is NotImplemented:  # arguments that the kernel does not know: as in ops.py
-                result = getattr(reference, op)(*there)
-            if result is None:  # what is written is what counts
-                for here, t in zip(args, there, strict=True):
-                    if isinstance(here, Tensor):
-                        here.copy_(t)
-                return None
-            return result.cpu() if isinstance(result, Tensor) else tuple(to(result, "cpu"))
-
-        return run
-
-
 pytestmark = pytest.mark.gpu
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "impl" in metafunc.fixturenames:
-        test = metafunc.function
-        encodes = "encode" in test.__name__ or "encode" in test.__module__
-        names = [name for name in SERVED if encodes or name != "triton-fused"]
-        metafunc.parametrize("impl", names, indirect=True)
-
-
-@pytest.fixture
-def impl(request: pytest.FixtureRequest) -> Implementation:
-    return OnCuda(request.param)
 
 
 dtypes = pytest.mark.parametrize("T", DTYPES, ids=dtype_id)

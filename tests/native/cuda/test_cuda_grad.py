@@ -5,32 +5,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Implementation, assert_same, integers, randn
+from cases import Implementation, assert_same, grad_encode_arguments, integers, randn
 from emulation.build import Emulator
-from test_cuda_kernels import Emulated, impl  # noqa: F401  (the emulated kernels)
-from test_grad_encode import (  # noqa: F401  (collected here with the `impl` above)
-    arguments,
-    test_integers_are_the_reference_bit_by_bit,
-    test_normal_numbers,
-    test_scaled_inputs_keep_their_selection,
-    test_special_numbers,
-    test_without_weight_or_gradient_it_is_topk_encode_bit_for_bit,
-)
+from implementations import EMULATED, Emulated
 
 from ksae import reference
 from ksae.backends import product as products
 from ksae.ops.checks import MODES
 
+pytestmark = pytest.mark.implementations(EMULATED)
+
 
 @pytest.mark.parametrize("mode", MODES)
 def test_in_chunks_of_rows(
-    impl: Implementation,  # noqa: F811
+    impl: Implementation,
     mode: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each chunk has its own rows of grad, and its own rows without a gradient."""
     F = 130
-    args = arguments((19, 17, F, 9), torch.float32, d_out=5, exact=True)
+    args = grad_encode_arguments((19, 17, F, 9), torch.float32, d_out=5, exact=True)
     args[1][3], args[1][11, 2] = 0, torch.nan
     want = reference.grad_topk_encode(*args, 9, 0.5, mode)
     for rows in (1, 5, 19):
@@ -40,10 +34,10 @@ def test_in_chunks_of_rows(
 
 
 def test_bits_do_not_depend_on_the_order_of_threads_and_blocks(
-    impl: Implementation,  # noqa: F811
+    impl: Implementation,
     emulated: Emulator,
 ) -> None:
-    args = arguments((11, 17, 1500, 40), torch.bfloat16)
+    args = grad_encode_arguments((11, 17, 1500, 40), torch.bfloat16)
     x, _, W_enc, b_enc, _ = args
     results = []
     for seed, blocks in ((1, 1), (2, 3), (77, 5)):
@@ -59,7 +53,7 @@ def test_bits_do_not_depend_on_the_order_of_threads_and_blocks(
 
 
 @pytest.mark.parametrize("F", [1, 31, 1024, 5000])
-def test_list_of_columns(impl: Emulated, F: int) -> None:  # noqa: F811
+def test_list_of_columns(impl: Emulated, F: int) -> None:
     for mask in (
         torch.zeros(F, dtype=torch.bool),
         torch.ones(F, dtype=torch.bool),
@@ -73,7 +67,7 @@ def test_list_of_columns(impl: Emulated, F: int) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("k", [1, 40, 333, 3000])
 @pytest.mark.parametrize("listed", [0, 3, 39, 40, 700, 2999])
-def test_encode_with_a_mask(impl: Implementation, listed: int, k: int) -> None:  # noqa: F811
+def test_encode_with_a_mask(impl: Implementation, listed: int, k: int) -> None:
     """Fewer listed than k: the rest are the smallest columns that were not chosen, with value 0;
     columns of -inf are no better than columns that are not listed."""
     N, d, F = 3, 5, 3000

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every CUDA kernel, executed by the emulator, through the tests of test_ops.py and its own."""
+"""Every CUDA kernel, executed by the emulator, in cases that only these kernels have."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from alignment import begin_anywhere
 from cases import (
     DTYPES,
     NAMES,
     SCORES,
-    Implementation,
     assert_close,
     assert_same,
     clone_all,
@@ -28,32 +27,7 @@ from cases import (
     written,
 )
 from emulation.build import Emulator
-from test_ops import (  # noqa: F401  (collected here with the `impl` below)
-    test_a_scale_that_is_not_finite_writes_nothing,
-    test_decode,
-    test_decode_of_special_numbers,
-    test_encode_of_integers_is_the_reference_bit_by_bit,
-    test_encode_of_normal_numbers,
-    test_encode_of_special_numbers,
-    test_latent_pass_without_tokens,
-    test_latent_sums,
-    test_one_latent_takes_every_token,
-    test_row_update,
-    test_row_update_in_slices_is_the_whole,
-    test_topk,
-    test_topk_of_many_columns_and_of_no_row,
-)
-from test_small_ops import (  # noqa: F401  (collected here with the `impl` below)
-    test_adam_scalars,
-    test_adam_scalars_of_a_step_that_is_not_taken,
-    test_loss_terms,
-    test_loss_terms_without_a_denominator,
-    test_total_variance,
-    test_total_variance_of_large_numbers,
-    test_total_variance_of_what_is_not_finite,
-    test_vector_update,
-    test_vector_update_that_is_not_taken,
-)
+from implementations import EMULATED, ON_CUDA, Emulated
 from torch import Tensor
 
 from ksae import reference
@@ -61,32 +35,7 @@ from ksae.backends import cuda
 from ksae.backends import product as products
 from ksae.backends.cuda import Kernels
 
-
-class Emulated(Implementation):
-    """ksae._cuda in emulation, called as ops.py calls a native kernel: with contiguous tensors."""
-
-    def __init__(self, emulator: Emulator) -> None:
-        super().__init__("cuda-emulated")
-        self.kernels = Kernels(emulator.module)
-
-    def __getattr__(self, op: str) -> Any:
-        kernel = getattr(self.kernels, op)
-        return lambda *args: kernel(*map(contiguous, args))
-
-
-def contiguous(arg: Any) -> Any:
-    if isinstance(arg, list):
-        return [contiguous(a) for a in arg]
-    return arg.contiguous() if isinstance(arg, Tensor) else arg
-
-
-@pytest.fixture(params=["cuda-emulated"])
-def impl(emulated: Emulator, poison: None) -> Iterator[Implementation]:
-    emulated.seed(0)
-    emulated.blocks_in_flight(3)
-    emulated.step_limit(2**40)
-    yield Emulated(emulated)
-
+pytestmark = pytest.mark.implementations(EMULATED)
 
 # ------------------------------------------------------------------------------------------- select
 
@@ -206,6 +155,7 @@ def test_chunks_are_even_and_within_the_memory(N: int, F: int) -> None:
     [(1, 1, 1), (700, 3, 3), (257, 511, 8), (300, 512, 8), (70, 5000, 33), (3, 300_000, 9)],
     ids=lambda n: str(n),
 )
+@pytest.mark.implementations(*ON_CUDA)
 def test_grouping_in_tiles_and_passes(impl: Emulated, N: int, F: int, k: int) -> None:
     """One to four tiles, one to three passes, full tiles and a rest, a latent of every token."""
     values, indices = code(N, F, k, torch.float32)
@@ -354,37 +304,6 @@ def test_column_sums_beside_the_residual(
 
 
 # ---------------------------------------------------------------------------------------- alignment
-
-
-def begin_anywhere(served: Any, T: torch.dtype, offset: int, device: str) -> None:
-    """Where rows are not aligned to the widest loads, a GPU refuses these, and narrower ones give
-    the same bits. Rows of lengths that are a multiple of 8, of 4 and odd."""
-
-    def placed(t: Tensor, offset: int) -> Tensor:
-        flat = torch.empty(t.numel() + offset, dtype=t.dtype, device=device)
-        return flat[offset:].view(t.shape).copy_(t)
-
-    for d, F in ((96, 640), (100, 644), (97, 641)):
-        N, k = 5, 12
-        x, W, b, z = (
-            randn(*s, dtype=T, seed=n) for n, s in enumerate([(N, d), (F, d), (d,), (N, F)])
-        )
-        values, indices = code(N, F, k, T)
-        for op, args in (
-            ("topk", (z, k)),
-            ("sparse_decode", (values, indices, W, b)),
-            ("sparse_residual", (values, indices, W, b, x, d)),
-            ("sparse_residual_slice", (values, indices, W, b, x, 4, d - 5)),
-            ("sparse_decode_backward_values", (x, indices, W)),
-            ("sparse_decode_backward_weight", (x, values, indices, F)),
-        ):
-            results = []
-            for o in (offset, 0):
-                there = (placed(a, o) if isinstance(a, Tensor) else a for a in args)
-                result = getattr(served, op)(*there)
-                results.append([result] if isinstance(result, Tensor) else result)
-            for got, want in zip(*results, strict=True):
-                assert_same(op, got, want)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 4])

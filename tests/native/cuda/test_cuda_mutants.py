@@ -19,6 +19,9 @@ from emulation import build
 KERNELS = build.ROOT / "csrc" / "cuda"
 
 
+pytestmark = pytest.mark.nightly
+
+
 class Mutant(NamedTuple):
     file: str
     old: str

@@ -9,16 +9,12 @@ import pytest
 import torch
 from cases import Implementation, assert_same, clone_all, row_arguments
 from emulation.build import Emulator
-from test_bf16_copy import (  # noqa: F401  (collected here with the `impl` above)
-    test_a_shadow_changes_no_encode,
-    test_a_step_that_is_not_taken_leaves_both,
-    test_norms_are_of_the_row_as_it_is_stored,
-    test_norms_of_special_rows,
-)
-from test_cuda_kernels import impl  # noqa: F401  (the emulated kernels)
+from implementations import EMULATED, ON_CUDA
 from torch import Tensor
 
 from ksae import reference
+
+pytestmark = pytest.mark.implementations(EMULATED)
 
 
 def noisy(side: str, **options: Any) -> dict[str, Any]:
@@ -37,8 +33,9 @@ def one_neighbour_off(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.implementations(*ON_CUDA)
 def test_rounding_is_the_references(
-    impl: Implementation,  # noqa: F811
+    impl: Implementation,
     side: str,
 ) -> None:
     """Whole, and in slices. Float32 sums in another order move few numbers across their bits."""
@@ -56,7 +53,7 @@ def test_rounding_is_the_references(
 
 
 def test_rounding_by_the_same_bits_is_the_same(
-    impl: Implementation,  # noqa: F811
+    impl: Implementation,
     emulated: Emulator,
 ) -> None:
     """No entry, so nothing is summed: bits equal the reference's, whatever the threads do; another
@@ -76,7 +73,7 @@ def test_rounding_by_the_same_bits_is_the_same(
         assert float((other != outcomes[0]).double().mean()) > 0.1, n
 
 
-def test_special_numbers_are_not_rounded_away(impl: Implementation) -> None:  # noqa: F811
+def test_special_numbers_are_not_rounded_away(impl: Implementation) -> None:
     a = noisy("encoder", N=0, ks=(3,))
     a["m"][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     a["m"][1], a["v"][1], a["W"][1] = 0.0, 0.0, 1e-39
@@ -89,8 +86,9 @@ def test_special_numbers_are_not_rounded_away(impl: Implementation) -> None:  # 
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.implementations(*ON_CUDA)
 def test_the_shadow_is_the_rounded_weight(
-    impl: Implementation,  # noqa: F811
+    impl: Implementation,
     side: str,
 ) -> None:
     a = row_arguments(torch.float32, side)

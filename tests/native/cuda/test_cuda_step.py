@@ -9,21 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from bf16_copies import assert_kept, bf16_copy_of
 from cases import Implementation, assert_same, integers, randn
-from test_bf16_copy import assert_kept, bf16_copy_of
-from test_cuda_kernels import Emulated, impl  # noqa: F401  (the emulated kernels)
-from test_step import (  # noqa: F401  (a fixture)
-    LR,
-    batch,
-    build,
-    oracle,
-)
-from test_step import (
-    test_one_step_has_at_most_twice_torchs_error as at_most_twice_torchs_error,
-)
+from implementations import EMULATED, Emulated
 from torch import is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training import LR, assert_at_most_twice_torchs_error, batch, build
 
 import ksae
 from ksae import reference
@@ -31,11 +23,12 @@ from ksae.backends import product as products
 from ksae.ops.checks import MODES
 from ksae.step.fused import FusedStep
 
+pytestmark = pytest.mark.implementations(EMULATED)
 N, D, F, K, K_AUX = 11, 17, 130, 9, 20
 
 
 @pytest.fixture(autouse=True)
-def as_on_cuda(impl: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:  # noqa: F811
+def as_on_cuda(impl: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every op of the fused step is the emulated kernel, and the step takes CUDA's way."""
     monkeypatch.setattr("ksae.step.fused.ops", impl)
     monkeypatch.setattr("ksae.coders.activation.topk.ops", impl)
@@ -50,14 +43,8 @@ def as_on_cuda(impl: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 
 @pytest.mark.parametrize("case", ["clip", "few dead", "more dead than k_aux", "skip, all"])
-def test_one_step(
-    impl: Implementation,  # noqa: F811
-    dtype: torch.dtype,
-    oracle: dict[str, Any],  # noqa: F811
-    case: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    at_most_twice_torchs_error(impl, dtype, oracle, case, monkeypatch)
+def test_one_step(dtype: torch.dtype, oracle: dict[str, Any], case: str) -> None:
+    assert_at_most_twice_torchs_error(case, dtype, oracle)
 
 
 def test_a_kept_shadow_follows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +134,7 @@ def arguments(dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize("mode", [None, *MODES])
 @pytest.mark.parametrize("dead", [0, 1, 7, K_AUX, 40, F])
 def test_both_selections_are_those_of_the_reference(
-    impl: Implementation,  # noqa: F811
+    impl: Implementation,
     dtype: torch.dtype,
     dead: int,
     mode: str | None,

@@ -50,6 +50,7 @@ def interpreted() -> dict[str, str]:
     return report("triton_encode_cases.py", *CASES)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"triton-interpreted-{case}")
 def test_equals_the_reference_bit_for_bit(interpreted: dict[str, str], case: str) -> None:
     assert interpreted[case] == "equal"

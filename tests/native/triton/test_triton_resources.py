@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 from triton_process import report
 
+pytestmark = pytest.mark.nightly
 CAPABILITIES = (80, 89, 90, 100, 120)
 ENCODES = [
     f"{op}, {capability}"

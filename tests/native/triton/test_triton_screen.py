@@ -27,6 +27,7 @@ def interpreted() -> dict[str, str]:
     return report("triton_screen_cases.py", *CASES)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"triton-interpreted-{case}")
 def test_is_the_float32_result_bit_for_bit(interpreted: dict[str, str], case: str) -> None:
     assert interpreted[case] == "equal"

@@ -4,19 +4,13 @@ own. The tests of test_ops.py that are quick there, and cases that only these ke
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 import triton_interpreter  # noqa: F401  first: sets the mode
 
 # isort: split
 import pytest
-import test_bf16_copy
-import test_contracts
-import test_ops
 import torch
-import triton.language as tl
 from cases import (
     SCORES,
     Implementation,
@@ -31,78 +25,21 @@ from cases import (
     to_float64,
     written,
 )
-from test_bf16_copy import (  # noqa: F401
-    test_a_step_that_is_not_taken_leaves_both,
-    test_norms_are_of_the_row_as_it_is_stored,
-    test_norms_of_special_rows,
-)
-from test_ops import (  # noqa: F401  (collected here with the `impl` below)
-    test_decode_of_special_numbers,
-    test_latent_sums,
-)
-from test_small_ops import (  # noqa: F401  (collected here with the `impl` below)
-    test_adam_scalars,
-    test_adam_scalars_of_a_step_that_is_not_taken,
-    test_loss_terms,
-    test_loss_terms_without_a_denominator,
-    test_total_variance,
-    test_total_variance_of_large_numbers,
-    test_total_variance_of_what_is_not_finite,
-    test_vector_update,
-    test_vector_update_that_is_not_taken,
-)
-from triton_sort import numpy_sort
+from implementations import INTERPRETED
 
-from ksae import ops, reference
+from ksae import reference
 from ksae.backends import product as products
-from ksae.backends.triton import Kernels
 from ksae.kernels import gate, select
-from ksae.ops import checks
 
 T32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
-class Interpreted(Implementation):
-    """The kernels as ops.py calls them: with contiguous tensors."""
-
-    def __init__(self) -> None:
-        super().__init__("triton-interpreted")
-        self.kernels = Kernels()
-
-    def __getattr__(self, op: str) -> Any:
-        kernel = getattr(self.kernels, op)
-        return lambda *args: kernel(*map(contiguous, args))
-
-
-class Fused(Interpreted):
-    """Encodes the other way."""
-
-    def __getattr__(self, op: str) -> Any:
-        fused = f"fused_{op}"
-        return super().__getattr__(fused if hasattr(self.kernels, fused) else op)
-
-
-def contiguous(arg: Any) -> Any:
-    if isinstance(arg, list):
-        return [contiguous(a) for a in arg]
-    return arg.contiguous() if isinstance(arg, torch.Tensor) else arg
-
-
-@pytest.fixture(params=["triton-interpreted"])
-def impl(poison: None) -> Iterator[Implementation]:
-    yield Interpreted()
+pytestmark = pytest.mark.implementations(INTERPRETED)
 
 
 def same(got: Any, want: Any) -> None:
     for name, g, w in zip(("first", "second"), got, want, strict=True):
         assert_same(name, g, w)
-
-
-@pytest.fixture(autouse=True)
-def quick_sort(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NumPy's sort for Triton's, which takes the interpreter a second; one test has the latter."""
-    if "own_sort" not in request.node.name:
-        monkeypatch.setattr(tl, "sort", numpy_sort)
 
 
 # ------------------------------------------------------------------------------------------- select
@@ -158,11 +95,6 @@ def test_groups_of_columns(F: int, k: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------- encode
-
-
-@pytest.mark.parametrize("shape", [(0, 7, 33, 4), (1, 1, 33, 1), (2, 17, 33, 33), (2, 20, 130, 5)])
-def test_encode(impl: Implementation, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
-    test_ops.test_encode_of_integers_is_the_reference_bit_by_bit(impl, dtype, shape)
 
 
 def test_encode_in_chunks_of_rows(impl: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,24 +153,6 @@ def test_both_selections_of_a_step(
 # --------------------------------------------------------------------------------- decode and group
 
 
-@pytest.mark.parametrize(
-    ("shape", "index_dtype"),
-    [
-        ((0, 7, 33, 4), torch.int64),
-        ((1, 1, 33, 1), torch.int32),
-        ((2, 140, 33, 9), torch.int32),
-        ((3, 17, 40, 5), torch.int64),
-    ],
-)
-def test_decode(
-    impl: Implementation,
-    dtype: torch.dtype,
-    shape: tuple[int, int, int, int],
-    index_dtype: torch.dtype,
-) -> None:
-    test_ops.test_decode(impl, dtype, shape, index_dtype)
-
-
 def test_residual_in_chunks_of_rows(
     impl: Implementation, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,44 +171,6 @@ def test_residual_in_chunks_of_rows(
 # -------------------------------------------------------------------------------------- latent pass
 
 
-@pytest.mark.parametrize(
-    ("T", "ks", "extras", "side"),
-    [
-        (T32, (5,), True, "encoder"),
-        (T32, (5, 9, 1), True, "decoder"),
-        (T32, (5,), False, "decoder"),
-        (B16, (5, 9, 1), True, "encoder"),
-        (B16, (5,), True, "decoder"),
-        (F16, (5,), False, "encoder"),
-        (F16, (5, 9, 1), True, "decoder"),
-    ],
-)
-def test_row_update(
-    impl: Implementation, T: torch.dtype, ks: tuple[int, ...], extras: bool, side: str
-) -> None:
-    test_ops.test_row_update(impl, T, ks, extras, side)
-
-
-@pytest.mark.parametrize("T", [T32, B16])
-def test_row_update_in_slices_is_the_whole(impl: Implementation, T: torch.dtype) -> None:
-    test_ops.test_row_update_in_slices_is_the_whole(impl, T)
-
-
-@pytest.mark.parametrize(
-    ("T", "bad", "side"),
-    [(T32, torch.nan, "encoder"), (B16, torch.inf, "decoder"), (F16, -torch.inf, "encoder")],
-)
-def test_a_scale_that_is_not_finite_writes_nothing(
-    impl: Implementation, T: torch.dtype, bad: float, side: str
-) -> None:
-    test_ops.test_a_scale_that_is_not_finite_writes_nothing(impl, T, bad, side)
-
-
-@pytest.mark.parametrize(("T", "side"), [(T32, "encoder"), (B16, "decoder")])
-def test_latent_pass_without_tokens(impl: Implementation, T: torch.dtype, side: str) -> None:
-    test_ops.test_latent_pass_without_tokens(impl, T, side)
-
-
 def test_rng_state_is_left_to_the_reference(impl: Implementation) -> None:
     a = row_arguments(T32, "decoder", N=5, d=6, F=8, ks=(2,))
     W_bf16, before = torch.zeros(8, 6, dtype=B16), clone_all(a)
@@ -310,11 +186,6 @@ def test_the_shadow_in_slices_is_the_rounded_weight(impl: Implementation) -> Non
         last = {"rows": part, "start": start, "normalize": stop == 23}
         impl.row_update(*(a | last).values(), W_bf16)
     assert_same("W_bf16", W_bf16, a["W"].bfloat16())
-
-
-def test_a_shadow_changes_no_encode_of_either_way(impl: Implementation) -> None:
-    for way in (impl, Fused()):
-        test_bf16_copy.test_a_shadow_changes_no_encode(way)
 
 
 def test_one_latent_takes_every_token(impl: Implementation, dtype: torch.dtype) -> None:
@@ -348,27 +219,3 @@ def test_hot_latents_are_cut(impl: Implementation, side: str) -> None:
     reference.row_update(*exact.values())
     for name, t in written(a).items():
         assert_close(name, t, written(plain)[name], written(exact)[name])
-
-
-# ------------------------------------------------------------------------------------------- errors
-
-(BAD,) = (m.args for m in test_contracts.test_bad_arguments.pytestmark if m.name == "parametrize")
-
-
-@pytest.mark.parametrize("way", ["product", "fused"])
-@pytest.mark.parametrize(BAD[0], BAD[1])
-def test_bad_arguments(
-    impl: Implementation,
-    call: tuple[str, int, Any],
-    error: type[Exception],
-    message: str,
-    way: str,
-) -> None:
-    """The message of every other implementation."""
-    name, position, value = call
-    served = getattr(Fused() if way == "fused" else impl, name)
-    kernel = ops._kernel(name, getattr(checks, name), served, native_=True)
-    args = list(test_contracts.arguments(name, torch.float32))
-    args[position] = value(args[position]) if callable(value) else value
-    with pytest.raises(error, match=re.escape(message)):
-        kernel(*args)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from bf16_copies import assert_kept, write
 from cases import Implementation, assert_close, assert_same, randn
-from test_bf16_copy import assert_kept, write
-from triton_ops_cases import Fused, impl, quick_sort  # noqa: F401  (fixtures)
+from implementations import INTERPRETED, Fused
 
 import ksae
 from ksae import functional, reference
@@ -20,10 +20,12 @@ from ksae.coders.activation import topk as activation
 from ksae.kernels import screen
 from ksae.step import fused as step
 
+pytestmark = pytest.mark.implementations(INTERPRETED)
+
 
 @pytest.mark.parametrize("way", ["product", "fused"])
 def test_a_training_step_is_that_of_the_reference(
-    impl: Implementation,  # noqa: F811
+    impl: Implementation,
     way: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
