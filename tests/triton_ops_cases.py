@@ -56,7 +56,8 @@ from triton_sort import numpy_sort
 from ksae import ops, reference
 from ksae.backends import product as products
 from ksae.backends.triton import Kernels
-from ksae.kernels import gate, select
+from ksae.kernels import gate
+from ksae.kernels import topk as select
 from ksae.ops import checks
 
 T32, B16, F16 = torch.float32, torch.bfloat16, torch.float16

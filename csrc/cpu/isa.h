@@ -94,6 +94,7 @@ constexpr int64_t kVectorPad = 64;  // elements past the end that a whole-vector
 size_t encode_scratch(int64_t d, int64_t capacity);
 void sort_descending(uint64_t* keys, int64_t n);
 bool is_nonzero(Dtype dtype, const void* values, int64_t i);
+bool all_finite(const float* scales, int n);
 
 // Bump allocator over a caller's workspace; with base = null it only counts.
 struct Arena {

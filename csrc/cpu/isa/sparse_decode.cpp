@@ -246,7 +246,7 @@ void backward_values(const DecodeBackwardValuesParams& p, int64_t row0, int64_t 
 
 }  // namespace
 
-void decode_table(Kernels& t) {
+void sparse_decode_table(Kernels& t) {
   t.decode = decode;
   t.residual = residual;
   t.backward_values = backward_values;
