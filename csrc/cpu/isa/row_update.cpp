@@ -9,6 +9,7 @@
 // Encoder and decoder are separate passes: one table in cache at a time, three streams instead of
 // six, and the decoder may be cut by columns so that a slice of the residual is all that exists.
 #include "add_row.h"
+#include "rows.h"
 
 namespace ksae::cpu::KSAE_ISA {
 namespace {
@@ -52,11 +53,11 @@ KSAE_INLINE void gradient_row(const RowUpdateParams& p, int64_t i, float* grad, 
       const int32_t at = group.order[h];
       if (h + 1 < group.offsets[i + 1]) {  // the next row is a gather that no hardware foresees
         const auto* next =
-            reinterpret_cast<const char*>(rows + group.order[h + 1] / group.k * p.columns);
+            reinterpret_cast<const char*>(rows + row_of(group, group.order[h + 1]) * p.columns);
         for (int64_t b = 0; b < int64_t(p.columns * sizeof(Row)); b += 64)
           __builtin_prefetch(next + b);
       }
-      add_row(grad, p.scales[g] * to_float(coefficients[at]), rows + at / group.k * p.columns,
+      add_row(grad, p.scales[g] * to_float(coefficients[at]), rows + row_of(group, at) * p.columns,
               static_cast<const Row*>(p.centre), p.columns);
     }
   }

@@ -3,6 +3,7 @@
 // order. Cost: d elements gathered an entry, F d written; flops 2 d an entry. Limits: a latent is
 // one thread's: one that every token selects is N d elements of serial work.
 #include "add_row.h"
+#include "rows.h"
 
 namespace ksae::cpu::KSAE_ISA {
 namespace {
@@ -17,7 +18,7 @@ void backward_weight_latents(const DecodeBackwardWeightParams& p, const int32_t*
     float total = 0;
     for (int32_t h = offsets[i]; h < offsets[i + 1]; ++h) {
       const float v = to_float(static_cast<const T*>(p.values)[order[h]]);
-      add_row<T>(acc, v, grad + order[h] / p.k * d, nullptr, d);
+      add_row<T>(acc, v, grad + row_of(p, order[h]) * d, nullptr, d);
       total += v;
     }
     T* out = static_cast<T*>(p.grad_W) + i * d;
