@@ -8,6 +8,8 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <variant>
 #include <vector>
 
 namespace py = pybind11;
@@ -41,14 +43,32 @@ struct Indices {
         i32(bytes == 4 ? as<const int32_t>(p) : nullptr) {}
 };
 
-// offsets, order, values or coefficients, grads or rows, k
-using Group = std::tuple<Pointer, Pointer, Pointer, Pointer, int64_t>;
+// A code's k entries a row, or a tuple of the address of a table in its place: row_offsets, or
+// row_of where entries are taken by latent.
+struct Rows {
+  int64_t k = 1;
+  const void* table = nullptr;
+  using From = std::variant<int64_t, std::tuple<Pointer>>;
+  explicit Rows(const From& from) {
+    if (const auto* address = std::get_if<1>(&from)) {
+      table = as<const void>(std::get<0>(*address));
+    } else {
+      k = std::get<0>(from);
+    }
+  }
+  const int64_t* offsets() const { return static_cast<const int64_t*>(table); }
+  const int32_t* row_of() const { return static_cast<const int32_t*>(table); }
+};
+
+// offsets, order, values or coefficients, grads or rows, k or a tuple of the address of row_of
+using Group = std::tuple<Pointer, Pointer, Pointer, Pointer, Rows::From>;
 
 std::vector<RowGroup> row_groups(const std::vector<Group>& from) {
   std::vector<RowGroup> groups;
   for (const auto& [offsets, order, coefficients, rows, k] : from)
     groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
-                      as<const void>(coefficients), as<const void>(rows), k});
+                      as<const void>(coefficients), as<const void>(rows), Rows(k).k,
+                      Rows(k).row_of()});
   return groups;
 }
 
@@ -121,57 +141,135 @@ PYBIND11_MODULE(_cpu, m) {
     return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows,
                            stats.candidates);
   });
-  m.def("sparse_decode",
-        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values, Pointer indices,
-           int index_bytes, Pointer W_dec, Pointer b_dec, Pointer out, int threads) {
-          const Indices i(indices, index_bytes);
+  const auto threshold = [](int64_t N, int64_t d, int64_t F, int dtype, Pointer x, Pointer W_enc,
+                            Pointer b_enc, Pointer b_dec, Pointer theta, Pointer above,
+                            Pointer row_offsets, Pointer values, Pointer latents) {
+    return ThresholdEncodeParams{N,
+                                 d,
+                                 F,
+                                 Dtype(dtype),
+                                 as<const void>(x),
+                                 as<const void>(W_enc),
+                                 as<const void>(b_enc),
+                                 as<const void>(b_dec),
+                                 as<const float>(theta),
+                                 as<uint32_t>(above),
+                                 as<int64_t>(row_offsets),
+                                 as<void>(values),
+                                 as<int64_t>(latents)};
+  };
+  m.def("threshold_encode_count",
+        [threshold](int64_t N, int64_t d, int64_t F, int dtype, Pointer x, Pointer W_enc,
+                    Pointer b_enc, Pointer b_dec, Pointer theta, Pointer above, Pointer row_offsets,
+                    const py::function& allocate, int threads) {
+          const auto p =
+              threshold(N, d, F, dtype, x, W_enc, b_enc, b_dec, theta, above, row_offsets, 0, 0);
+          with_workspace(p, allocate, threads, threshold_encode_workspace, threshold_encode_count);
+        });
+  m.def("threshold_encode_fill",
+        [threshold](int64_t N, int64_t d, int64_t F, int dtype, Pointer x, Pointer W_enc,
+                    Pointer b_enc, Pointer b_dec, Pointer theta, Pointer above, Pointer row_offsets,
+                    Pointer values, Pointer latents, const py::function& allocate, int threads) {
+          const auto p = threshold(N, d, F, dtype, x, W_enc, b_enc, b_dec, theta, above,
+                                   row_offsets, values, latents);
+          with_workspace(p, allocate, threads, threshold_encode_workspace, threshold_encode_fill);
+        });
+  const auto decode = [](int64_t N, int64_t d, int64_t F, const Rows::From& code, int dtype,
+                         Pointer values, Pointer indices, int index_bytes, Pointer W_dec,
+                         Pointer b_dec, Pointer out, bool out_float) {
+    const Indices i(indices, index_bytes);
+    const Rows rows(code);
+    return DecodeParams{N,
+                        d,
+                        F,
+                        rows.k,
+                        Dtype(dtype),
+                        as<const void>(values),
+                        i.i64,
+                        i.i32,
+                        as<const void>(W_dec),
+                        as<const void>(b_dec),
+                        as<void>(out),
+                        rows.offsets(),
+                        out_float};
+  };
+  m.def("sparse_decode", [decode](int64_t N, int64_t d, int64_t F, const Rows::From& code,
+                                  int dtype, Pointer values, Pointer indices, int index_bytes,
+                                  Pointer W_dec, Pointer b_dec, Pointer out, int threads) {
+    const DecodeParams p =
+        decode(N, d, F, code, dtype, values, indices, index_bytes, W_dec, b_dec, out, false);
+    py::gil_scoped_release release;
+    sparse_decode(p, threads);
+  });
+  m.def("sparse_decode_partial",
+        [decode](int64_t N, int64_t d, int64_t F, const Rows::From& code, int dtype, Pointer values,
+                 Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec, Pointer out,
+                 int threads) {
+          const DecodeParams p =
+              decode(N, d, F, code, dtype, values, indices, index_bytes, W_dec, b_dec, out, true);
           py::gil_scoped_release release;
-          sparse_decode({N, d, F, k, Dtype(dtype), as<const void>(values), i.i64, i.i32,
-                         as<const void>(W_dec), as<const void>(b_dec), as<void>(out)},
-                        threads);
+          sparse_decode(p, threads);
         });
   m.def("sparse_residual",
-        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values, Pointer indices,
-           int index_bytes, Pointer W_dec, Pointer b_dec, Pointer target, bool target_float,
-           int64_t start, int64_t columns, Pointer residual, Pointer sq_error, Pointer grad_values,
-           const py::function& allocate, int threads) {
-          const Indices i(indices, index_bytes);
-          const ResidualParams p{{N, d, F, k, Dtype(dtype), as<const void>(values), i.i64, i.i32,
-                                  as<const void>(W_dec), as<const void>(b_dec), nullptr},
-                                 as<const void>(target),
-                                 target_float,
-                                 start,
-                                 columns,
-                                 as<float>(residual),
-                                 as<double>(sq_error),
-                                 as<float>(grad_values)};
+        [decode](int64_t N, int64_t d, int64_t F, const Rows::From& code, int dtype, Pointer values,
+                 Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec, Pointer target,
+                 bool target_float, int64_t start, int64_t columns, Pointer residual,
+                 Pointer sq_error, Pointer grad_values, const py::function& allocate, int threads) {
+          const ResidualParams p{
+              decode(N, d, F, code, dtype, values, indices, index_bytes, W_dec, b_dec, 0, false),
+              as<const void>(target),
+              target_float,
+              start,
+              columns,
+              as<float>(residual),
+              as<double>(sq_error),
+              as<float>(grad_values)};
           with_workspace(p, allocate, threads, sparse_residual_workspace, sparse_residual);
         });
+  const auto backward_values = [](int64_t N, int64_t d, int64_t F, const Rows::From& code,
+                                  int dtype, Pointer grad, Pointer indices, int index_bytes,
+                                  Pointer W_dec, Pointer grad_values, bool grad_float,
+                                  int threads) {
+    const Indices i(indices, index_bytes);
+    const Rows rows(code);
+    py::gil_scoped_release release;
+    sparse_decode_backward_values(
+        {N, d, F, rows.k, Dtype(dtype), as<const void>(grad), i.i64, i.i32, as<const void>(W_dec),
+         as<void>(grad_values), rows.offsets(), grad_float},
+        threads);
+  };
   m.def("sparse_decode_backward_values",
-        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer grad, Pointer indices,
-           int index_bytes, Pointer W_dec, Pointer grad_values, int threads) {
-          const Indices i(indices, index_bytes);
-          py::gil_scoped_release release;
-          sparse_decode_backward_values({N, d, F, k, Dtype(dtype), as<const void>(grad), i.i64,
-                                         i.i32, as<const void>(W_dec), as<void>(grad_values)},
-                                        threads);
+        [backward_values](int64_t N, int64_t d, int64_t F, const Rows::From& code, int dtype,
+                          Pointer grad, Pointer indices, int index_bytes, Pointer W_dec,
+                          Pointer grad_values, int threads) {
+          backward_values(N, d, F, code, dtype, grad, indices, index_bytes, W_dec, grad_values,
+                          false, threads);
+        });
+  m.def("residual_products",
+        [backward_values](int64_t N, int64_t d, int64_t F, const Rows::From& code, int dtype,
+                          Pointer residual, Pointer indices, int index_bytes, Pointer W_dec,
+                          Pointer grad_values, int threads) {
+          backward_values(N, d, F, code, dtype, residual, indices, index_bytes, W_dec, grad_values,
+                          true, threads);
         });
   m.def("sparse_decode_backward_weight",
-        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer grad, Pointer values,
-           Pointer indices, int index_bytes, Pointer grad_W, Pointer value_sum,
+        [](int64_t N, int64_t d, int64_t F, const Rows::From& code, int dtype, Pointer grad,
+           Pointer values, Pointer indices, int index_bytes, Pointer grad_W, Pointer value_sum,
            const py::function& allocate, int threads) {
           const Indices i(indices, index_bytes);
+          const Rows rows(code);
           const DecodeBackwardWeightParams p{N,
                                              d,
                                              F,
-                                             k,
+                                             rows.k,
                                              Dtype(dtype),
                                              as<const void>(grad),
                                              as<const void>(values),
                                              i.i64,
                                              i.i32,
                                              as<void>(grad_W),
-                                             as<void>(value_sum)};
+                                             as<void>(value_sum),
+                                             rows.row_of()};
           with_workspace(p, allocate, threads, sparse_decode_backward_weight_workspace,
                          sparse_decode_backward_weight);
         });

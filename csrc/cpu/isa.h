@@ -74,6 +74,10 @@ struct Kernels {
   EncodeSteps encode, grad_encode;
   // The rest, over rows [row0, row1) or latents [i0, i1).
   void (*topk)(const TopkParams& p, int64_t row0, int64_t row1, void* scratch);
+  void (*threshold_count)(const ThresholdEncodeParams& p, int64_t row0, int64_t row1,
+                          float* scratch);
+  void (*threshold_fill)(const ThresholdEncodeParams& p, int64_t row0, int64_t row1,
+                         float* scratch);
   void (*decode)(const DecodeParams& p, int64_t row0, int64_t row1);
   void (*residual)(const ResidualParams& p, int64_t row0, int64_t row1, float* scratch);
   void (*backward_values)(const DecodeBackwardValuesParams& p, int64_t row0, int64_t row1);
@@ -90,10 +94,12 @@ const Kernels& avx512_kernels();
 const Kernels& avx512bf16_kernels();
 const Kernels& kernels();  // of the current level
 
-constexpr int64_t kVectorPad = 64;  // elements past the end that a whole-vector store may touch
+constexpr int64_t kVectorPad = 64;      // elements past the end that a whole-vector store may touch
+constexpr int64_t kThresholdRows = 32;  // rows of x that go by a row of W_enc together
 size_t encode_scratch(int64_t d, int64_t capacity);
 void sort_descending(uint64_t* keys, int64_t n);
 bool is_nonzero(Dtype dtype, const void* values, int64_t i);
+bool all_finite(const float* scales, int n);
 
 // Bump allocator over a caller's workspace; with base = null it only counts.
 struct Arena {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The score of grad_topk_encode, its bounds, and the narrowing of a row's candidates by them. The
-// mathematics is told in grad_encode.cpp.
+// mathematics is told in grad_topk_encode.cpp.
 #pragma once
 
-#include "encode.h"
+#include "topk_encode.h"
 
 namespace ksae::cpu::KSAE_ISA {
 
@@ -25,7 +25,7 @@ struct Score {
   }
 };
 
-enum class Source { kExact, kDual, kPruned };  // of the bounds (grad_encode.cpp)
+enum class Source { kExact, kDual, kPruned };  // of the bounds (grad_topk_encode.cpp)
 
 inline Source source_of(const EncodeChunk& c) {
   if (c.grad->pruned) return Source::kPruned;

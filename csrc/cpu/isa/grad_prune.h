@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pruned route of grad_topk_encode: one tile product, a gate on u lifted by the most that the
-// gradient can do, and dot products for what is left (see grad_encode.cpp).
+// gradient can do, and dot products for what is left (see grad_topk_encode.cpp).
 // Cost a row: 2 F d flops, d a dot product over the candidates, some 450 at beta |g| = 0.5, k=32,
 // F=24576; about one in a panel passes the running gate, so appending has no branch on their
 // number.

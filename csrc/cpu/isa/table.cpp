@@ -4,11 +4,14 @@
 
 namespace ksae::cpu {
 namespace KSAE_ISA {
-void encode_table(Kernels& t);
-void grad_encode_table(Kernels& t);
-void select_table(Kernels& t);
-void decode_table(Kernels& t);
-void latent_table(Kernels& t);
+void topk_table(Kernels& t);
+void topk_encode_table(Kernels& t);
+void grad_topk_encode_table(Kernels& t);
+void threshold_encode_table(Kernels& t);
+void sparse_decode_table(Kernels& t);
+void backward_weight_table(Kernels& t);
+void latent_sums_table(Kernels& t);
+void row_update_table(Kernels& t);
 }  // namespace KSAE_ISA
 
 #define KSAE_JOIN2(a, b) a##b
@@ -17,11 +20,14 @@ void latent_table(Kernels& t);
 const Kernels& KSAE_JOIN(KSAE_ISA, _kernels)() {
   static Kernels table;
   static const bool filled = [] {
-    KSAE_ISA::encode_table(table);
-    KSAE_ISA::grad_encode_table(table);
-    KSAE_ISA::select_table(table);
-    KSAE_ISA::decode_table(table);
-    KSAE_ISA::latent_table(table);
+    KSAE_ISA::topk_table(table);
+    KSAE_ISA::topk_encode_table(table);
+    KSAE_ISA::grad_topk_encode_table(table);
+    KSAE_ISA::threshold_encode_table(table);
+    KSAE_ISA::sparse_decode_table(table);
+    KSAE_ISA::backward_weight_table(table);
+    KSAE_ISA::latent_sums_table(table);
+    KSAE_ISA::row_update_table(table);
     return true;
   }();
   (void)filled;

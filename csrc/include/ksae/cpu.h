@@ -82,8 +82,36 @@ struct GradEncodeParams {
 size_t grad_topk_encode_workspace(const GradEncodeParams& p, int threads);
 void grad_topk_encode(const GradEncodeParams& p, void* workspace, int threads);
 
+// ---- threshold_encode: pre-activations above their latent's threshold, a variable number a row --
+// Entries of a row are in the order of latents. Two calls: `count` marks what is above and writes
+// row_offsets, from which the caller knows E; `fill` writes the entries.
+struct ThresholdEncodeParams {
+  int64_t N, d, F;
+  Dtype dtype;
+  const void* x;         // [N, d]
+  const void* W_enc;     // [F, d]
+  const void* b_enc;     // [F]
+  const void* b_dec;     // [d] or null: subtracted from x, rounded to dtype
+  const float* theta;    // [F] positive
+  uint32_t* above;       // [N, (F + 31) / 32] a bit a latent, from count to fill
+  int64_t* row_offsets;  // [N + 1]
+  void* values;          // [E] fill only
+  int64_t* latents;      // [E] fill only
+};
+size_t threshold_encode_workspace(const ThresholdEncodeParams& p, int threads);
+void threshold_encode_count(const ThresholdEncodeParams& p, void* workspace, int threads);
+void threshold_encode_fill(const ThresholdEncodeParams& p, void* workspace, int threads);
+
 // ---- sparse_decode and its backward products -------------------------------------------------
 // Slots with value 0 contribute nothing. Exactly one of indices64 and indices32 is not null.
+//
+// A code has k entries a row, or E entries and row_offsets [N + 1]: row n has the entries from
+// row_offsets[n] to row_offsets[n + 1], k is not read and [N, k] below is [E]. What goes by latent
+// takes such a code as E rows of one entry (N = E, k = 1) with row_of [E], the row of each entry.
+//
+// The two halves of sparse_residual, for shards of the latents: sparse_decode with out_float, whose
+// results are added, and sparse_decode_backward_values with grad_float. Their bits are those of
+// sparse_residual, but that products of entries of value 0 are not cleared.
 struct DecodeParams {
   int64_t N, d, F, k;
   Dtype dtype;
@@ -93,6 +121,8 @@ struct DecodeParams {
   const void* W_dec;         // [F, d]
   const void* b_dec;         // [d] or null
   void* out;                 // [N, d]
+  const int64_t* row_offsets = nullptr;
+  bool out_float = false;  // out is float32: partial sums, not rounded to dtype
 };
 void sparse_decode(const DecodeParams& p, int threads);
 
@@ -118,6 +148,8 @@ struct DecodeBackwardValuesParams {
   const int32_t* indices32;  // [N, k]
   const void* W_dec;         // [F, d]
   void* grad_values;         // [N, k] <grad_n, W_dec[index]>
+  const int64_t* row_offsets = nullptr;
+  bool grad_float = false;  // grad and grad_values are float32: a residual completed elsewhere
 };
 void sparse_decode_backward_values(const DecodeBackwardValuesParams& p, int threads);
 
@@ -130,6 +162,7 @@ struct DecodeBackwardWeightParams {
   const int32_t* indices32;  // [N, k]
   void* grad_W;              // [F, d] sum of value * grad_n over the entries of a latent
   void* value_sum;           // [F] sum of value
+  const int32_t* row_of = nullptr;
 };
 size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams& p, int threads);
 void sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, void* workspace,
@@ -178,6 +211,7 @@ struct RowGroup {
   const void* coefficients;  // [N, k]
   const void* rows;          // [N, columns]
   int64_t k;
+  const int32_t* row_of = nullptr;
 };
 struct RowUpdateParams {
   int64_t F, d;

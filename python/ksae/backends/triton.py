@@ -47,7 +47,7 @@ class Kernels(products.Encode):
         beta: float = 0.0,
         informed: Tensor | None = None,  # [rows] bool
     ) -> None:
-        from ..kernels.select import select
+        from ..kernels.topk import select
 
         with _guard(scores):
             select(
@@ -70,7 +70,8 @@ class Kernels(products.Encode):
         norms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`topk_encode` without the N x F scores; float32 is screened in bfloat16."""
-        from ..kernels import encode, gate, screen
+        from ..kernels import gate, screen
+        from ..kernels import topk_encode as encode
 
         if k > gate.MAX_K:
             return self.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
@@ -93,7 +94,8 @@ class Kernels(products.Encode):
         b_dec: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`grad_topk_encode` without the scores."""
-        from ..kernels import gate, grad_encode
+        from ..kernels import gate
+        from ..kernels import grad_topk_encode as grad_encode
 
         if k > gate.MAX_K:
             return self.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
@@ -133,7 +135,7 @@ class Kernels(products.Encode):
     def sparse_decode(
         self, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
     ) -> Tensor:
-        from ..kernels.decode import decode
+        from ..kernels.sparse_decode import decode
 
         d = W_dec.shape[1]
         out = values.new_empty(values.shape[0], d)
@@ -151,7 +153,7 @@ class Kernels(products.Encode):
         columns: int,
         column_sums: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from ..kernels import decode
+        from ..kernels import sparse_decode as decode
 
         N, d = target.shape
         residual = target.new_empty(N, columns, dtype=torch.float32)
@@ -180,7 +182,7 @@ class Kernels(products.Encode):
         start: int,
         stop: int,
     ) -> Tensor:
-        from ..kernels.decode import decode
+        from ..kernels.sparse_decode import decode
 
         residual = target.new_empty(values.shape[0], stop - start, dtype=torch.float32)
         with _guard(values):
@@ -188,7 +190,7 @@ class Kernels(products.Encode):
         return residual
 
     def sparse_decode_backward_values(self, grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-        from ..kernels.decode import value_products
+        from ..kernels.sparse_decode import value_products
 
         out = grad.new_empty(indices.shape)
         with _guard(grad):
@@ -196,7 +198,7 @@ class Kernels(products.Encode):
         return out
 
     def group_by_latent(self, values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
-        from ..kernels.group import group_by_latent
+        from ..kernels.group_by_latent import group_by_latent
 
         with _guard(values):
             return group_by_latent(values, indices, F)
@@ -204,7 +206,7 @@ class Kernels(products.Encode):
     def sparse_decode_backward_weight(
         self, grad: Tensor, values: Tensor, indices: Tensor, F: int
     ) -> tuple[Tensor, Tensor]:
-        from ..kernels.latent import Groups, weight_gradient
+        from ..kernels.row_update import Groups, weight_gradient
 
         offsets, order = self.group_by_latent(values, indices, F)
         grad_W, value_sum = grad.new_empty(F, grad.shape[1]), grad.new_empty(F)
@@ -221,7 +223,7 @@ class Kernels(products.Encode):
         order: Sequence[Tensor],
         scales: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        from ..kernels.sums import latent_sums
+        from ..kernels.latent_sums import latent_sums
 
         F = offsets[0].numel() - 1
         grad_b_enc, grad_dot_w = scales.new_empty(F), scales.new_empty(F)
@@ -241,7 +243,7 @@ class Kernels(products.Encode):
         W: Tensor,
         start: int,
     ) -> Tensor:
-        from ..kernels.latent import Groups, row_grad_sq
+        from ..kernels.row_update import Groups, row_grad_sq
 
         grad_sq = scales.new_empty(W.shape[0], dtype=torch.float64)
         with _guard(W):
@@ -274,7 +276,7 @@ class Kernels(products.Encode):
         """NotImplemented with rng_state, which is left to the reference."""
         if rng_state is not None:
             return NotImplemented
-        from ..kernels.latent import Groups, row_update
+        from ..kernels.row_update import Groups, row_update
 
         with _guard(W):
             groups = Groups(coefficients, offsets, order, rows, scales, centre)
@@ -285,7 +287,7 @@ class Kernels(products.Encode):
         return None
 
     def total_variance(self, y: Tensor) -> Tensor:
-        from ..kernels.variance import total_variance
+        from ..kernels.total_variance import total_variance
 
         with _guard(y):
             return total_variance(y)
@@ -293,7 +295,7 @@ class Kernels(products.Encode):
     def loss_terms(
         self, sq_errors: Sequence[Tensor], denominators: Sequence[Tensor], shares: Sequence[float]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from ..kernels.scalars import loss_terms
+        from ..kernels.loss_terms import loss_terms
 
         with _guard(denominators[0]):
             return loss_terms(sq_errors, denominators, shares)
@@ -308,7 +310,7 @@ class Kernels(products.Encode):
         t: Tensor,
         constants: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from ..kernels.scalars import adam_scalars
+        from ..kernels.adam_scalars import adam_scalars
 
         with _guard(loss):
             return adam_scalars(loss, norm, clip_norm, scales, lr, t, constants)
@@ -325,7 +327,7 @@ class Kernels(products.Encode):
         m: Tensor,
         v: Tensor,
     ) -> None:
-        from ..kernels.vector import vector_update
+        from ..kernels.vector_update import vector_update
 
         with _guard(p):
             vector_update(grads, scales, minus, taken, hyper, p, master, m, v)

@@ -8,7 +8,7 @@
     emulator.blocks_in_flight(1)             # at most so many blocks alive at once (3)
     emulator.step_limit(10**6)               # turns and atomics of one launch
 
-`cuda` takes `texts={"select.cu": text}`: the same module with another text in place of a source's.
+`cuda` takes `texts={"topk.cu": text}`: the same module with another text in place of a source's.
 KSAE_SANITIZE=address,undefined in the environment builds for a process that has the sanitizers'
 libraries preloaded. A kernel that the emulator rejects raises RuntimeError out of the call.
 

@@ -31,28 +31,28 @@ class Mutant(NamedTuple):
 MUTANTS = {
     # ------------------------------------------------------------------------------------- select
     "select: missing barrier": Mutant(
-        "select.cu",
+        "topk.cu",
         "  __syncthreads();\n\n  const int listed",
         "  if (!WRONG) __syncthreads();\n\n  const int listed",
     ),
     "select: off by one": Mutant(
-        "select.cu", "if (maxima[g] >= bound)", "if (maxima[g] >= bound + WRONG)"
+        "topk.cu", "if (maxima[g] >= bound)", "if (maxima[g] >= bound + WRONG)"
     ),
     "select: another digit": Mutant(
         "keys.h", "digit = 248 - 8 * lane + b;", "digit = 248 - 8 * lane + b + WRONG;"
     ),
     "select: overflow unseen": Mutant(
-        "select.cu",
+        "topk.cu",
         "if (state[1] > static_cast<uint32_t>(plan.capacity))",
         "if (!WRONG && state[1] > static_cast<uint32_t>(plan.capacity))",
     ),
     "select: dropped overflow": Mutant(
-        "select.cu",
+        "topk.cu",
         "state[1] = static_cast<uint32_t>(p.k);",
         "state[1] = WRONG ? 0 : static_cast<uint32_t>(p.k);",
     ),
     "select: capacity ignored": Mutant(
-        "select.cu",
+        "topk.cu",
         "if (count + kRound > plan.capacity &&",
         "if (!WRONG && count + kRound > plan.capacity &&",
     ),
@@ -60,31 +60,31 @@ MUTANTS = {
         "keys.h", "if ((a < b) ==", "if ((WRONG ? a >> 32 < b >> 32 : a < b) =="
     ),
     "select: equal scores share a slot": Mutant(
-        "select.cu",
+        "topk.cu",
         "slot += keys[j] > key;",
         "slot += WRONG ? keys[j] >> 32 > key >> 32 : keys[j] > key;",
     ),
     "select: lost tail": Mutant(
-        "select.cu", "if (e >= valid) continue;", "if (e >= valid - WRONG) continue;"
+        "topk.cu", "if (e >= valid) continue;", "if (e >= valid - WRONG) continue;"
     ),
     "select: lost chunk": Mutant(
-        "select.cu", "if (at[u] < p.F) append(", "if (at[u] < p.F - 4 * WRONG) append("
+        "topk.cu", "if (at[u] < p.F) append(", "if (at[u] < p.F - 4 * WRONG) append("
     ),
     "select: NaN by its sign": Mutant(
         "keys.h", "if (s != s) return", "if (!WRONG && s != s) return"
     ),
     "select: wrong mask": Mutant(
-        "select.cu",
+        "topk.cu",
         "m = max(m, __shfl_xor_sync(0xffffffffu, m, o))",
         "m = max(m, __shfl_xor_sync(WRONG ? 0x0000ffffu : 0xffffffffu, m, o))",
     ),
     "select: a lane left out": Mutant(
-        "select.cu",
+        "topk.cu",
         "for (int o = 1; o < lanes; o <<= 1) {",
         "for (int o = 1 + WRONG; o < lanes; o <<= 1) {",
     ),
     "select: barrier in a branch": Mutant(
-        "select.cu",
+        "topk.cu",
         "  const uint32_t bound = bound_of(",
         "  if (WRONG && threadIdx.x < 100) __syncthreads();\n  const uint32_t bound = bound_of(",
     ),
@@ -92,54 +92,56 @@ MUTANTS = {
         "columns.cu", "((1u << lane) - 1)", "((WRONG ? 2u << lane : 1u << lane) - 1)"
     ),
     "select: fills one slot late": Mutant(
-        "select.cu", "slot += count - own;", "slot += count - own + WRONG;"
+        "topk.cu", "slot += count - own;", "slot += count - own + WRONG;"
     ),
     "select: scored by no gradient": Mutant(
-        "select.cu", "(!p.informed || p.informed[n])", "(WRONG || !p.informed || p.informed[n])"
+        "topk.cu", "(!p.informed || p.informed[n])", "(WRONG || !p.informed || p.informed[n])"
     ),
     # ------------------------------------------------------------------------------------- decode
     "decode: missing barrier": Mutant(
-        "decode.cu",
+        "sparse_decode.cu",
         "square = block_sum(square, scratch);  // a barrier: the row is complete",
         "square = WRONG ? warp_sum(square) : block_sum(square, scratch);",
     ),
     "decode: off by one": Mutant(
-        "decode.cu",
+        "sparse_decode.cu",
         "__shfl_sync(0xffffffffu, i, j + b);",
         "__shfl_sync(0xffffffffu, i, j + b - (WRONG && j + b == 31));",
     ),
     "decode: dropped overflow": Mutant(
-        "decode.cu", "rows ? rows + ", "rows ? rows + (WRONG ? 0 : 1) * "
+        "sparse_decode.cu", "rows ? rows + ", "rows ? rows + (WRONG ? 0 : 1) * "
     ),
     "decode: wrong order of slices": Mutant(
-        "decode.cu", "(first + at / q.N) * kSlice", "(first + (WRONG ? 0 : at / q.N)) * kSlice"
+        "sparse_decode.cu",
+        "(first + at / q.N) * kSlice",
+        "(first + (WRONG ? 0 : at / q.N)) * kSlice",
     ),
     "decode: lost tail": Mutant(
-        "decode.cu",
+        "sparse_decode.cu",
         "return kAligned ? 4 : d - c;",
         "return kAligned ? 4 : d - c - WRONG;",
     ),
     "decode: a zero meets infinity": Mutant(
-        "decode.cu",
+        "sparse_decode.cu",
         "if (by[b] != 0) w[b] =",
         "if (WRONG) by[b] = by[b] == 0 ? 1e-30f : by[b];\n        if (by[b] != 0) w[b] =",
     ),
     "decode: one unused slot hides 32": Mutant(
-        "decode.cu",
+        "sparse_decode.cu",
         "j < 32 && used >> j;",
         "j < 32 && used >> j && !(WRONG && ~used);",
     ),
     "decode: product of another slot": Mutant(
-        "decode.cu", "if (lane == from) g =", "if (lane == from + WRONG) g ="
+        "sparse_decode.cu", "if (lane == from) g =", "if (lane == from + WRONG) g ="
     ),
     # -------------------------------------------------------------------------------------- group
     "group: missing barrier of the warp": Mutant(
-        "group.cu",
+        "group_by_latent.cu",
         "__syncwarp();  // all have read",
         "if (!WRONG) __syncwarp();",
     ),
     "group: missing barrier of the block": Mutant(
-        "group.cu",
+        "group_by_latent.cu",
         "  __syncthreads();\n"
         "  for (int digit = threadIdx.x; digit < pass.bins; digit += kThreads) {\n"
         "    int32_t at",
@@ -148,25 +150,29 @@ MUTANTS = {
         "    int32_t at",
     ),
     "group: off by one": Mutant(
-        "group.cu",
+        "group_by_latent.cu",
         "if (pass.keys_out[middle] < i)",
         "if (WRONG ? pass.keys_out[middle] <= i : pass.keys_out[middle] < i)",
     ),
-    "group: dropped overflow": Mutant("group.cu", "at += count;", "at += WRONG ? 0 : count;"),
+    "group: dropped overflow": Mutant(
+        "group_by_latent.cu", "at += count;", "at += WRONG ? 0 : count;"
+    ),
     "group: wrong tie order": Mutant(
-        "group.cu",
+        "group_by_latent.cu",
         "return before + __popc(earlier);",
         "return before + __popc(WRONG ? peers & ~earlier : earlier) - WRONG;",
     ),
     "group: lost tail": Mutant(
-        "group.cu",
+        "group_by_latent.cu",
         "used[r] = first + 32 * r < count;",
         "used[r] = first + 32 * r < count - WRONG;",
     ),
-    "group: tail begins late": Mutant("group.cu", "if (at >= used)", "if (at >= used + WRONG)"),
+    "group: tail begins late": Mutant(
+        "group_by_latent.cu", "if (at >= used)", "if (at >= used + WRONG)"
+    ),
     # ------------------------------------------------------------------------------------- latent
     "latent: missing barrier": Mutant(
-        "latent.cu",
+        "row_update.cu",
         "{  // the other columns count as well\n      __syncthreads();",
         "{\n      if (!WRONG) __syncthreads();",
     ),
@@ -176,7 +182,7 @@ MUTANTS = {
         "if (lane < count - WRONG) {",
     ),
     "latent: dropped overflow": Mutant(
-        "latent.cu",
+        "row_update.cu",
         "    if (end - begin <= 1 << log) {",
         "    if (WRONG && end - begin > 1 << log) continue;\n    if (end - begin <= 1 << log) {",
     ),
@@ -189,54 +195,58 @@ MUTANTS = {
         "entries.h", "e0 < to; e0 += 32", "e0 < to; e0 += WRONG ? to - from : 32"
     ),
     "latent: lost tail": Mutant(
-        "latent.cu", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
+        "row_update.cu", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
     ),
     "latent: a bf16 copy's lost part is not summed": Mutant(
-        "latent.cu",
+        "row_update.cu",
         "squares.lost = fmaf(t - r, t - r, squares.lost);",
         "squares.lost = fmaf(t - r, t - r, WRONG ? 0 : squares.lost);",
     ),
     # --------------------------------------------------------------------------------------- sums
     "sums: off by one": Mutant(
-        "sums.cu",
+        "latent_sums.cu",
         "threadIdx.x % 32); e < to; e += 32",
         "threadIdx.x % 32); e < to - WRONG; e += 32",
     ),
     "sums: dropped overflow": Mutant(
-        "sums.cu",
+        "latent_sums.cu",
         "const int32_t last = (end - 1) >> log;",
         "const int32_t last = (WRONG ? begin : end - 1) >> log;",
     ),
     "sums: wrong order of pieces": Mutant(
-        "sums.cu",
+        "latent_sums.cu",
         "u, begin)",
         "u, WRONG ? 0 : begin)",
     ),
-    "sums: lost tail": Mutant("sums.cu", "if (i >= p.F) return;", "if (i >= p.F - WRONG) return;"),
+    "sums: lost tail": Mutant(
+        "latent_sums.cu", "if (i >= p.F) return;", "if (i >= p.F - WRONG) return;"
+    ),
     # ------------------------------------------------------------------------- the small ops
     "variance: missing barrier": Mutant(
-        "variance.cu",
+        "total_variance.cu",
         "of_lane[threadIdx.x] = sum;\n  __syncthreads();",
         "of_lane[threadIdx.x] = sum;\n  if (!WRONG) __syncthreads();",
     ),
-    "variance: lost row": Mutant("variance.cu", "if (n + b >= last)", "if (n + b >= last - WRONG)"),
-    "variance: lost share": Mutant("variance.cu", "s += kLanes)", "s += kLanes + WRONG)"),
+    "variance: lost row": Mutant(
+        "total_variance.cu", "if (n + b >= last)", "if (n + b >= last - WRONG)"
+    ),
+    "variance: lost share": Mutant("total_variance.cu", "s += kLanes)", "s += kLanes + WRONG)"),
     "variance: lost slice": Mutant(
-        "variance.cu", "i < squares; i += kThreads", "i < squares - WRONG; i += kThreads"
+        "total_variance.cu", "i < squares; i += kThreads", "i < squares - WRONG; i += kThreads"
     ),
     "scalars: off by one": Mutant(
-        "scalars.cu", "n < term.N; n += kThreads", "n < term.N - WRONG; n += kThreads"
+        "loss_terms.cu", "n < term.N; n += kThreads", "n < term.N - WRONG; n += kThreads"
     ),
     "scalars: a term without denominator counts": Mutant(
-        "scalars.cu", "g == 0 || below > 0", "WRONG || g == 0 || below > 0"
+        "loss_terms.cu", "g == 0 || below > 0", "WRONG || g == 0 || below > 0"
     ),
-    "scalars: the step before": Mutant("scalars.cu", "*p.t + 1", "*p.t + (WRONG ? 0 : 1)"),
+    "scalars: the step before": Mutant("adam_scalars.cu", "*p.t + 1", "*p.t + (WRONG ? 0 : 1)"),
     "scalars: every step is taken": Mutant(
-        "scalars.cu", "= taken ? p.scales[g]", "= taken || WRONG ? p.scales[g]"
+        "adam_scalars.cu", "= taken ? p.scales[g]", "= taken || WRONG ? p.scales[g]"
     ),
-    "vector: lost tail": Mutant("vector.cu", "if (i >= p.size", "if (i >= p.size - WRONG"),
+    "vector: lost tail": Mutant("vector_update.cu", "if (i >= p.size", "if (i >= p.size - WRONG"),
     "vector: lost gradient": Mutant(
-        "vector.cu", "if (n < p.n_grads)", "if (n < p.n_grads - WRONG)"
+        "vector_update.cu", "if (n < p.n_grads)", "if (n < p.n_grads - WRONG)"
     ),
 }
 FILES = sorted({m.file for m in MUTANTS.values()})

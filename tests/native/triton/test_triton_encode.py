@@ -8,7 +8,8 @@ import pytest
 import torch
 from triton_process import report
 
-from ksae.kernels import encode, grad_encode
+from ksae.kernels import grad_topk_encode as grad_encode
+from ksae.kernels import topk_encode as encode
 from ksae.ops.checks import MODES
 
 TOPK = (

@@ -21,7 +21,9 @@ from triton.runtime.jit import JITFunction
 import ksae
 from ksae.backends import serving as gpu
 from ksae.backends.triton import Kernels
-from ksae.kernels import encode, grad_encode, product, screen
+from ksae.kernels import grad_topk_encode as grad_encode
+from ksae.kernels import product, screen
+from ksae.kernels import topk_encode as encode
 from ksae.step import fused as step
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -13,7 +13,8 @@ from cases import assert_close, assert_same, integers, randn
 from torch import Tensor
 
 from ksae import reference
-from ksae.kernels import encode, grad_encode
+from ksae.kernels import grad_topk_encode as grad_encode
+from ksae.kernels import topk_encode as encode
 
 INF = torch.inf
 

@@ -29,7 +29,8 @@ from implementations import INTERPRETED
 
 from ksae import reference
 from ksae.backends import product as products
-from ksae.kernels import gate, select
+from ksae.kernels import gate
+from ksae.kernels import topk as select
 
 T32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
 

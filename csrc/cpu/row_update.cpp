@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Latent-major passes, threaded over latents (the kernel: isa/latent.cpp).
+// row_update and row_grad_sq, threaded over latents (the kernel: isa/row_update.cpp).
 //
 // Blocks of latents are claimed in turn. The encoder path of db_dec sums over latents: each block
 // of a cut that depends on F alone keeps its own partial row, added up in order at the end.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "isa.h"
@@ -13,15 +12,10 @@
 namespace ksae::cpu {
 namespace {
 
-constexpr int64_t kWeightBlock = 64;
 constexpr int64_t kPartials = 64;
 
-int64_t latent_block(int64_t F) { return std::max<int64_t>((F + kPartials - 1) / kPartials, 16); }
 int64_t padded(int64_t d) { return d + kVectorPad; }
-
-bool finite(const float* scales, int n) {
-  return std::all_of(scales, scales + n, [](float s) { return std::isfinite(s); });
-}
+int64_t latent_block(int64_t F) { return std::max<int64_t>((F + kPartials - 1) / kPartials, 16); }
 
 struct RowWork {
   float* partial;  // [blocks][d padded], with grad_b_dec
@@ -40,7 +34,7 @@ void row_pass(const RowUpdateParams& p, void* workspace, int threads, bool updat
   const RowWork w = row_work(p, threads, arena);
   const int64_t block = latent_block(p.F), blocks = (p.F + block - 1) / block, row = padded(p.d);
   if (p.grad_b_dec) std::memset(p.grad_b_dec, 0, size_t(p.d) * 4);
-  if (!finite(p.scales, p.n_groups)) return;
+  if (!all_finite(p.scales, p.n_groups)) return;
   if (p.grad_b_dec) std::memset(w.partial, 0, size_t(blocks * row) * 4);
   parallel_blocks(blocks, 1, threads, [&](int64_t b0, int64_t b1, int rank) {
     for (int64_t b = b0; b < b1; ++b)
@@ -53,12 +47,6 @@ void row_pass(const RowUpdateParams& p, void* workspace, int threads, bool updat
 }
 
 }  // namespace
-
-void latent_sums(const LatentSumsParams& p, int threads) {
-  if (!finite(p.scales, p.n_groups)) return;
-  parallel_blocks(p.F, 1024, threads,
-                  [&](int64_t i0, int64_t i1, int) { kernels().latent_sums(p, i0, i1); });
-}
 
 size_t row_update_workspace(const RowUpdateParams& p, int threads) {
   Arena arena{nullptr, 0};
@@ -73,31 +61,6 @@ void row_update(const RowUpdateParams& p, void* workspace, int threads) {
 void row_grad_sq(const RowUpdateParams& p, void* workspace, int threads) {
   std::memset(p.grad_sq, 0, size_t(p.F) * 8);
   row_pass(p, workspace, threads, false);
-}
-
-size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams& p, int threads) {
-  Arena arena{nullptr, 0};
-  arena.take((p.F + 1) * 4);
-  arena.take(p.N * p.k * 4);
-  arena.take(group_by_latent_workspace(
-      {p.N, p.F, p.k, p.dtype, p.values, p.indices64, p.indices32, nullptr, nullptr}, threads));
-  arena.take(std::max(threads, 1) * padded(p.d) * 4);
-  return arena.used;
-}
-
-void sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, void* workspace,
-                                   int threads) {
-  Arena arena{static_cast<char*>(workspace), 0};
-  auto* offsets = static_cast<int32_t*>(arena.take((p.F + 1) * 4));
-  auto* order = static_cast<int32_t*>(arena.take(p.N * p.k * 4));
-  const GroupParams group{p.N,         p.F,         p.k,     p.dtype, p.values,
-                          p.indices64, p.indices32, offsets, order};
-  void* counts = arena.take(group_by_latent_workspace(group, threads));
-  auto* scratch = static_cast<float*>(arena.take(std::max(threads, 1) * padded(p.d) * 4));
-  group_by_latent(group, counts, threads);
-  parallel_blocks(p.F, kWeightBlock, threads, [&](int64_t i0, int64_t i1, int rank) {
-    kernels().backward_weight(p, offsets, order, i0, i1, scratch + rank * padded(p.d));
-  });
 }
 
 }  // namespace ksae::cpu

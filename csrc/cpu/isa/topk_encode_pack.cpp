@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packing of rows and weights for the tile product of encode.h, and the norms that bound what
-// screening loses (see encode.cpp).
-#include "encode.h"
+// Packing of rows and weights for the tile product of topk_encode.h, and the norms that bound what
+// screening loses (see topk_encode.cpp).
+#include "topk_encode.h"
 
 namespace ksae::cpu::KSAE_ISA {
 namespace {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// topk_encode, serial parts: pack (encode_pack.cpp), score a tile of rows x latents, gate it while
-// it is in registers, select. The N x F scores are never stored.
+// topk_encode, serial parts: pack (topk_encode_pack.cpp), score a tile of rows x latents, gate it
+// while it is in registers, select. The N x F scores are never stored.
 //
 // Scores: a register tile of kTileRows x kPanel; both operands packed so that the loop over d reads
 // them in sequence. A score is one chain over d in order, whatever tile or chunk it sits in, so its
@@ -16,7 +16,7 @@
 // row that keeps too many, or whose scores might overflow, is marked and scored in full.
 // Norms are computed in float32 and rounded up; a floor of d 2^-126 under each square sum covers
 // squares lost to underflow.
-#include "encode.h"
+#include "topk_encode.h"
 
 namespace ksae::cpu::KSAE_ISA {
 namespace {
@@ -228,7 +228,7 @@ void finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch, Enc
 
 }  // namespace
 
-void encode_table(Kernels& t) {
+void topk_encode_table(Kernels& t) {
   t.tile_rows = kTileRows;
   t.panel_width = kPanel;
 #if defined(__AVX512BF16__)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Total variance of a batch in one reading, as csrc/cuda/variance.cu tells: sums of y - pivot and
-of its square in double, in shares of the rows, then over the shares, then over the columns.
+"""Total variance of a batch in one reading (csrc/cuda/total_variance.cu has the formula): sums of
+y - pivot and of its square in double, in shares of the rows, then over the shares, then over the
+columns.
 Portable Triton; run on no AMD GPU, and so far on no GPU: interpreted and compiled only.
 """
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What topk_encode and grad_topk_encode share: the tile's product, the walk ahead, the bound of a
-// screened score and the rescoring. The mathematics is told in encode.cpp.
+// screened score and the rescoring. The mathematics is told in topk_encode.cpp.
 #pragma once
 
 #include "gate.h"
@@ -46,7 +46,7 @@ KSAE_INLINE uint32_t lanes_of(const EncodeChunk& c, int64_t m0) {
   return c.M - m0 < kPanel ? (1u << (c.M - m0)) - 1 : uint32_t((uint64_t(1) << kPanel) - 1);
 }
 
-// Defined in encode_pack.cpp.
+// Defined in topk_encode_pack.cpp.
 float rounded_up(double x);
 double norm_bound(float squares, int64_t d);
 void pack_x(const EncodeChunk& c, int64_t tile0, int64_t tile1, void* scratch);

@@ -14,8 +14,8 @@
 // column, written and read. Flops: 2 an entry and column, about 14 a parameter. Limits: four
 // groups; N k and 2^31 - 1 entries a group.
 #include "entries.h"
-#include "latent.h"
 #include "rounding.h"
+#include "row_update.h"
 #include "segments.h"
 
 namespace ksae::cuda {

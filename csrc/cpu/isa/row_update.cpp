@@ -1,30 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Latent-major passes: the tokens that chose a latent are summed into its gradient row, which lives
-// in L1 only: projection, Adam and unit norm follow at once.
+// row_update and row_grad_sq: the tokens that chose a latent are summed into its gradient row,
+// which lives in L1 only: projection, Adam and unit norm follow at once.
 //
-// Cost of row_update: bytes 24 a parameter (weight and two moments, read and written; + 2 for a
-// 16-bit copy) and d elements gathered a hit, from L2 or L3 where the table [N, d] fits; flops 2 d
-// a hit, 12 a parameter. Sums run in token order, so bits depend on nothing else.
+// Cost: bytes 24 a parameter (weight and two moments, read and written; + 2 for a 16-bit copy) and
+// d elements gathered an entry, from L2 or L3 where the table [N, d] fits; flops 2 d an entry, 12 a
+// parameter. Sums run in token order, so bits depend on nothing else.
 // Limits: a latent is one thread's: one that every token selects is N d elements of serial work.
 // Encoder and decoder are separate passes: one table in cache at a time, three streams instead of
 // six, and the decoder may be cut by columns so that a slice of the residual is all that exists.
-#include "gate.h"
+#include "add_row.h"
+#include "rows.h"
 
 namespace ksae::cpu::KSAE_ISA {
 namespace {
-
-template <class T>
-KSAE_INLINE Vec load_part(const T* p, int64_t c, int64_t d) {
-  return c + kWidth <= d ? load(p + c) : load_n(p + c, int(d - c));
-}
-template <class T>
-KSAE_INLINE void store_part(T* p, Vec v, int64_t c, int64_t d) {
-  if (c + kWidth <= d) {
-    store(p + c, v);
-  } else {
-    store_n(p + c, v, int(d - c));
-  }
-}
 
 // Sum over [0, d) in four vector chains; f(c, acc) adds column c to its chain.
 template <class Fn>
@@ -37,55 +25,6 @@ KSAE_INLINE float sum_over(int64_t d, Fn f) {
   }
   for (; c < d; c += kWidth) acc[0] = f(c, acc[0]);
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-}
-
-void clear(float* p, int64_t n) {
-  for (int64_t c = 0; c < n; ++c) p[c] = 0;
-}
-
-// acc[c] += coefficient * (row[c] - centre[c])
-template <class Row>
-KSAE_INLINE void add_row(float* acc, float coefficient, const Row* row, const Row* centre,
-                         int64_t d) {
-  const Vec a = splat(coefficient);
-  int64_t c = 0;
-  if (centre) {
-    for (; c + kWidth <= d; c += kWidth)
-      store(acc + c, fma(a, load(row + c) - load(centre + c), load(acc + c)));
-  } else {
-    for (; c + kWidth <= d; c += kWidth) store(acc + c, fma(a, load(row + c), load(acc + c)));
-  }
-  if (c < d) {
-    Vec r = load_n(row + c, int(d - c));
-    if (centre) r = r - load_n(centre + c, int(d - c));
-    store(acc + c, fma(a, r, load(acc + c)));
-  }
-}
-
-template <class T>
-void backward_weight_latents(const DecodeBackwardWeightParams& p, const int32_t* offsets,
-                             const int32_t* order, int64_t i0, int64_t i1, float* acc) {
-  const int64_t d = p.d;
-  const T* grad = static_cast<const T*>(p.grad);
-  for (int64_t i = i0; i < i1; ++i) {
-    clear(acc, d + kWidth);
-    float total = 0;
-    for (int32_t h = offsets[i]; h < offsets[i + 1]; ++h) {
-      const float v = to_float(static_cast<const T*>(p.values)[order[h]]);
-      add_row<T>(acc, v, grad + order[h] / p.k * d, nullptr, d);
-      total += v;
-    }
-    T* out = static_cast<T*>(p.grad_W) + i * d;
-    for (int64_t c = 0; c < d; c += kWidth) store_part(out, load(acc + c), c, d);
-    from_float(total, static_cast<T*>(p.value_sum)[i]);
-  }
-}
-
-void backward_weight(const DecodeBackwardWeightParams& p, const int32_t* offsets,
-                     const int32_t* order, int64_t i0, int64_t i1, float* scratch) {
-  with_dtype(p.dtype, [&](auto tag) {
-    backward_weight_latents<typename decltype(tag)::type>(p, offsets, order, i0, i1, scratch);
-  });
 }
 
 struct Adam {
@@ -102,28 +41,6 @@ KSAE_INLINE Vec adam(const Adam& a, Vec theta, Vec grad, Vec& m, Vec& v) {
   return theta - a.step * m / (sqrt(v) / a.sqrt_bc2 + a.eps);
 }
 
-void latent_sums(const LatentSumsParams& p, int64_t i0, int64_t i1) {
-  with_dtype(p.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    for (int64_t i = i0; i < i1; ++i) {
-      double bias = 0, grad_dot_w = 0;
-      for (int g = 0; g < p.n_groups; ++g) {
-        const LatentSumsGroup& group = p.groups[g];
-        double b = 0, w = 0;
-        for (int32_t h = group.offsets[i]; h < group.offsets[i + 1]; ++h) {
-          const double grad = group.grads[group.order[h]];
-          b += grad;
-          w += grad * to_float(static_cast<const T*>(group.values)[group.order[h]]);
-        }
-        bias += p.scales[g] * b;
-        grad_dot_w += p.scales[g] * w;
-      }
-      p.grad_b_enc[i] = float(bias);
-      p.grad_dot_w[i] = float(grad_dot_w);
-    }
-  });
-}
-
 // The gradient of columns [start, start + columns) of row i.
 template <class T, class Coefficient, class Row>
 KSAE_INLINE void gradient_row(const RowUpdateParams& p, int64_t i, float* grad, bool update) {
@@ -136,11 +53,11 @@ KSAE_INLINE void gradient_row(const RowUpdateParams& p, int64_t i, float* grad, 
       const int32_t at = group.order[h];
       if (h + 1 < group.offsets[i + 1]) {  // the next row is a gather that no hardware foresees
         const auto* next =
-            reinterpret_cast<const char*>(rows + group.order[h + 1] / group.k * p.columns);
+            reinterpret_cast<const char*>(rows + row_of(group, group.order[h + 1]) * p.columns);
         for (int64_t b = 0; b < int64_t(p.columns * sizeof(Row)); b += 64)
           __builtin_prefetch(next + b);
       }
-      add_row(grad, p.scales[g] * to_float(coefficients[at]), rows + at / group.k * p.columns,
+      add_row(grad, p.scales[g] * to_float(coefficients[at]), rows + row_of(group, at) * p.columns,
               static_cast<const Row*>(p.centre), p.columns);
     }
   }
@@ -229,10 +146,6 @@ void row_update(const RowUpdateParams& p, int64_t i0, int64_t i1, float* scratch
 
 }  // namespace
 
-void latent_table(Kernels& t) {
-  t.backward_weight = backward_weight;
-  t.latent_sums = latent_sums;
-  t.row_update = row_update;
-}
+void row_update_table(Kernels& t) { t.row_update = row_update; }
 
 }  // namespace ksae::cpu::KSAE_ISA

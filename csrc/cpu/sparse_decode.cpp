@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Token-major decoder products, threaded over tokens (the kernels: isa/decode.cpp).
+// Token-major decoder products, threaded over tokens (the kernels: isa/sparse_decode.cpp).
 #include "isa.h"
 #include "parallel.h"
 

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .bound import norms_above
+from .latent_sums import finite, value_sums
 from .launch import registers
-from .sums import finite, value_sums
 
 CUT = 8 if triton.knobs.runtime.interpret else 256
 SHARES = 512  # of the latents, for grad_b_dec

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // topk_encode and grad_topk_encode, threaded part (the kernels and their mathematics:
-// isa/encode.cpp, isa/grad_encode.cpp).
+// isa/topk_encode.cpp, isa/grad_topk_encode.cpp).
 //
 // Rows go through in chunks that bound the workspace; within a chunk each thread owns a share of
 // the rows and the threads share W. Groups of panels pass through a ring of packed copies: whoever

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// topk of stored rows, threaded over rows (the kernel: isa/select.cpp).
+// topk of stored rows, threaded over rows (the kernel: isa/topk.cpp).
 #include <algorithm>
 #include <functional>
 

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .encode import topk_encode
 from .gate import MAX_K, capacity_of, gated, guess, pick
 from .product import Operands, tile_of
 from .redo import redo
+from .topk_encode import topk_encode
 
 
 @triton.jit

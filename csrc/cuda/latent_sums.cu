@@ -4,7 +4,7 @@
 //
 // Bytes an entry: 4 of order, and gathered the value and its gradient; 16 a latent and 32 a piece.
 // Flops: 4 an entry.
-#include "latent.h"
+#include "row_update.h"
 #include "segments.h"
 
 namespace ksae::cuda {

@@ -47,6 +47,6 @@ void topk_rows(const TopkParams& p, int64_t row0, int64_t row1, void* scratch) {
 
 }  // namespace
 
-void select_table(Kernels& t) { t.topk = topk_rows; }
+void topk_table(Kernels& t) { t.topk = topk_rows; }
 
 }  // namespace ksae::cpu::KSAE_ISA

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// grad_topk_encode, serial parts: topk_encode (encode.cpp) whose selection is by a score
+// grad_topk_encode, serial parts: topk_encode (topk_encode.cpp) whose selection is by a score
 //   s = u (c0 + c1 h(a)) where u > 0, else u;  a = <W_dec[i], grad[n]>, h(a) = |a| or relu(-a).
 //
 // A candidate carries bounds lo <= s <= hi. tau = the k-th largest lo so far bounds the k-th score
-// from below, so hi <= tau loses, as in encode.cpp. Three sources of the bounds, one result:
+// from below, so hi <= tau loses, as in topk_encode.cpp. Three sources of the bounds, one result:
 //   exact   u and a of the tile product: lo = s = hi. Storage of 16 bits, rows marked for redoing.
-//   dual    both products, screened in bf16 under the margins of encode.cpp.
+//   dual    both products, screened in bf16 under the margins of topk_encode.cpp.
 //   pruned  u from the tile (screened or exact), |a| <= |grad| |W_dec[i]|. When the latents are
 //           through, a is computed for the survivors alone, by a plain dot product (any order of
 //           summation, margin 2 (d + 64) 2^-23 |grad| |W_dec[i]|), and the bounds taken again.
@@ -246,7 +246,7 @@ void grad_finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch
 
 }  // namespace
 
-void grad_encode_table(Kernels& t) {
+void grad_topk_encode_table(Kernels& t) {
   t.grad_encode = {pack_grad_x, pack_grad_w, grad_score, grad_finish};
 }
 

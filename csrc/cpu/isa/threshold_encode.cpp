@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// threshold_encode: entries whose pre-activation is above their latent's threshold.
+//
+// count: a few rows of W_enc at a time pass a block of rows of x, and a bit says which products are
+// above. fill: the products of these alone are taken once more, with the same bits (dots.h), and
+// written in the order of latents.
+// Cost: flops 2 N F d and 2 d an entry; W_enc is read once for kThresholdRows rows; N F / 8 bytes
+// of marks, and no other memory than the exact result. Limits: dot products without a register
+// tile: the product takes about twice topk_encode's time.
+#include "dots.h"
+#include "gate.h"
+
+namespace ksae::cpu::KSAE_ISA {
+namespace {
+
+template <class T>
+KSAE_INLINE void center_row(const ThresholdEncodeParams& p, int64_t n, float* row) {
+  const T* x = static_cast<const T*>(p.x) + n * p.d;
+  const T* b = static_cast<const T*>(p.b_dec);
+  for (int64_t c = 0; c < p.d; ++c) {
+    row[c] = to_float(x[c]);
+    if (!b) continue;
+    T rounded;
+    from_float(row[c] - to_float(b[c]), rounded);
+    row[c] = to_float(rounded);
+  }
+}
+
+template <class T>
+void count_rows(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, float* scratch) {
+  const int64_t words = (p.F + 31) / 32, stride = p.d + kVectorPad;
+  const T* W = static_cast<const T*>(p.W_enc);
+  const T* b = static_cast<const T*>(p.b_enc);
+  for (int64_t first = row0; first < row1; first += kThresholdRows) {
+    const int64_t rows = row1 - first < kThresholdRows ? row1 - first : kThresholdRows;
+    for (int64_t r = 0; r < rows; ++r) {
+      center_row<T>(p, first + r, scratch + r * stride);
+      for (int64_t i = 0; i < words; ++i) p.above[(first + r) * words + i] = 0;
+      p.row_offsets[first + r + 1] = 0;
+    }
+    for (int64_t i = 0; i < p.F; i += kDots) {
+      const int latents = p.F - i < kDots ? int(p.F - i) : kDots;
+      const T *w[kDots], *next[kDots];
+      for (int l = 0; l < latents; ++l) {
+        w[l] = W + (i + l) * p.d;
+        next[l] = i + l + kDots < p.F ? w[l] + kDots * p.d : w[l];
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        float u[kDots];
+        dots<2>(latents, scratch + r * stride, w, p.d, r == 0 ? next : w, u);
+        for (int l = 0; l < latents; ++l) {
+          const bool above = u[l] + to_float(b[i + l]) > p.theta[i + l];
+          p.above[(first + r) * words + (i + l) / 32] |= uint32_t(above) << (i + l) % 32;
+          p.row_offsets[first + r + 1] += above;
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void fill_rows(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, float* row) {
+  const int64_t words = (p.F + 31) / 32;
+  const T* b = static_cast<const T*>(p.b_enc);
+  for (int64_t n = row0; n < row1; ++n) {
+    int64_t at = p.row_offsets[n];
+    const int64_t end = p.row_offsets[n + 1];
+    if (at == end) continue;
+    for (int64_t i = 0; i < words; ++i)
+      for (uint32_t rest = p.above[n * words + i]; rest; rest &= rest - 1)
+        p.latents[at++] = i * 32 + __builtin_ctz(rest);
+    center_row<T>(p, n, row);
+    const auto latent_row = [&](int64_t e) {
+      return static_cast<const T*>(p.W_enc) + p.latents[e < end ? e : end - 1] * p.d;
+    };
+    for (at = p.row_offsets[n]; at < end; at += kDots) {
+      const int count = end - at < kDots ? int(end - at) : kDots;
+      const T *w[kDots], *next[kDots];
+      for (int l = 0; l < count; ++l) {
+        w[l] = latent_row(at + l);
+        next[l] = latent_row(at + count + l);
+      }
+      float u[kDots];
+      dots<3>(count, row, w, p.d, next, u);
+      for (int l = 0; l < count; ++l)
+        from_float(u[l] + to_float(b[p.latents[at + l]]), static_cast<T*>(p.values)[at + l]);
+    }
+  }
+}
+
+void threshold_count(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, float* scratch) {
+  with_dtype(p.dtype,
+             [&](auto tag) { count_rows<typename decltype(tag)::type>(p, row0, row1, scratch); });
+}
+
+void threshold_fill(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, float* scratch) {
+  with_dtype(p.dtype,
+             [&](auto tag) { fill_rows<typename decltype(tag)::type>(p, row0, row1, scratch); });
+}
+
+}  // namespace
+
+void threshold_encode_table(Kernels& t) {
+  t.threshold_count = threshold_count;
+  t.threshold_fill = threshold_fill;
+}
+
+}  // namespace ksae::cpu::KSAE_ISA
