@@ -90,6 +90,7 @@ setup(
         *find_packages("python", exclude=["ksae.bench*", "ksae.kernels*"]),
         "ksae.kernels",
         "ksae.bench",
+        *(f"ksae.bench.{name}" for name in find_packages("bench")),
     ],
     package_dir={"ksae": "python/ksae", "ksae.kernels": "kernels", "ksae.bench": "bench"},
     package_data={"ksae": ["py.typed", "*.pyi"]},

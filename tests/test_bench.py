@@ -12,22 +12,14 @@ import pytest
 import torch
 
 from ksae import cli, ops
-from ksae.bench import (
-    command,
-    costs,
-    figures,
-    measure,
-    record,
-    report,
-    scaling,
-    shapes,
-    suites,
-    workers,
-)
-from ksae.bench import ops as ops_suite
-from ksae.bench.opcases import Case, problems
-from ksae.bench.record import Record, Row
-from ksae.bench.session import Session
+from ksae.bench import suites
+from ksae.bench.contestants import workers
+from ksae.bench.harness import command, costs, figures, measure, record, report, shapes
+from ksae.bench.harness.record import Record, Row
+from ksae.bench.harness.session import Session
+from ksae.bench.suites import ops as ops_suite
+from ksae.bench.suites import scaling
+from ksae.bench.suites.opcases import Case, problems
 
 ROOT = Path(__file__).parents[1]
 CPU_SUITES = [name for name, spec in suites.SUITES.items() if spec.device == "any"]
@@ -87,7 +79,7 @@ def test_peer_that_is_missing_is_a_row_that_says_so(tiny, monkeypatch):
 
 
 def test_peer_that_breaks_is_a_row_that_says_so(tmp_path, monkeypatch):
-    from ksae.bench import quality
+    from ksae.bench.suites import quality
 
     def broken(*_):
         raise AttributeError("module 'peer' has no attribute 'SAE'")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ksae import cli
-from ksae.bench import compare, measure
-from ksae.bench.record import Record, Row, Suite
-from ksae.bench.session import Session
+from ksae.bench.harness import compare, measure
+from ksae.bench.harness.record import Record, Row, Suite
+from ksae.bench.harness.session import Session
 
 MACHINE = {"cpu": "c", "threads": 1}
 KEY = ("ops", "case", "topk", "forward")
@@ -145,6 +145,6 @@ def test_slow_down_is_injected_into_the_named_op_of_ksae_only(tmp_path, monkeypa
 def test_records_survive_a_copy(tmp_path):
     run = run_of(1)
     run.save(tmp_path / "a.json")
-    from ksae.bench.record import load
+    from ksae.bench.harness.record import load
 
     assert load(tmp_path / "a.json") == copy.deepcopy(run)

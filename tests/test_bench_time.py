@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ksae.bench import command, figures, record, report, shapes, step, suites
-from ksae.bench import ops as ops_suite
-from ksae.bench.record import Record, Row
-from ksae.bench.session import Session
+from ksae.bench import suites
+from ksae.bench.harness import command, figures, record, report, shapes
+from ksae.bench.harness.record import Record, Row
+from ksae.bench.harness.session import Session
+from ksae.bench.suites import ops as ops_suite
+from ksae.bench.suites import step
 
 ROOT = Path(__file__).parents[1]
 MACHINE = {"cpu": "c", "threads": 1, "torch": "t", "ksae": "k", "revision": "r", "date": "d"}

@@ -249,7 +249,9 @@ def is_ksae_module(parts: list[str]) -> bool:
 
 
 # setup.py installs bench/ as ksae.bench.
-MODULES = {f"ksae/bench/{path.name}": path for path in sorted((ROOT / "bench").glob("*.py"))} | {
+MODULES = {
+    f"ksae/{path.relative_to(ROOT)}": path for path in sorted((ROOT / "bench").glob("*/*.py"))
+} | {
     str(path.relative_to(ROOT / "python")): path
     for path in sorted((ROOT / "python" / "ksae").rglob("*.py"))
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench/gpu.py on tiny shapes, on the CPU and in Triton's interpreter: that it will run on a GPU,
+"""bench/gpu/run.py on tiny shapes, on the CPU and in Triton's interpreter: that it runs on a GPU,
 that results of all ways agree, and that what was measured is on disk at any time, whatever dies."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCH / "gpu.py"), "--dry-run", *arguments]
+    command = [sys.executable, str(BENCH / "gpu" / "run.py"), "--dry-run", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -95,7 +95,7 @@ def test_the_row_for_the_table_of_ways_to_encode_is_printed(results):
 
 
 def test_the_hot_latent_is_selected_by_every_token():
-    from ksae.bench.gpuops import hot
+    from ksae.bench.gpu.ops import hot
 
     indices = torch.tensor([[1, 2, 3], [5, 0, 2], [9, 8, 5]])
     assert hot(indices, 5).tolist() == [[5, 2, 3], [5, 0, 2], [9, 8, 5]]
@@ -124,9 +124,9 @@ def test_ops_agree_with_the_reference_in_the_smoke_run():
 
 def test_results_are_on_disk_after_each_measurement_and_goals_are_judged(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    import gpureport
+    from gpu import report
 
-    record = gpureport.Record(tmp_path, "name", 8.5)
+    record = report.Record(tmp_path, "name", 8.5)
     (path,) = tmp_path.glob("gpu_name_*.json")
 
     def row(op: str, way: str, median: float, **more: float) -> None:
@@ -142,7 +142,7 @@ def test_results_are_on_disk_after_each_measurement_and_goals_are_judged(tmp_pat
     row("step", "ksae", 2.0, products=2.4)
     row("decode", "ksae", 1.0, fraction=0.69)
     record.row(shape="A", op="step", way="dense torch", note="out of memory")
-    judged = {what: reached for what, _, _, _, reached in gpureport.goals(record.data["rows"])}
+    judged = {what: reached for what, _, _, _, reached in report.goals(record.data["rows"])}
     assert judged == {
         "A select: of copy": True,
         "A select: torch.topk / ksae": False,
@@ -156,13 +156,13 @@ def test_results_are_on_disk_after_each_measurement_and_goals_are_judged(tmp_pat
 
 
 def test_suite_of_ksae_bench_has_its_rows(results, tmp_path):
-    from ksae.bench import gpusuite
-    from ksae.bench.record import Record
-    from ksae.bench.session import Session
+    from ksae.bench.harness.record import Record
+    from ksae.bench.harness.session import Session
+    from ksae.bench.suites import gpu
 
     data, _ = results
     session = Session(Record({}, "full"), tmp_path / "bench.json")
-    gpusuite.take(session, data | {"problems": ["x"]})
+    gpu.take(session, data | {"problems": ["x"]})
     assert [(r.case, r.op, r.way) for r in session.suite.rows] == [
         (r["shape"], r["op"], r["way"]) for r in data["rows"]
     ]
@@ -173,13 +173,13 @@ def test_suite_of_ksae_bench_has_its_rows(results, tmp_path):
 
 
 def test_suite_runs_the_script_and_takes_what_it_left(tmp_path):
-    from ksae.bench import gpusuite
-    from ksae.bench.record import Record
-    from ksae.bench.session import Session
+    from ksae.bench.harness.record import Record
+    from ksae.bench.harness.session import Session
+    from ksae.bench.suites import gpu
 
     session = Session(Record({}, "full"), tmp_path / "bench.json")
     session.begin("gpu", 1)  # too little for anything
-    gpusuite.run(session)
+    gpu.run(session)
     assert any("no time for step A" in note for note in session.suite.notes)
 
 
@@ -188,17 +188,17 @@ def test_suite_runs_the_script_and_takes_what_it_left(tmp_path):
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCH))  # as where gpu.py is run as a file
-    import gpuprocess
+    monkeypatch.syspath_prepend(str(BENCH))  # as where gpu/run.py is run as a file
+    from gpu import process
 
-    return gpuprocess
+    return process
 
 
 SECTION = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from gpureport import Record
+from gpu.report import Record
 record = Record.resume(Path(sys.argv[2]))
 for name in sys.argv[3].split(","):
     record.begin(name)
@@ -212,7 +212,7 @@ for name in sys.argv[3].split(","):
 
 def supervised(process: Any, tmp_path: Path, *names: str, most: float = 5.0) -> Any:
     """The record of sections of which some die or hang, each as its name says."""
-    from ksae.bench.gpureport import Record
+    from ksae.bench.gpu.report import Record
 
     record = Record(tmp_path, "name", 8.5)
 
@@ -240,7 +240,7 @@ def test_a_section_that_hangs_is_ended(process: Any, tmp_path: Path) -> None:
 
 
 def test_a_process_that_does_not_start_is_not_tried_for_ever(process: Any, tmp_path: Path) -> None:
-    from ksae.bench.gpureport import Record
+    from ksae.bench.gpu.report import Record
 
     record = Record(tmp_path, "name", 8.5)
     failing = lambda names: [sys.executable, "-c", "raise SystemExit('no ksae')"]
@@ -262,8 +262,8 @@ def test_what_a_process_started_ends_with_it(process: Any, tmp_path: Path) -> No
 
 
 def test_what_measures_ends_with_the_command(process: Any, tmp_path: Path) -> None:
-    script = f"import sys; sys.path.insert(0, {str(BENCH)!r}); import gpuprocess, time;"
-    script += "gpuprocess.end_with_parent(); print('ready', flush=True); time.sleep(60)"
+    script = f"import sys; sys.path.insert(0, {str(BENCH)!r}); import time;"
+    script += "from gpu import process; process.end_with_parent(); print('ready', flush=True); time.sleep(60)"
     child = process.start([sys.executable, "-c", script], tmp_path / "log", {})
     while "ready" not in (tmp_path / "log").read_text():
         assert child.poll() is None
@@ -273,22 +273,22 @@ def test_what_measures_ends_with_the_command(process: Any, tmp_path: Path) -> No
 
 
 def test_a_way_that_fails_leaves_the_others_their_times(tmp_path: Path) -> None:
-    from ksae.bench import gpumeasure
-    from ksae.bench.gpureport import Record
+    from ksae.bench.gpu import measure
+    from ksae.bench.gpu.report import Record
 
     def fails() -> None:
         raise RuntimeError("no kernel image")
 
-    record, timer = Record(tmp_path, "name", 8.5), gpumeasure.Timer("cpu", 2)
+    record, timer = Record(tmp_path, "name", 8.5), measure.Timer("cpu", 2)
     ways = {"ksae": lambda: None, "Triton": fails}
-    (shape, _), cost = gpumeasure.TINY, gpumeasure.Cost(1, 1)
-    assert gpumeasure.add_rows(record, timer, shape, "decode", ways, cost).keys() == {"ksae"}
+    (shape, _), cost = measure.TINY, measure.Cost(1, 1)
+    assert measure.add_rows(record, timer, shape, "decode", ways, cost).keys() == {"ksae"}
     assert [row.get("note") for row in record.data["rows"]] == [
         None,
         "RuntimeError: no kernel image",
     ]
-    gpumeasure.check(record, timer, "decode", fails, torch.ones(2), 0)
-    gpumeasure.check(record, timer, "decode", lambda: torch.ones(2) + 1e-3, torch.ones(2), 1e-4)
+    measure.check(record, timer, "decode", fails, torch.ones(2), 0)
+    measure.check(record, timer, "decode", lambda: torch.ones(2) + 1e-3, torch.ones(2), 1e-4)
     assert len(record.data["problems"]) == 3 and "relative error" in record.data["problems"][2]
 
 
@@ -313,7 +313,7 @@ def test_failures_of_the_gpu_tests_are_told_and_do_not_spread(tmp_path: Path, lo
         "sys.modules['torch'] = types.SimpleNamespace(cuda=cuda)\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    command = [sys.executable, "-m", "pytest", "-v", "-rN", "-p", "gpuplugin", "-m", "gpu", "."]
+    command = [sys.executable, "-m", "pytest", "-v", "-rN", "-p", "gpu.plugin", "-m", "gpu", "."]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(BENCH)}, timeout=60,
         capture_output=True, text=True,
@@ -325,7 +325,7 @@ def test_failures_of_the_gpu_tests_are_told_and_do_not_spread(tmp_path: Path, lo
 
 def test_the_files_with_tests_for_a_gpu_are_found(process: Any) -> None:
     """Only these are collected there: others need packages that a GPU machine may lack."""
-    import gpu as script
+    from gpu import run as script
 
     names = [Path(path).name for path in script.marked()]
     assert "test_cuda.py" in names and "test_gpu_bench.py" not in names

@@ -25,7 +25,7 @@ TINY = [
 
 @pytest.fixture()
 def study() -> Any:
-    from ksae.bench import gsae_study
+    from ksae.bench.studies import gsae_study
 
     return gsae_study
 

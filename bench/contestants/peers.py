@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Weights, total_variance
+from ..harness.data import Weights, total_variance
 from .ours import per_token
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole training steps on a GPU: time and memory of ksae's and its rivals', for gpu.py."""
+"""Whole training steps on a GPU: time and memory of ksae's and its rivals', for gpu/run.py."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from ksae.coders.coder import TopKSAE
 from ksae.step.train_step import TrainStep
 
-from . import costs, gpurivals
-from .gpumeasure import Inputs, Shape, Timer, Way, add_rows, memory
-from .gpureport import Record
+from ..harness import costs
+from . import rivals
+from .measure import Inputs, Shape, Timer, Way, add_rows, memory
+from .report import Record
 
 LR = 1e-3
 
@@ -38,8 +39,8 @@ def measure_step(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype)
         "ksae in a CUDA graph": lambda: Recorded(ours(), timer.device),
         "ksae without AuxK": lambda: ours(auxk=False),  # as the rivals are
         "ksae, bfloat16 moments": lambda: ours(moments="bfloat16"),
-        "Triton decoder": lambda: partial_step(gpurivals.Triton(inputs.W, k, dtype, LR), inputs.x),
-        "dense torch": lambda: partial_step(gpurivals.Dense(inputs.W, k, dtype, LR), inputs.x),
+        "Triton decoder": lambda: partial_step(rivals.Triton(inputs.W, k, dtype, LR), inputs.x),
+        "dense torch": lambda: partial_step(rivals.Dense(inputs.W, k, dtype, LR), inputs.x),
     }
     if dtype != torch.bfloat16:
         del contestants["ksae, bfloat16 moments"]

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from . import data, ours, peers
-from .measure import map_each_block, peak_extra, slow_share
+from ..harness import data
+from ..harness.measure import map_each_block, peak_extra, slow_share
+from . import ours, peers
 
 BATCHES = 4
 CHECKED = 5  # the step (counted from 1) whose FVU must agree, after the first

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of gpu.py: JSON and markdown, written anew after each measurement; goals."""
+"""Results of gpu/run.py: JSON and markdown, written anew after each measurement; goals."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def of_ops(
 def _serve(task: Task) -> Iterator[Peak | None]:
     from types import SimpleNamespace
 
-    from .opcases import Case, problems
-    from .ops import REFERENCE, ways
+    from ..suites.opcases import Case, problems
+    from ..suites.ops import REFERENCE, ways
 
     torch.set_num_threads(task.threads)
     end = time.perf_counter() + task.seconds

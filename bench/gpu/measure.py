@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How gpu.py measures: shapes, data, timing on a device, ceilings, comparisons, rows of results."""
+"""How gpu/run.py measures: shapes, data, timing on a device, ceilings, comparisons, rows."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpurivals
-from .costs import Cost
-from .gpureport import Record
-from .measure import Times
-from .shapes import Shape
+from ..harness.costs import Cost
+from ..harness.measure import Times
+from ..harness.shapes import Shape
+from . import rivals
+from .report import Record
 
 CHUNK = 8192  # rows of scores that are held at once
 Way = Callable[[], Any]
@@ -163,7 +163,7 @@ def measure_ceilings(record: Record, timer: Timer, tiny: bool) -> None:
             table = torch.randn(rows, d, device=device).to(dtype)
             indices = torch.randint(rows, (N, k), device=device)
             values = torch.randn(N, k, device=device).to(dtype)
-            way = partial(gpurivals.decode, values, indices, table)
+            way = partial(rivals.decode, values, indices, table)
             taken = timer({"gather": way}, cold=False)["gather"]
             rate = N * k * d * table.element_size() / taken.median
             record.note("ceilings", **{f"gather {megabytes} MB, d={d}": rate})

@@ -22,11 +22,12 @@ from ksae import ops
 from ksae.coders.initialize import geometric_median
 from ksae.errors import UserError
 
-from . import data, ours, peers
-from .data import Weights
-from .record import Row
-from .session import Session
-from .workers import missing
+from ..contestants import ours, peers
+from ..contestants.workers import missing
+from ..harness import data
+from ..harness.data import Weights
+from ..harness.record import Row
+from ..harness.session import Session
 
 HOOK = "layers.9.resid_post"
 CHUNK = 4096

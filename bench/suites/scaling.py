@@ -16,11 +16,11 @@ import torch
 
 from ksae import ops
 
-from . import costs
-from .costs import Ceilings, Cost
+from ..harness import costs
+from ..harness.costs import Ceilings, Cost
+from ..harness.record import Row, low
+from ..harness.session import Session
 from .opcases import Call, Case, Problem, problems
-from .record import Row, low
-from .session import Session
 
 PASSES = 3
 # A size grows by these factors from `BASE`; k and F keep k <= F.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What gpu.py compares ksae's kernels with: dense torch, and the Triton way of other libraries.
+"""What gpu/run.py compares ksae's kernels with: dense torch, and the Triton way of other libraries.
 
 The Triton kernels are written from a description of that way: dense encoder, ReLU and torch.topk;
 a decoder that gathers, one program a token and block of columns; value gradients as dot products of

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole training steps through each library's own loop: its class against ours, interleaved.
 
-    python -m ksae.bench.interop [--rounds 7] [--json FILE] [--only sparsify,...]
+    python -m ksae.bench.suites.interop [--rounds 7] [--json FILE] [--only sparsify,...]
 
 Needs the dependency group `peers`. Prints for each loop the median time of a step with either
 class, how much of it torch's optimizer took, and the median of the ratios.
@@ -28,7 +28,7 @@ os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
 import torch
 from torch import Tensor
 
-from ksae.bench.measure import machine
+from ksae.bench.harness.measure import machine
 
 LR = 1e-4
 Step = tuple[Callable[[Tensor], Any], torch.optim.Optimizer]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .session import Session
+from ..harness.session import Session
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,6 @@ class SuiteSpec:
     quick: float
     full: float
     device: str = "any"  # or "cuda": left out, with a note, where there is none
-    module: str = ""  # of its run(session); default: of its name
     only_full: bool = False  # quick runs it only where it is asked for by name
 
     def seconds(self, mode: str) -> float:
@@ -40,7 +39,7 @@ SUITES = {
     ),
     "roofline": SuiteSpec("share of the machine's limits", 8, 60),
     "threads": SuiteSpec("torch's ops and ksae's in turns", 3, 20),
-    "gpu": SuiteSpec("kernels on a GPU", 120, 480, device="cuda", module="gpusuite"),
+    "gpu": SuiteSpec("kernels on a GPU", 120, 480, device="cuda"),
 }
 
 
@@ -54,7 +53,7 @@ def runner(name: str) -> Callable[[Session], Any] | str:
     """What runs a suite: `run(session)` of the module of its name; or why there is nothing."""
     if SUITES[name].device == "cuda" and not torch.cuda.is_available():
         return "needs a CUDA device"
-    module = f"{__package__}.{SUITES[name].module or name}"
+    module = f"{__package__}.{name}"
     if importlib.util.find_spec(module) is None:
         return f"{module} is not there"
     run = getattr(importlib.import_module(module), "run", None)

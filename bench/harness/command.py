@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from ksae.errors import UserError, first_line
 
+from ..suites import SUITES, budget, runner
 from . import figures, report
 from .measure import describe, machine
 from .record import Record
 from .session import Session
-from .suites import SUITES, budget, runner
 
 JSON = "bench.json"
 

@@ -14,12 +14,12 @@ import torch
 
 from ksae import ops
 
-from . import costs
-from .costs import Ceilings
+from ..harness import costs
+from ..harness.costs import Ceilings
+from ..harness.record import Row
+from ..harness.session import Session
 from .opcases import Call, Case, problems
 from .ops import REFERENCE, implementations
-from .record import Row
-from .session import Session
 
 PASSES = 3
 TINY = (16, 24, 256, 4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plugin of pytest for gpu.py: failures are told as they happen, and none spreads.
+"""Plugin of pytest for gpu/run.py: failures are told as they happen, and none spreads.
 
 After some errors a process cannot use the device any more, and every later test would fail for no
 fault of its own. A worker of pytest-xdist ends then, and xdist puts a new one in its place.

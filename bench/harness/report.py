@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people read of a run: tables on the terminal, report.md, and the README's section.
 
-    python -m ksae.bench.report bench/results/cpu/bench.json README.md
+    python -m ksae.bench.harness.report bench/results/cpu/bench.json README.md
 
 writes that section anew, from the committed result.
 """

@@ -17,9 +17,9 @@ import torch
 
 from ksae.functional import sparse_decode, topk_encode
 
-from .measure import timed
-from .record import Row
-from .session import Session
+from ..harness.measure import timed
+from ..harness.record import Row
+from ..harness.session import Session
 
 Call = Callable[[], Any]
 SHAPE = {"N": 512, "d": 768, "F": 4096, "k": 32}  # calls of milliseconds

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op of ksae on a GPU beside its rivals, for gpu.py."""
+"""Every op of ksae on a GPU beside its rivals, for gpu/run.py."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from ksae.backends import triton
 from ksae.backends.product import Encode
 from ksae.backends.triton import Kernels
 
-from . import costs, gpurivals
-from .gpumeasure import CHUNK, Inputs, Shape, Timer, Way, add_rows, check
-from .gpureport import Record
-from .measure import Times
+from ..harness import costs
+from ..harness.measure import Times
+from . import rivals
+from .measure import CHUNK, Inputs, Shape, Timer, Way, add_rows, check
+from .report import Record
 
 
 def measure_select(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
@@ -191,7 +192,7 @@ def measure_decode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
     ways: dict[str, Way] = {
         "ksae": lambda: ops.sparse_decode(*code),
         "Triton": lambda: portable.sparse_decode(*code),
-        "Triton gather": lambda: gpurivals.decode(*code),
+        "Triton gather": lambda: rivals.decode(*code),
         "embedding_bag": lambda: bag(i.indices, i.W, mode="sum", per_sample_weights=i.values),
     }
     want = ways["embedding_bag"]()

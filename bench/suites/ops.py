@@ -23,11 +23,11 @@ from torch import Tensor
 from ksae import ops, reference
 from ksae.backends import cpu as native
 
-from . import peaks
-from .children import in_process
+from ..harness import peaks
+from ..harness.children import in_process
+from ..harness.record import Record, Row, low
+from ..harness.session import Session
 from .opcases import Call, Case, Problem, problems
-from .record import Record, Row, low
-from .session import Session
 
 PASSES = 4  # blocks of a row
 LEAST_PASSES = 3  # a case gets those before another gets more
@@ -383,5 +383,5 @@ def _missing(session: Session, known: Known) -> None:
     timed = {op for _, op, _ in known}
     for op in ops.serving():
         if op not in timed:
-            why = "no case in bench/opcases.py"
+            why = "no case in bench/suites/opcases.py"
             session.add(Row("ops", "any", op, "forward", "ksae", failure=why))

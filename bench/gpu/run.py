@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that a GPU has to answer, in one command, offline, in under nine minutes.
 
-    python bench/gpu.py --out DIR
+    python bench/gpu/run.py --out DIR
 
 builds the package for this GPU, runs the tests marked gpu, and measures ceilings, ops and whole
 steps. DIR/gpu_<name>_<date>.json and .md are written anew after each measurement, and the .log
@@ -34,13 +34,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 try:
-    from .gpuprocess import UNUSABLE, end_with_parent, run, supervise
-    from .gpureport import Record, report
+    from .process import UNUSABLE, end_with_parent, run, supervise
+    from .report import Record, report
 except ImportError:  # run as a file, maybe before ksae is installed
-    from gpuprocess import UNUSABLE, end_with_parent, run, supervise
-    from gpureport import Record, report
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from gpu.process import UNUSABLE, end_with_parent, run, supervise
+    from gpu.report import Record, report
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "build" / "gpu"  # where the build lands
 BUILD, TESTS, SANITIZER, SECTION = 240, 150, 60, 100  # seconds at most
 
@@ -77,19 +78,19 @@ def build(record: Record, log: Path, capability: tuple[int, int]) -> bool:
 def marked() -> list[str]:
     """The files with tests marked gpu. Others may need what is not installed here."""
     mark = "pytest.mark.gpu"
-    return [str(p) for p in sorted((ROOT / "tests").glob("test_*.py")) if mark in p.read_text()]
+    return [str(p) for p in sorted((ROOT / "tests").rglob("test_*.py")) if mark in p.read_text()]
 
 
 def tests(record: Record, log: Path, environment: dict[str, str]) -> None:
     """The tests marked gpu; on many cores, for Triton compiles hundreds of kernels for them."""
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rN", "-p", "no:cacheprovider"]
-    pytest += ["--tb=short", "-p", "gpuplugin", "-c", str(ROOT / "pyproject.toml"), *marked()]
+    pytest += ["--tb=short", "-p", "gpu.plugin", "-c", str(ROOT / "pyproject.toml"), *marked()]
     cores = len(os.sched_getaffinity(0))
     if importlib.util.find_spec("xdist") and cores > 2:
         pytest += ["-n", str(min(cores - 2, 12))]
     if importlib.util.find_spec("pytest_timeout"):  # a kernel that hangs is one test
         pytest += ["--timeout", "90", "--timeout-method", "thread"]
-    paths = os.pathsep.join([environment["PYTHONPATH"], str(Path(__file__).parent)])
+    paths = os.pathsep.join([environment["PYTHONPATH"], str(Path(__file__).parents[1])])
     options = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     status, out = run(pytest, min(TESTS, record.left()), log, **options)
     failed = sorted(set(re.findall(r"^FAILED (.*)$", out, re.MULTILINE)))
@@ -121,7 +122,7 @@ def sanitize(record: Record, log: Path, environment: dict[str, str]) -> None:
 def this() -> list[str]:
     """The command that runs this file."""
     if __package__:
-        return [sys.executable, "-m", f"{__package__}.gpu"]
+        return [sys.executable, "-m", f"{__package__}.run"]
     return [sys.executable, str(Path(__file__))]
 
 
@@ -131,8 +132,8 @@ def smoke(device: str) -> None:
 
     from ksae import ops, reference
     from ksae.backends.triton import Kernels
-    from ksae.bench.gpumeasure import Inputs, Shape
-    from ksae.bench.gpuops import latent_pass
+    from ksae.bench.gpu.measure import Inputs, Shape
+    from ksae.bench.gpu.ops import latent_pass
 
     N, d, F, k = (33, 72, 1100, 9) if device == "cuda" else (5, 24, 140, 4)
     dead = torch.arange(F, device=device) % 10 == 0
@@ -167,8 +168,9 @@ def measure(record: Record, names: Sequence[str], dry: bool) -> int:
     """Measures sections in this process. Not 0: the device is lost, and the rest is to do."""
     import torch
 
-    from ksae.bench import gpumeasure, gpuops, gpusteps
-    from ksae.bench.gpumeasure import SHAPES, TINY, Timer
+    from ksae.bench.gpu import measure as measuring
+    from ksae.bench.gpu import ops, steps
+    from ksae.bench.gpu.measure import SHAPES, TINY, Timer
 
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
     timer = Timer(device, 12)
@@ -181,9 +183,9 @@ def measure(record: Record, names: Sequence[str], dry: bool) -> int:
         what, _, shape = name.rpartition(" ")
         call: Callable[[], None]
         if name == "ceilings":
-            call = functools.partial(gpumeasure.measure_ceilings, record, timer, dry)
+            call = functools.partial(measuring.measure_ceilings, record, timer, dry)
         else:
-            work = gpuops.SECTIONS | {"step": gpusteps.measure_step}
+            work = ops.SECTIONS | {"step": steps.measure_step}
             call = functools.partial(work[what], record, timer, shapes[shape], dtype)
         try:
             call()
@@ -232,7 +234,7 @@ def describe(record: Record, dry: bool) -> None:
 
     from ksae import ops
     from ksae.backends import cuda
-    from ksae.bench import measure
+    from ksae.bench.harness import measure
 
     record.note("machine", **measure.machine(data="normal"), cuda=str(torch.version.cuda))
     package = str(Path(cuda.__file__).parent)

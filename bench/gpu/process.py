@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of gpu.py: none outlives its time, and one that dies takes nothing else along.
+"""The processes of gpu/run.py: none outlives its time, and one that dies takes nothing else along.
 
 A kernel that fails can leave its process without a usable device, or waiting for ever. So what is
 measured runs in a process of its own, which says in the record what it begins; when it dies or
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .gpureport import Record
+    from .report import Record
 
 TIMED_OUT = 124
 UNUSABLE = 70  # exit status of a process whose device is lost

@@ -18,11 +18,11 @@ import math
 
 import torch
 
-from . import costs
-from .record import Row
-from .session import Session
-from .shapes import NAMED, Shape, available_memory, scaled
-from .workers import CHECKED, CONTESTANTS, OP, Task, Worker
+from ..contestants.workers import CHECKED, CONTESTANTS, OP, Task, Worker
+from ..harness import costs
+from ..harness.record import Row
+from ..harness.session import Session
+from ..harness.shapes import NAMED, Shape, available_memory, scaled
 
 ANCHOR = "dense torch"
 BLOCKS = 4

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the gradient costs: grad_topk_encode by each route against plain topk_encode on this CPU.
 
-    PYTHONPATH=python python bench/grad_encode.py [--threads 2] [--repeats 7] [--rows 2048]
+    PYTHONPATH=python python bench/studies/grad_encode.py [--threads 2] [--repeats 7] [--rows 2048]
 
 Rounds are interleaved and ratios taken within a round, so that a slow spell hits both. `dual` and
 `pruned` are forced; `auto` is what the op does. Data: noise-free sparse codes over tied random unit

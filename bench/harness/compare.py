@@ -135,7 +135,7 @@ def _timed(run: Record) -> dict[Key, Row]:
 
 def _fits(old: Record, new: Record) -> list[str]:
     """Sweeps that grow faster than before, beyond two standard errors of the difference."""
-    from .scaling import MARGIN
+    from ..suites.scaling import MARGIN
 
     def exponents(run: Record) -> dict[tuple[str, str], tuple[float, float]]:
         found = run.suites["scaling"].facts.get("fits", []) if "scaling" in run.suites else []

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .data import Weights, total_variance
+from ..harness.data import Weights, total_variance
 
 
 class Contestant(Protocol):

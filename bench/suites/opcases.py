@@ -14,8 +14,8 @@ from torch.nn import functional as nn
 
 from ksae import ops
 
-from . import costs, data
-from .costs import Cost
+from ..harness import costs, data
+from ..harness.costs import Cost
 
 HYPER = [1e-2, 0.001**0.5, 0.9, 0.999, 1e-8, 1.0, 0.1, 0.001]  # as row_update takes them, step 1
 BETA = 0.5  # of grad_topk_encode, times the norm of the gradient

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does it matter that latents are chosen by gradients? TopK and g-SAE pairs on a real model.
 
-    python -m ksae.bench.gsae_study --cache bench/cache/gsae --out bench/results
+    python -m ksae.bench.studies.gsae_study --cache bench/cache/gsae --out bench/results
 
 For each site, k and seed, TopK and a g-SAE (arXiv 2411.10397) for each beta start from the same
 weights and see the same batches; then they are spliced into SmolLM2-135M on held-out text and their
@@ -31,9 +31,10 @@ from ksae.files.checkpoint import write_atomic
 from ksae.runs.evaluation import about
 from ksae.step.train_step import TrainStep
 
-from . import data, gsae_data, gsae_report
+from ..harness import data
+from ..harness.measure import describe, machine
+from . import gsae_data, gsae_report
 from .gsae_data import SITES, Pairs, StudyData
-from .measure import describe, machine
 
 TOPK = "topk"
 AT_ONCE = 8  # contexts in one pass of the language model
