@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from ksae import cli
-from ksae.bench.harness import compare, measure
+from ksae.bench.harness import compare, measure, record
 from ksae.bench.harness.record import Record, Row, Suite
 from ksae.bench.harness.session import Session
 
@@ -142,9 +143,31 @@ def test_slow_down_is_injected_into_the_named_op_of_ksae_only(tmp_path, monkeypa
     assert measure.timed(lambda: None, slow=5.0) > 4 * plain
 
 
-def test_records_survive_a_copy(tmp_path):
-    run = run_of(1)
-    run.save(tmp_path / "a.json")
-    from ksae.bench.harness.record import load
+def test_saved_records_keep_times_and_lows_on_a_line_each_and_judge_the_same(tmp_path):
+    old, new = run_of(1), run_of(3, slow=1.2)
+    loaded = []
+    for name, run in (("a", old), ("b", new)):
+        run.save(tmp_path / f"{name}.json")
+        loaded.append(record.load(tmp_path / f"{name}.json"))
+        for row, kept in zip(run.rows, loaded[-1].rows, strict=True):
+            assert kept.key == row.key and (kept.ours, kept.anchor) == (row.ours, row.anchor)
+            assert kept.lows == pytest.approx(row.lows, rel=1e-6)
+            assert kept.times.median == pytest.approx(row.times.median, rel=1e-6)
+            assert kept.times.n == row.times.n
+    (a,), (b,) = (compare.compare(*pair).verdicts for pair in ((old, new), loaded))
+    assert a.kind == b.kind == "slower" and a.raw == pytest.approx(b.raw, rel=1e-5)
+    again = tmp_path / "again.json"
+    loaded[0].save(again)
+    assert again.read_text() == (tmp_path / "a.json").read_text()
+    lines = [line for line in again.read_text().splitlines() if '"lows"' in line]
+    assert len(lines) == len(old.rows)
 
-    assert load(tmp_path / "a.json") == copy.deepcopy(run)
+
+def test_records_of_schema_1_are_read(tmp_path):
+    path = tmp_path / "old.json"
+    row = asdict(run_of(1).rows[1])
+    del row["kept"]
+    suite = asdict(Suite("complete")) | {"rows": [row]}
+    path.write_text(json.dumps({"schema": 1, "machine": {}, "mode": "x", "suites": {"ops": suite}}))
+    (read,) = record.load(path).rows
+    assert read == run_of(1).rows[1]

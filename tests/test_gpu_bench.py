@@ -263,7 +263,8 @@ def test_what_a_process_started_ends_with_it(process: Any, tmp_path: Path) -> No
 
 def test_what_measures_ends_with_the_command(process: Any, tmp_path: Path) -> None:
     script = f"import sys; sys.path.insert(0, {str(BENCH)!r}); import time;"
-    script += "from gpu import process; process.end_with_parent(); print('ready', flush=True); time.sleep(60)"
+    script += "from gpu import process; process.end_with_parent();"
+    script += "print('ready', flush=True); time.sleep(60)"
     child = process.start([sys.executable, "-c", script], tmp_path / "log", {})
     while "ready" not in (tmp_path / "log").read_text():
         assert child.poll() is None

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from . import record
 from .measure import table
-from .record import Key, Record, Row, low
+from .record import Key, Record, Row
 
 MIN_EFFECT = 0.10
 TELL = 0.20
@@ -73,9 +73,8 @@ class Verdict:
 
 def estimates(row: Row, anchor: Row) -> tuple[Estimate, Estimate]:
     """In seconds, and relative to the anchor, block by block."""
-    lows = [low(block) for block in row.blocks]
-    others = [low(block) for block in anchor.blocks]
-    return Estimate.of(lows), Estimate.of([a / b for a, b in zip(lows, others, strict=False)])
+    ratios = [a / b for a, b in zip(row.lows, anchor.lows, strict=False)]
+    return Estimate.of(row.lows), Estimate.of(ratios)
 
 
 def judge(old: tuple[Row, Row], new: tuple[Row, Row]) -> Verdict:
@@ -130,7 +129,7 @@ def compare(old: Record, new: Record) -> Comparison:
 
 
 def _timed(run: Record) -> dict[Key, Row]:
-    return {row.key: row for row in run.rows if row.blocks and row.failure is None}
+    return {row.key: row for row in run.rows if row.times}
 
 
 def _fits(old: Record, new: Record) -> list[str]:

@@ -225,12 +225,24 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
-    """Whole or not at all: written to another name, then renamed."""
+def write_json(path: str | Path, record: Mapping[str, Any], expand: int = 2) -> None:
+    """Whole or not at all: written to another name, then renamed.
+
+    Each value below `expand` levels of objects and lists is on one line.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1, default=_plain) + "\n")
+    partial.write_text(_lines(record, expand) + "\n")
     partial.replace(path)
+
+
+def _lines(value: Any, expand: int) -> str:
+    if not expand or not value or not isinstance(value, (dict, list)):
+        return json.dumps(value, default=_plain)
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(_lines(v, expand - 1) for v in value) + "\n]"
+    named = (f"{json.dumps(str(k))}: {_lines(v, expand - 1)}" for k, v in value.items())
+    return "{\n" + ",\n".join(named) + "\n}"
 
 
 def _plain(value: Any) -> Any:

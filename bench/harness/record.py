@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves: rows of all suites in one JSON file, written as it goes.
 
-{"schema": 1, "machine": {...}, "mode": "quick", "conditions": {...}, "state": "complete",
+{"schema": 2, "machine": {...}, "mode": "quick", "conditions": {...}, "state": "complete",
  "suites": {name: {"seconds": s, "state": ..., "facts": {...}, "notes": [...], "rows": [...]}}}
+
+A row is a line. Of its samples the file keeps what is read again: "times", median, quartiles and
+number of all, and "lows", the lower quartile of each block. Fields at their default are left out.
+Files of schema 1 hold every sample in "blocks", and are read as well.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .measure import Times, write_json
 
-SCHEMA = 1
+SCHEMA, READ = 2, (1, 2)
+DIGITS = 9  # of a time in the file
 Key = tuple[str, str, str, str, str]
 
 
@@ -35,7 +40,8 @@ class Row:
     way: str
     ours: bool = False
     anchor: str | None = None
-    blocks: list[list[float]] = field(default_factory=list)  # seconds
+    blocks: list[list[float]] = field(default_factory=list)  # seconds; empty in a loaded row
+    kept: Kept | None = None  # what a loaded row has of its blocks
     shape: dict[str, int] = field(default_factory=dict)
     dtype: str = "fp32"
     bytes: float | None = None  # by formula, costs.py
@@ -60,7 +66,51 @@ class Row:
     @property
     def times(self) -> Times | None:
         """Median and quartiles; None if there is no time that counts."""
-        return Times.of(self.samples) if self.samples and self.failure is None else None
+        if self.failure is not None:
+            return None
+        if self.kept is not None:
+            return self.kept.times
+        return Times.of(self.samples) if self.samples else None
+
+    @property
+    def lows(self) -> list[float]:
+        """The lower quartile of each block."""
+        return self.kept.lows if self.kept is not None else [low(block) for block in self.blocks]
+
+    def plain(self) -> dict[str, Any]:
+        """What the file has of it; the name of the suite stands above all its rows."""
+        found = {}
+        for f in fields(self):
+            empty = f.default if f.default_factory is MISSING else f.default_factory()
+            if f.name not in ("suite", "blocks", "kept") and getattr(self, f.name) != empty:
+                found[f.name] = getattr(self, f.name)
+        kept = self.kept or (Kept(Times.of(self.samples), self.lows) if self.samples else None)
+        return found | (kept.plain() if kept else {})
+
+    @staticmethod
+    def of(plain: dict[str, Any], suite: str) -> Row:
+        """From `plain`, or from a row of schema 1."""
+        rest = {k: v for k, v in plain.items() if k not in ("suite", "times", "lows")}
+        times = plain.get("times")
+        kept = Kept(Times(*times), plain["lows"]) if times else None
+        return Row(suite=suite, kept=kept, **rest)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the file keeps of a row's blocks."""
+
+    times: Times
+    lows: list[float]
+
+    def plain(self) -> dict[str, Any]:
+        t = self.times
+        times = [*map(_rounded, (t.median, t.q1, t.q3)), t.n]
+        return {"times": times, "lows": list(map(_rounded, self.lows))}
+
+
+def _rounded(seconds: float) -> float:
+    return float(f"{seconds:.{DIGITS}g}")
 
 
 def low(block: list[float]) -> float:
@@ -91,7 +141,11 @@ class Record:
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        """One line a row."""
+        suites = {}
+        for name, suite in self.suites.items():
+            suites[name] = vars(suite) | {"rows": [row.plain() for row in suite.rows]}
+        write_json(path, vars(self) | {"suites": suites}, expand=4)
 
     @property
     def rows(self) -> list[Row]:
@@ -108,13 +162,13 @@ def load(path: str | Path) -> Record:
         data = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"bench: {path} must be JSON, got {error}") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+    if not isinstance(data, dict) or data.get("schema") not in READ:
         found = data.get("schema", "none") if isinstance(data, dict) else "no record"
         raise ValueError(f"bench: {path} must be of schema {SCHEMA}, got {found}")
     for name, suite in data["suites"].items():
-        suite["rows"] = [Row(**row) for row in suite["rows"]]
+        suite["rows"] = [Row.of(row, name) for row in suite["rows"]]
         data["suites"][name] = Suite(**suite)
-    return Record(**data)
+    return Record(**data | {"schema": SCHEMA})
 
 
 def groups(rows: list[Row]) -> dict[tuple[str, str, str, str], list[Row]]:

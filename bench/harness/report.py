@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import record
 from .measure import table
-from .record import Record, Row, groups, low
+from .record import Record, Row, groups
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 RESULT = "bench/results/cpu/bench.json"  # what the README's section is made from
@@ -61,7 +61,7 @@ def quotient(slow: Row, fast: Row) -> float:
 
 def spread(row: Row) -> str:
     """Half the range of the blocks' lower quartiles, which `--compare` works with."""
-    lows = [low(block) for block in row.blocks]
+    lows = row.lows
     return f"{(max(lows) - min(lows)) / 2 / min(lows):.0%}" if len(lows) > 1 else ""
 
 
