@@ -16,7 +16,7 @@ from ksae.bench.harness.session import Session
 from ksae.bench.suites import ops as ops_suite
 from ksae.bench.suites import step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MACHINE = {"cpu": "c", "threads": 1, "torch": "t", "ksae": "k", "revision": "r", "date": "d"}
 
 
@@ -114,6 +114,7 @@ def test_further_passes_are_of_the_cases_that_fit():
     assert ops_suite.fitting(cases, taken, -1.0) == []
 
 
+@pytest.mark.nightly
 def test_ops_that_are_cut_by_the_time_say_so(tmp_path, monkeypatch):
     monkeypatch.setattr(ops_suite, "FULL", ops_suite.TINY)
     monkeypatch.setattr(ops_suite, "MEMORY", [])

@@ -17,7 +17,7 @@ import torch
 
 from ksae.backends import serving as gpu
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -34,6 +34,7 @@ def results(tmp_path_factory):
     return json.loads(path.read_text()), path.with_suffix(".md").read_text()
 
 
+@pytest.mark.nightly
 def test_every_op_and_way_is_measured(results):
     data, table = results
     assert data["finished"] and data["problems"] == []
@@ -83,6 +84,7 @@ def test_every_op_and_way_is_measured(results):
     assert all(row["wall"] > 0 for row in data["rows"] if row["op"] == "step")
 
 
+@pytest.mark.nightly
 def test_the_row_for_the_table_of_ways_to_encode_is_printed(results):
     data, table = results
     for shape in ("A", "B"):
@@ -101,6 +103,7 @@ def test_the_hot_latent_is_selected_by_every_token():
     assert hot(indices, 5).tolist() == [[5, 2, 3], [5, 0, 2], [9, 8, 5]]
 
 
+@pytest.mark.nightly
 def test_all_ways_take_the_same_steps(results):
     data, _ = results
     for shape in ("A", "B"):
@@ -155,6 +158,7 @@ def test_results_are_on_disk_after_each_measurement_and_goals_are_judged(tmp_pat
     assert "| A | step | dense torch | out of memory |" in path.with_suffix(".md").read_text()
 
 
+@pytest.mark.nightly
 def test_suite_of_ksae_bench_has_its_rows(results, tmp_path):
     from ksae.bench.harness.record import Record
     from ksae.bench.harness.session import Session
@@ -172,6 +176,7 @@ def test_suite_of_ksae_bench_has_its_rows(results, tmp_path):
     assert session.suite.facts["ceilings"] == data["ceilings"]
 
 
+@pytest.mark.nightly
 def test_suite_runs_the_script_and_takes_what_it_left(tmp_path):
     from ksae.bench.harness.record import Record
     from ksae.bench.harness.session import Session

@@ -21,9 +21,10 @@ from ksae.bench.suites import ops as ops_suite
 from ksae.bench.suites import scaling
 from ksae.bench.suites.opcases import Case, problems
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU_SUITES = [name for name, spec in suites.SUITES.items() if spec.device == "any"]
 MACHINE = {"cpu": "c", "threads": 1, "torch": "t", "ksae": "k", "revision": "r", "date": "d"}
+NO_PEERS = dict.fromkeys(workers.MODULES, "module_that_is_not_there")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -36,11 +37,14 @@ def one_thread(threads):
 def tiny(tmp_path_factory):
     """All suites of the CPU, once: the folder and the record."""
     out = tmp_path_factory.mktemp("bench")
-    code = command.bench(CPU_SUITES, out, mode="tiny", threads=1, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "MODULES", NO_PEERS)
+        code = command.bench(CPU_SUITES, out, mode="tiny", threads=1, progress=False)
     assert code == 0
     return out, record.load(out / command.JSON)
 
 
+@pytest.mark.nightly
 def test_every_suite_is_complete_and_has_rows(tiny):
     _, run = tiny
     assert run.state == "complete"
@@ -49,6 +53,7 @@ def test_every_suite_is_complete_and_has_rows(tiny):
         assert any(row.times for row in run.suites[name].rows), name
 
 
+@pytest.mark.nightly
 def test_record_names_machine_versions_threads_data_and_revision(tiny):
     _, run = tiny
     for key in ("cpu", "threads", "torch", "ksae", "revision", "date", "isa"):
@@ -57,6 +62,7 @@ def test_record_names_machine_versions_threads_data_and_revision(tiny):
     assert run.conditions["data"] == "normal"
 
 
+@pytest.mark.nightly
 def test_ops_have_a_row_for_each_op_and_implementation_with_time_and_memory(tiny):
     _, run = tiny
     rows = run.suites["ops"].rows
@@ -67,17 +73,18 @@ def test_ops_have_a_row_for_each_op_and_implementation_with_time_and_memory(tiny
     assert all(len(row.lows) == 1 for row in rows if row.times)
 
 
-def test_peer_that_is_missing_is_a_row_that_says_so(tiny, monkeypatch):
+def test_peer_that_is_missing_is_a_row_that_says_so(monkeypatch):
     monkeypatch.setattr(workers.importlib.util, "find_spec", lambda name: None)
     worker = workers.Worker.start("eai-sparsify", workers.Task(1, 1, 1, 1, "normal", 1e-3, 1))
     assert worker.failure == "not installed: pip install eai-sparsify"
     worker.ready(1)
     worker.stop()
-    if workers.missing("eai-sparsify"):
-        _, run = tiny
-        assert "not installed: pip install eai-sparsify" in report.markdown(run, [])
+    row = Row("step", "case", "train_step", "step", "eai-sparsify", failure=worker.failure)
+    run = Record(MACHINE, "quick", suites={"step": record.Suite(rows=[row])})
+    assert "not installed: pip install eai-sparsify" in report.markdown(run, [])
 
 
+@pytest.mark.nightly
 def test_peer_that_breaks_is_a_row_that_says_so(tmp_path, monkeypatch):
     from ksae.bench.suites import quality
 
@@ -93,6 +100,7 @@ def test_peer_that_breaks_is_a_row_that_says_so(tmp_path, monkeypatch):
     assert row.failure == "AttributeError: module 'peer' has no attribute 'SAE'"
 
 
+@pytest.mark.nightly
 def test_process_that_dies_is_a_row_that_says_so(monkeypatch):
     task = workers.Task(4, 4, 16, 0, "normal", 1e-3, 1)  # k = 0 is refused
     worker = workers.Worker.start("ksae fp32", task)
@@ -101,6 +109,7 @@ def test_process_that_dies_is_a_row_that_says_so(monkeypatch):
     assert worker.failure is not None and "k must be" in worker.failure
 
 
+@pytest.mark.nightly
 def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
     def interrupted(session):
         row = Row("scaling", "case", "op", "forward", "ksae", blocks=[[1.0, 2.0]])
@@ -109,6 +118,7 @@ def test_interrupt_keeps_what_was_measured(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     runner = suites.runner
+    monkeypatch.setattr(workers, "MODULES", NO_PEERS)
     monkeypatch.setattr(
         command, "runner", lambda name: interrupted if name == "scaling" else runner(name)
     )
@@ -151,6 +161,7 @@ def test_result_that_is_wrong_has_no_time(tmp_path, monkeypatch):
     assert not any(row.times for row in bad)
 
 
+@pytest.mark.nightly
 def test_pictures_are_drawn_and_the_report_shows_them_with_captions(tiny):
     out, run = tiny
     text = (out / "report.md").read_text()
@@ -198,6 +209,7 @@ def test_report_shows_rows_in_which_ksae_loses():
     assert "ksae LOSES" in report.terminal(run)
 
 
+@pytest.mark.nightly
 def test_readme_section_is_written_between_its_markers(tiny):
     _, run = tiny
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
