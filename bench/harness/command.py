@@ -15,7 +15,7 @@ from ksae.errors import UserError, first_line
 
 from ..suites import SUITES, budget, runner
 from . import figures, report
-from .measure import describe, machine
+from .measure import busy, describe, machine
 from .record import Record
 from .session import Session
 
@@ -68,6 +68,8 @@ def bench(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     conditions: dict[str, Any] = {"data": data, "inputs": "hot where they fit"}
     conditions["suites"] = "" if list(suites) == chosen(None, mode) else ",".join(suites)
+    if (warning := busy(threads)) is not None:
+        conditions["busy"] = warning
     run = Record(machine(device=device), mode, conditions)
     session = Session(
         record=run,
@@ -81,6 +83,8 @@ def bench(
     )
     planned = sum(SUITES[name].seconds(mode) for name in suites)
     print(describe(run.machine))
+    if warning is not None:
+        print(warning)
     print(f"{mode}: {', '.join(suites)}; about {planned:.0f} s", flush=True)
     start = time.perf_counter()
     with tqdm(total=round(planned), disable=not progress, unit="s", leave=False) as bar:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from ksae.analysis import plots
 
+from .measure import UNKNOWN
 from .record import Record, Row, groups
-from .report import best_of_ours, best_rival, quotient
+from .report import FOR_USERS, best_of_ours, best_rival, quotient
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +69,8 @@ def _caption(figure: Figure, run: Record, text: str) -> None:
     m = run.machine
     threads = f"{m.get('threads')} thread" + ("s" if m.get("threads") != 1 else "")
     where = f"{m.get('cpu')}, {threads}, torch {m.get('torch')}"
-    figure.supxlabel(f"{text}\n{where}, ksae {m.get('revision')}", fontsize=8, color=INK)
+    which = m["ksae"] if m.get("revision", UNKNOWN) == UNKNOWN else m["revision"]
+    figure.supxlabel(f"{text}\n{where}, ksae {which}", fontsize=8, color=INK)
 
 
 def _log_ticks(axes: Axes, which: str = "x") -> None:
@@ -98,7 +100,11 @@ def _rows(run: Record, suite: str) -> list[Row]:
 
 
 def speedup(run: Record) -> Figure | None:
-    """A bar for each op, mode and dtype at each shape: torch's fastest over ksae's fastest."""
+    """A point for each op, mode and dtype at each shape: torch's fastest over ksae's fastest.
+
+    Points, for a bar on a logarithmic axis has no length that means anything. The ops that users
+    call come first.
+    """
     bars: dict[str, list[tuple[str, float, float, float, str]]] = {}
     for (_, case, op, mode), members in groups(_rows(run, "ops")).items():
         ours, rival = best_of_ours(members), best_rival(members)
@@ -109,6 +115,8 @@ def speedup(run: Record) -> Figure | None:
         label = op if mode == "forward" else f"{op}, {mode}"
         shape = case.rpartition(" ")[0]
         bars.setdefault(shape, []).append((label, ratio, low, high, ours.dtype))
+    for line in bars.values():
+        line.sort(key=lambda b: b[0].split(",")[0] not in FOR_USERS)
     if not bars:
         return None
     tallest = max(len({b[0] for b in line}) for line in bars.values())
@@ -126,11 +134,12 @@ def speedup(run: Record) -> Figure | None:
             values = [b[1] for b in mine]
             errors = [[v - min(b[2], v) for b, v in zip(mine, values, strict=True)]]
             errors.append([max(b[3], v) - v for b, v in zip(mine, values, strict=True)])
-            lengths = [v - 1 for v in values]  # from "as fast as torch", so losing goes left
-            a.barh(at, lengths, 0.36, left=1, color=OURS[number], label=dtype)
-            a.errorbar(values, at, xerr=errors, fmt="none", ecolor=INK, lw=0.8)
+            a.errorbar(
+                values, at, xerr=errors, fmt="os"[number], color=OTHERS[0] if number else OURS[0],
+                ecolor=INK, elinewidth=0.8, ms=5, label=dtype,
+            )  # fmt: skip
             for y, v, below, above in zip(at, values, *errors, strict=True):
-                end, side, align = (v + above, 4, "left") if v >= 1 else (v - below, -4, "right")
+                end, side, align = (v + above, 6, "left") if v >= 1 else (v - below, -6, "right")
                 a.annotate(
                     _short(v), (end, y), (side, 0), textcoords="offset points", fontsize=7,
                     ha=align, va="center_baseline",
@@ -141,7 +150,7 @@ def speedup(run: Record) -> Figure | None:
         a.set_yticks(range(len(labels)), labels, fontsize=8)
         a.invert_yaxis()
         a.set_title(shape, fontsize=10)
-        a.set_xlabel("speed-up over torch's fastest way (times, log scale)")
+        a.set_xlabel("times faster than torch's fastest way (log scale)")
     _legend(figure, flat[0])
     text = "torch's median over ksae's; lines: quartiles. Right of the dashed line ksae wins."
     _caption(figure, run, text)
@@ -291,16 +300,20 @@ def roofline(run: Record) -> Figure | None:
         a.plot([], [], " ", label=f"slope, a copy: {copy / 1e9:.1f} GB/s")
     ops = list(dict.fromkeys(r.op for r in rows))
     marks = "osD^vPX*<>hp"
+    shares: dict[str, list[str]] = {op: [] for op in ops}
+    for row in rows:
+        if row.times and row.floor:
+            shares[row.op].append(f"{row.floor / row.times.median:.0%}")
+    labels = {op: f"{op} ({', '.join(each)})" if each else op for op, each in shares.items()}
     for row in rows:
         t = row.times
         assert t is not None and row.flops and row.bytes
         number = ops.index(row.op)
         fp32 = row.dtype == "fp32"
-        share = f" ({row.floor / t.median:.0%})" if row.floor else ""
         a.plot(
             row.flops / row.bytes, row.flops / t.median / 1e9, marks[number % len(marks)],
             color=(OURS + OTHERS)[number % 10], ms=8, fillstyle="full" if fp32 else "none",
-            label=f"{row.op}, {row.dtype}{share}",
+            label=labels.pop(row.op, None),
         )  # fmt: skip
     _log_ticks(a)
     _log_ticks(a, "y")
@@ -309,7 +322,8 @@ def roofline(run: Record) -> Figure | None:
     a.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     case = statistics.mode([r.case.rpartition(" ")[0] for r in rows])
     text = (
-        f"{case}; in brackets: share of the limit; above it: inputs came from a cache. "
+        f"{case}; filled: fp32, open: bf16; in brackets: share of the limit of each\n"
+        "(above 100%: inputs came from a cache). "
         "Ops without arithmetic are in the table alone."
     )
     _caption(figure, run, text)

@@ -27,6 +27,8 @@ import torch
 # Seconds; shorter calls are repeated within a sample. Well below a scheduler's time slice, so that
 # where the machine does other things as well most samples are whole.
 MIN_SAMPLE = 0.0003
+UNKNOWN = "unknown"  # the revision of a package that is installed
+IDLE = 0.5  # load average that an idle machine may have
 LONG = 0.1  # seconds; one idle call is enough before such a one
 FAR = 8  # times the fastest
 
@@ -183,10 +185,27 @@ def revision() -> str:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # else of a repository around it
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return UNKNOWN
+
+
+def busy(threads: int) -> str | None:
+    """A warning if other work already takes cores that the run would use."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):  # not on this system
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = cores or 1
+    if load + threads <= cores + IDLE:
+        return None
+    return (
+        f"Busy: load average {load:.1f} on {cores} core{'s' * (cores != 1)} before the start, "
+        f"with {threads} wanted: times are too long and less certain."
+    )
 
 
 def _cpu_model() -> str:

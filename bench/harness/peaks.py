@@ -43,7 +43,8 @@ def _serve(task: Task) -> Iterator[Peak | None]:
     from types import SimpleNamespace
 
     from ..suites.opcases import Case, problems
-    from ..suites.ops import REFERENCE, ways
+    from ..suites.ops import ways
+    from .report import REFERENCE
 
     torch.set_num_threads(task.threads)
     end = time.perf_counter() + task.seconds

@@ -13,16 +13,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import record
-from .measure import table
+from .measure import UNKNOWN, table
 from .record import Record, Row, groups
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 RESULT = "bench/results/cpu/bench.json"  # what the README's section is made from
 Cells = list[list[str]]
+REFERENCE, NO_KERNEL = "reference", "ksae (the reference)"  # ways of the op suite
+# What users call; every other op is a part of a step.
+FOR_USERS = (
+    "topk", "topk_encode", "batch_topk_encode", "threshold_encode", "grad_topk_encode",
+    "sparse_decode",
+)  # fmt: skip
 
 CAPTIONS = {
     "speedup": "How many times faster the best of ksae is than torch's fastest way, each op at "
-    "each shape (above 1: ksae wins; lines: quartiles).",
+    "each shape (right of 1: ksae wins; lines: quartiles).",
     "step": "Time of one whole training step, all at the same weights and batches; lines: "
     "quartiles.",
     "scaling": "Time against one size at a time, both axes logarithmic; bands: quartiles; dashed: "
@@ -44,7 +50,10 @@ def megabytes(size: int | None) -> str:
 
 def best_rival(rows: Sequence[Row]) -> Row | None:
     """torch's fastest way of a group of the op suite; the reference counts as one."""
+    ours = best_of_ours(rows)
+    alone = ours is not None and ours.way == NO_KERNEL  # it would race against itself
     rivals = [r for r in rows if not r.ours and r.times and not r.extra.get("part")]
+    rivals = [r for r in rivals if not (alone and r.way == REFERENCE)]
     return min(rivals, key=lambda r: r.times.median if r.times else 0, default=None)
 
 
@@ -83,7 +92,10 @@ def ops_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
             t = row.times
             ratio = quotient(row, best) if best else None
             rival = not row.ours and not row.extra.get("part")
+            itself = best is not None and best.way == NO_KERNEL and row.way == REFERENCE
+            rival = rival and not itself
             loses = "ksae LOSES" if rival and ratio is not None and ratio < 1 else ""
+            loses = "no faster kernel here" if row.way == NO_KERNEL else loses
             remark = "; ".join(filter(None, (loses, row.extra.get("cut"))))
             cells.append(
                 [
@@ -206,7 +218,12 @@ def sections(run: Record) -> list[tuple[str, list[str], list[tuple[str, list[str
         by_case: dict[str, list[Row]] = {}
         for row in suite.rows:
             by_case.setdefault(row.case, []).append(row)
-        if name in ("ops", "gpu"):
+        if name == "ops":
+            for said, wanted in (("", True), ("Internal ops, ", False)):
+                for case, rows in by_case.items():
+                    chosen = [r for r in rows if (r.op in FOR_USERS) == wanted]
+                    tables.append((said + case, *ops_table(chosen)))
+        elif name == "gpu":
             tables = [(case, *ops_table(rows)) for case, rows in by_case.items()]
         elif name == "step":
             tables = [(case, *step_table(rows)) for case, rows in by_case.items()]
@@ -316,11 +333,14 @@ def conditions(run: Record) -> str:
     """Hardware, versions, threads, data and revision in a sentence."""
     m = run.machine
     isa = f", {m['isa']}" if m.get("isa") else ""
+    known = m.get("revision", UNKNOWN) != UNKNOWN  # an installed package has none
+    revision = f" at revision `{m['revision']}`" if known else ""
     return (
         f"{m['cpu']}{isa}, {m['threads']} thread{'s' * (m['threads'] != 1)}, "
-        f"torch {m['torch']}, ksae {m['ksae']} at "
-        f"revision `{m['revision']}`, {m['date']}; data: {run.conditions.get('data', 'normal')}; "
+        f"torch {m['torch']}, ksae {m['ksae']}{revision}, {m['date']}; "
+        f"data: {run.conditions.get('data', 'normal')}; "
         f"{run.conditions.get('seconds', 0):.0f} s, {run.state}."
+        + (f" {run.conditions['busy']}" if run.conditions.get("busy") else "")
     )
 
 

@@ -26,6 +26,7 @@ from ksae.backends import cpu as native
 from ..harness import peaks
 from ..harness.children import in_process
 from ..harness.record import Record, Row, low
+from ..harness.report import NO_KERNEL, REFERENCE
 from ..harness.session import Session
 from .opcases import Call, Case, Problem, problems
 
@@ -48,7 +49,6 @@ FULL: list[Shape] = [
     (2048, 768, 16384, 64),
 ]
 MEMORY: list[Shape] = [*QUICK, (2048, 768, 24576, 32)]  # where peak memory is measured
-REFERENCE = "reference"
 PATIENCE = 0.5  # seconds: a slower reference is timed while it is checked against, once
 SLOW = 12  # times the fastest: such a way is timed in the first pass only
 
@@ -93,7 +93,7 @@ def implementations(op: str, device: str, every_isa: bool) -> Iterator[Implement
     if not native.available():
         return
     if "cpu" not in ops.serving()[op]:
-        yield Implementation("ksae (the reference)", ops)
+        yield Implementation(NO_KERNEL, ops)
         return
     from ksae import _cpu
 

@@ -210,6 +210,87 @@ def test_report_shows_rows_in_which_ksae_loses():
 
 
 @pytest.mark.nightly
+def row_of(op: str, way: str, seconds: float, **more) -> Row:
+    case = "N=1 d=2 F=3 k=1 fp32"
+    return Row("ops", case, op, "forward", way, blocks=[[seconds, seconds]], **more)
+
+
+def run_of(*rows: Row, **machine) -> Record:
+    suite = record.Suite("complete", rows=list(rows))
+    return Record(MACHINE | machine, "quick", suites={"ops": suite})
+
+
+def test_op_without_a_kernel_is_no_loss_to_itself():
+    ours = row_of("topk", report.NO_KERNEL, 2.0, ours=True)
+    run = run_of(row_of("topk", report.REFERENCE, 1.0), ours)
+    assert report.losing(run) == ["No row in which ksae loses."]
+    assert "LOSES" not in report.terminal(run)
+    assert "no faster kernel here" in report.terminal(run)
+    assert figures.speedup(run) is None
+    run = run_of(*run.rows, row_of("topk", "torch.topk", 1.5))
+    assert len(report.losing(run)) == 2 and "torch.topk" in report.losing(run)[1]
+
+
+def test_ops_that_users_call_come_before_internal_ones():
+    run = run_of(
+        row_of("row_update", "ksae", 1.0, ours=True), row_of("row_update", "torch", 2.0),
+        row_of("topk", "ksae", 1.0, ours=True), row_of("topk", "torch", 2.0),
+    )  # fmt: skip
+    ((_, _, tables),) = report.sections(run)
+    assert [title for title, _, _ in tables] == [
+        "N=1 d=2 F=3 k=1 fp32",
+        "Internal ops, N=1 d=2 F=3 k=1 fp32",
+    ]
+    assert [{cells[0] for cells in rows} for _, _, rows in tables] == [
+        {"topk forward"},
+        {"row_update forward"},
+    ]
+    labels = [t.get_text() for t in figures.speedup(run).axes[0].get_yticklabels()]
+    assert labels == ["topk", "row_update"]
+
+
+def test_times_faster_are_points_on_a_labelled_log_axis():
+    run = run_of(row_of("topk", "ksae", 1.0, ours=True), row_of("topk", "torch", 19.0))
+    (axes,) = figures.speedup(run).axes
+    assert axes.get_xscale() == "log" and not axes.patches  # no bar
+    assert any(list(line.get_xdata()) == [19.0] for line in axes.lines)
+    assert "19" in [text.get_text() for text in axes.texts]
+
+
+def test_legend_of_the_roofline_has_an_entry_for_each_op():
+    rows = [
+        Row("roofline", "case", op, "forward", "ksae", dtype=dtype, blocks=[[1.0]], bytes=1.0,
+            flops=9.0, floor=0.5)
+        for op in ("a", "b") for dtype in ("fp32", "bf16")
+    ]  # fmt: skip
+    run = Record(MACHINE, "quick", suites={"roofline": record.Suite(rows=rows)})
+    (axes,) = figures.roofline(run).axes
+    _, labels = axes.get_legend_handles_labels()
+    assert labels == ["a (50%, 50%)", "b (50%, 50%)"]
+
+
+def test_installed_package_is_named_by_its_version():
+    rows = row_of("topk", "ksae", 1.0, ours=True), row_of("topk", "torch", 2.0)
+    run = run_of(*rows, ksae="1.2.3", revision=measure.UNKNOWN)
+    assert "ksae 1.2.3, d;" in report.conditions(run)
+    assert figures.speedup(run).get_supxlabel().endswith("ksae 1.2.3")
+    assert "ksae 1.2.3 at revision `r`" in report.conditions(run_of(*rows, ksae="1.2.3"))
+
+
+@pytest.mark.parametrize(("load", "threads", "says"), [(0.3, 2, False), (1.6, 2, True),
+                                                       (1.2, 1, False)])  # fmt: skip
+def test_busy_machine_is_told(monkeypatch, load, threads, says):
+    monkeypatch.setattr(measure.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(measure.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    warning = measure.busy(threads)
+    assert (warning is not None) == says
+    if warning:
+        assert warning.startswith("Busy: load average 1.6 on 2 cores")
+        run = run_of()
+        run.conditions["busy"] = warning
+        assert warning in report.markdown(run, [])
+
+
 def test_readme_section_is_written_between_its_markers(tiny):
     _, run = tiny
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
