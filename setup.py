@@ -90,6 +90,7 @@ setup(
         *find_packages("python", exclude=["ksae.bench*", "ksae.kernels*"]),
         "ksae.kernels",
         "ksae.bench",
+        *(f"ksae.bench.{name}" for name in find_packages("bench")),
     ],
     py_modules=["ksae_cli"],  # the console script
     package_dir={

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from ksae import ops, reference
-from ksae.bench.opcases import Case, Problem, problems
-from ksae.bench.ops import QUICK
+from ksae.bench.suites.opcases import Case, Problem, problems
+from ksae.bench.suites.ops import QUICK
 
 IMPLEMENTATIONS = {"reference": reference, "ksae": ops}
 # The reference's own ways are slow where it sorts or loops: few rounds.
@@ -53,7 +53,7 @@ def _synced(call: Callable[[], Any]) -> Callable[[], Any]:
 )
 def bench_op(benchmark: Any, problem: str, dtype: str, impl: str) -> None:
     case = _problems(dtype).get(problem)
-    assert case is not None, f"{problem} has no case in bench/opcases.py"
+    assert case is not None, f"{problem} has no case in bench/suites/opcases.py"
     benchmark.group = f"{problem} {dtype}"
     benchmark.extra_info |= {"bytes": case.cost.bytes, "flops": case.cost.flops}
     call = _synced(case.make(IMPLEMENTATIONS[impl]))

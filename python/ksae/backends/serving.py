@@ -5,9 +5,10 @@ be imported, else the reference. Two ways encode, and a table of measurements ch
 - "product": torch's product in chunks of rows, its scores written, then an exact selection;
 - "fused": one Triton kernel that never writes the scores.
 
-`bench/gpu.py` measures both on a GPU and prints the row to put into TABLE. A call takes the row of
-its GPU generation that is nearest in d and F; without a row it takes the product. A step with AuxK
-encodes twice when it is fused, while the product serves both its selections: a choice of its own.
+`bench/gpu/run.py` measures both on a GPU and prints the row to put into TABLE. A call takes the row
+of its GPU generation that is nearest in d and F; without a row it takes the product. A step with
+AuxK encodes twice when it is fused, while the product serves both its selections: a choice of its
+own.
 
 Environment, read once at import: KSAE_ENCODE=fused or product overrides the table.
 """

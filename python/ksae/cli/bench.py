@@ -37,8 +37,8 @@ def bench(
 
     ksae bench --compare old/bench.json new/bench.json says what became slower, with exit code 1.
     """
-    from ksae.bench import command
-    from ksae.bench import compare as comparison
+    from ksae.bench.harness import command
+    from ksae.bench.harness import compare as comparison
 
     if compare is not None:
         return comparison.main(*compare)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GPU has to answer, in one command: run.py."""

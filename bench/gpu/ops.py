@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op of ksae on a GPU beside its rivals, for gpu/run.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ksae import ops, reference
+from ksae.backends import product as products
+from ksae.backends import serving as gpu
+from ksae.backends import triton
+from ksae.backends.product import Encode
+from ksae.backends.triton import Kernels
+
+from ..harness import costs
+from ..harness.measure import Times
+from . import rivals
+from .measure import CHUNK, Inputs, Shape, Timer, Way, add_rows, check
+from .report import Record
+
+
+def measure_select(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    i = Inputs(shape, timer.device, dtype)
+    for op, wide in (("select", dtype), ("select float32", torch.float32)):
+        _measure_select(record, timer, shape, op, (i.x[:CHUNK] @ i.W.T).to(wide))
+
+
+def _measure_select(record: Record, timer: Timer, shape: Shape, op: str, scores: Tensor) -> None:
+    k, portable = shape.k, Kernels()
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.topk(scores, k),
+        "Triton": lambda: portable.topk(scores, k),
+        "torch.topk": lambda: scores.topk(k),
+    }
+    want = scores.topk(k)[0]
+    for way in ("ksae", "Triton"):
+        got = lambda way=way: ways[way]()[0]
+        check(record, timer, f"{op} {shape.name} by {way}", got, want, 0)
+    cost = costs.topk(*scores.shape, k, scores.element_size())
+    add_rows(record, timer, shape, op, ways, cost)
+
+
+def measure_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """Product and selection: what serves, both ways, and torch's."""
+    i = Inputs(shape, timer.device, dtype)
+    tokens = (i.x, i.W, i.b_enc, shape.k)
+
+    def dense_encode() -> None:
+        for part in i.x.split(CHUNK):
+            torch.addmm(i.b_enc, part, i.W.T).topk(shape.k)
+
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.topk_encode(*tokens),
+        "fused Triton": lambda: Kernels().fused_topk_encode(*tokens),
+        "product + select": lambda: with_product().topk_encode(*tokens),
+        "product alone": i.product,
+        "cuBLAS + torch.topk": dense_encode,
+    }
+    for size in (32, 1024):  # MiB of scores at a time: what L2 holds, and full waves of rows
+        ways[f"product + select, {size} MiB"] = in_chunks(size, ways["product + select"])
+    for way in list(ways)[:3]:
+        got = lambda way=way: ways[way]()[0]
+        check(record, timer, f"encode {shape.name} by {way}", got, i.values, 1e-2)
+    cost = costs.topk_encode(shape.N, shape.d, shape.F, shape.k, i.x.element_size())
+    times = add_rows(record, timer, shape, "encode + select", ways, cost)
+    note_choice(record, timer.device, shape, dtype, "encode", times)
+
+
+def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """float32 weights: screened in bfloat16, and by float32 products."""
+    i = Inputs(shape, timer.device, torch.float32)
+    tokens = (i.x, i.W, i.b_enc, shape.k)
+    low_x, low_W = i.x.bfloat16(), i.W.bfloat16()
+    kept: list[Tensor] = []
+
+    def with_bf16_copy() -> tuple[Tensor, Tensor]:
+        """As in a training step, which writes the bf16 copy with the weights."""
+        kept.extend(() if kept else triton.bf16_copy(i.W))
+        return Kernels().fused_topk_encode(*tokens, None, None, *kept)
+
+    def low_product() -> None:
+        for part in low_x.split(CHUNK):
+            part @ low_W.T
+
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.topk_encode(*tokens),
+        "fused Triton": lambda: Kernels().fused_topk_encode(*tokens),
+        "product + select": lambda: with_product().topk_encode(*tokens),
+        "fused Triton, kept bf16 copy": with_bf16_copy,
+        "bf16 product alone": low_product,
+        "product alone": i.product,
+    }
+    for way in list(ways)[:3]:
+        got = lambda way=way: ways[way]()[0]
+        check(record, timer, f"encode float32 {shape.name} by {way}", got, i.values, 1e-5)
+    cost = costs.topk_encode(shape.N, shape.d, shape.F, shape.k, 4)
+    add_rows(record, timer, shape, "encode float32", ways, cost)
+
+
+def measure_grad_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    i, portable = Inputs(shape, timer.device, dtype), Kernels()
+    arguments = (i.x, i.x.flip(0), i.W, i.b_enc, i.W, shape.k, 0.5)
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.grad_topk_encode(*arguments),
+        "Triton": lambda: portable.grad_topk_encode(*arguments),
+        "fused Triton": lambda: portable.fused_grad_topk_encode(*arguments),
+        "products alone": lambda: (i.product(), i.product()),
+    }
+    cost = costs.grad_topk_encode(shape.N, shape.d, shape.F, shape.k, i.x.element_size())
+    add_rows(record, timer, shape, "grad encode + select", ways, cost)
+
+
+def measure_aux(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """A second selection, of AuxK's dead latents."""
+    i, portable = Inputs(shape, timer.device, dtype), Kernels()
+    tokens = (i.x, i.W, i.b_enc, shape.k)
+    dead = torch.arange(shape.F, device=timer.device) % 10 == 0
+    k_aux = min(shape.d, shape.F) // 2
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.topk_encode_aux(*tokens, k_aux, dead),
+        "Triton": lambda: portable.topk_encode_aux(*tokens, k_aux, dead),
+        "fused Triton": lambda: portable.fused_topk_encode_aux(*tokens, k_aux, dead),
+        "product + select": lambda: with_product().topk_encode_aux(*tokens, k_aux, dead),
+        "encoded twice": lambda: (
+            ops.topk_encode(*tokens),
+            ops.topk_encode(i.x, i.W, i.b_enc, k_aux, None, dead),
+        ),
+    }
+    cost = costs.topk_encode_aux(shape.N, shape.d, shape.F, shape.k, k_aux, i.x.element_size())
+    times = add_rows(record, timer, shape, "encode + AuxK", ways, cost)
+    note_choice(record, timer.device, shape, dtype, "aux", times)
+
+
+def in_chunks(mebibytes: int, way: Way) -> Way:
+    """The same, with so much memory for the scores of a chunk."""
+
+    def run() -> Any:
+        before, products.chunk_bytes = products.chunk_bytes, mebibytes << 20
+        try:
+            return way()
+        finally:
+            products.chunk_bytes = before
+
+    return run
+
+
+def with_product() -> Encode:
+    """Kernels that encode by torch's product."""
+    return gpu.cuda.kernels or Kernels()
+
+
+def note_choice(
+    record: Record,
+    device: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    what: str,
+    times: Mapping[str, Times],
+) -> None:
+    """The row for the table of python/ksae/gpu.py that these times give, once both are there."""
+    names = {"fused": "fused Triton", "product": "product + select"}
+    if not set(names.values()) <= times.keys():
+        return
+    ms = {way: times[name].median * 1e3 for way, name in names.items()}
+    found = record.data["choice"].get(shape.name, {}) | {what: ms}
+    if {"encode", "aux"} <= found.keys():
+        generation = gpu.generation(torch.device("cuda")) if device == "cuda" else "dry run"
+        said = f"{record.data['machine'].get('gpu')}, N={shape.N}, k={shape.k}, {dtype}: " + (
+            "; with AuxK ".join(
+                f"fused {found[of]['fused']:.4g} ms, product {found[of]['product']:.4g} ms"
+                for of in ("encode", "aux")
+            )
+        )
+        said += f"; {time.strftime('%Y-%m-%d')}"
+        way, aux = (min(found[of], key=found[of].__getitem__) for of in ("encode", "aux"))
+        found["row"] = repr(gpu.Row(generation, shape.d, shape.F, way, said, aux))
+    record.note("choice", **{shape.name: found})
+
+
+def measure_decode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """Reconstruction and residual, also of slots that AuxK has no latent for."""
+    i, portable = Inputs(shape, timer.device, dtype), Kernels()
+    s = i.x.element_size()
+    N, d, F, k = shape.N, shape.d, shape.F, shape.k
+    code: Any = (i.values, i.indices, i.W)
+    bag = torch.nn.functional.embedding_bag
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.sparse_decode(*code),
+        "Triton": lambda: portable.sparse_decode(*code),
+        "Triton gather": lambda: rivals.decode(*code),
+        "embedding_bag": lambda: bag(i.indices, i.W, mode="sum", per_sample_weights=i.values),
+    }
+    want = ways["embedding_bag"]()
+    for way in list(ways)[:3]:
+        check(record, timer, f"decode {shape.name} by {way}", ways[way], want, 1e-2)
+    cost, gathered = costs.sparse_decode(N, d, F, k, s), N * k * d * s
+    add_rows(record, timer, shape, "decode", ways, cost, gathered)
+
+    target = (i.b_dec, i.x, d)
+    ways = {
+        "ksae": lambda: ops.sparse_residual(*code, *target),
+        "Triton": lambda: portable.sparse_residual(*code, *target),
+    }
+    want = want.float() - i.x.float()
+    for way in ways:
+        got = lambda way=way: ways[way]()[0]
+        check(record, timer, f"residual {shape.name} by {way}", got, want, 1e-2)
+    cost = costs.sparse_residual(N, d, F, k, s)
+    add_rows(record, timer, shape, "residual", ways, cost, gathered)
+
+    k_aux = min(d, F) // 2  # slots of AuxK while nothing is dead
+    none = (torch.zeros(N, k_aux, device=i.x.device, dtype=i.dtype), i.indices.new_zeros(N, k_aux))
+    ways = {
+        name: lambda served=served: (
+            served.sparse_residual(*none, i.W, None, i.x, d),
+            served.group_by_latent(*none, F),
+        )
+        for name, served in (("ksae", ops), ("Triton", portable))
+    }
+    cost = costs.Cost(N * k_aux * (2 * s + 8) + N * d * (s + 4))
+    add_rows(record, timer, shape, "unused slots", ways, cost)
+
+
+def hot(indices: Tensor, latent: int) -> Tensor:
+    """The indices [N, k], with `latent` in each row."""
+    first = torch.where((indices == latent).any(1), indices[:, 0], latent)
+    return torch.cat([first[:, None], indices[:, 1:]], 1)
+
+
+def measure_latents(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """Grouping by latent and the passes over latents; once more with one latent in every token."""
+    i = Inputs(shape, timer.device, dtype)
+    _measure_latents(record, timer, i, i.indices, "")
+    _measure_latents(record, timer, i, hot(i.indices, shape.F // 2), ", hot latent")
+
+
+def _measure_latents(record: Record, timer: Timer, i: Inputs, indices: Tensor, case: str) -> None:
+    shape, s, portable = i.shape, i.x.element_size(), Kernels()
+    N, d, F, k = shape.N, shape.d, shape.F, shape.k
+    ways: dict[str, Way] = {
+        "ksae": lambda: ops.group_by_latent(i.values, indices, F),
+        "Triton": lambda: portable.group_by_latent(i.values, indices, F),
+        "stable sort": lambda: indices.reshape(-1).sort(stable=True),
+    }
+    groups = reference.group_by_latent(i.values, indices, F)
+    for way in ("ksae", "Triton"):
+        for part, want in enumerate(groups):
+            got = lambda way=way, part=part: ways[way]()[part]
+            check(record, timer, f"group{case} {shape.name} by {way}", got, want, 0)
+    add_rows(record, timer, shape, f"group{case}", ways, costs.group_by_latent(N, F, k, s))
+
+    ours, triton = (latent_pass(i, indices, groups, served) for served in (ops, portable))
+    what = f"latent pass{case} {shape.name} by Triton"
+    check(record, timer, what, lambda: triton() - i.W.float(), lambda: ours() - i.W.float(), 1e-2)
+    cost = costs.latent_sums(N, F, k, s) + costs.row_update(N, d, F, k, s, row=s)
+    cost += costs.row_update(N, d, F, k, s, coefficient=s)
+    ways = {"ksae": ours, "Triton": triton}
+    add_rows(record, timer, shape, f"latent pass{case}", ways, cost)
+
+
+def latent_pass(
+    i: Inputs, indices: Tensor, groups: tuple[Tensor, Tensor], served: Any
+) -> Callable[[], Tensor]:
+    """Gradients, projection, Adam and unit rows of both matrices, as `served` computes them; the
+    float32 W_dec."""
+    rows = i.W[indices[:, 0]].float()  # a residual's kind of numbers
+    error, grads = i.x.float() - rows, torch.where(i.values == 0, 0, i.values.float())
+    wide = torch.float32
+    masters = [None if i.dtype == wide else i.W.float() for _ in range(2)]
+    W_enc, W_dec = i.W.clone(), i.W.clone()
+    moments = [torch.zeros(i.W.shape, device=i.W.device, dtype=wide) for _ in range(4)]
+    hyper = torch.tensor([1e-4, 0.03, 0.9, 0.999, 1e-8, 1.0, 0.1, 0.001], device=i.W.device)
+    grad_b_dec = torch.empty(i.shape.d, device=i.W.device)
+    scale = torch.full((1,), 1e-6, device=i.W.device)
+    offsets, order = ([t] for t in groups)
+
+    def call() -> Any:
+        b_enc, along = served.latent_sums([i.values], [grads], offsets, order, scale)
+        encoder = ([grads], offsets, order, [i.x], scale, i.b_dec, None, b_enc, W_enc, masters[0])
+        served.row_update(*encoder, moments[0], moments[1], hyper, grad_b_dec, 0, False)
+        decoder = ([i.values], offsets, order, [error], scale, None, along, None, W_dec, masters[1])
+        served.row_update(*decoder, moments[2], moments[3], hyper, None, 0, True)
+        return W_dec if masters[1] is None else masters[1]
+
+    return call
+
+
+SECTIONS = {
+    "select": measure_select,
+    "encode": measure_encode,
+    "grad encode": measure_grad_encode,
+    "AuxK": measure_aux,
+    "encode float32": measure_screen,
+    "decode": measure_decode,
+    "latents": measure_latents,
+}

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that a GPU has to answer, in one command, offline, in under nine minutes.
+
+    python bench/gpu/run.py --out DIR
+
+builds the package for this GPU, runs the tests marked gpu, and measures ceilings, ops and whole
+steps. DIR/gpu_<name>_<date>.json and .md are written anew after each measurement, and the .log
+grows as things happen, so a run that is cut off loses only what it had not yet measured. What is
+measured runs in a process of its own: one that dies, or hangs, loses one section. Exits with 1 if
+something failed or was wrong. The package lands in build/gpu; the environment stays as it is.
+
+Timing: CUDA events around one call that was queued behind an idle kernel (so the host's time to
+launch does not count) after L2 was overwritten; the ways of one row take turns; median and
+quartiles. "wall" is the time of a step among steps as they are called, the host's time included.
+Data are normal, decoder rows of unit norm. `--dry-run` runs everything but the build and the tests
+on tiny shapes on the CPU, the Triton kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+try:
+    from .process import UNUSABLE, end_with_parent, run, supervise
+    from .report import Record, report
+except ImportError:  # run as a file, maybe before ksae is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from gpu.process import UNUSABLE, end_with_parent, run, supervise
+    from gpu.report import Record, report
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "build" / "gpu"  # where the build lands
+BUILD, TESTS, SANITIZER, SECTION = 240, 150, 60, 100  # seconds at most
+
+
+def cuda_tool(name: str) -> str | None:
+    """Path of a program of the CUDA toolkit."""
+    folders = [os.environ.get(n) for n in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{f}/bin" for f in folders if f)])
+    return shutil.which(name, path=path)
+
+
+def build(record: Record, log: Path, capability: tuple[int, int]) -> bool:
+    """The package in build/gpu: with CUDA kernels, or else without. False: there is none."""
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
+    pip += ["--no-index", "--upgrade", "--target", str(PACKAGE), str(ROOT)]
+    architecture = f"{capability[0]}{capability[1]}-real"
+    options = {"CMAKE_CUDA_ARCHITECTURES": architecture, "PYTHONSAFEPATH": "1"}
+    nvcc = cuda_tool(os.environ.get("CUDACXX", "nvcc"))
+    if nvcc is None:
+        record.problem("no nvcc: built without the CUDA kernels")
+    for cuda in ("1", "0") if nvcc else ("0",):
+        start = time.monotonic()
+        options |= {"KSAE_CUDA": cuda, "CUDACXX": nvcc or ""}
+        status, out = run(pip, min(BUILD, record.left()), log, **options)
+        took = round(time.monotonic() - start, 1)
+        record.note("build", status=status, seconds=took, architecture=architecture, cuda=cuda)
+        if status == 0:
+            return True
+        record.note("build", tail=out[-3000:])
+        record.problem(f"the build with KSAE_CUDA={cuda} ended with {status}")
+    return False
+
+
+def marked() -> list[str]:
+    """The files with tests marked gpu. Others may need what is not installed here."""
+    marks = re.compile(r"pytest\.mark\.gpu|import .*(EVERY|ON_CUDA)")
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(p) for p in files if marks.search(p.read_text())]
+
+
+def tests(record: Record, log: Path, environment: dict[str, str]) -> None:
+    """The tests marked gpu; on many cores, for Triton compiles hundreds of kernels for them."""
+    pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rN", "-p", "no:cacheprovider"]
+    pytest += ["--tb=short", "-p", "gpu.plugin", "-c", str(ROOT / "pyproject.toml"), *marked()]
+    cores = len(os.sched_getaffinity(0))
+    if importlib.util.find_spec("xdist") and cores > 2:
+        pytest += ["-n", str(min(cores - 2, 12))]
+    if importlib.util.find_spec("pytest_timeout"):  # a kernel that hangs is one test
+        pytest += ["--timeout", "90", "--timeout-method", "thread"]
+    paths = os.pathsep.join([environment["PYTHONPATH"], str(Path(__file__).parents[1])])
+    options = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    status, out = run(pytest, min(TESTS, record.left()), log, **options)
+    failed = sorted(set(re.findall(r"^FAILED (.*)$", out, re.MULTILINE)))
+    passed = len(re.findall(r"\bPASSED\b", out))
+    record.note("tests", pytest=status, passed=passed, failed=failed[:100], tail=out[-1000:])
+    if status:
+        first = f", the first {failed[0]}" if failed else ""
+        what = f"the tests marked gpu ended with {status}"
+        record.problem(f"{what}: {passed} passed, {len(failed)} failed{first}")
+
+
+def sanitize(record: Record, log: Path, environment: dict[str, str]) -> None:
+    """compute-sanitizer, where it is installed, on each op once."""
+    sanitizer = cuda_tool("compute-sanitizer")
+    for tool in ("memcheck", "racecheck"):
+        if sanitizer is None:
+            record.note("tests", **{tool: "compute-sanitizer is not installed"})
+            continue
+        if record.left() < SANITIZER:
+            record.problem(f"no time for {tool}")
+            continue
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *this(), "--smoke"]
+        status, out = run(command, SANITIZER, log, **environment)
+        record.note("tests", **{tool: status, f"{tool}_tail": out[-1000:]})
+        if status:
+            record.problem(f"compute-sanitizer's {tool} ended with {status}")
+
+
+def this() -> list[str]:
+    """The command that runs this file."""
+    if __package__:
+        return [sys.executable, "-m", f"{__package__}.run"]
+    return [sys.executable, str(Path(__file__))]
+
+
+def smoke(device: str) -> None:
+    """Each op once on a small shape, for compute-sanitizer."""
+    import torch
+
+    from ksae import ops, reference
+    from ksae.backends.triton import Kernels
+    from ksae.bench.gpu.measure import Inputs, Shape
+    from ksae.bench.gpu.ops import latent_pass
+
+    N, d, F, k = (33, 72, 1100, 9) if device == "cuda" else (5, 24, 140, 4)
+    dead = torch.arange(F, device=device) % 10 == 0
+    for dtype in (torch.float32, torch.bfloat16):
+        i = Inputs(Shape("smoke", N, d, F, k), device, dtype)
+        values, indices = reference.topk_encode(i.x, i.W, i.b_enc, k)
+        for encode in (ops.topk_encode, Kernels().fused_topk_encode):
+            got = encode(i.x, i.W, i.b_enc, k)
+            same = float((indices == got[1]).float().mean())
+            assert same > 0.9 and torch.allclose(values.float(), got[0].float(), atol=0.05), same
+        ops.topk_encode_aux(i.x, i.W, i.b_enc, k, 2 * k, dead, None, i.x.flip(0), i.W, 0.5)
+        error, _, _ = ops.sparse_residual(values, indices, i.W, i.b_dec, i.x, d)
+        ops.sparse_decode_backward_values(error.to(dtype), indices, i.W)
+        ops.sparse_decode_backward_weight(error.to(dtype), values, indices, F)
+        latent_pass(i, indices, ops.group_by_latent(values, indices, F), ops)()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+NAMES = ("select", "encode", "decode", "latents", "step", "AuxK", "grad encode", "encode float32")
+
+
+def sections(shapes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of what is measured, most wanted first, and of what comes after the sanitizer."""
+    small = [f"{name} {shape}" for shape in shapes[:2] for name in NAMES]
+    steps = [f"step {shape}" for shape in shapes[2:]]
+    rest = [n for n in NAMES if n not in ("step", "encode float32")]
+    return ["ceilings", *small, *steps], [f"{n} {shape}" for shape in shapes[2:] for n in rest]
+
+
+def measure(record: Record, names: Sequence[str], dry: bool) -> int:
+    """Measures sections in this process. Not 0: the device is lost, and the rest is to do."""
+    import torch
+
+    from ksae.bench.gpu import measure as measuring
+    from ksae.bench.gpu import ops, steps
+    from ksae.bench.gpu.measure import SHAPES, TINY, Timer
+
+    device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
+    timer = Timer(device, 12)
+    shapes = {shape.name: shape for shape in (TINY if dry else SHAPES)}
+    for name in names:
+        if record.left() < 20:
+            record.problem(f"no time for {name}")
+            continue
+        record.begin(name)
+        what, _, shape = name.rpartition(" ")
+        call: Callable[[], None]
+        if name == "ceilings":
+            call = functools.partial(measuring.measure_ceilings, record, timer, dry)
+        else:
+            work = ops.SECTIONS | {"step": steps.measure_step}
+            call = functools.partial(work[what], record, timer, shapes[shape], dtype)
+        try:
+            call()
+        except Exception as error:  # the rest can still be measured
+            record.problem(f"{name}: {type(error).__name__}: {str(error)[:500]}")
+        gc.collect()
+        if not dry:
+            try:
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                return UNUSABLE
+    return 0
+
+
+def everything(record: Record, dry: bool, installed: bool) -> None:
+    log = record.base.with_name(record.base.name + ".log")
+    environment = {}
+    if not dry and not installed:
+        import torch
+
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        capability = torch.cuda.get_device_capability()
+        if not build(record, log, capability):
+            return
+        tests(record, log, environment)
+    small, large = sections(("B", "A") if dry else ("B", "A", "B-65536", "A-65536"))
+
+    def command(names: Sequence[str]) -> Sequence[str]:
+        options = ["--into", str(record.path), "--sections", ",".join(names)]
+        return [*this(), *options, *(["--dry-run"] if dry else [])]
+
+    supervise(record, small, command, log, SECTION, **environment)
+    if not dry and not installed:
+        sanitize(record, log, environment)
+    supervise(record, large, command, log, SECTION, **environment)
+    record.data["finished"] = True
+    record.save()
+
+
+def describe(record: Record, dry: bool) -> None:
+    """What serves here, as the package says it that is measured."""
+    import torch
+
+    from ksae import ops
+    from ksae.backends import cuda
+    from ksae.bench.harness import measure
+
+    record.note("machine", **measure.machine(data="normal"), cuda=str(torch.version.cuda))
+    package = str(Path(cuda.__file__).parent)
+    record.note("machine", serving=json.dumps(ops.serving()), package=package)
+    if not dry and cuda.kernels is None:
+        record.problem(f"the CUDA kernels do not serve: {cuda.reason}")
+
+
+def interpret() -> None:
+    """Triton's interpreter, from its import on."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    if (ROOT / "tests" / "helpers" / "triton_sort.py").exists():  # in the repository: it is faster
+        sys.path.insert(0, str(ROOT / "tests" / "helpers"))
+        import triton_sort
+
+        triton_sort.tl.sort = triton_sort.numpy_sort
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of all together")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--installed", action="store_true", help="measure: no build, no tests")
+    parser.add_argument("--smoke", action="store_true", help="each op once, and no results")
+    parser.add_argument("--sections", help=argparse.SUPPRESS)  # of the process that measures
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    dry = arguments.dry_run
+    if dry:
+        interpret()
+    if arguments.sections:
+        end_with_parent()
+        record = Record.resume(arguments.into)
+        if "serving" not in record.data["machine"]:
+            describe(record, dry)
+        return measure(record, arguments.sections.split(","), dry)
+    if arguments.smoke:
+        smoke("cpu" if dry else "cuda")
+        return 0
+    if arguments.out is None:
+        parser.error("--out DIR is needed")
+    import torch
+
+    if not dry and not torch.cuda.is_available():
+        parser.error("no CUDA device that torch can use; --dry-run works without one")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and what was started ends as well
+    gpu = "dry-run" if dry else torch.cuda.get_device_name()
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    record = Record(arguments.out, name, arguments.minutes)
+    record.note("machine", gpu=gpu)
+    if smi := None if dry else shutil.which("nvidia-smi"):
+        facts = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        query = [smi, f"--query-gpu={facts}", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        record.note("machine", **{facts: done.stdout.strip()})
+    everything(record, dry, arguments.installed)
+    print(report(record.data))
+    return 1 if record.data["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole training steps on a GPU: time and memory of ksae's and its rivals', for gpu/run.py."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from ksae.coders import TopKSAE
+from ksae.step.train_step import TrainStep
+
+from ..harness import costs
+from . import rivals
+from .measure import Inputs, Shape, Timer, Way, add_rows, memory
+from .report import Record
+
+LR = 1e-3
+
+
+def measure_step(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """Each contestant alone, for memory, with the encoder's product between its steps."""
+    N, d, F, k = shape.N, shape.d, shape.F, shape.k
+    inputs = Inputs(shape, timer.device, dtype)
+
+    def ours(auxk: bool = True, **options: Any) -> Way:
+        alpha = {} if auxk else {"auxk_alpha": 0.0}
+        model = TopKSAE(d, F, k, dtype=dtype, device=timer.device, **alpha)
+        with torch.no_grad():
+            for p, start in ((model.W_enc, inputs.W), (model.W_dec, inputs.W)):
+                p.copy_(start)
+            model.b_enc.zero_(), model.b_dec.zero_()
+        step = TrainStep(model, lr=LR, **options)
+        return lambda: step(inputs.x)["loss"]
+
+    contestants = {
+        "ksae": ours,
+        "ksae in a CUDA graph": lambda: Recorded(ours(), timer.device),
+        "ksae without AuxK": lambda: ours(auxk=False),  # as the rivals are
+        "ksae, bfloat16 moments": lambda: ours(moments="bfloat16"),
+        "Triton decoder": lambda: partial_step(rivals.Triton(inputs.W, k, dtype, LR), inputs.x),
+        "dense torch": lambda: partial_step(rivals.Dense(inputs.W, k, dtype, LR), inputs.x),
+    }
+    if dtype != torch.bfloat16:
+        del contestants["ksae, bfloat16 moments"]
+    cost = sum(costs.train_step(N, d, F, k, inputs.x.element_size()).values(), costs.Cost())
+    first = None
+    for name, make in contestants.items():
+        if record.left() < 20:
+            record.problem(f"no time for step {shape.name} of {name}")
+            return
+        step = None
+        try:
+            step = make()
+            step()
+            step()
+            before = memory(reset=True)
+            loss = float(step())  # of the third step: gradients and Adam are in it
+            extra = memory() - before
+            first = loss if first is None else first
+            near = 0.05 if "moments" in name else 0.005  # these are rounded stochastically
+            if not abs(loss - first) <= near * abs(first):
+                record.problem(f"step {shape.name} of {name}: loss {loss:.5g}, ksae's {first:.5g}")
+            ways = {name: step, "product alone": inputs.product}
+            times = add_rows(record, timer, shape, "step", ways, cost)
+            rows = record.data["rows"]
+            rows[:] = [r for r in rows if (r["op"], r["way"]) != ("step", "product alone")]
+            if {name, "product alone"} <= times.keys():
+                ratio = times[name].median / times["product alone"].median
+                more = {"products": ratio, "extra_bytes": extra, "loss": loss}
+                rows[-1] |= more | {"wall": timer.wall(step)}
+                record.save()
+        except Exception as error:  # the others can still be measured
+            why = f"{type(error).__name__}: {str(error)[:300]}"
+            record.row(shape=shape.name, op="step", way=name, note=why)
+            if not isinstance(error, torch.OutOfMemoryError):
+                record.problem(f"step {shape.name} of {name}: {why}")
+            del error
+            timer.wait()  # raises where the device does not survive it
+        del step
+        gc.collect()
+        if timer.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Recorded:
+    """A step that is recorded in a CUDA graph at its third call and replayed from then on."""
+
+    def __init__(self, step: Way, device: str) -> None:
+        self.step, self.calls, self.loss = step, 0, None
+        self.graph = torch.cuda.CUDAGraph() if device == "cuda" else None
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        if self.graph is None:
+            return self.step()
+        if self.calls <= 2:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                loss = self.step()
+            torch.cuda.current_stream().wait_stream(side)
+            return loss
+        if self.loss is None:
+            with torch.cuda.graph(self.graph):
+                self.loss = self.step()
+        self.graph.replay()
+        return self.loss
+
+
+def partial_step(rival: Any, x: Any) -> Way:
+    return lambda: rival.step(x)

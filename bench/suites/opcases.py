@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each op is timed on: its arguments, its cost, and torch's ways of doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nn
+
+from ksae import ops
+
+from ..harness import costs, data
+from ..harness.costs import Cost
+
+HYPER = [1e-2, 0.001**0.5, 0.9, 0.999, 1e-8, 1.0, 0.1, 0.001]  # as row_update takes them, step 1
+BETA = 0.5  # of grad_topk_encode, times the norm of the gradient
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Call = Callable[[], Any]
+
+
+@dataclass
+class Problem:
+    """One op at one shape.
+
+    `make(module)` gives the call of ksae.reference or ksae.ops, with state of its own; `torchs` are
+    torch's ways by name, each with the same result; parts are not rivals: nothing compares them.
+    """
+
+    op: str
+    mode: str
+    cost: Cost
+    make: Callable[[Any], Call]
+    torchs: dict[str, Call] = field(default_factory=dict)
+    parts: dict[str, Call] = field(default_factory=dict)
+    check: Callable[[Any], list[Tensor]] = lambda result: [result]
+    dense_product: bool = False  # flops at the rate of a product, not of a gather
+    exchanges: bool = False  # near ties of a score may be decided either way
+
+
+class Case:
+    """One shape and dtype: a batch, weights, and the code of the batch."""
+
+    def __init__(
+        self, N: int, d: int, F: int, k: int, name: str, kind: str, device: str = "cpu"
+    ) -> None:
+        self.N, self.d, self.F, self.k, self.name = N, d, F, k, name
+        self.key = (N, d, F, k)
+        self.dtype = DTYPES[name]
+        start = {n: t.to(device, self.dtype) for n, t in data.initial_weights(F, d).items()}
+        self.W, self.b_enc, self.b_dec = start["W_enc"], start["b_enc"], start["b_dec"]
+        self.x = data.batches(kind, N, d, 1)[0].to(device, self.dtype)
+        generator = torch.Generator().manual_seed(2)
+        self.grad = torch.randn(N, d, generator=generator).to(device, self.dtype)
+        self.values, self.indices = ops.topk_encode(self.x, self.W, self.b_enc, k, self.b_dec)
+        # torch accumulates some of its ways in the storage dtype
+        self.tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        # In the mean: one in ten thousand of the selected exchanged for another, one in any case.
+        self.exchanged = self.tolerance + (2 * max(1e-4, 1 / (N * k))) ** 0.5
+        self.residual, _, self.grads = ops.sparse_residual(
+            self.values, self.indices, self.W, self.b_dec, self.x, d
+        )
+        self.offsets, self.order = ops.group_by_latent(self.values, self.indices, F)
+        self.scale = 2 / self.x.float().square().sum().reshape(1)  # [1]
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {"N": self.N, "d": self.d, "F": self.F, "k": self.k}
+
+    def __str__(self) -> str:
+        return f"N={self.N} d={self.d} F={self.F} k={self.k} {self.name}"
+
+    def dense_code(self) -> Tensor:
+        """[N, F]"""
+        code = self.values.new_zeros(self.N, self.F)
+        dense: Tensor = code.scatter_(1, self.indices, self.values)
+        return dense
+
+    def scores(self) -> Tensor:
+        """[N, F], as torch stores them."""
+        return nn.linear(self.x - self.b_dec, self.W, self.b_enc)
+
+    def index_add(self) -> tuple[Tensor, Tensor]:
+        """Gradient of the decoder and sum of the values, as one writes them in torch."""
+        contributions = self.values[:, :, None] * self.grad[:, None, :]  # [N, k, d]
+        flat = self.indices.reshape(-1)
+        grad_W = torch.zeros_like(self.W)
+        grad_W.index_add_(0, flat, contributions.reshape(-1, self.d))
+        value_sum = self.values.new_zeros(self.F)
+        return grad_W, value_sum.index_add_(0, flat, self.values.reshape(-1))
+
+    def sort_by_latent(self) -> tuple[Tensor, Tensor]:
+        """Offsets and order of the entries with a value; the others count for a latent F."""
+        latent = torch.where(self.values != 0, self.indices, self.F).reshape(-1)
+        sorted_, order = latent.sort(stable=True)
+        bounds = torch.arange(self.F + 1, device=latent.device)
+        return torch.searchsorted(sorted_, bounds), order
+
+
+def problems(case: Case, modes: tuple[str, ...] = ("forward", "backward")) -> Iterator[Problem]:
+    """All ops at one shape and dtype, made one after the other."""
+    if "forward" in modes:
+        yield from _forward(case)
+        yield from _step_ops(case)
+    if "backward" in modes:
+        yield from _backward(case)
+
+
+def _forward(case: Case) -> Iterator[Problem]:
+    N, d, F, k, s = case.N, case.d, case.F, case.k, case.dtype.itemsize
+    x, W, b_enc, b_dec = case.x, case.W, case.b_enc, case.b_dec
+    values, indices, grad = case.values, case.indices, case.grad
+    u = case.scores()  # [N, F]
+    yield Problem(
+        "topk",
+        "forward",
+        costs.topk(N, F, k, s),
+        lambda impl: partial(impl.topk, u, k),
+        {"torch.topk": lambda: u.topk(k)},
+        check=lambda r: [r[0]],
+    )
+    yield Problem(
+        "topk_encode",
+        "forward",
+        costs.topk_encode(N, d, F, k, s),
+        lambda impl: partial(impl.topk_encode, x, W, b_enc, k, b_dec),
+        {"F.linear + topk": lambda: case.scores().topk(k)},
+        {"F.linear alone": case.scores},
+        check=lambda r: [r[0].relu()],
+        dense_product=True,
+    )
+    informed = nn.normalize(grad.float()).to(grad)  # rows of length 1: beta is beta |g|
+
+    def dense_scores() -> tuple[Tensor, Tensor]:
+        z = case.scores().relu()
+        indices = (z * (1 + BETA * (informed @ W.T).abs())).topk(k).indices
+        return z.gather(1, indices), indices
+
+    yield Problem(
+        "grad_topk_encode",
+        "forward",
+        costs.grad_topk_encode(N, d, F, k, s),
+        lambda impl: partial(
+            impl.grad_topk_encode, x, informed, W, b_enc, W, k, BETA, "additive", b_dec
+        ),
+        {"two F.linear + topk": dense_scores},
+        check=lambda r: [r[0].sort(1).values],  # near-ties of the score come in another order
+        dense_product=True,
+        exchanges=True,
+    )
+    dead = torch.arange(F, device=x.device) % 10 == 0
+    k_aux = min(d // 2, int(dead.sum()))
+
+    def dense_selections() -> tuple[Tensor, ...]:
+        z = case.scores()
+        return (*z.topk(k), *z.where(dead, -torch.inf).topk(k_aux))
+
+    yield Problem(
+        "topk_encode_aux",
+        "forward",
+        costs.topk_encode_aux(N, d, F, k, k_aux, s),
+        lambda impl: partial(impl.topk_encode_aux, x, W, b_enc, k, k_aux, dead, b_dec),
+        {"F.linear + two topk": dense_selections},
+        check=lambda r: [r[0].relu(), r[2].relu()],
+        dense_product=True,
+    )
+    yield Problem(
+        "sparse_decode",
+        "forward",
+        costs.sparse_decode(N, d, F, k, s),
+        lambda impl: partial(impl.sparse_decode, values, indices, W, b_dec),
+        {
+            "embedding_bag": lambda: (
+                b_dec + nn.embedding_bag(indices, W, per_sample_weights=values, mode="sum")
+            ),
+            "dense matmul": lambda: b_dec + case.dense_code() @ W,
+        },
+    )
+    yield Problem(
+        "sparse_decode_backward_values",
+        "forward",
+        costs.backward_values(N, d, F, k, s),
+        lambda impl: partial(impl.sparse_decode_backward_values, grad, indices, W),
+        {
+            "gather + bmm": lambda: torch.bmm(W[indices], grad[:, :, None])[:, :, 0],
+            "dense matmul": lambda: (grad @ W.T).gather(1, indices),
+        },
+    )
+    yield Problem(
+        "sparse_decode_backward_weight",
+        "forward",
+        costs.backward_weight(N, d, F, k, s),
+        lambda impl: partial(impl.sparse_decode_backward_weight, grad, values, indices, F),
+        {"index_add_": case.index_add, "dense matmul": lambda: (case.dense_code().T @ grad,)},
+        check=lambda r: [r[0]],
+    )
+
+
+def _step_ops(case: Case) -> Iterator[Problem]:
+    """What only the fused training step calls."""
+    N, d, F, k, s = case.N, case.d, case.F, case.k, case.dtype.itemsize
+    values, indices, grads = case.values, case.indices, case.grads
+    code = (values, indices, case.W, case.b_dec, case.x)
+    lists = ([case.offsets], [case.order])
+    encoder = ([grads], *lists, [case.x], case.scale, case.b_dec)
+    yield Problem(
+        "group_by_latent",
+        "forward",
+        costs.group_by_latent(N, F, k, s),
+        lambda impl: partial(impl.group_by_latent, values, indices, F),
+        {"stable sort": case.sort_by_latent},
+        check=lambda r: [r[0]],
+    )
+    yield Problem(
+        "sparse_residual",
+        "forward",
+        costs.sparse_residual(N, d, F, k, s),
+        lambda impl: partial(impl.sparse_residual, *code, d),
+        check=list,
+    )
+    yield Problem(
+        "sparse_residual_slice",
+        "forward",
+        costs.residual_slice(N, d, F, k, d // 2, s),
+        lambda impl: partial(impl.sparse_residual_slice, *code, 0, d // 2),
+    )
+    yield Problem(
+        "latent_sums",
+        "forward",
+        costs.latent_sums(N, F, k, s),
+        lambda impl: partial(impl.latent_sums, [values], [grads], *lists, case.scale),
+        check=list,
+    )
+    yield Problem(
+        "row_grad_sq",
+        "forward",
+        costs.row_grad_sq(N, d, F, k, s),
+        lambda impl: partial(impl.row_grad_sq, *encoder, None, case.W, 0),
+    )
+    along = ops.latent_sums([values], [grads], *lists, case.scale)[1]
+    decoder = ([values], *lists, [case.residual], case.scale, None)
+    yield Problem(
+        "row_update",
+        "forward",
+        costs.row_update(N, d, F, k, s, coefficient=s),
+        lambda impl: _update(case, impl, decoder, along),
+        {"index_add_, fused Adam": _torch_update(case)} if s == 4 else {},
+    )
+    yield from _small(case)
+
+
+def _small(case: Case) -> Iterator[Problem]:
+    """What else a step does: the numbers of its loss and of Adam, and the update of a bias."""
+    N, d, s, x = case.N, case.d, case.dtype.itemsize, case.x
+    device = x.device
+    loss, lr, t = (torch.tensor(v, device=device, dtype=torch.float64) for v in (0.5, 1e-3, 0.0))
+    constants = torch.tensor([0.9, 0.999, 1e-8], device=device, dtype=torch.float64)
+    terms = ([case.residual.double().square().sum(1)], [ops.total_variance(x)], [1.0])
+    yield Problem(
+        "total_variance",
+        "forward",
+        costs.total_variance(N, d, s),
+        lambda impl: partial(impl.total_variance, x),
+        {"torch.var": lambda: N * x.float().var(0, correction=0).sum()},
+    )
+    yield Problem(
+        "loss_terms",
+        "forward",
+        costs.loss_terms(N),
+        lambda impl: partial(impl.loss_terms, *terms),
+        check=list,
+    )
+    scalars = (loss.float(), None, None, case.scale, lr, t, constants)
+    yield Problem(
+        "adam_scalars",
+        "forward",
+        costs.adam_scalars(),
+        lambda impl: partial(impl.adam_scalars, *scalars),
+        check=lambda r: [r[0], r[2]],
+    )
+    yield Problem(
+        "vector_update",
+        "forward",
+        costs.vector_update(case.F, s),
+        lambda impl: _vector_update(case, impl),
+    )
+
+
+def _vector_update(case: Case, impl: Any) -> Call:
+    """b_enc's update, on a bias and moments of its own."""
+    p = case.b_enc.clone()
+    master = None if case.dtype == torch.float32 else p.float()
+    m, v = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
+    hyper, taken = torch.tensor(HYPER, device=p.device), torch.tensor(True, device=p.device)
+    grad = case.W[:, 0].float()
+
+    def call() -> Tensor:
+        impl.vector_update([grad], None, None, taken, hyper, p, master, m, v)
+        return p
+
+    return call
+
+
+def _update(case: Case, impl: Any, lists: tuple[Any, ...], along: Tensor) -> Call:
+    """The decoder's update on weights and moments of its own."""
+    W = case.W.clone()
+    master = None if case.dtype == torch.float32 else W.float()
+    m, v = (torch.zeros_like(W, dtype=torch.float32) for _ in range(2))
+    hyper = torch.tensor(HYPER, device=W.device)
+
+    def call() -> Tensor:
+        impl.row_update(*lists, along, None, W, master, m, v, hyper, None, 0, True)
+        return W
+
+    return call
+
+
+def _torch_update(case: Case) -> Call:
+    """The same in torch: index_add_, projection, Adam(fused=True), unit rows."""
+    flat = case.indices.reshape(-1)
+    state: list[Any] = []
+
+    def call() -> Tensor:
+        if not state:  # made at the first call: most of the time nobody asks
+            W = torch.nn.Parameter(case.W.clone())
+            state.extend([W, torch.optim.Adam([W], lr=1e-3, fused=True)])
+        W, adam = state
+        rows = case.values[:, :, None] * (case.scale * case.residual)[:, None, :]  # [N, k, d]
+        W.grad = torch.zeros_like(W).index_add_(0, flat, rows.reshape(-1, case.d))
+        W.grad -= (W.grad * W).sum(1, keepdim=True) * W
+        adam.step()
+        with torch.no_grad():
+            W.div_(W.norm(dim=1, keepdim=True))
+        result: Tensor = W.detach()
+        return result
+
+    return call
+
+
+def _backward(case: Case) -> Iterator[Problem]:
+    """Autograd of the three ops that users call, from the same output gradients."""
+    N, d, F, k, s = case.N, case.d, case.F, case.k, case.dtype.itemsize
+    u = case.scores()
+    yield Problem(
+        "topk",
+        "backward",
+        costs.topk_backward(N, F, k, s),
+        _autograd(lambda impl, a: impl.topk(a, k)[0], u),
+        {"torch.topk": _autograd(lambda _, a: a.topk(k)[0], u)(None)},
+        check=lambda r: [r[0].sort(1).values],  # of equal scores torch takes others
+    )
+
+    def encode(impl: Any, x: Tensor, W: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+        out: Tensor = impl.topk_encode(x, W, b_enc, k, b_dec)[0]
+        return out
+
+    def linear(_: Any, x: Tensor, W: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+        return nn.linear(x - b_dec, W, b_enc).topk(k)[0].relu()
+
+    inputs = (case.x, case.W, case.b_enc, case.b_dec)
+    yield Problem(
+        "topk_encode",
+        "backward",
+        costs.topk_encode_backward(N, d, F, k, s),
+        _autograd(encode, *inputs),
+        {"F.linear + topk": _autograd(linear, *inputs)(None)},
+        # of scores that round alike they take others, which moves single rows of the gradient
+        check=lambda r: [g.norm() for g in r],
+        exchanges=True,
+    )
+
+    def decode(impl: Any, values: Tensor, W: Tensor, b_dec: Tensor) -> Tensor:
+        out: Tensor = impl.sparse_decode(values, case.indices, W, b_dec)
+        return out
+
+    def bag(_: Any, values: Tensor, W: Tensor, b_dec: Tensor) -> Tensor:
+        return b_dec + nn.embedding_bag(case.indices, W, per_sample_weights=values, mode="sum")
+
+    inputs_ = (case.values, case.W, case.b_dec)
+    yield Problem(
+        "sparse_decode",
+        "backward",
+        costs.backward_values(N, d, F, k, s) + costs.backward_weight(N, d, F, k, s),
+        _autograd(decode, *inputs_),
+        {"embedding_bag": _autograd(bag, *inputs_)(None)},
+        check=list,
+    )
+
+
+def _autograd(function: Callable[..., Tensor], *inputs: Tensor) -> Callable[[Any], Call]:
+    """make(module): gradients of `function` for its inputs, of a graph built at the first call."""
+
+    def make(impl: Any) -> Call:
+        graph: list[Any] = []
+
+        def call() -> tuple[Tensor, ...]:
+            if not graph:
+                leaves = [t.detach().clone().requires_grad_() for t in inputs]
+                with torch.enable_grad():
+                    out = function(impl, *leaves)
+                generator = torch.Generator().manual_seed(3)
+                grad = torch.randn(out.shape, generator=generator).to(out)
+                graph.extend([out, leaves, grad])
+            out, leaves, grad = graph
+            grads: tuple[Tensor, ...] = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+            return grads
+
+        return call
+
+    return make
