@@ -384,7 +384,8 @@ def row_update(
     update_kernel[(F,)](
         *groups.arguments, scales, W if centre is None else centre,
         scales if grad_dot_w is None else grad_dot_w, W, W if master is None else master, m, v,
-        hyper, W_bf16, norms, F, d, groups.columns, start, GROUPS=groups.count, CENTRE=centre is not None,
+        hyper, W_bf16, norms, F, d, groups.columns, start, GROUPS=groups.count,
+        CENTRE=centre is not None,
         PROJECT=grad_dot_w is not None, FIRST=start == 0, MASTER=master is not None,
         NORMALIZE=normalize, WHOLE=groups.columns == d, CUT=CUT, BLOCK=block, BLOCK_D=block_d,
         num_warps=warps(block_d), **registers(REGISTERS),

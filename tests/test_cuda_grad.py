@@ -19,7 +19,7 @@ from test_grad_encode import (  # noqa: F401  (collected here with the `impl` ab
 
 from ksae import reference
 from ksae.backends import product as products
-from ksae.ops.checks import MODES
+from ksae.ops import MODES
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 import ksae
 from ksae import reference
 from ksae.backends import product as products
-from ksae.ops.checks import MODES
+from ksae.ops import MODES
 
 N, D, F, K, K_AUX = 11, 17, 130, 9, 20
 

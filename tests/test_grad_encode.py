@@ -17,7 +17,7 @@ from torch import Tensor
 
 import ksae
 from ksae import ops, reference
-from ksae.ops.checks import MODES
+from ksae.ops import MODES
 
 Shape = tuple[int, int, int, int]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-d{}-F{}-k{}".format(*s))

@@ -9,7 +9,7 @@ import torch
 from triton_process import report
 
 from ksae.kernels import encode, grad_encode
-from ksae.ops.checks import MODES
+from ksae.ops import MODES
 
 TOPK = (
     "random", "no row", "one row", "k is F", "half", "bf16", "two tiles of rows", "sampled",

@@ -21,12 +21,12 @@ import test_contracts
 import torch
 from cases import NAMES
 
-from ksae import ops, reference
+from ksae import reference
 from ksae.backends import cpu as native
 from ksae.backends import cuda
 from ksae.backends import serving as gpu
 from ksae.backends.triton import Kernels
-from ksae.ops import checks
+from ksae.ops import register
 
 TESTS = Path(__file__).parent
 CASES = (TESTS / "triton_ops_cases.py", TESTS / "triton_step_cases.py")
@@ -206,7 +206,7 @@ def test_bad_arguments(
     """One message, whichever implementation would have served the call."""
     name, position, value = call
     function = getattr(IMPLEMENTATIONS[implementation], name, getattr(reference, name))
-    kernel = ops._kernel(name, getattr(checks, name), function, native_=True)
+    kernel = register.kernel(name, function, native_=True)
     args = list(test_contracts.arguments(name, torch.float32))
     args[position] = value(args[position]) if callable(value) else value
     with pytest.raises(error, match=re.escape(message)):

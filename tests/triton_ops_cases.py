@@ -53,11 +53,11 @@ from test_small_ops import (  # noqa: F401  (collected here with the `impl` belo
 )
 from triton_sort import numpy_sort
 
-from ksae import ops, reference
+from ksae import reference
 from ksae.backends import product as products
 from ksae.backends.triton import Kernels
 from ksae.kernels import gate, select
-from ksae.ops import checks
+from ksae.ops import register
 
 T32, B16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -367,7 +367,7 @@ def test_bad_arguments(
     """The message of every other implementation."""
     name, position, value = call
     served = getattr(Fused() if way == "fused" else impl, name)
-    kernel = ops._kernel(name, getattr(checks, name), served, native_=True)
+    kernel = register.kernel(name, served, native_=True)
     args = list(test_contracts.arguments(name, torch.float32))
     args[position] = value(args[position]) if callable(value) else value
     with pytest.raises(error, match=re.escape(message)):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from .. import functional, ops
-from ..ops.checks import FLOATS, accumulator
+from ..ops import FLOATS, accumulator
 from .terms import LOSSES, squared_error, total_variance
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional
-from ..ops import checks
-from ..ops.checks import accumulator
+from .. import functional, ops
+from ..ops import accumulator
 from .coder import SparseCoder, TopKSAE, Transcoder
 
 GRAD_NORMS = ("none", "unit", "rms", "sqrt_d")
@@ -30,9 +29,9 @@ class GradSelection(SparseCoder):
 
     def _select_by(self, beta: float, mode: str, grad_norm: str) -> None:
         name = type(self).__name__
-        checks.score(name, beta, mode)
+        ops.score(name, beta, mode)
         if grad_norm not in GRAD_NORMS:
-            raise checks.fail(name, "grad_norm", f"one of {', '.join(GRAD_NORMS)}", repr(grad_norm))
+            raise ops.fail(name, "grad_norm", f"one of {', '.join(GRAD_NORMS)}", repr(grad_norm))
         self.beta, self.mode, self.grad_norm = float(beta), mode, grad_norm
         self._seen_gradient = False
         if grad_norm == "rms":

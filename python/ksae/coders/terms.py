@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops
-from ..ops.checks import accumulator
+from ..ops import accumulator
 
 LOSSES = ("fvu", "mse")
 

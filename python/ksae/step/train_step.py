@@ -18,7 +18,7 @@ from .. import ops
 from ..backends import serving as gpu
 from ..backends import triton
 from ..coders.coder import SparseCoder
-from ..ops.checks import accumulator
+from ..ops import accumulator
 from .unfused import Metrics, Unfused
 
 
