@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ksae
 from ksae import ops, reference
-from ksae.ops.checks import MODES
+from ksae.ops import MODES
 
 every_implementation = pytest.mark.implementations(*EVERY)
 Shape = tuple[int, int, int, int]

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.checks import MODES
+from ..reference.dtypes import MODES
 
-_ROUTES = ("auto", "dual", "pruned")  # of grad_topk_encode; as in ksae/cpu.h, as is checks.MODES
+_ROUTES = ("auto", "dual", "pruned")  # of grad_topk_encode; as in ksae/cpu.h, as is MODES
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _reason = ""
 screening = os.environ.get("KSAE_SCREEN", "on") != "off"

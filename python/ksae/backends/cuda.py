@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.checks import MODES
+from ..reference.dtypes import MODES
 from .product import Encode
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 from .. import functional
-from ..ops.checks import accumulator
+from ..ops import accumulator
 from . import registry
 from .activation import Activation
 from .code import Code

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from ..ops.checks import FLOATS
+from ..ops import FLOATS
 from .terms import LOSSES
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.checks import accumulator
+from ..ops import accumulator
 from .coder import SparseCoder
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.checks import accumulator
+from ..ops import accumulator
 
 if TYPE_CHECKING:
     from .coder import SparseCoder

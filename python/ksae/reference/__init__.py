@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.checks import accumulator
+from .dtypes import accumulator
 
 
 def _largest(score: Tensor, k: int) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.checks import accumulator
+from .dtypes import accumulator
 
 
 def rows_of(row_offsets: Tensor) -> Tensor:

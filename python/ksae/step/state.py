@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..coders.coder import SparseCoder
-from ..ops import kept
-from ..ops.checks import accumulator
+from ..ops import accumulator, kept
 
 
 class State:

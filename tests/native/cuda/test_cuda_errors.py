@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ksae
 from ksae.backends import cuda
 from ksae.backends import product as products
-from ksae.ops import checks
+from ksae.ops.specs import BY_NAME
 
 
 def module(driver: int, devices: int | str = 1) -> Any:
@@ -105,6 +105,11 @@ def test_a_failed_launch_names_the_op_that_was_called() -> None:
         cuda.served("topk", SimpleNamespace(topk=allocates))()  # type: ignore[arg-type]
 
 
+def checked(*args: Any) -> None:
+    spec = BY_NAME["topk_encode"]
+    spec.check(spec.bind(args))
+
+
 def test_tensors_on_several_devices_are_refused() -> None:
     """Dispatch goes to CUDA as soon as one tensor is there; the checks name the one that is not."""
 
@@ -113,7 +118,7 @@ def test_tensors_on_several_devices_are_refused() -> None:
         with FakeTensorMode():
             args = [torch.empty(*s, device=d) for s, d in zip(sizes, devices, strict=True)]
             with pytest.raises(ValueError, match=r"^topk_encode: ") as caught:
-                checks.topk_encode(*args, 2)  # type: ignore[arg-type]
+                checked(*args, 2)
         return str(caught.value).removeprefix("topk_encode: ")
 
     assert encode("cuda:0", "cpu", "cuda:0") == "W_enc must be on cuda:0, got cpu"
@@ -126,13 +131,13 @@ def test_dtypes_and_k_are_checked_on_cuda_as_everywhere() -> None:
     with FakeTensorMode():
         x, W, b = (torch.empty(*s, device="cuda:0") for s in ((3, 4), (9, 4), (9,)))
         with pytest.raises(TypeError, match=r"^topk_encode: W_enc must be torch.float32, got"):
-            checks.topk_encode(x, W.half(), b, 2)
+            checked(x, W.half(), b, 2)
         with pytest.raises(TypeError, match=r"^topk_encode: x must be one of .*, got torch.int32"):
-            checks.topk_encode(x.int(), W, b, 2)
+            checked(x.int(), W, b, 2)
         for k in (0, 10):
             want = rf"^topk_encode: k must be in \[1, 9\] for W_enc of shape \[9, 4\], got {k}"
             with pytest.raises(ValueError, match=want):
-                checks.topk_encode(x, W, b, k)
+                checked(x, W, b, k)
 
 
 @pytest.mark.parametrize("allowed", [False, True], ids=["ieee", "tf32"])

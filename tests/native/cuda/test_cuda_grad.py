@@ -11,7 +11,7 @@ from implementations import EMULATED, Emulated
 
 from ksae import reference
 from ksae.backends import product as products
-from ksae.ops.checks import MODES
+from ksae.ops import MODES
 
 pytestmark = pytest.mark.implementations(EMULATED)
 

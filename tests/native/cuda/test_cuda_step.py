@@ -20,7 +20,7 @@ from training import LR, assert_at_most_twice_torchs_error, batch, build
 import ksae
 from ksae import reference
 from ksae.backends import product as products
-from ksae.ops.checks import MODES
+from ksae.ops import MODES
 from ksae.step.fused import FusedStep
 
 pytestmark = pytest.mark.implementations(EMULATED)

@@ -10,7 +10,7 @@ from triton_process import report
 
 from ksae.kernels import grad_topk_encode as grad_encode
 from ksae.kernels import topk_encode as encode
-from ksae.ops.checks import MODES
+from ksae.ops import MODES
 
 TOPK = (
     "random", "no row", "one row", "k is F", "half", "bf16", "two tiles of rows", "sampled",

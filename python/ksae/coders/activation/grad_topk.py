@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ... import functional
-from ...ops import checks
-from ...ops.checks import accumulator
+from ... import functional, ops
+from ...ops import accumulator
 from .topk import TopK
 
 if TYPE_CHECKING:
@@ -55,10 +54,10 @@ class GradTopK(TopK):
 
     def check(self, owner: str, F: int) -> None:
         super().check(owner, F)
-        checks.score(owner, self.beta, self.mode)
+        ops.score(owner, self.beta, self.mode)
         if self.grad_norm not in GRAD_NORMS:
             wanted = f"one of {', '.join(GRAD_NORMS)}"
-            raise checks.fail(owner, "grad_norm", wanted, repr(self.grad_norm))
+            raise ops.fail(owner, "grad_norm", wanted, repr(self.grad_norm))
 
     def options(self) -> dict[str, Any]:
         return {"beta": self.beta, "mode": self.mode, "grad_norm": self.grad_norm}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ksae.errors import UserError
-from ksae.ops.checks import accumulator
+from ksae.ops import accumulator
 
 
 @dataclass

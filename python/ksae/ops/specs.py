@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op, stated once: a line each in the grammar of spec.py.
+
+N tokens, d width, F latents, k active latents per token, G terms of a loss. What the arguments mean
+is said where the meaning is, in `ksae.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..reference.dtypes import MODES
+from .messages import fail, text, wrong_type
+from .spec import Dims, Spec, Types, Values
+
+ENTRIES = 2**31 - 1  # flat positions are int32
+
+
+def _bf16_of_float32(op: str, a: Values, types: Types) -> None:
+    """A copy in bfloat16 is one of float32 weights."""
+    if a["W_bf16"] is not None and types["T"] != torch.float32:
+        raise fail(op, "W_bf16", f"None for {types['T']} weights", "a tensor")
+
+
+def _entries(op: str, a: Values, dims: Dims) -> None:
+    if dims["N"] * dims["k"] > ENTRIES:
+        raise fail(op, "values", f"of at most {ENTRIES} entries", text(a["values"].shape))
+
+
+def _ordered(op: str, a: Values, dims: Dims) -> None:
+    start, stop, d = a["start"], a["stop"], dims["d"]
+    if not 0 <= start <= stop <= d:
+        raise fail(op, "start and stop", f"ordered in [0, {d}]", f"{start} and {stop}")
+
+
+def _rows(op: str, a: Values, dims: Dims) -> None:
+    """Coefficients are wide where rows are stored, and the other way round; rows lie within W."""
+    stored, wide = a["W"].dtype, a["scales"].dtype
+    want = wide if a["rows"][0].dtype == stored else stored
+    for g, t in enumerate(a["coefficients"]):
+        if t.dtype != want:
+            raise wrong_type(op, f"coefficients[{g}]", str(want), t)
+    for g, t in enumerate(a["rows"]):
+        if t.dtype != a["rows"][0].dtype:
+            raise wrong_type(op, f"rows[{g}]", str(a["rows"][0].dtype), t)
+    start, d, columns = a["start"], dims["d"], dims["columns"]
+    if not 0 <= start <= d - columns:
+        raise fail(op, "start", f"in [0, {d - columns}] for {columns} columns of {d}", start)
+
+
+def _master(op: str, a: Values, types: Types, rounded: bool = False) -> None:
+    """A master is kept of weights that are narrower than sums, unless they are rounded randomly."""
+    master, T = a["master"], types["T"]
+    if (master is None) != (types["A"] == T or rounded):
+        weights = f"{T} weights" + (" with rng_state" if rounded else "")
+        want, got = ("a tensor", "None") if master is None else ("None", "a tensor")
+        raise fail(op, "master", f"{want} for {weights}", got)
+
+
+def _update(op: str, a: Values, types: Types) -> None:
+    rng_state = a["rng_state"]
+    if rng_state is not None and types["T"] != torch.bfloat16:
+        raise TypeError(f"{op}: W must be torch.bfloat16 with rng_state, got {types['T']}")
+    _master(op, a, types, rng_state is not None)
+    _bf16_of_float32(op, a, types)
+    if a["norms"] is not None and a["W_bf16"] is None:
+        raise fail(op, "W_bf16", "given with norms", "None")
+
+
+def _updated_rows(op: str, a: Values, dims: Dims) -> None:
+    _rows(op, a, dims)
+    if a["rng_state"] is not None and a["start"] % 4:  # four columns share their random words
+        raise fail(op, "start", "a multiple of 4 with rng_state", a["start"])
+    for name in ("norms", "grad_b_dec"):
+        if a[name] is not None and dims["columns"] != dims["d"]:
+            raise fail(op, "rows[0]", f"{dims['d']} columns with {name}", dims["columns"])
+
+
+_MODE = f"mode:{'|'.join(MODES)}=additive"
+_ENCODER = "x:T[N,d] W_enc:T[F,d] b_enc:T[F] k:1..F@W_enc"
+_BF16 = "W_bf16:bf16[F,d]?~ norms:f32[3,F]?W_bf16~"
+_CODE = "values:T[N,k] indices:index(F)[N,k]"
+_RESIDUAL = f"{_CODE} W_dec:T[F,d] b_dec:T[d]? target:T|A[N,d]"
+_GROUPED = "offsets:i32[F+1]* order:i32[N*k_g]*"
+_ROWS = (
+    f"coefficients:T|A[N,k_g]* {_GROUPED} rows:A|T[N,columns]* scales:A[G] centre:rows[columns]?"
+)
+
+SPECS = (
+    Spec("topk", "x:T[N,F] k:1..F@x -> values:T[N,k] indices:i64[N,k]"),
+    Spec(
+        "topk_encode",
+        f"{_ENCODER} b_dec:T[d]? mask:bool[F]? {_BF16} -> values:T[N,k] indices:i64[N,k]",
+        given=_bf16_of_float32,
+    ),
+    Spec(
+        "grad_topk_encode",
+        "x:T[N,d] grad:T[N,d_out] W_enc:T[F,d] b_enc:T[F] W_dec:T[F,d_out=] k:1..F@W_enc"
+        f" beta:0..inf {_MODE} b_dec:T[d]? -> values:T[N,k] indices:i64[N,k]",
+    ),
+    Spec(
+        "topk_encode_aux",
+        f"{_ENCODER} k_aux:1..F@W_enc dead:bool[F] b_dec:T[d]? grad:T[N,d_out]?W_dec"
+        f" W_dec:T[F,d_out=]? beta:0..inf=0 {_MODE} {_BF16}"
+        " -> values:T[N,k] indices:i64[N,k] aux_values:T[N,k_aux] aux_indices:i64[N,k_aux]",
+        given=_bf16_of_float32,
+    ),
+    Spec("sparse_decode", f"{_CODE} W_dec:T[F,d] b_dec:T[d]? -> recon:T[N,d]"),
+    Spec(
+        "sparse_decode_backward_values",
+        "grad:T[N,d] indices:index(F)[N,k] W_dec:T[F,d] -> grad_values:T[N,k]",
+    ),
+    Spec(
+        "sparse_decode_backward_weight",
+        f"grad:T[N,d] {_CODE} F:1..{ENTRIES} -> grad_W:T[F,d] value_sum:T[F]",
+        relations=_entries,
+    ),
+    Spec(
+        "group_by_latent",
+        f"{_CODE} F:1..{ENTRIES} -> offsets:i32[F+1] order:i32[N*k]",
+        relations=_entries,
+    ),
+    Spec(
+        "sparse_residual",
+        f"{_RESIDUAL} columns:0..d column_sums!:A[d]?"
+        " -> residual:A[N,columns] sq_error:f64[N] grad_values:A[N,k]",
+    ),
+    Spec(
+        "sparse_residual_slice",
+        f"{_RESIDUAL} start:int stop:int -> residual:A[N,stop-start]",
+        relations=_ordered,
+    ),
+    Spec(
+        "latent_sums",
+        f"values:T[N,k_g]* grads:A[N,k_g]* {_GROUPED} scales:A[G]"
+        " -> grad_b_enc:A[F] grad_dot_w:A[F]",
+    ),
+    Spec(
+        "row_grad_sq",
+        f"{_ROWS} grad_dot_w:A[F]? W:T[F,d] start:int -> grad_sq:f64[F]",
+        relations=_rows,
+    ),
+    Spec(
+        "row_update",
+        f"{_ROWS} grad_dot_w!:A[F]? grad_b_enc:A[F]? W!:T[F,d] master!:A[F,d]? m!:moment[F,d]"
+        " v!:moment[F,d] hyper:A[8] grad_b_dec!:A[d]?grad_b_enc start:int normalize:bool"
+        " W_bf16!:bf16[F,d]? rng_state:i64[2]? norms!:f32[3,F]? ->",
+        given=_update,
+        relations=_updated_rows,
+        types={"moment": lambda a, types: types["A" if a["rng_state"] is None else "T"]},
+    ),
+    Spec("total_variance", "y:T[N,d] -> variance:A[]"),
+    Spec(
+        "loss_terms",
+        "sq_errors:f64[n_g]* denominators:A[]* shares:float*"
+        " -> errors:A[G] terms:A[G] loss:A[] scales:A[G]",
+    ),
+    Spec(
+        "adam_scalars",
+        "loss:A[] norm:A[]?clip_norm clip_norm:float? scales:A[S] lr:f64[] t:f64[]"
+        " constants:f64[3] -> hyper:A[8] taken:bool[] taken_scales:A[S]",
+    ),
+    Spec(
+        "vector_update",
+        "grads:A[...]* scales:A[G]? minus:A[...]? taken:bool[] hyper:A[8] p!:T[...]"
+        " master!:A[...]? m!:A[...] v!:A[...] ->",
+        given=_master,
+    ),
+)
+BY_NAME = {spec.name: spec for spec in SPECS}

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Storage types, the types in which sums are kept, and the modes of a gradient-aware score."""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MODES = ("additive", "multiplicative", "signed")  # of the score of grad_topk_encode
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The type in which sums over tensors of `dtype` are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
