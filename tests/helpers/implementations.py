@@ -26,6 +26,7 @@ INTERPRETED, INTERPRETED_FUSED = "triton-interpreted", "triton-interpreted-fused
 ON_HOST = ("reference", CPU)
 ON_CUDA = (EMULATED, GPU)  # the CUDA kernels, without and with a GPU
 EVERY = (*ON_HOST, *ON_CUDA)
+KERNELS = (CPU, *ON_CUDA)  # for tests that compare with the reference, bit for bit
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 

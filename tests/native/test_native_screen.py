@@ -224,13 +224,19 @@ def test_the_winner_by_nearly_the_whole_bound(rounded):
     assert (encode(x, W, b, 1, screen=True, slack=0.95)[1] == other).all()
 
 
-def test_a_large_bias_swallows_what_tells_two_latents_apart():
-    """The float32 chain and the screen add a bias of 2^20 at different places: what they round away
-    differs, and only the term of the bias covers it."""
-    x, F = torch.full((15, 64), 2.0**-3), 100
-    W, b = torch.zeros(F, 64), torch.full((F,), 2.0**20)
-    for scale in (2.0**-4, 2.0**-2, 2.0**-1):
-        W[70], W[71] = scale, -scale
-        for k in (1, 2, 98, 99):
-            assert_same(x, W, b, k)
-            assert_same(x, W, -b, k)
+def test_a_large_bias_rounds_two_scores_past_each_other():
+    """What rounding loses of the two sums is small, but it takes each of them over the middle of
+    two numbers next to the bias: the winner's score is rounded up, that of its copies down."""
+    d, F, winner, other = 64, 100, 70, 20
+    below, _ = opposite(d)
+    x = torch.cat([below, torch.ones(1)]).repeat(15, 1)
+    sign = 1.25 * 2.0**-9 * torch.cat([torch.ones(d // 2), -torch.ones(d // 2)])
+    W, b = torch.zeros(F, d + 1), torch.full((F,), -1000.0)
+    b[[winner, other]] = 2.0**20  # its neighbour is 2^-3 above, the middle 2^-4
+    W[winner] = torch.cat([sign, torch.tensor([2.0**-4 + 2.0**-11])])
+    W[other] = torch.cat([-sign, torch.tensor([2.0**-4 - 2.0**-11])])
+    _, survivors, redone = assert_same(x, W, b, 1)
+    values, indices, _ = encode(x, W, b, 1, screen=True)
+    assert (indices == winner).all() and (values == 2.0**20 + 2.0**-3).all()
+    assert redone == 0 and survivors == 30
+    assert (encode(x, W, b, 1, screen=True, slack=0.0)[1] == other).all()

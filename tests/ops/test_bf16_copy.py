@@ -22,7 +22,7 @@ from cases import (
     randn,
     row_arguments,
 )
-from implementations import EVERY, INTERPRETED, INTERPRETED_FUSED
+from implementations import EVERY, INTERPRETED, INTERPRETED_FUSED, KERNELS
 from torch import Tensor
 
 import ksae
@@ -138,7 +138,7 @@ def weights() -> tuple[Tensor, Tensor, Tensor]:
     return x, W, b
 
 
-@pytest.mark.implementations(*EVERY, INTERPRETED, INTERPRETED_FUSED)
+@pytest.mark.implementations(*KERNELS, INTERPRETED, INTERPRETED_FUSED)
 def test_a_shadow_changes_no_encode(impl: Implementation) -> None:
     x, W, b = weights()
     kept, dead = bf16_copy_of(W), torch.arange(F) % 3 == 0

@@ -14,7 +14,7 @@ from cases import (
     integers,
     randn,
 )
-from implementations import EVERY
+from implementations import EVERY, KERNELS
 from torch import Tensor
 
 import ksae
@@ -112,7 +112,7 @@ def test_without_weight_or_gradient_it_is_topk_encode_bit_for_bit(
 
 @modes
 @pytest.mark.parametrize("kind", ["x nan", "x inf", "W_enc nan", "W_dec nan", "b inf", "negative"])
-@every_implementation
+@pytest.mark.implementations(*KERNELS)
 def test_special_numbers(impl: Implementation, dtype: torch.dtype, mode: str, kind: str) -> None:
     args = grad_encode_arguments((7, 17, 130, 9), dtype, exact=True)
     x, _, W_enc, b_enc, W_dec = args

@@ -26,12 +26,13 @@ from cases import (
     to_float64,
     written,
 )
-from implementations import EVERY, INTERPRETED
+from implementations import EVERY, INTERPRETED, KERNELS
 from torch import Tensor
 
 from ksae import functional, ops, reference
 from ksae.backends import cpu as native
 
+every_kernel = pytest.mark.implementations(*KERNELS)
 every_implementation = pytest.mark.implementations(*EVERY)
 interpreted_too = pytest.mark.implementations(*EVERY, INTERPRETED)
 Shape = tuple[int, int, int, int]
@@ -41,7 +42,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-d{}-F{}-k{}
 
 
 @pytest.mark.parametrize("kind", SCORES)
-@every_implementation
+@every_kernel
 def test_topk(impl: Implementation, dtype: torch.dtype, kind: str) -> None:
     for F in (1, 33, 130, 1000):
         x = scores(kind, 7, F, dtype)
@@ -52,7 +53,7 @@ def test_topk(impl: Implementation, dtype: torch.dtype, kind: str) -> None:
             assert_same("values at the indices", got[0], x.gather(1, got[1]))
 
 
-@every_implementation
+@every_kernel
 def test_topk_of_many_columns_and_of_no_row(impl: Implementation, dtype: torch.dtype) -> None:
     x = randn(2, 70_001, dtype=dtype)  # indices past 16 bits, and many ties at 16 bits a number
     for k in (1, 9, 700):
@@ -72,7 +73,7 @@ def masks(F: int, k: int) -> list[Tensor | None]:
 
 
 @shapes
-@interpreted_too
+@pytest.mark.implementations(*KERNELS, INTERPRETED)
 def test_encode_of_integers_is_the_reference_bit_by_bit(
     impl: Implementation, dtype: torch.dtype, shape: Shape
 ) -> None:
@@ -91,7 +92,7 @@ def test_encode_of_integers_is_the_reference_bit_by_bit(
 @pytest.mark.parametrize(
     "kind", ["equal", "negative", "x nan", "x inf", "W nan", "W inf", "b", "zeros"]
 )
-@every_implementation
+@every_kernel
 def test_encode_of_special_numbers(impl: Implementation, dtype: torch.dtype, kind: str) -> None:
     N, d, F, k = 7, 17, 130, 9
     x, W, b = (integers(*s, dtype=dtype, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
