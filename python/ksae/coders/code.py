@@ -23,11 +23,12 @@ class Code:
     offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shape, of_indices = list(self.values.shape), list(self.indices.shape)
+        shape, of_indices = self.values.shape, self.indices.shape
         if shape != of_indices:
-            raise ValueError(f"Code: indices must be of shape {shape} as values, got {of_indices}")
-        if self.offsets is not None and self.values.dim() != 1:
-            raise ValueError(f"Code: values must be of shape [E] with offsets, got {shape}")
+            want, got = list(shape), list(of_indices)
+            raise ValueError(f"Code: indices must be of shape {want} as values, got {got}")
+        if self.offsets is not None and len(shape) != 1:
+            raise ValueError(f"Code: values must be of shape [E] with offsets, got {list(shape)}")
 
     @property
     def k(self) -> int:
@@ -46,6 +47,8 @@ class Code:
 
     def contiguous(self) -> Code:
         """The same, packed in memory."""
+        if self.values.is_contiguous() and self.indices.is_contiguous():
+            return self
         return Code(self.values.contiguous(), self.indices.contiguous(), self.offsets)
 
     def dense(self, F: int) -> Tensor:

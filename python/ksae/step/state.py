@@ -4,12 +4,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..coders.coder import SparseCoder
 from ..ops import accumulator, kept
+
+
+def check_memory(model: SparseCoder) -> None:
+    """Refuse parameters that a step cannot update on their own.
+
+    Raises:
+        ValueError: one is tied to another or computed, not contiguous, or overlaps another.
+    """
+    parameters = dict(model.named_parameters())
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip"):
+        if name not in parameters and getattr(model, name) is not None:
+            own = getattr(model, name)
+            tied = [n for n, p in parameters.items() if p is own]
+            got = f"that of {tied[0]}" if tied else "one that is computed"
+            raise ValueError(f"TrainStep: {name} must be a parameter of its own, got {got}")
+    taken: list[tuple[int, int, str]] = []
+    for name, p in parameters.items():
+        if not p.is_contiguous():
+            got = f"strides {list(p.stride())} for shape {list(p.shape)}"
+            raise ValueError(f"TrainStep: {name} must be contiguous, got {got}")
+        if p.is_meta or p.numel() == 0:
+            continue
+        start, end = p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()
+        for first, last, other in taken:
+            if start < last and first < end:
+                raise ValueError(
+                    f"TrainStep: {name} must have memory of its own, got memory that it shares"
+                    f" with {other}"
+                )
+        taken.append((start, end, name))
 
 
 class State:
@@ -35,6 +66,7 @@ class State:
         self.model = model
         self.parameters: dict[str, Tensor] = dict(model.named_parameters())
         first = model.W_enc
+        self.dtype = first.dtype
         self.acc = acc = accumulator(first.dtype)
         # the seeds of those that are rounded stochastically
         self.seeds = {n: torch.tensor(i, device=first.device) for i, n in enumerate(rounded)}
@@ -89,11 +121,24 @@ class State:
         """Parameters are now as the step left them."""
         self._versions = self._read_versions()
 
-    def _read_versions(self) -> dict[str, tuple[int, int]]:
+    def _read_versions(self) -> dict[str, tuple[Any, ...]]:
         return {
-            n: (p.data_ptr(), -1 if p.is_inference() else p._version)
+            n: (p.data_ptr(), -1 if p.is_inference() else p._version, p.dtype, p.stride())
             for n, p in self.parameters.items()
         }
+
+    def _check(self) -> None:
+        """Parameters may have been given other memory, as by `.to`, since the step was made."""
+        for name, p in self.parameters.items():
+            m = self.moments[name][0]
+            now, then = (p.dtype, p.device, p.shape), (self.dtype, m.device, m.shape)
+            if now != then:
+                want, got = (f"{k} {list(s)} on {d}" for k, d, s in (then, now))
+                raise ValueError(
+                    f"TrainStep: {name} must be {want} as when the step was made, got {got}: make a"
+                    " new TrainStep after casting or moving a model"
+                )
+        check_memory(self.model)
 
     @torch.no_grad()
     def adopt(self) -> None:
@@ -106,6 +151,8 @@ class State:
                     f"TrainStep: {name} must be the parameter that the step was made for, got a"
                     " new one: make a new TrainStep after replacing parameters"
                 )
+        if versions != self._versions:
+            self._check()  # before anything is written
         for name, master in self.masters.items():
             if versions[name] != self._versions[name]:
                 p = self.parameters[name]

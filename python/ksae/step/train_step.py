@@ -8,14 +8,16 @@ is dense in both: a latent with zero gradient still moves.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..coders.coder import SparseCoder
+from ..coders.terms import total_variance
 from .fused import FusedStep
-from .state import State
+from .state import State, check_memory
 from .unfused import Metrics, Unfused
 
 
@@ -38,18 +40,20 @@ class TrainStep:
             bytes of theirs a parameter instead of 28, by count. On the CPU plain torch does it.
 
     Raises:
-        ValueError: a setting out of range, or parameters of different dtypes or devices.
+        ValueError: a setting out of range, or parameters of different dtypes or devices, not
+            contiguous or with memory in common, here or at the first step after they came to be so.
 
     Numerics: gradients, moments and update in float32 (float64 for float64 parameters). bfloat16
     and float16 parameters have float32 masters here, except as `moments` says: a master is updated
     and the parameter is the master rounded. Parameters written from outside between steps are taken
     over. A step whose loss (or, if clipping, gradient norm) is not finite changes nothing and
-    returns that loss. The fused step gives the same bits on every run and, natively, for every
-    number of threads. On CUDA it never waits for the device, and after a warm-up step it can be
-    captured in a CUDA graph. Where float32 weights are encoded by screening, it keeps the bf16 copy
-    of W_enc that screening reads, 2 bytes a weight, and makes it anew when W_enc was written from
-    outside; a replayed graph does not see that, nor any step a write that does not count in the
-    parameter's version, as through `.data`.
+    returns that loss; the first such step warns and says why, on CUDA if it is the first of all.
+    The fused step gives the same bits on every run and, natively, for every number of threads. On
+    CUDA it waits for the device at its first step alone, and after that it can be captured in a
+    CUDA graph. Where float32 weights are encoded by screening, it keeps the bf16 copy of W_enc that
+    screening reads, 2 bytes a weight, and makes it anew when W_enc was written from outside; a
+    replayed graph does not see that, nor any step a write that does not count in the parameter's
+    version, as through `.data`.
 
     Example:
         >>> import torch, ksae
@@ -89,6 +93,7 @@ class TrainStep:
             if p.dtype != first.dtype or p.device != first.device:
                 want = f"{first.dtype} on {first.device} as W_enc"
                 raise ValueError(f"TrainStep: {name} must be {want}, got {p.dtype} on {p.device}")
+        check_memory(model)
         self.model, self.betas, self.eps, self.clip_norm = model, betas, eps, clip_norm
         self.fused = fused
         rounded = ("W_enc", "W_dec") if moments == "bfloat16" else ()
@@ -99,6 +104,7 @@ class TrainStep:
         self._unfused: Unfused | None = None
         if not fused:
             self._unfused = Unfused(model, self.state, betas=betas, eps=eps, clip_norm=clip_norm)
+        self._warned = False  # of a step that was not taken
         self.lr = lr
 
     @property
@@ -149,7 +155,31 @@ class TrainStep:
         if scaled is not None:
             metrics["nonfinite_grad_rows"] = (~scaled.isfinite().all(1)).sum()
         self.state.note_versions()
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warned = rows.is_cuda  # a look at later batches would stop a stream
+            if _may_look(rows) and not bool(finite):
+                self._warned = True
+                self._warn(rows, target, scaled, metrics["loss"])
         return metrics
+
+    def _warn(self, x: Tensor, y: Tensor, grad: Tensor | None, loss: Tensor) -> None:
+        """Say why a step was not taken."""
+        if not x.isfinite().all():
+            why = "x has an entry that is not finite"
+        elif not y.isfinite().all():
+            why = "y has an entry that is not finite"
+        elif self.model.loss == "fvu" and not total_variance(y) > 0:
+            why = f"the target has no variance ({y.shape[0]} rows, all equal), which loss='fvu'"
+            why += " divides by"
+        elif grad is not None and not grad.isfinite().all():
+            why = "grad has an entry that is not finite"
+        else:
+            why = "it overflowed, or a parameter is not finite"
+        warnings.warn(
+            f"TrainStep: a step was not taken, its loss was {float(loss)}: {why};"
+            " said once, later steps like it are silent",
+            stacklevel=3,
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Steps taken, moments and masters, by name; the same for fused and not."""
@@ -160,3 +190,10 @@ class TrainStep:
         self.state.load_state_dict(state)
         if self._unfused is not None:
             self._unfused.set_steps_taken()
+
+
+def _may_look(rows: Tensor) -> bool:
+    """Whether a number may be read from the rows' device: not while a graph is recorded."""
+    if rows.is_meta:
+        return False
+    return not (rows.is_cuda and torch.cuda.is_current_stream_capturing())
