@@ -280,7 +280,7 @@ def test_a_step_keeps_the_shadow_that_the_first_one_made(
     for seed in range(3):
         train(batch(seed))
         assert_kept(train)
-        plain._keep_shadow = lambda *_: None  # type: ignore[method-assign]
+        plain._keep_bf16_copy = lambda *_: None  # type: ignore[method-assign]
         plain(batch(seed))
     assert len(screening.made) == 1 and plain._W_bf16 == ()
     assert all(map(torch.equal, sae.parameters(), other.parameters()))
@@ -360,7 +360,7 @@ def test_no_shadow_of_weights_that_are_written_unseen(screening: Screening) -> N
     shared = model()
     shared.shares_memory = True
     for train in (ksae.TrainStep(shared), ksae.TrainStep(inferred())):
-        train._keep_shadow(K, False, None)
+        train._keep_bf16_copy(K, False, None)
         assert train._W_bf16 == ()
 
 
