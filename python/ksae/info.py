@@ -2,17 +2,15 @@
 """What was built and loaded here, what serves which op, and why not: ``print(ksae.config())``."""
 
 import importlib
-import os
 import platform
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
-SWITCHES = (
-    "KSAE_NATIVE", "KSAE_ISA", "KSAE_SCREEN", "KSAE_CHECK", "KSAE_CHUNK_BYTES", "KSAE_TRITON",
-    "KSAE_ENCODE",
-)  # fmt: skip
-_switches = {name: os.environ.get(name) for name in SWITCHES}  # later changes have no effect
+from . import env
+
+# later changes have no effect
+_switches = {name: value for name, value in env.at_import.items() if name != "KSAE_DEBUG"}
 
 
 class Config(dict[str, Any]):

@@ -12,7 +12,6 @@ screening of float32 encodes off (on where the CPU has BF16 dot instructions).
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -21,14 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import env
 from ..reference.dtypes import MODES
 
 _ROUTES = ("auto", "dual", "pruned")  # of grad_topk_encode; as in ksae/cpu.h, as is MODES
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _reason = ""
-screening = os.environ.get("KSAE_SCREEN", "on") != "off"
+screening = env.read("KSAE_SCREEN") != "off"
 
-if os.environ.get("KSAE_NATIVE", "1") == "0":
+if env.read("KSAE_NATIVE") == "0":
     _reason = "left out by KSAE_NATIVE=0"
 else:
     try:
@@ -36,8 +36,8 @@ else:
     except ImportError as error:
         _reason = f"not importable: {error}"
     else:
-        if "KSAE_ISA" in os.environ:
-            _cpu.set_isa(os.environ["KSAE_ISA"])
+        if isa := env.read("KSAE_ISA"):
+            _cpu.set_isa(isa)
 
 
 def available() -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import env
 from ..reference.dtypes import MODES
 from .product import Encode
 
@@ -413,7 +413,7 @@ def served(op: str, by: Kernels) -> Callable[..., Any]:
 
 def _load() -> tuple[Kernels | None, str]:
     """The kernels, or why there are none."""
-    if os.environ.get("KSAE_NATIVE", "1") == "0":
+    if env.read("KSAE_NATIVE") == "0":
         return None, "left out by KSAE_NATIVE=0"
     try:
         from .. import _cuda

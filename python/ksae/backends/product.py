@@ -11,7 +11,6 @@ then, so that a row without a gradient gives topk_encode's bits.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-chunk_bytes = int(os.environ.get("KSAE_CHUNK_BYTES", 256 << 20))
+from .. import env
+
+chunk_bytes = int(env.read("KSAE_CHUNK_BYTES"))
 _product_lock = threading.Lock()
 
 

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import env
 from . import cuda, triton
 
 WAYS = ("product", "fused")
@@ -51,7 +51,7 @@ TABLE = (
 
 
 def _override() -> str | None:
-    way = os.environ.get("KSAE_ENCODE") or None
+    way = env.read("KSAE_ENCODE") or None
     if way is not None and way not in WAYS:
         raise ValueError(f"KSAE_ENCODE must be fused or product, got {way!r}")
     return way

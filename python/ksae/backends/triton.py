@@ -19,13 +19,13 @@ Environment, read once at import: KSAE_TRITON=0 leaves the Triton kernels out.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import env
 from . import product as products
 from .cuda import _guard
 
@@ -350,7 +350,7 @@ def bf16_copy(W: Tensor) -> tuple[Tensor, Tensor]:
 
 def _load() -> tuple[Kernels | None, str]:
     """The kernels, or why there are none. Imports nothing: triton is heavy."""
-    if os.environ.get("KSAE_TRITON", "1") == "0":
+    if env.read("KSAE_TRITON") == "0":
         return None, "left out by KSAE_TRITON=0"
     if importlib.util.find_spec("triton") is None:
         return None, "triton is not installed"
