@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..harness.record import Row
+from ..harness.measure import Times
+from ..harness.record import Kept, Row
 from ..harness.session import Session
 
 BEAT = 1.0  # seconds between two looks at the process
@@ -54,9 +55,10 @@ def take(session: Session, data: dict[str, Any]) -> None:
 
 
 def rows(data: dict[str, Any]) -> Iterator[Row]:
-    """A row for each; its one block holds the quartiles, for gpu/run.py keeps no samples."""
+    """A row for each, with the times that gpu/run.py kept of it: one block."""
     for r in data["rows"]:
         timed = "median" in r
+        times = Times(*(r[name] for name in ("median", "q1", "q3", "n"))) if timed else None
         yield Row(
             "gpu",
             r["shape"],
@@ -64,7 +66,7 @@ def rows(data: dict[str, Any]) -> Iterator[Row]:
             "step" if r["op"] == "step" else "forward",
             r["way"],
             ours=r["way"].startswith("ksae"),
-            blocks=[[r["q1"], r["median"], r["q3"]]] if timed else [],
+            kept=Kept(times, [times.q1]) if times else None,
             dtype="bf16",
             bytes=r.get("bytes"),
             flops=r.get("flops"),
