@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,32 +18,37 @@ if TYPE_CHECKING:
     from .session import Session
 
 Peak = tuple[str, str, str, str, int]  # case, op, mode, way, bytes
+Ways = Callable[[Any, Any, Any], dict[str, Callable[[], Any]]]  # those of a problem, by name
 
 
 class Task:
-    """What the process is told: plain values that can be sent."""
+    """What the process is told: plain values and a function of a module, which can be sent."""
 
     def __init__(
-        self, shape: tuple[int, int, int, int], name: str, session: Session, seconds: float
+        self,
+        ways: Ways,
+        shape: tuple[int, int, int, int],
+        name: str,
+        session: Session,
+        seconds: float,
     ) -> None:
-        self.shape, self.name, self.seconds = shape, name, seconds
+        self.ways, self.shape, self.name, self.seconds = ways, shape, name, seconds
         self.data, self.device = session.data, session.device
         self.quick, self.threads = session.quick, session.threads
 
 
 def of_ops(
-    shape: tuple[int, int, int, int], name: str, session: Session, seconds: float
+    ways: Ways, shape: tuple[int, int, int, int], name: str, session: Session, seconds: float
 ) -> Iterator[Peak | None]:
-    """Of every way of every op at one shape: outputs and workspaces, not the inputs. None is the
-    last, if the seconds are enough."""
-    yield from in_process(_serve, Task(shape, name, session, seconds), lambda text: None)
+    """Of every way (`ways`) of every op at one shape: outputs and workspaces, not the inputs. None
+    is the last, if the seconds are enough."""
+    yield from in_process(_serve, Task(ways, shape, name, session, seconds), lambda text: None)
 
 
 def _serve(task: Task) -> Iterator[Peak | None]:
     from types import SimpleNamespace
 
     from ..suites.opcases import Case, problems
-    from ..suites.ops import ways
     from .report import REFERENCE
 
     torch.set_num_threads(task.threads)
@@ -54,7 +59,7 @@ def _serve(task: Task) -> Iterator[Peak | None]:
     for problem in problems(case):
         gc.collect()
         gc.freeze()  # `peak_extra` collects before each call; what is imported is no garbage
-        for way, make in ways(problem, case, settings).items():
+        for way, make in task.ways(problem, case, settings).items():
             if time.perf_counter() > end:
                 return
             with contextlib.suppress(RuntimeError), torch.no_grad():

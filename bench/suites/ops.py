@@ -367,7 +367,7 @@ def _memory(
         session.tick(f"peak memory, {name}")
         seconds = (until - session.spent()) / (len(cases) - number)
         complete = False
-        for found in peaks.of_ops(shape, name, session, seconds):
+        for found in peaks.of_ops(ways, shape, name, session, seconds):
             complete = found is None
             if found is not None:
                 case, op, mode, way, peak = found

@@ -14,8 +14,8 @@ if TYPE_CHECKING or "ksae_cli" not in sys.modules:
     from .api import *
 
 if TYPE_CHECKING:
-    from .files.checkpoint import load
     from .info import config
+    from .interop.load import load
 
 __all__ = [
     "SAE",
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     """`load` and `config` on first use: they import more than torch; all names in the console
     script."""
     if name == "load":
-        from .files.checkpoint import load
+        from .interop.load import load
 
         return load
     if name == "config":

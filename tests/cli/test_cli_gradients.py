@@ -16,7 +16,7 @@ import ksae
 from ksae import cli
 from ksae.activations import ArraySource
 from ksae.errors import UserError
-from ksae.files import checkpoint
+from ksae.interop.load import load
 from ksae.runs.config import LogConfig, TrainConfig
 from ksae.runs.trainer import Trainer
 
@@ -93,7 +93,7 @@ def fails(capfd: pytest.CaptureFixture[str], *args: str | Path) -> str:
 
 
 def test_beta_trains_by_gradients_and_changes_the_result(runs: Path) -> None:
-    grad, plain = (checkpoint.load(runs / name) for name in ("grad", "plain"))
+    grad, plain = (load(runs / name) for name in ("grad", "plain"))
     assert type(grad) is ksae.GradTopKSAE and type(plain) is ksae.TopKSAE
     assert (grad.beta, grad.mode, grad.grad_norm) == (2.0, "additive", "sqrt_d")
     assert not torch.equal(grad.W_dec, plain.W_dec)
@@ -101,7 +101,7 @@ def test_beta_trains_by_gradients_and_changes_the_result(runs: Path) -> None:
 
 def test_without_weight_the_gradient_changes_nothing(runs: Path, tmp_path: Path) -> None:
     assert cli.run(command(runs, tmp_path / "zero", "--beta", "0")) == 0
-    zero, plain = (checkpoint.load(path) for path in (tmp_path / "zero", runs / "plain"))
+    zero, plain = (load(path) for path in (tmp_path / "zero", runs / "plain"))
     assert torch.equal(zero.W_enc, plain.W_enc) and torch.equal(zero.W_dec, plain.W_dec)
 
 
@@ -145,7 +145,7 @@ def test_a_transcoder_selects_by_the_gradient_at_its_output(runs: Path, tmp_path
     line = command(runs, out, *more)
     line[line.index(HOOK)] = "layers.1.mlp_in"
     assert cli.run(line) == 0
-    assert type(checkpoint.load(out)) is ksae.GradTopKTranscoder
+    assert type(load(out)) is ksae.GradTopKTranscoder
 
 
 def test_a_resumed_run_goes_on_with_its_gradients(tmp_path: Path) -> None:

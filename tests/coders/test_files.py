@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 import ksae
+from ksae.coders import file as model_file
 from ksae.coders.coder import SparseCoder
-from ksae.files import checkpoint
+from ksae.files import container
+from ksae.runs import checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPECTED: dict[str, dict[str, Any]] = json.loads((FIXTURES / "expected.json").read_text())
@@ -44,21 +46,21 @@ def check(model: SparseCoder, want: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_reads_as_it_was_written(name: str) -> None:
-    check(checkpoint.load_own(FIXTURES / f"{name}.safetensors"), EXPECTED[name])
+    check(model_file.load_own(FIXTURES / f"{name}.safetensors"), EXPECTED[name])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_is_written_as_it_was(name: str, tmp_path: Path) -> None:
     old = FIXTURES / f"{name}.safetensors"
     ksae.load(old).save(tmp_path / "again.safetensors")
-    ours, theirs = (checkpoint.read_header(p) for p in (tmp_path / "again.safetensors", old))
+    ours, theirs = (container.read_header(p) for p in (tmp_path / "again.safetensors", old))
     assert ours["config"] == theirs["config"] and ours["class"] == theirs["class"]
     check(ksae.load(tmp_path / "again.safetensors"), EXPECTED[name])
 
 
 def test_a_training_checkpoint_goes_on_as_it_did() -> None:
     path = FIXTURES / f"{TRAINING}.safetensors"
-    model = checkpoint.load_own(path).train()
+    model = model_file.load_own(path).train()
     step = ksae.TrainStep(model, 1e-2, clip_norm=1.0)
     trainer = checkpoint.load_training(path, model, step)
     assert trainer["step"] == 3 and torch.equal(trainer["order"], torch.arange(4))

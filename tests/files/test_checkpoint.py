@@ -18,8 +18,10 @@ import safetensors.torch
 import torch
 
 import ksae
+from ksae.coders import file as model_file
 from ksae.errors import UserError
-from ksae.files import atomic, checkpoint
+from ksae.files import atomic, container
+from ksae.runs import checkpoint
 
 d, F, k = 6, 20, 3
 
@@ -82,11 +84,11 @@ def test_a_model_comes_back_as_it_was(make, tmp_path):
 
 def test_other_readers_see_the_tensors(tmp_path):
     model = ksae.TopKSAE(d, F, k, dtype=torch.bfloat16)
-    checkpoint.save(model, tmp_path / "m.safetensors", {"hook": "layers.3.resid_post"})
+    model_file.save(model, tmp_path / "m.safetensors", {"hook": "layers.3.resid_post"})
     tensors = safetensors.torch.load_file(tmp_path / "m.safetensors")
     assert tensors.keys() == model.state_dict().keys()
     assert torch.equal(tensors["W_dec"], model.W_dec)
-    extra = checkpoint.read_header(tmp_path / "m.safetensors")["extra"]
+    extra = container.read_header(tmp_path / "m.safetensors")["extra"]
     assert extra == {"hook": "layers.3.resid_post"}
 
 
@@ -143,8 +145,8 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path):
     refused(lambda: ksae.load(tmp_path), "no such file", "model.safetensors")
 
     def rewritten(**changes: object) -> Path:
-        header = {**checkpoint.read_header(good), **changes}
-        checkpoint._write(bad, dict(model.state_dict()), header)
+        header = {**container.read_header(good), **changes}
+        container.write(bad, dict(model.state_dict()), header)
         return bad
 
     refused(lambda: ksae.load(rewritten(format=99)), "99", "update ksae")
@@ -154,7 +156,7 @@ def test_damaged_and_foreign_files_are_refused_in_one_line(tmp_path):
     refused(lambda: ksae.load(rewritten(config=wide)), "W_enc", str([F, d]), str([F + 1, d]))
     refused(lambda: ksae.load(rewritten(config={**wide, "k": 0})), "k must be in")
     refused(lambda: checkpoint.load_training(good, model, None), "training checkpoint")
-    checkpoint._write(bad, {"W_enc": model.W_enc}, checkpoint.read_header(good))
+    container.write(bad, {"W_enc": model.W_enc}, container.read_header(good))
     refused(lambda: ksae.load(bad), "b_enc")
 
 
@@ -237,7 +239,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 import ksae
-from ksae.files import atomic, checkpoint
+from ksae.coders import file as model_file
+from ksae.files import atomic, container
+from ksae.runs import checkpoint
 
 folder = Path(sys.argv[1])
 model = ksae.TopKSAE(64, 2048, 4)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import ksae
 from ksae.cli import run
+from ksae.coders import file as model_file
 from ksae.errors import UserError
-from ksae.files import checkpoint
+from ksae.files import container
 from ksae.interop import convert
 from ksae.interop.dictionary_learning import AutoEncoderTopK
 from ksae.interop.formats import FORMATS, Coder
@@ -153,14 +154,14 @@ def test_load_gives_the_model(centred: bool, tmp_path: Path) -> None:
 def test_own_settings_and_counters_survive_a_detour(tmp_path: Path) -> None:
     model = ksae.TopKSAE(D, F, K, auxk_alpha=0.5, dead_after=7, normalize_decoder=False, loss="mse")
     model(torch.randn(5, D))
-    checkpoint.save(model, tmp_path / "a.safetensors", {"note": "x"})
+    model_file.save(model, tmp_path / "a.safetensors", {"note": "x"})
     for name in SAE[1:]:
         convert.convert(tmp_path / "a.safetensors", place(tmp_path, name), name)
         back = tmp_path / f"{name}.back"
         convert.convert(place(tmp_path, name), back, "ksae")
         assert ksae.load(back).config() == model.config()
         assert torch.equal(ksae.load(back).tokens_since_fired, model.tokens_since_fired)
-        assert checkpoint.read_header(back)["extra"] == {"note": "x"}
+        assert container.read_header(back)["extra"] == {"note": "x"}
 
 
 @pytest.mark.parametrize("kind", ["TopKSAE", "Transcoder", "GradTopKSAE", "GradTopKTranscoder"])

@@ -24,7 +24,7 @@ import ksae
 from ksae.activations import ActivationSource, ArraySource
 from ksae.activations.transfer import Readback, staged
 from ksae.errors import UserError
-from ksae.files import checkpoint
+from ksae.runs import checkpoint
 from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
 from ksae.runs.config import LogConfig, RunConfig, TrainConfig

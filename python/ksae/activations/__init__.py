@@ -10,8 +10,9 @@ from ksae.activations.gradients import LOSSES, capture_gradient, rescale
 from ksae.activations.harvest import StreamSource, harvest
 from ksae.activations.hooks import HookPoint, capture, find_blocks, hook_names, resolve_hook, splice
 from ksae.activations.models import SMOLLM2, LanguageModel, load_model, model_fingerprint
+from ksae.activations.open import open_source
 from ksae.activations.prefetch import prefetch
-from ksae.activations.sources import ActivationSource, ArraySource, RowOrigin, open_source
+from ksae.activations.sources import ActivationSource, ArraySource, RowOrigin
 from ksae.activations.texts import PYDOC, documents
 
 __all__ = [

@@ -6,14 +6,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ksae.activations.files import open_tensors
 from ksae.activations.rows import FLOATS, Rows, check_finite, take
 from ksae.activations.shuffle import Loaded, check_stream, shuffled
 from ksae.errors import UserError
@@ -285,60 +282,3 @@ def _shards(shards: Sequence[Tensor], name: str) -> list[Tensor]:
         if shard.shape[1] != shards[0].shape[1] or shard.dtype != shards[0].dtype:
             raise UserError(f"{name}: shards must agree in d and dtype")
     return [shard.detach() for shard in shards]
-
-
-def open_source(
-    spec: Any, target: Any = None, *, buffer_tokens: int = BUFFER_TOKENS
-) -> ActivationSource:
-    """Activations from a tensor, an array, a file or a cache folder; sources pass through.
-
-    Args:
-        spec: a torch tensor or NumPy array [N, d_in]; the path of a .npy, .safetensors or .pt file,
-            memory-mapped, with one tensor or the keys "x" and, optionally, "y" and "g" (gradients
-            of a loss at y, or at x without y); the path of a cache folder that `harvest` wrote; or
-            an ActivationSource.
-        target: the same for a transcoder's targets [N, d_out], row for row.
-        buffer_tokens: rows in memory at a time for data on disk.
-    """
-    from ksae.activations.cache import open_cache
-
-    if isinstance(spec, ActivationSource):
-        if target is not None:
-            raise UserError("open_source: target must be None where the source is already open")
-        return spec
-    if isinstance(spec, str | Path) and Path(spec).is_dir():
-        if target is not None:
-            raise UserError(f"{spec}: target must be None, a cache folder holds its own targets")
-        return open_cache(spec, buffer_tokens=buffer_tokens)
-    x, y, g, mapped, name = _open_one(spec, "activations")
-    if target is not None:
-        y, _, _, target_mapped, _ = _open_one(target, "target")
-        mapped = mapped or target_mapped
-    return ArraySource(
-        [x],
-        None if y is None else [y],
-        None if g is None else [g],
-        name=name,
-        mapped=mapped,
-        buffer_tokens=buffer_tokens,
-    )
-
-
-def _open_one(spec: Any, what: str) -> tuple[Tensor, Tensor | None, Tensor | None, bool, str]:
-    """x, y, g, whether they are memory-mapped, and a name for messages."""
-    if isinstance(spec, Tensor):
-        return spec, None, None, False, what
-    if isinstance(spec, np.ndarray):
-        mapped = isinstance(spec, np.memmap)
-        try:
-            return torch.from_numpy(spec), None, None, mapped, what
-        except TypeError:
-            raise UserError(f"{what}: must be an array of floats, got {spec.dtype}") from None
-    if isinstance(spec, str | Path):
-        path = Path(spec)
-        tensors = open_tensors(path)
-        if "x" not in tensors:
-            names = ", ".join(sorted(tensors)[:5])
-            raise UserError(f'{path}: must hold one tensor or the keys "x" and "y", got {names}')
-        return tensors["x"], tensors.get("y"), tensors.get("g"), True, str(path)
-    raise UserError(f"{what}: must be a tensor, an array or a path, got {type(spec).__name__}")

@@ -66,7 +66,7 @@ def evaluate(
     Without options that name data: on what its run held out from training.
     """
     from ksae.analysis import plots
-    from ksae.files import checkpoint
+    from ksae.interop.load import load
     from ksae.runs.data import pick_device
     from ksae.runs.evaluation import (
         measure,
@@ -82,7 +82,7 @@ def evaluate(
         raise UserError("eval: --steering must be given with --against, got none")
     if plot is not None and not plots.available():
         raise UserError("eval: --plot needs matplotlib: pip install matplotlib")
-    sae = checkpoint.load(path, device=pick_device(device))
+    sae = load(path, device=pick_device(device))
     run = run_config(path)
     given = {
         "activations": activations, "targets": targets, "model": model, "hook": hook,
@@ -119,7 +119,7 @@ def evaluate(
             raise UserError("eval: --steering needs a language model, got a file of activations")
         models = [sae]
         if against is not None:
-            models.append(checkpoint.load(against, device=pick_device(device)))
+            models.append(load(against, device=pick_device(device)))
         shifts = steer(
             models, data.language_model, data.contexts, config, data.source, latents=steering
         )

@@ -183,7 +183,7 @@ class SparseCoder(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the module to one file; `ksae.load(path)` reads it."""
-        from ..files.checkpoint import save
+        from .file import save
 
         save(self, path)
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 
 from ksae.coders import coder as modules
+from ksae.coders.file import load_own
 from ksae.errors import UserError
-from ksae.files import checkpoint
 
 from .formats import FORMATS, Coder, own
 from .formats.files import Source, read_extra, sources, write_extra
@@ -157,5 +157,5 @@ def load(
     """A ksae module from a file or folder of any known format; arguments as `read`, `convert`."""
     name, coder = read(path, k=k, as_topk=as_topk)
     if name == "ksae":
-        return checkpoint.load_own(path, device, dtype)
+        return load_own(path, device, dtype)
     return own.build(coder, fold).to(device=device, dtype=dtype)

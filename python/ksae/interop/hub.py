@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ksae.coders import coder as modules
+from ksae.coders import file as model_file
 from ksae.errors import UserError, first_line
-from ksae.files import checkpoint
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _ID = re.compile(rf"(hf://)?{_PART}/{_PART}(/.*)?")
@@ -107,7 +107,7 @@ def save(
     hub = _hub()
     with tempfile.TemporaryDirectory() as scratch:
         own = Path(scratch) / "own" / "model.safetensors"
-        checkpoint.save(model, own)
+        model_file.save(model, own)
         out = Path(scratch) / "out"
         if to == "ksae":
             out = own.parent

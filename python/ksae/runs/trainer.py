@@ -27,10 +27,12 @@ from ksae.activations.transfer import Readback, staged
 from ksae.analysis import plots
 from ksae.analysis.evaluate import evaluate
 from ksae.coders.coder import SparseCoder
+from ksae.coders.file import save
 from ksae.coders.initialize import initialize_from
 from ksae.errors import UserError
-from ksae.files import checkpoint
+from ksae.files import container
 from ksae.files.atomic import clean, write_atomic
+from ksae.runs import checkpoint
 from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
 from ksae.runs.config import LogConfig, RunConfig, TrainConfig, total_steps, warmup_steps
@@ -328,7 +330,7 @@ class Trainer:
         checkpoint.prune(self._checkpoints, self.config.keep_last)
 
     def _restore(self, path: Path) -> None:
-        before = checkpoint.read_header(path)["extra"]["identity"]
+        before = container.read_header(path)["extra"]["identity"]
         compare(before, self.identity, str(path))
         state = checkpoint.load_training(path, self.model, self.train_step)
         self.step = state["step"]
@@ -336,7 +338,7 @@ class Trainer:
 
     def _finish(self, log: RunLog) -> TrainResult:
         model_path = self.out / "model.safetensors"
-        checkpoint.save(self.model, model_path, {"identity": self.identity})
+        save(self.model, model_path, {"identity": self.identity})
         lines = runlog.read(log.path)
         metrics: dict[str, float] = {}
         pictures: list[Path] = []

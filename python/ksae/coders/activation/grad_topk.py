@@ -160,3 +160,24 @@ def _warn_of_zeros(coder: SparseCoder, grad: Tensor) -> None:
             " does the loss depend on what the hook sees?",
             stacklevel=2,
         )
+
+
+class GradOptions:
+    """beta, mode and grad_norm of a coder whose activation is `GradTopK`, by their own names."""
+
+    activation: Any  # GradTopK
+
+    @property
+    def beta(self) -> float:
+        """Weight of the gradient in the score."""
+        return float(self.activation.beta)
+
+    @property
+    def mode(self) -> str:
+        """Of the score: additive, multiplicative or signed."""
+        return str(self.activation.mode)
+
+    @property
+    def grad_norm(self) -> str:
+        """What a gradient is divided by: none, unit, rms or sqrt_d."""
+        return str(self.activation.grad_norm)

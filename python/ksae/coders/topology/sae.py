@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..activation import Activation, GradTopK, TopK
+from ..activation.grad_topk import GradOptions
 from ..coder import SparseCoder
 from ..config import Options
 from ..registry import register
@@ -62,7 +63,7 @@ class TopKSAE(SAE):
 
 
 @register(GradTopK)
-class GradTopKSAE(SAE):
+class GradTopKSAE(GradOptions, SAE):
     """`SAE` with `GradTopK(k, beta, mode, grad_norm)`: its k latents are chosen by their effect on
     a downstream loss too (gradient SAE, arXiv 2411.10397).
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..activation import Activation, GradTopK, TopK
+from ..activation.grad_topk import GradOptions
 from ..coder import SparseCoder
 from ..config import Options
 from ..registry import register
@@ -58,7 +59,7 @@ class Transcoder(SparseCoder):
 
 
 @register(GradTopK)
-class GradTopKTranscoder(Transcoder):
+class GradTopKTranscoder(GradOptions, Transcoder):
     """`Transcoder` with `GradTopK(k, beta, mode, grad_norm)`: grad [..., d_out] is the gradient of
     the downstream loss at the output that it predicts. Options as `GradTopKSAE` and `Transcoder`.
     """

@@ -11,8 +11,9 @@ import torch
 from ksae.coders import coder as modules
 from ksae.coders import registry
 from ksae.coders.activation import GradTopK, TopK
+from ksae.coders.file import load_own, save
 from ksae.errors import UserError
-from ksae.files import checkpoint
+from ksae.files.container import read_header
 
 from .coder import Coder, check, require
 from .files import Source
@@ -27,8 +28,8 @@ def matches(source: Source) -> bool:
 
 
 def read(source: Source) -> Coder:
-    header = checkpoint.read_header(source.path)
-    model = checkpoint.load_own(source.path)
+    header = read_header(source.path)
+    model = load_own(source.path)
     weights: dict[str, Any] = {
         name: parameter.detach() for name, parameter in model.named_parameters()
     }
@@ -85,5 +86,5 @@ def build(coder: Coder, fold: bool) -> modules.SparseCoder:
 
 def write(coder: Coder, path: Path, fold: bool) -> Path:
     model = build(coder, fold)
-    checkpoint.save(model, path, coder.extra.get("ksae", {}).get("extra"))
+    save(model, path, coder.extra.get("ksae", {}).get("extra"))
     return path

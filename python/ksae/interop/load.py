@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ksae.load`: a model from ksae's own files or from those of another library."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from ksae.coders.coder import SparseCoder
+from ksae.coders.file import load_own
+from ksae.interop import convert, hub
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    k: int | None = None,
+    fold: bool = False,
+    as_topk: bool = False,
+) -> SparseCoder:
+    """Read a model from a file of `save`, a training checkpoint, a finished run's folder, or the
+    files of another library (`ksae.interop.convert`), recognised by what they hold.
+
+    Args:
+        path: the file, or the directory that `ksae train` wrote to; of another library, its file or
+            folder, or a Hugging Face id, `owner/name` or `owner/name/folder`.
+        device: where to put the tensors; default the CPU.
+        dtype: of the parameters; default the dtype they were saved in.
+        k, fold, as_topk: for files of other libraries, see `ksae.interop.convert.load`.
+    """
+    if hub.is_id(path):
+        path = hub.download(path)
+    file = Path(path)
+    if file.is_dir() and (file / "model.safetensors").is_file():
+        file = file / "model.safetensors"
+    if not convert.is_foreign(file):
+        return load_own(path, device, dtype)
+    return convert.load(path, device, dtype, k=k, fold=fold, as_topk=as_topk)
