@@ -73,7 +73,7 @@ def test_group_by_latent_by_definition() -> None:
         want = [p for p, (v, latent) in enumerate(flat) if v != 0 and latent == i]
         assert order[offsets[i] : offsets[i + 1]].tolist() == want
     assert (order[offsets[-1] :] == -1).all() and offsets[-1] < order.numel()
-    restored = reference._ungroup(offsets, order, values.shape)
+    restored = reference.group._ungroup(offsets, order, values.shape)
     assert torch.equal(restored[values != 0], indices[values != 0])
 
 

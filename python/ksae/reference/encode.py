@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse encoders: the k largest pre-activations of each row, plain and gradient-aware."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dtypes import accumulator
+from .topk import _largest
+
+
+def _scaled(value: Tensor, row: Tensor) -> Tensor:
+    """value [N] times row [N, d], exactly zero where the value is zero."""
+    value = value[:, None]
+    return torch.where(value == 0, 0, value * row)
+
+
+def topk_encode(
+    x: Tensor,  # [N, d]
+    W_enc: Tensor,  # [F, d]
+    b_enc: Tensor,  # [F]
+    k: int,
+    b_dec: Tensor | None = None,  # [d]
+    mask: Tensor | None = None,  # [F] bool, False: never selected before a True one, value 0
+    W_bf16: Tensor | None = None,  # [F, d] bfloat16 copy of a float32 W_enc
+    norms: Tensor | None = None,  # [3, F] float32 of `bf16_norms`, with W_bf16
+) -> tuple[Tensor, Tensor]:
+    """ReLU of the k largest pre-activations a row -> values [N, k] T, indices [N, k] int64.
+
+    A kernel that screens reads W_bf16 and norms, as `row_update` writes them, where it would make
+    them; they must be those of this very W_enc, and change no result. Here they are not read.
+    """
+    acc = accumulator(x.dtype)
+    xc = x if b_dec is None else x - b_dec  # rounded to T
+    u = xc.to(acc) @ W_enc.to(acc).T + b_enc.to(acc)  # [N, F]
+    if mask is not None:
+        u = torch.where(mask, u, -torch.inf)
+    indices = _largest(u, k)
+    v = u.gather(1, indices)
+    return torch.where(v <= 0, 0, v).to(x.dtype), indices
+
+
+def grad_topk_encode(
+    x: Tensor,  # [N, d_in]
+    grad: Tensor,  # [N, d_out] of the downstream loss, where the decoder writes
+    W_enc: Tensor,  # [F, d_in]
+    b_enc: Tensor,  # [F]
+    W_dec: Tensor,  # [F, d_out]
+    k: int,
+    beta: float,
+    mode: str = "additive",
+    b_dec: Tensor | None = None,  # [d_in]
+) -> tuple[Tensor, Tensor]:
+    """`topk_encode` with the k largest scores instead of the k largest pre-activations.
+
+    The score is u where u <= 0, and there only u counts; elsewhere u (1 + beta |a|), u |a| or
+    u (1 + beta relu(-a)) by mode, a = <W_dec[i], grad[n]>. A row whose grad is zero or not finite,
+    and with beta = 0 every row of a mode that has a beta, is scored by u. The values are
+    relu(u), not the score, in the order of the score.
+    """
+    acc = accumulator(x.dtype)
+    xc = x if b_dec is None else x - b_dec  # rounded to T
+    u = xc.to(acc) @ W_enc.to(acc).T + b_enc.to(acc)  # [N, F]
+    g = grad.to(acc)
+    score = u
+    if beta > 0 or mode == "multiplicative":
+        a = g @ W_dec.to(acc).T  # [N, F]
+        match mode:
+            case "additive":
+                score = u * (1 + beta * a.abs())
+            case "multiplicative":
+                score = u * a.abs()
+            case "signed":
+                score = u * (1 + beta * (-a).relu())
+        informed = ((g != 0).any(1) & g.isfinite().all(1))[:, None]
+        score = torch.where((u <= 0) | ~informed, u, score)
+    indices = _largest(score, k)
+    v = u.gather(1, indices)
+    return torch.where(v <= 0, 0, v).to(x.dtype), indices
+
+
+def topk_encode_aux(
+    x: Tensor,  # [N, d_in]
+    W_enc: Tensor,  # [F, d_in]
+    b_enc: Tensor,  # [F]
+    k: int,
+    k_aux: int,
+    dead: Tensor,  # [F] bool
+    b_dec: Tensor | None = None,  # [d_in]
+    grad: Tensor | None = None,  # [N, d_out]
+    W_dec: Tensor | None = None,  # [F, d_out]
+    beta: float = 0.0,
+    mode: str = "additive",
+    W_bf16: Tensor | None = None,  # [F, d] bfloat16, as `topk_encode`
+    norms: Tensor | None = None,  # [3, F] float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The selection of a training step and that of AuxK, which share a product.
+
+    Values and indices [N, k] of `topk_encode`, or of `grad_topk_encode` where grad and W_dec are
+    given; then those [N, k_aux] of `topk_encode` with the mask `dead`.
+    """
+    if grad is None or W_dec is None:
+        chosen = topk_encode(x, W_enc, b_enc, k, b_dec)
+    else:
+        chosen = grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+    return (*chosen, *topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
