@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
+from ksae import env
 from ksae.cli import bench, config, convert, demo, eval, train
 from ksae.errors import UserError
 from ksae.version import VERSION
@@ -112,7 +113,7 @@ def run(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
-        if os.environ.get("KSAE_DEBUG", "0") not in ("", "0"):
+        if env.read("KSAE_DEBUG") != "0":
             raise
         code, message = _explain(error)
         if message is None:
