@@ -65,7 +65,8 @@ class SparseCoder(nn.Module):
         ValueError: a size, k, loss or weight out of range. TypeError: a size is no integer, or
             dtype is not floating.
 
-    A batch of one token (or of equal tokens) has no variance: its FVU is infinite or not a number.
+    The variance in the FVU is a constant: the gradient for the target leaves out its derivative. A
+    batch of one token (or of equal tokens) has no variance: its FVU is infinite or not a number.
     In training mode `forward` counts, in `tokens_since_fired` [F], the tokens since each latent
     last fired. Buffers keep their dtype when the module is cast.
     """
