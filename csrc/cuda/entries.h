@@ -50,8 +50,7 @@ __device__ __forceinline__ void add_entries(const RowGroup& group, int64_t all, 
     if (lane < count) {
       const auto at = static_cast<uint32_t>(group.order[e0 + lane]);
       a = scale * load(static_cast<const C*>(group.coefficients) + at);
-      n = group.row_of ? static_cast<uint32_t>(group.row_of[at])
-                       : at / static_cast<uint32_t>(group.k);
+      n = at / static_cast<uint32_t>(group.k);
     }
     for (int e = 0; e < count; e += kBatch) {
       float by[kBatch];

@@ -30,15 +30,6 @@ constexpr int kSlice = 128;  // columns a warp
 constexpr int64_t kSharedRow = 11 * 1024;
 constexpr int64_t kShares = 1024;  // of the tokens, for column sums
 
-// The entries of a row: k, or those between two row offsets.
-struct Entries {
-  int64_t first, count;
-};
-__device__ __forceinline__ Entries entries_of(const DecodeParams& p, int64_t n) {
-  if (!p.row_offsets) return {n * p.k, p.k};
-  return {p.row_offsets[n], p.row_offsets[n + 1] - p.row_offsets[n]};
-}
-
 // How many rows are on their way to a thread at once: 64 bytes, where rows allow it.
 template <bool kAligned, class T>
 constexpr int kBatch = kAligned ? 16 / sizeof(T) : 2;
@@ -56,16 +47,15 @@ __device__ __forceinline__ Four decode4(const DecodeParams& p, int64_t n, int64_
   const auto d = static_cast<uint32_t>(p.d);  // the product of 32-bit numbers is one instruction
   const int64_t from = c < p.d ? c : 0, valid = valid4<kAligned>(p.d, from);
   const T* W = static_cast<const T*>(p.W_dec) + from;
-  const Entries row = entries_of(p, n);
-  const T* values = static_cast<const T*>(p.values) + row.first;
+  const T* values = static_cast<const T*>(p.values) + n * p.k;
   const int lane = threadIdx.x % 32;
   Four sum{};
-  for (int64_t j0 = 0; j0 < row.count; j0 += 32) {
+  for (int64_t j0 = 0; j0 < p.k; j0 += 32) {
     float v = 0;
     uint32_t i = 0;
-    if (j0 + lane < row.count) {
+    if (j0 + lane < p.k) {
       v = load(values + j0 + lane);
-      i = static_cast<uint32_t>(index_at(p.indices64, p.indices32, row.first + j0 + lane));
+      i = static_cast<uint32_t>(index_at(p.indices64, p.indices32, n * p.k + j0 + lane));
     }
     const unsigned used = __ballot_sync(0xffffffffu, v != 0);
     for (int j = 0; j < 32 && used >> j; j += kBatch<kAligned, T>) {
@@ -74,8 +64,8 @@ __device__ __forceinline__ Four decode4(const DecodeParams& p, int64_t n, int64_
 #pragma unroll
       for (int b = 0; b < kBatch<kAligned, T>; ++b) {
         by[b] = __shfl_sync(0xffffffffu, v, j + b);
-        const uint32_t latent = __shfl_sync(0xffffffffu, i, j + b);
-        if (by[b] != 0) w[b] = row4<kAligned>(W + uint64_t(latent) * d, valid);
+        const uint32_t row = __shfl_sync(0xffffffffu, i, j + b);
+        if (by[b] != 0) w[b] = row4<kAligned>(W + uint64_t(row) * d, valid);
       }
 #pragma unroll
       for (int b = 0; b < kBatch<kAligned, T>; ++b) {
@@ -190,10 +180,9 @@ __global__ void __launch_bounds__(kThreads, 8)
     const T* W = static_cast<const T*>(q.W_dec);
     // A warp takes every fourth slot, a lane every 32nd of these.
     const int lane = threadIdx.x % 32;
-    const Entries own = entries_of(q, n);
-    for (int64_t j0 = 0; j0 < own.count; j0 += kThreads) {
-      const int64_t j = j0 + lane * (kThreads / 32) + threadIdx.x / 32, at = own.first + j;
-      const bool used = j < own.count && load(static_cast<const T*>(q.values) + at) != 0;
+    for (int64_t j0 = 0; j0 < q.k; j0 += kThreads) {
+      const int64_t j = j0 + lane * (kThreads / 32) + threadIdx.x / 32, at = n * q.k + j;
+      const bool used = j < q.k && load(static_cast<const T*>(q.values) + at) != 0;
       const int64_t i = used ? index_at(q.indices64, q.indices32, at) : 0;
       float g = 0;
       for (unsigned rest = __ballot_sync(0xffffffffu, used); rest; rest &= rest - 1) {
@@ -202,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 8)
         const float product = dot<kAligned>(row, w, q.d);
         if (lane == from) g = product;
       }
-      if (j < own.count) p.grad_values[at] = g;
+      if (j < q.k) p.grad_values[at] = g;
     }
     __syncthreads();  // the row is read before the next token's is written
   }
@@ -214,8 +203,7 @@ __global__ void __launch_bounds__(kThreads, 8)
   const int64_t at = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (at >= p.N * p.k) return;
   const T* W = static_cast<const T*>(p.W_dec) + index_at(p.indices64, p.indices32, at) * p.d;
-  const int64_t n = p.row_of ? p.row_of[at] : at / p.k;
-  const float g = dot<kAligned>(static_cast<const T*>(p.grad) + n * p.d, W, p.d);
+  const float g = dot<kAligned>(static_cast<const T*>(p.grad) + at / p.k * p.d, W, p.d);
   if (threadIdx.x % 32 == 0) store(static_cast<T*>(p.grad_values) + at, g);
 }
 

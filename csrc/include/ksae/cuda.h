@@ -62,9 +62,6 @@ struct DecodeParams {
   const void* W_dec;         // [F, d]
   const void* b_dec;         // [d] or null
   void* out;                 // [N, d]
-  // [N + 1] or null: row n has the entries from row_offsets[n] to row_offsets[n + 1], k is not read
-  // and [N, k] is [E].
-  const int64_t* row_offsets = nullptr;
 };
 cudaError_t sparse_decode(const DecodeParams& p, cudaStream_t stream);
 
@@ -90,8 +87,6 @@ struct DecodeBackwardValuesParams {
   const int32_t* indices32;  // [N, k]
   const void* W_dec;         // [F, d]
   void* grad_values;         // [N, k] <grad_n, W_dec[index]>
-  // [E] or null: the row of each entry, for a code with row offsets; then N = E and k = 1.
-  const int32_t* row_of = nullptr;
 };
 cudaError_t sparse_decode_backward_values(const DecodeBackwardValuesParams& p, cudaStream_t stream);
 
@@ -141,8 +136,7 @@ struct RowGroup {
   const void* coefficients;  // [N, k]
   const void* rows;          // [N, columns]
   int64_t k;
-  int64_t entries;                  // N * k
-  const int32_t* row_of = nullptr;  // [entries] or null: instead of k entries a row
+  int64_t entries;  // N * k
 };
 struct RowUpdateParams {
   int64_t F, d;
@@ -179,13 +173,12 @@ cudaError_t row_grad_sq(const RowUpdateParams& p, void* workspace, cudaStream_t 
 struct DecodeBackwardWeightParams {
   int64_t N, d, F, k;
   Dtype dtype;
-  const void* grad;                 // [N, d]
-  const void* values;               // [N, k]
-  const int32_t* offsets;           // [F + 1]
-  const int32_t* order;             // [N * k]
-  void* grad_W;                     // [F, d] sum of value * grad_n over the entries of a latent
-  void* value_sum;                  // [F] sum of value
-  const int32_t* row_of = nullptr;  // as in DecodeBackwardValuesParams
+  const void* grad;        // [N, d]
+  const void* values;      // [N, k]
+  const int32_t* offsets;  // [F + 1]
+  const int32_t* order;    // [N * k]
+  void* grad_W;            // [F, d] sum of value * grad_n over the entries of a latent
+  void* value_sum;         // [F] sum of value
 };
 size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams& p);
 cudaError_t sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, void* workspace,
