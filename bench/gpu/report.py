@@ -132,7 +132,7 @@ def report(data: Mapping[str, Any]) -> str:
     lines += [f"- build: {built}; tests marked gpu: {ran}; finished: {data['finished']}"]
     lines += [f"- failed: {name}" for name in tests.get("failed", [])]
     rows = [found["row"] for found in data["choice"].values() if "row" in found]
-    lines += [f"- for the table in ksae/gpu.py: {row}" for row in rows]
+    lines += [f"- for the table in ksae/backends/serving.py: {row}" for row in rows]
     lines += [f"- PROBLEM: {text}" for text in data["problems"]]
     header = ("shape", "op", "way", "ms", "quartiles", "of ceiling", "products", "wall", "extra MB")
     lines += ["", f"| {' | '.join(header)} |", "|---|---|---|---:|---:|---:|---:|---:|---:|"]

@@ -59,9 +59,7 @@ def measure_step(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype)
             loss = float(step())  # of the third step: gradients and Adam are in it
             extra = memory() - before
             first = loss if first is None else first
-            near = 0.05 if "moments" in name else 0.005  # these are rounded stochastically
-            if not abs(loss - first) <= near * abs(first):
-                record.problem(f"step {shape.name} of {name}: loss {loss:.5g}, ksae's {first:.5g}")
+            compare_losses(record, shape, name, loss, first)
             ways = {name: step, "product alone": inputs.product}
             times = add_rows(record, timer, shape, "step", ways, cost)
             rows = record.data["rows"]
@@ -82,6 +80,13 @@ def measure_step(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype)
         gc.collect()
         if timer.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def compare_losses(record: Record, shape: Any, name: str, loss: float, first: float) -> None:
+    """A problem of the record if a contestant's loss is not near that of ksae, the first."""
+    near = 0.05 if "moments" in name else 0.005  # these are rounded stochastically
+    if not abs(loss - first) <= near * abs(first):
+        record.problem(f"step {shape.name} of {name}: loss {loss:.5g}, ksae's {first:.5g}")
 
 
 class Recorded:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Python module ksae._cpu over ksae/cpu.h. Pointers are integers; python/ksae/native.py makes them
+// Python module ksae._cpu over ksae/cpu.h. Pointers are integers; python/ksae/backends/ makes them
 // from tensors and owns every check. Kernels run without the GIL.
 #include "ksae/cpu.h"
 

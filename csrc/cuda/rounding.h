@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stochastic rounding to bfloat16 with counted randomness; the meaning is in reference.py.
+// Stochastic rounding to bfloat16 with counted randomness; the meaning is in reference/rounding.py.
 //
 // The 16 bits that decide a rounding come from Philox4x32-10 (Salmon et al., SC 2011), keyed by a
 // seed and counted by step, latent, group of four columns and purpose: any launch, any slice of

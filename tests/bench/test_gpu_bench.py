@@ -93,7 +93,7 @@ def test_the_row_for_the_table_of_ways_to_encode_is_printed(results):
         assert found["encode"][row.way] == min(found["encode"].values())
         assert found["aux"][row.aux] == min(found["aux"].values())
         assert " ms" in row.measured and {*found["encode"], *found["aux"]} == {*gpu.WAYS}
-        assert f"for the table in ksae/gpu.py: {row}" in table
+        assert f"for the table in ksae/backends/serving.py: {row}" in table
 
 
 def test_the_hot_latent_is_selected_by_every_token():

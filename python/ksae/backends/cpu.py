@@ -2,7 +2,7 @@
 """Bridge from torch tensors to the native CPU kernels: the one place where tensors become pointers.
 
 Each function has the name, arguments and meaning of its reference; tensors come checked, contiguous
-and in float32, bfloat16 or float16 (ops.py sees to it). Outputs and workspaces are torch's; the
+and in float32, bfloat16 or float16 (ksae.ops sees to it). Outputs and workspaces are torch's; the
 thread count is torch.get_num_threads().
 
 Environment, read once at import: KSAE_NATIVE=0 leaves the native code out,

@@ -2,7 +2,7 @@
 """Bridge from torch tensors to the CUDA kernels: the one place where tensors become pointers.
 
 Each method of `Kernels` has the name, arguments and meaning of its reference; tensors come checked,
-contiguous and in float32, bfloat16 or float16 (ops.py sees to it). Outputs and workspaces are
+contiguous and in float32, bfloat16 or float16 (ksae.ops sees to it). Outputs and workspaces are
 torch's; work goes to torch's current stream on the tensors' device.
 
 Environment, read once at import: KSAE_NATIVE=0 leaves the native code out.

@@ -2,7 +2,7 @@
 """Bridge from torch tensors to the Triton kernels: outputs, workspaces, order of launches.
 
 Each method of `Kernels` has the name, arguments and meaning of its reference; tensors come checked,
-contiguous and in float32, bfloat16 or float16 (ops.py sees to it). Triton and the kernels are
+contiguous and in float32, bfloat16 or float16 (ksae.ops sees to it). Triton and the kernels are
 imported by the first call; work goes to torch's current stream, and nothing waits for the device.
 Run on no AMD GPU, and so far on no GPU: interpreted and compiled only.
 
