@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import env
 from ..reference.dtypes import MODES
 from ..reference.group import rows_of
+from .driver import why_not_by_version
 from .product import Encode
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -375,37 +376,6 @@ class Kernels(Encode):
             )  # fmt: skip
 
 
-def _why_not_by_version(module: ModuleType) -> str:
-    """Why no driver here can run the kernels of `module`; empty if one can.
-
-    Asks for versions alone: once a process has asked the driver for its devices, the children that
-    it forks cannot use them.
-    """
-    driver, runtime = module.driver_version(), module.runtime_version()
-    if driver == 0:
-        return "no CUDA driver is installed"
-    if driver // 1000 < runtime // 1000:
-        newest, built = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
-        return (
-            f"the driver is too old: it runs CUDA up to {newest}, the kernels are built with"
-            f" {built}; update the driver"
-        )
-    return ""
-
-
-def why_not(module: ModuleType) -> str:
-    """Why the kernels of `module` cannot run here, in one line; empty if they can.
-
-    Asks the driver for a device, but opens none.
-    """
-    if reason := _why_not_by_version(module):
-        return reason
-    try:
-        return "" if module.device_count() else "no CUDA device"
-    except RuntimeError as error:
-        return str(error)
-
-
 def _require(op: str, arg: str, device: torch.device) -> None:
     """The GPU is one that the kernels are compiled for; asked once a device."""
     if device not in _known:
@@ -454,7 +424,7 @@ def _load() -> tuple[Kernels | None, str]:
         return None, f"not importable: {error}"
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is built without CUDA"
-    reason = _why_not_by_version(_cuda)
+    reason = why_not_by_version(_cuda)
     return (None if reason else Kernels(_cuda), reason)
 
 
