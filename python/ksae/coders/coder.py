@@ -290,7 +290,9 @@ class SparseCoder(nn.Module):
         multi = self.multi_topk and target is not None
         downstream = self.gradients(x, grad, self.training)  # [N, d_out]
         wide = Code(*self.select(rows, self.k_multi if multi else self.k, downstream))
-        code = wide.first(self.k)  # sorted: a prefix
+        code, lead = wide.first(self.k), x.shape[:-1]  # sorted: a prefix
+        values = code.values.reshape(*lead, self.k)  # what is returned has a gradient: so it stands
+        code = Code(values.reshape(-1, self.k), code.indices)  # between encoder and decoder
         recon = self.decode(code.values, code.indices, rows)
         loss = fvu = auxk_loss = multi_topk_loss = None
         if target is not None:
@@ -299,10 +301,9 @@ class SparseCoder(nn.Module):
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), parts.get("multi_topk", zero)
         if self.training:
             self._count(code)
-        lead = x.shape[:-1]
         return Output(
             recon.reshape(*lead, self.d_out),
-            code.values.reshape(*lead, self.k),
+            values,
             code.indices.reshape(*lead, self.k),
             loss,
             fvu,

@@ -51,7 +51,8 @@ class Decoder(nn.Linear):
         """The same plus `bias` [d]."""
         code = lazy.known(f)
         if code is not None:
-            return sparse.decode(*code, sparse.latent_rows(self.weight), bias)
+            rows = sparse.latent_rows(self.weight)
+            return lazy.decoded(f, sparse.decode(*code, rows, bias), rows)
         out = nn.functional.linear(f, self.weight)
         return out if bias is None else out + bias
 
@@ -115,10 +116,9 @@ class AutoEncoderTopK(_Base):
         values, indices = self._topk(x)
         if not return_topk:
             return sparse.scatter(values, indices, self.dict_size)
-        if torch.compiler.is_compiling():
-            post_relu = nn.functional.linear(x - self.b_dec, encoder.weight, encoder.bias).relu()
-        else:
-            post_relu = lazy.PreActivations(x, encoder.weight, encoder.bias, self.b_dec, relu=True)
+        weights = encoder.weight, encoder.bias, self.b_dec
+        post_relu = lazy.pre_activations(x, *weights, relu=True)
+        lazy.selected(post_relu, values, indices)
         return lazy.code(values, indices, self.dict_size), values, indices, post_relu
 
     def decode(self, x: Tensor) -> Tensor:

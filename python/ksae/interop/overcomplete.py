@@ -156,10 +156,13 @@ class DictionaryLayer(_Dictionary):
         if code is None:
             return torch.matmul(z, self.get_dictionary())
         if not self.training:
-            return sparse.decode(*code, self.get_dictionary())
+            rows = self.get_dictionary()
+            return lazy.decoded(z, sparse.decode(*code, rows), rows)
         self._normalize()
         values, indices = code  # scaled here, k numbers a token instead of F rows
-        return sparse.decode(values * torch.exp(self.multiplier), indices, self._weights)
+        scale = torch.exp(self.multiplier)
+        out = sparse.decode(values * scale, indices, self._weights)
+        return lazy.decoded(z, out, self._weights, 1 / scale.detach())
 
     def train(self, mode: bool = True) -> DictionaryLayer:
         """Entering eval mode keeps the dictionary of that moment."""
@@ -295,12 +298,14 @@ class TopKSAE(_Base):
 
     def _code(self, x: Tensor) -> tuple[Tensor, Code]:
         """Pre-codes [N, F], lazy where the encoder is linear, and the code."""
-        weights = None if torch.compiler.is_compiling() else _linear(self.encoder)
+        weights = None if lazy.plain() else _linear(self.encoder)
         if weights is None:
             pre_codes, codes = self.encoder(x)
             return pre_codes, functional.topk(codes, self.top_k)
-        pre_codes = lazy.PreActivations(x, *weights, relu=False)
-        return pre_codes, functional.topk_encode(x, *weights, self.top_k)
+        pre_codes = lazy.pre_activations(x, *weights, relu=False)
+        code = functional.topk_encode(x, *weights, self.top_k)
+        lazy.selected(pre_codes, *code)
+        return pre_codes, code
 
     def encode(self, x: Tensor) -> Code:
         """Pre-codes and codes [N, F] of x [N, d]; the pre-codes are computed when read."""

@@ -115,15 +115,12 @@ def fused_encoder(
     if activation not in ACTIVATIONS:
         names = " or ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"fused_encoder: activation must be {names}, got {activation!r}")
-    pre_acts: Tensor
-    if torch.compiler.is_compiling():
-        pre_acts = nn.functional.linear(_centre(input, b_dec), weight, bias).relu()
-    else:
-        pre_acts = lazy.PreActivations(input, weight, bias, b_dec, relu=True)
+    pre_acts = lazy.pre_activations(input, weight, bias, b_dec, relu=True)
     if compat:
         pre_acts = pre_acts.detach()
     if activation == "topk" and not compat:
         values, indices = functional.topk_encode(input, weight, bias, k, b_dec)
+        lazy.selected(pre_acts, values, indices)
         return EncoderOutput(values, indices, pre_acts)
     with torch.no_grad():
         if activation == "groupmax":
@@ -133,7 +130,9 @@ def fused_encoder(
     rows, flat = sparse.flat(indices), sparse.flat(values)
     gate = None if compat else flat > 0
     out = sparse.at(sparse.flat(input), weight, bias, b_dec, rows, values=flat, gate=gate)
-    return EncoderOutput(out.reshape(values.shape), indices, pre_acts)
+    out = out.reshape(values.shape)
+    lazy.selected(pre_acts, out, indices)  # with compat detached: none, as there
+    return EncoderOutput(out, indices, pre_acts)
 
 
 def _centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
