@@ -19,9 +19,9 @@ def documents(spec: Any, *, field: str = "text", separator: str | None = None) -
 
     Args:
         spec: "pydoc" (the help topics of the standard library, about 113k tokens); the path of a
-            .txt, .jsonl or .parquet file; a folder of such files (sorted by path, searched through)
-            or one saved by `datasets`; or an iterable of strings or of mappings, such as a
-            `datasets` dataset.
+            .txt, .jsonl or .parquet file; a folder of such files (sorted by path, searched through,
+            but for what is hidden) or one saved by `datasets`; or an iterable of strings or of
+            mappings, such as a `datasets` dataset.
         field: the key or column that holds the text, for .jsonl, .parquet and datasets.
         separator: what divides a .txt file into documents; by default a file is one document.
     """
@@ -50,6 +50,7 @@ def _raw(spec: Any, field: str, separator: str | None) -> Iterator[str]:
             yield from _saved_dataset(path, field)
         else:
             files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            files = [p for p in files if not _hidden(p.relative_to(path))]
             if not files:
                 raise UserError(f"{path}: holds no {', '.join(SUFFIXES)} file")
             for file in files:
@@ -61,6 +62,11 @@ def _raw(spec: Any, field: str, separator: str | None) -> Iterator[str]:
             yield _text(item, field, f"{type(spec).__name__} item {number}")
     else:
         raise UserError(f"documents: must be a path or an iterable, got {type(spec).__name__}")
+
+
+def _hidden(path: Path) -> bool:
+    """Such as .git, .cache and the copies that notebooks keep."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _text(item: Any, field: str, where: str) -> str:

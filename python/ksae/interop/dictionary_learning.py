@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..coders import TopKSAE
+from ..errors import UserError
 from ..step.train_step import TrainStep
 from . import lazy, libraries, sparse
 from .formats.dictionary_learning import KEYS
@@ -151,9 +152,14 @@ class AutoEncoderTopK(_Base):
 
         Raises:
             ValueError: k is given and is not that of the file.
-            UserError: a tensor that is missing, or that the format does not have.
+            UserError: the file or a tensor is missing, or the format does not have it.
         """
+        if not os.path.isfile(path):
+            raise UserError(f"load: no such file: {os.fspath(path)}")
         state = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(state, dict):
+            got = type(state).__name__
+            raise UserError(f"load: {os.fspath(path)} must hold a dict, got {got}")
         state = pick(state, KEYS - {"k"}, {"k", "threshold"}, os.fspath(path))
         F, d = state["encoder.weight"].shape
         stored = int(state["k"]) if "k" in state else k

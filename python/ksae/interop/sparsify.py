@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..errors import UserError
 from . import lazy, libraries, sparse
-from .formats.files import pick
+from .formats.files import integer, pick, read_json, read_tensors
 
+FILES = ("cfg.json", "sae.safetensors")
 ACTIVATIONS = ("topk", "groupmax")
 
 
@@ -209,12 +211,21 @@ class SparseCoder(_Base):
         pattern: str | None = None,
     ) -> dict[str, SparseCoder]:
         """The coders of a folder (local) or of a hub repository, by hookpoint, sorted as people
-        count."""
+        count; without layers those of all its folders that hold one.
+
+        Raises:
+            UserError: no such folder, none in it that holds a coder, or a file that cannot be read.
+        """
         pattern = None if pattern is None else pattern + "/*"
         root = Path(name) if local else _snapshot(name, pattern)
         if layers is None:
-            folders = [f.name for f in root.iterdir() if f.is_dir()]
+            folders = [f.name for f in _inside(root) if any((f / file).exists() for file in FILES)]
             layers = [f for f in folders if pattern is None or fnmatch(f + "/", pattern)]
+            if not layers:
+                kind = "" if pattern is None else f" named {pattern.removesuffix('/*')}"
+                raise UserError(
+                    f"load: {root} must have folders{kind} with {' and '.join(FILES)}, got none"
+                )
         return {
             layer: cls.load_from_disk(root / layer, device=device, decoder=decoder)
             for layer in sorted(layers, key=_natural)
@@ -244,14 +255,14 @@ class SparseCoder(_Base):
         """Read cfg.json and sae.safetensors; the dtype is the file's.
 
         Raises:
-            UserError: a tensor that is missing, or that the format does not have.
+            UserError: a file that is missing or damaged; a tensor that is missing, or that the
+                format does not have.
         """
-        from safetensors.torch import load_file
-
         path = Path(path)
-        config = json.loads((path / "cfg.json").read_text())
-        d_in = config.pop("d_in")
-        tensors = load_file(path / "sae.safetensors", device=str(device))
+        config = read_json(path / FILES[0])
+        d_in = integer(config, "d_in", path / FILES[0])
+        del config["d_in"]
+        tensors = read_tensors(path / FILES[1], str(device))
         if not decoder:
             tensors.pop("W_dec", None)
         cfg = SparseCoderConfig.from_dict(config, drop_extra_fields=True)
@@ -374,6 +385,13 @@ class SparseCoder(_Base):
 
 
 Sae = SparseCoder
+
+
+def _inside(root: Path) -> list[Path]:
+    """The folders of a folder, without hidden ones, such as .git and .cache."""
+    if not root.is_dir():
+        raise UserError(f"load: no such folder: {root}")
+    return [f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")]
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
