@@ -163,17 +163,16 @@ class TopKSAE(nn.Module):
         recon = inner * info["std"] + info["mu"] if info else inner
         self._count(values.detach(), indices)
         total = self._ratio(recon - x, x - self.pre_bias)
-        with torch.no_grad():
-            e = recon - x
-            unexplained = torch.var(e, dim=0).sum() / (torch.var(x, dim=0).sum() + _EPS)
-            dead = self.stats_last_nonzero > self.dead_tokens_threshold
-            result = {
-                "fvu": unexplained,
-                "sparsity": (values != 0).sum(-1).float().mean(),
-                "mse": e.pow(2).mean(),
-                "variance_explained": 1 - unexplained,
-                "dead_pct": dead.float().mean() * 100,
-            }
+        seen, e = x.detach(), (recon - x).detach()
+        unexplained = torch.var(e, dim=0).sum() / (torch.var(seen, dim=0).sum() + _EPS)
+        dead = self.stats_last_nonzero > self.dead_tokens_threshold
+        result = {
+            "fvu": unexplained,
+            "sparsity": (values != 0).sum(-1).float().mean(),
+            "mse": e.pow(2).mean(),
+            "variance_explained": 1 - unexplained,
+            "dead_pct": dead.float().mean() * 100,
+        }
         if self.auxk is not None:
             result["aux"] = self._auxk(prepared, prepared.detach() - inner.detach(), dead)
             total = total + self.auxk_coef * result["aux"]
@@ -196,7 +195,6 @@ class TopKSAE(nn.Module):
         code = self._code(prepared, min(self.auxk, count), dead)
         return self._ratio(self._decode(code, None) - residual, residual)
 
-    @torch.no_grad()
     def _count(self, values: Tensor, indices: Tensor) -> None:
         """Tokens since each latent fired."""
         ranks, group = 1, torch.distributed

@@ -121,10 +121,9 @@ class Autoencoder(nn.Module):
         values, indices = self._code(x)
         latents = lazy.code(values, indices, self.latent_bias.shape[0])
         recons = self.decode(latents, info)
-        with torch.no_grad():
-            fired = torch.zeros_like(self.stats_last_nonzero)
-            fired.index_add_(0, indices.flatten(), (values > 0).flatten().long())
-            self.stats_last_nonzero.mul_(fired == 0).add_(1)
+        fired = torch.zeros_like(self.stats_last_nonzero)
+        fired.index_add_(0, indices.flatten(), (values > 0).flatten().long())
+        self.stats_last_nonzero.mul_(fired == 0).add_(1)
         latents_pre_act = self.encode_pre_act(x)
         lazy.selected(latents_pre_act, values, indices)
         return latents_pre_act, latents, recons
@@ -203,10 +202,10 @@ class FastAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """recons [..., d], {"auxk_inds", "auxk_vals"} [..., auxk] (None without auxk)."""
         values, indices = self._encode(x, self.k)
-        with torch.no_grad():  # at value 1e-3 and below a latent counts as silent
-            fired = torch.zeros_like(self.stats_last_nonzero)
-            fired.index_add_(0, indices.flatten(), (values > 1e-3).flatten().long())
-            self.stats_last_nonzero.mul_(fired == 0).add_(1)
+        fired = torch.zeros_like(self.stats_last_nonzero)
+        silent = 1e-3  # at this value and below
+        fired.index_add_(0, indices.flatten(), (values > silent).flatten().long())
+        self.stats_last_nonzero.mul_(fired == 0).add_(1)
         auxk_vals = auxk_inds = None
         if self.auxk is not None:
             dead = self.stats_last_nonzero > self.dead_steps_threshold

@@ -139,11 +139,18 @@ class DictionaryLayer(_Dictionary):
         else:
             self._weights.data = self.normalization(self._weights)
 
+    def _rows(self) -> Tensor:
+        """The normalised rows [F, d]: normalised in place, but for a graph that is exported, which
+        changes no parameter."""
+        if torch.compiler.is_exporting():
+            return self.normalization(self._weights)
+        self._normalize()
+        return self._weights
+
     def get_dictionary(self) -> Tensor:
         """The dictionary [F, d]; in eval mode the one of the moment the mode was entered."""
         if self.training:
-            self._normalize()
-            return self._weights * torch.exp(self.multiplier)
+            return self._rows() * torch.exp(self.multiplier)
         if self._fused_dictionary is None:
             raise ValueError(
                 "DictionaryLayer: eval() must come before evaluation, got no such call"
@@ -158,11 +165,10 @@ class DictionaryLayer(_Dictionary):
         if not self.training:
             rows = self.get_dictionary()
             return lazy.decoded(z, sparse.decode(*code, rows), rows)
-        self._normalize()
+        rows, scale = self._rows(), torch.exp(self.multiplier)
         values, indices = code  # scaled here, k numbers a token instead of F rows
-        scale = torch.exp(self.multiplier)
-        out = sparse.decode(values * scale, indices, self._weights)
-        return lazy.decoded(z, out, self._weights, 1 / scale.detach())
+        out = sparse.decode(values * scale, indices, rows)
+        return lazy.decoded(z, out, rows, 1 / scale.detach())
 
     def train(self, mode: bool = True) -> DictionaryLayer:
         """Entering eval mode keeps the dictionary of that moment."""
@@ -188,8 +194,8 @@ class LinearEncoder(_Linear):
         self.hidden_activation, self.output_activation = nn.ReLU, nn.ReLU
         self.norm_layer = nn.Identity
         self.mlp_blocks = nn.ModuleList()
-        linear = nn.Linear(input_shape, n_components)
-        self.final_block = nn.Sequential(linear, nn.Identity()).to(device)
+        linear = nn.Linear(input_shape, n_components, device=device)
+        self.final_block = nn.Sequential(linear, nn.Identity())
         self.final_activation = nn.ReLU()
 
     def forward(self, x: Tensor) -> Code:

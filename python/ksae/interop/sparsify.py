@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import SUPPORTED_NODES, _register_namedtuple
 
 from .. import functional
 from ..errors import UserError
@@ -78,6 +79,9 @@ else:
     ForwardOutput = libraries.base("sparsify.sparse_coder", "ForwardOutput", _ForwardOutput)
     SparseCoderConfig = libraries.base("sparsify.config", "SparseCoderConfig", _SparseCoderConfig)
 SaeConfig = SparseCoderConfig
+for _kind in (EncoderOutput, ForwardOutput):  # so that an exported module can be saved
+    if _kind not in SUPPORTED_NODES:
+        _register_namedtuple(_kind, serialized_type_name=f"sparsify.{_kind.__name__}")
 TranscoderConfig = partial(SparseCoderConfig, transcode=True)
 
 
@@ -124,11 +128,16 @@ def fused_encoder(
         values, indices = functional.topk_encode(input, weight, bias, k, b_dec)
         lazy.selected(pre_acts, values, indices)
         return EncoderOutput(values, indices, pre_acts)
-    with torch.no_grad():
-        if activation == "groupmax":
-            values, indices = _groupmax(lazy.dense(pre_acts.detach()), k)
-        else:
-            values, indices = functional.topk_encode(input, weight, bias, k, b_dec)
+    if activation == "groupmax":
+        values, indices = _groupmax(lazy.dense(pre_acts.detach()), k)
+    else:
+        values, indices = functional.topk_encode(
+            input.detach(),
+            weight.detach(),
+            bias.detach(),
+            k,
+            None if b_dec is None else b_dec.detach(),
+        )
     rows, flat = sparse.flat(indices), sparse.flat(values)
     gate = None if compat else flat > 0
     out = sparse.at(sparse.flat(input), weight, bias, b_dec, rows, values=flat, gate=gate)
@@ -305,7 +314,7 @@ class SparseCoder(_Base):
     def _encode(self, x: Tensor, k: int) -> EncoderOutput:
         x = x.to(torch.promote_types(x.dtype, self.dtype))
         b_dec = None if self.cfg.transcode else self.b_dec
-        if x.requires_grad or torch.is_autocast_enabled(x.device.type):
+        if x.requires_grad or sparse.autocast_dtype(x.device.type):
             # Autocast would round x before it is centred; a gradient of x is b_dec's as well.
             x, b_dec = _centre(x, b_dec), None
         weights = self.encoder.weight, self.encoder.bias

@@ -11,7 +11,6 @@ gradient together from what was made of it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
@@ -19,6 +18,8 @@ from .. import sparse
 from .base import LazyDense, version
 from .code import Code, zeros
 from .pre_activations import PreActivations
+
+plain = sparse.plain
 
 __all__ = [
     "Code",
@@ -33,11 +34,6 @@ __all__ = [
     "selected",
     "zeros",
 ]
-
-
-def plain() -> bool:
-    """Whether tensors are dense from the start, for a graph is being recorded."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def code(values: Tensor, indices: Tensor, F: int) -> Tensor:

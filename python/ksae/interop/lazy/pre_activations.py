@@ -41,9 +41,9 @@ class PreActivations(LazyDense):
         dtype: torch.dtype | None = None,
     ) -> PreActivations:
         shape = torch.Size([*x.shape[:-1], W_enc.shape[0]])
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and W_enc.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
+        cast = sparse.autocast_dtype(x.device.type)
+        if cast is not None and W_enc.dtype != torch.float64:
+            dtype = cast
         u: PreActivations = LazyDense.make(cls, shape, x, dtype or W_enc.dtype)
         u.x, u.weights, u.scale, u.rectified, u.mask = x, (W_enc, b_enc, b_dec), scale, relu, mask
         u.versions = u.read_versions()
