@@ -67,7 +67,7 @@ def test_a_coder_is_exported_for_any_batch_and_saved(
     before = copy.deepcopy(coder)
     inputs = batch(coder, N)
     any_length = {0: torch.export.Dim("N", min=1)}
-    sizes = {key: any_length for key in inputs}
+    sizes = dict.fromkeys(inputs, any_length)
     program = torch.export.export(coder, (), inputs, dynamic_shapes=sizes, strict=strict)
     assert torch.equal(coder.tokens_since_fired, before.tokens_since_fired)
     file = io.BytesIO()
