@@ -157,6 +157,7 @@ OWN: dict[str, Callable[[], ksae.SparseCoder]] = {
     "sae": lambda: ksae.TopKSAE(D, F, K),
     "transcoder": lambda: ksae.Transcoder(D, D, F, K, skip=True),
     "grad_topk": lambda: ksae.GradTopKSAE(D, F, K),
+    "multi_topk": lambda: ksae.TopKSAE(D, F, K, multi_topk=True, loss="mse"),
 }
 
 
@@ -173,6 +174,20 @@ def test_the_values_of_ksaes_modules_have_their_gradient(name: str, lead: tuple[
     assert got.shape == out.values.shape == (*lead, K)
     torch.testing.assert_close(got, coder.W_dec.detach()[out.indices].sum(-1))
     assert torch.autograd.grad(out.loss, out.values)[0].any()
+
+
+def test_the_values_have_the_gradient_of_the_wider_code_too() -> None:
+    torch.manual_seed(0)
+    sae = ksae.TopKSAE(D, F, K, multi_topk=True, loss="mse", auxk_alpha=0)
+    out = sae(X)
+    (got,) = torch.autograd.grad(out.loss, [out.values])
+    values, indices = ksae.topk_encode(X, sae.W_enc, sae.b_enc, 4 * K, sae.b_dec)
+    values = values.detach().requires_grad_()
+    loss = torch.zeros(())
+    for k, weight in ((K, 1.0), (4 * K, 1 / 8)):
+        recon = ksae.sparse_decode(values[:, :k], indices[:, :k], sae.W_dec, sae.b_dec)
+        loss = loss + weight * (recon - X).square().mean()
+    torch.testing.assert_close(got, torch.autograd.grad(loss, [values])[0][:, :K])
 
 
 def test_the_acts_of_sparsify_have_their_gradient() -> None:

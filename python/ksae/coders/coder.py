@@ -298,6 +298,9 @@ class SparseCoder(nn.Module):
         code, lead = wide.first(self.k), x.shape[:-1]  # sorted: a prefix
         values = code.values.reshape(*lead, self.k)  # what is returned has a gradient: so it stands
         code = Code(values.reshape(-1, self.k), code.indices)  # between encoder and decoder
+        if multi:
+            rest = wide.values[:, self.k :]
+            wide = Code(torch.cat([code.values, rest], dim=1), wide.indices)
         recon = self.decode(code.values, code.indices, rows)
         loss = fvu = auxk_loss = multi_topk_loss = None
         if target is not None:
