@@ -57,14 +57,23 @@ def draw(out: Path, metrics_path: Path, logged: bool, result: Evaluation | None)
 
 
 def check_learned(
-    lines: Sequence[Mapping[str, float]], held_out: Mapping[str, float], model_path: Path
+    first: float | None,
+    lines: Sequence[Mapping[str, float]],
+    held_out: Mapping[str, float],
+    model_path: Path,
 ) -> str | None:
     """A remark on a run that ended worse than the mean of its targets; None for any other.
+
+    Args:
+        first: FVU before the first step; None: of a resumed run, whose first line stands for it.
+        lines: the metrics that were logged.
+        held_out: the metrics on held-out activations.
 
     Raises:
         UserError: it diverged.
     """
-    first = next((line["fvu"] for line in lines if "fvu" in line), math.nan)
+    if first is None:
+        first = lines[0].get("fvu", math.nan) if len(lines) > 1 else 1.0
     last = held_out.get("fvu", math.nan)
     if not math.isfinite(last):  # equal rows have no variance
         last = lines[-1].get("fvu", math.nan) if lines else math.nan

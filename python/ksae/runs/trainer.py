@@ -119,6 +119,7 @@ class Trainer:
         self.step = 0  # steps done
         self._parameter = next(model.parameters())
         self._remarks: list[str] = []  # said once all has been checked
+        self._first_fvu: float | None = None  # before the first step
         checks.check_services(self.log_config)
         checks.check_widths(model, source)
         if holdout is not None:
@@ -291,7 +292,7 @@ class Trainer:
 
     def _wanted(self, metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What the host has to know of the step that was just taken."""
-        if self._is_logged(self.step):
+        if self._is_logged(self.step) or self.step == 1:
             return metrics
         return {name: metrics[name] for name in _FINITE if name in metrics}
 
@@ -305,6 +306,8 @@ class Trainer:
             value = numbers.get(name, 0.0)
             if not math.isfinite(value):
                 raise UserError(self._explain(step, name, value))
+        if step == 1:
+            self._first_fvu = numbers.get("fvu")
         if not self._is_logged(step):
             return
         tokens = step * self.config.batch_size
@@ -371,7 +374,7 @@ class Trainer:
                 f"{first_line(error)}"
             ) from error
         metrics = {} if result is None else result.metrics
-        remark = finish.check_learned(lines, metrics, model_path)
+        remark = finish.check_learned(self._first_fvu, lines, metrics, model_path)
         if remark is not None:
             log.say(remark)
         return TrainResult(
