@@ -65,15 +65,14 @@ def check_learned(
     """A remark on a run that ended worse than the mean of its targets; None for any other.
 
     Args:
-        first: FVU before the first step; None: of a resumed run, whose first line stands for it.
+        first: FVU before the first step; None if no step was taken.
         lines: the metrics that were logged.
         held_out: the metrics on held-out activations.
 
     Raises:
         UserError: it diverged.
     """
-    if first is None:
-        first = lines[0].get("fvu", math.nan) if len(lines) > 1 else 1.0
+    first = 1.0 if first is None else first
     last = held_out.get("fvu", math.nan)
     if not math.isfinite(last):  # equal rows have no variance
         last = lines[-1].get("fvu", math.nan) if lines else math.nan

@@ -335,7 +335,7 @@ class Trainer:
                     "lower train.lr; no checkpoint was overwritten"
                 )
         log.sync()
-        state = {"step": self.step, "rng": torch.get_rng_state()}
+        state = {"step": self.step, "rng": torch.get_rng_state(), "first_fvu": self._first_fvu}
         path = checkpoint.step_path(self._checkpoints, self.step)
         extra = {"identity": self.identity}
         checkpoint.save_training(path, self.model, self.train_step, state, extra)
@@ -345,7 +345,7 @@ class Trainer:
         before = container.read_header(path)["extra"]["identity"]
         changed = compare(before, self.identity, str(path), allow_change=self.allow_change)
         state = checkpoint.load_training(path, self.model, self.train_step)
-        self.step = state["step"]
+        self.step, self._first_fvu = state["step"], state.get("first_fvu")
         torch.set_rng_state(state["rng"])
         for key, (old, new) in changed.items():
             self._remarks.append(f"{key}: {old} -> {new} after step {self.step}")
