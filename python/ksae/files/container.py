@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ksae.errors import UserError, first_line
+from ksae.files import checksum
 from ksae.files.atomic import replacing
 
 FORMAT = 1
@@ -82,7 +81,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write tensors and description to `path`, with a checksum of each tensor."""
     whole = _on_host(tensors)
-    checksums = {name: checksum(tensor) for name, tensor in whole.items()}
+    checksums = {name: checksum.of_tensor(tensor) for name, tensor in whole.items()}
     write_tensors(path, whole, {"ksae": json.dumps({**header, "checksums": checksums})})
 
 
@@ -109,11 +108,6 @@ def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         whole[name] = value.clone() if storage in seen else value
         seen.add(whole[name].untyped_storage().data_ptr())
     return whole
-
-
-def checksum(tensor: Tensor) -> int:
-    """The CRC-32 of the bytes of a contiguous CPU tensor."""
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 class TensorFile:
@@ -143,7 +137,7 @@ class TensorFile:
             self._compare(name, self._file.get_tensor(name))
 
     def _compare(self, name: str, tensor: Tensor) -> None:
-        if self._checksums is not None and checksum(tensor) != self._checksums.get(name):
+        if self._checksums is not None and checksum.of_tensor(tensor) != self._checksums.get(name):
             raise UserError(
                 f"load: {self._path} is damaged: the content of {name} is not what was saved"
             )
