@@ -246,6 +246,7 @@ def open_cache(folder: str | Path, *, buffer_tokens: int = BUFFER_TOKENS) -> Cac
             [tensors["positions"] for tensors in shards],
         ),
         verify=_Contents(folder, meta),
+        identity=meta["identity"],
     )
     source.meta = meta
     return source

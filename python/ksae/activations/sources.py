@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ksae.activations import fingerprint
 from ksae.activations.rows import FLOATS, Rows, check_finite, take
 from ksae.activations.shuffle import Loaded, check_stream, shuffled
 from ksae.errors import UserError
@@ -66,6 +68,11 @@ class ActivationSource(ABC):
         for part in self._ordered(batch_size):
             yield *self._checked(part, ""), self._gradient(part)
 
+    def fingerprint(self) -> str | None:
+        """A hash that is another one for other data, so that a run does not resume on them; None
+        for a source that cannot tell."""
+        return None
+
     def _checked(self, part: Loaded, where: str) -> Batch:
         check_finite(part.x, part.rows, f"{self.name}{where}")
         if part.y is not None:
@@ -110,6 +117,7 @@ class ArraySource(ActivationSource):
         origin: the token of each row, if known.
         verify: called with the number of a shard before each read of its rows; raises if they are
             not what they should be.
+        identity: what the rows are made from, as a cache says it, if known.
     """
 
     def __init__(
@@ -124,12 +132,13 @@ class ArraySource(ActivationSource):
         block_tokens: int = BLOCK_TOKENS,
         origin: RowOrigin | None = None,
         verify: Callable[[int], None] = lambda shard: None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         if buffer_tokens < 1 or block_tokens < 1:
             raise UserError(f"{name}: buffer_tokens and block_tokens must be at least 1")
         self.name = name
         self.origin = origin
-        self._verify = verify
+        self._verify, self._identity = verify, identity
         self._x = _shards(x, name)
         self._y = None if y is None else _shards(y, f"{name} target")
         self._g = None if g is None else _shards(g, f"{name} gradient")
@@ -166,6 +175,18 @@ class ArraySource(ActivationSource):
         wanted = rows.cpu().numpy().astype(np.int64)
         y = None if self._y is None else self._gather(self._y, wanted)
         return self._gather(self._x, wanted), y
+
+    def fingerprint(self) -> str:
+        """A hash of what the rows are made from, if that is known; else of up to 1024 rows of x, y
+        and g, of their dtypes and sizes."""
+        if self._identity is not None:
+            return fingerprint.of_identity(self._identity)
+        wanted = fingerprint.sampled(self.num_tokens).numpy()
+        parts = (self._x, self._y, self._g)
+        return fingerprint.of_rows(
+            self.num_tokens,
+            [None if part is None else self._gather(part, wanted) for part in parts],
+        )
 
     def tokens_of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, context numbers and positions of some rows, all int32 like `rows`."""
@@ -283,8 +304,15 @@ class ArraySource(ActivationSource):
         )
         x, mapped = self._slice(self._x, begin, end), not self._in_one_piece
         first, verify = int(np.searchsorted(self._starts, begin, side="right")) - 1, self._verify
+        whole = self._identity
         return ArraySource(
-            x, y, g, name=self.name, mapped=mapped, verify=lambda shard: verify(first + shard)
+            x,
+            y,
+            g,
+            name=self.name,
+            mapped=mapped,
+            verify=lambda shard: verify(first + shard),
+            identity=None if whole is None else {**whole, "rows": [begin, end]},
         )
 
 
