@@ -28,8 +28,9 @@ from ksae.runs import checkpoint
 from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
 from ksae.runs.config import LogConfig, RunConfig, TrainConfig
-from ksae.runs.directory import compare
-from ksae.runs.trainer import Interrupted, Trainer, TrainResult, train
+from ksae.runs.resume import compare
+from ksae.runs.start import train
+from ksae.runs.trainer import Interrupted, Trainer, TrainResult
 
 d, F, k = 8, 32, 3
 CONFIG = TrainConfig(
@@ -413,7 +414,8 @@ def test_configurations_that_no_data_fit(tmp_path):
 CHILD = """
 import sys
 from ksae.runs import config as runconfig
-from ksae.runs.trainer import Interrupted, train
+from ksae.runs.start import train
+from ksae.runs.trainer import Interrupted
 try:
     train(runconfig.read(sys.argv[1]), resume=len(sys.argv) > 2)
 except Interrupted as stopped:

@@ -18,6 +18,7 @@ from ksae.activations.fingerprint import of_identity
 from ksae.activations.gradients import LOSSES, capture_gradient, gradient_dtype
 from ksae.activations.hooks import capture, resolve_hook
 from ksae.activations.models import model_fingerprint
+from ksae.activations.progress import Progress
 from ksae.activations.rows import FLOATS, Rows, all_finite
 from ksae.activations.shuffle import Loaded, shuffled
 from ksae.activations.sources import ActivationSource, ArraySource, RowOrigin
@@ -194,7 +195,7 @@ def harvest(
             the rows are stored in the dtype of x, in bfloat16 where x is in float16.
         loss_mask: [contexts, length] bool: the tokens whose prediction is part of that loss; by
             default, and at most, those whose activations are kept.
-        progress: show a bar.
+        progress: show a bar on a terminal, a line at each tenth elsewhere.
         model_name: for the cache's description; by default the model's own.
     """
     runner = _Runner(
@@ -214,8 +215,7 @@ def harvest(
     writer = CacheWriter(out_dir, identity, shard_tokens)
     if not writer.complete:
         done = writer.contexts_done
-        bar = _bar(runner, done, progress)
-        with bar:
+        with _progress(runner, done, progress) as bar:
             for rows, count in runner.batches(torch.arange(done, len(contexts))):
                 done += count
                 writer.append(rows, done)
@@ -228,8 +228,7 @@ def _in_memory(runner: _Runner, progress: bool) -> ArraySource:
     total, done = int(runner.counts.sum()), 0
     # Filled in place: collecting parts and joining them would need the memory twice.
     columns: dict[str, Tensor] = {}
-    bar = _bar(runner, 0, progress)
-    with bar:
+    with _progress(runner, 0, progress) as bar:
         for rows, _ in runner.batches(torch.arange(len(runner.contexts))):
             for name, part in rows.items():
                 if name not in columns:
@@ -247,16 +246,12 @@ def _in_memory(runner: _Runner, progress: bool) -> ArraySource:
     )
 
 
-def _bar(runner: _Runner, contexts_done: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(
-        total=int(runner.counts.sum()),
-        initial=int(runner.counts[:contexts_done].sum()),
-        desc=f"harvest {runner.hook}",
-        unit="tok",
-        unit_scale=True,
-        disable=not progress,
+def _progress(runner: _Runner, contexts_done: int, shown: bool) -> Progress:
+    return Progress(
+        int(runner.counts.sum()),
+        f"harvest {runner.hook}",
+        done=int(runner.counts[:contexts_done].sum()),
+        shown=shown,
     )
 
 

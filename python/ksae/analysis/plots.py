@@ -51,7 +51,7 @@ def training_curve(metrics_path: str | Path, png_path: str | Path) -> None:
     top.set_yscale("log")
     _plain_log_ticks(top, wide=max(fvu) > 20 * min(fvu))
     top.set_ylabel("FVU (unexplained variance)")
-    top.set_title(f"Training: FVU {sum(fvu[-10:]) / len(fvu[-10:]):.3f} at the end")
+    top.set_title(f"Training: FVU {fvu[-1]:.3f} in the last batch logged")
 
     lines = []
     dead = [(s, 100 * float(row["dead"])) for s, row in zip(t, rows, strict=True) if "dead" in row]

@@ -4,14 +4,21 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ksae.cli.tables import LM_SUMMARY, ORACLE_SUMMARY, SUMMARY
 from ksae.errors import UserError
 from ksae.runs import config as runconfig
+
+if TYPE_CHECKING:
+    from ksae.activations import ActivationSource
+    from ksae.runs.evaluation import EvalData
 
 
 def evaluate(
@@ -38,6 +45,9 @@ def evaluate(
         str | None, typer.Option(help=".txt, .jsonl or .parquet file, a folder of them, or pydoc")
     ] = None,
     field: Annotated[str | None, typer.Option(help="Key or column of the text")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help=r"What divides a .txt file into documents, as \n\n")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a context", min=2)] = None,
     tokens: Annotated[int, typer.Option(help="Tokens for reconstruction", min=1)] = 65_536,
     ce_tokens: Annotated[
@@ -57,36 +67,45 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every metric, as JSON")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="PNG file for the histogram of latent frequencies")
+        Path | None,
+        typer.Option(help="PNG file for the histogram of latent frequencies; needs matplotlib"),
     ] = None,
     progress: Annotated[bool, typer.Option(help="Show progress")] = True,
 ) -> None:
     """Measure a trained model, and what it costs a language model.
 
-    Without options that name data: on what its run held out from training.
+    Without options that name data: on what its run held out from training, or on its training
+    data if it held nothing out.
     """
     from ksae.analysis import plots
     from ksae.interop.load import load
-    from ksae.runs.data import pick_device
+    from ksae.runs.checks import check_parameters, check_widths
     from ksae.runs.evaluation import (
         measure,
         measure_language_model,
         open_eval_data,
         run_config,
         table,
+        why_no_cross_entropy,
         with_data,
     )
     from ksae.runs.evaluation import steering as steer
+    from ksae.runs.model import pick_device
 
     if against is not None and steering == 0:
         raise UserError("eval: --steering must be given with --against, got none")
     if plot is not None and not plots.available():
         raise UserError("eval: --plot needs matplotlib: pip install matplotlib")
-    sae = load(path, device=pick_device(device))
+    files = [path] if against is None else [path, against]
+    models = [load(file, device=pick_device(device)) for file in files]
+    for file, each in zip(files, models, strict=True):
+        check_parameters(each, "eval", f" {file}")
+    sae = models[0]
     run = run_config(path)
     given = {
         "activations": activations, "targets": targets, "model": model, "hook": hook,
-        "target_hook": target_hook, "text": text, "field": field, "context": context,
+        "target_hook": target_hook, "text": text, "field": field, "separator": separator,
+        "context": context,
     }  # fmt: skip
     own = {key for key, value in given.items() if value is not None}
     if run is None and not own:
@@ -95,44 +114,72 @@ def evaluate(
             "--model, --hook and --text"
         )
     config = with_data(run.data if run is not None else runconfig.DataConfig(), given)
-    held_out = not own & {"activations", "text"}  # other data were never trained on
+    if steering > 0 and config.activations is not None:
+        raise UserError("eval: --steering needs a language model, got a file of activations")
+
+    def fits(source: ActivationSource) -> None:
+        for each in models:
+            check_widths(each, source, "eval")
+
     data = open_eval_data(
         config,
-        held_out=held_out,
+        # other data, or the same otherwise divided, are not what the run held out
+        held_out=run is not None and not own & {"activations", "text", "field", "separator"},
         tokens=max(tokens, ce_tokens),
         gradient=sae.needs_gradient,
         progress=progress,
+        fits=fits,
     )
-    result = measure(sae, data.source, tokens=tokens, batch_size=batch_size)
+    for file in files:
+        _warn_of_other_data(file, data, run)
+    measured = partial(
+        measure, sae, data.source, tokens=tokens, batch_size=batch_size, progress=progress
+    )
+    result = measured()
     oracle: dict[str, float] = {}
-    if sae.needs_gradient and data.source.has_gradient:
-        with_g = measure(sae, data.source, tokens=tokens, batch_size=batch_size, oracle=True)
-        oracle = {f"{name}_oracle": value for name, value in with_g.metrics.items()}
+    missing: dict[str, str | None] = {}
+    if sae.needs_gradient:
+        if data.source.has_gradient:
+            with_g = measured(oracle=True)
+            oracle = {f"{name}_oracle": value for name, value in with_g.metrics.items()}
+        else:
+            missing["selection with gradients"] = f"{data.source.name} holds none"
     lm: dict[str, float] = {}
     shifts: dict[str, float] = {}
-    if data.language_model is not None and data.contexts is not None and ce_tokens > 0:
-        lm = measure_language_model(
-            sae, data.language_model, data.contexts, config, tokens=ce_tokens, progress=progress
-        )
+    no_lm = why_no_cross_entropy(data)
+    if ce_tokens > 0:
+        missing["cross-entropy"] = no_lm
+        if no_lm is None:
+            assert data.language_model is not None and data.contexts is not None
+            lm = measure_language_model(
+                sae, data.language_model, data.contexts, config, tokens=ce_tokens, progress=progress
+            )
     if steering > 0:
-        if data.language_model is None or data.contexts is None:
-            raise UserError("eval: --steering needs a language model, got a file of activations")
-        models = [sae]
-        if against is not None:
-            models.append(load(against, device=pick_device(device)))
-        shifts = steer(
-            models, data.language_model, data.contexts, config, data.source, latents=steering
-        )
+        missing["steering"] = no_lm
+        if no_lm is None:
+            assert data.language_model is not None and data.contexts is not None
+            shifts = steer(
+                models,
+                data.language_model,
+                data.contexts,
+                config,
+                data.source,
+                latents=steering,
+            )
+    for name, why in missing.items():
+        if why is not None and progress:
+            print(f"ksae: {name} is left out: {why}", file=sys.stderr)
     if plot is not None:
         plots.latent_frequency(result.frequency, plot, tokens=result.tokens)
     if as_json:
         everything = {"tokens": result.tokens, **result.metrics, **oracle, **lm, **shifts}
         # JSON has no NaN
-        print(json.dumps({k: v if v == v else None for k, v in everything.items()}, indent=1))
+        shown_as = {k: v if v == v else None for k, v in everything.items()}
+        print(json.dumps({"measured_on": data.what, **shown_as}, indent=1))
         return
-    what = "held-out tokens" if held_out else "tokens"
     print(
-        f"{type(sae).__name__} {sae.d_in} -> {sae.d_sae}, k = {sae.k}, on {result.tokens:,} {what}"
+        f"{type(sae).__name__} {sae.d_in} -> {sae.d_sae}, k = {sae.k}, "
+        f"on {result.tokens:,} {data.what}"
     )
     print(table(result.metrics, SUMMARY))
     if lm:
@@ -144,3 +191,22 @@ def evaluate(
     if shifts:
         print("steering: mean shift of the logits, by firing rate of the latents")
         print(table(shifts, {name: name.removeprefix("steering_") for name in shifts}))
+
+
+def _warn_of_other_data(path: Path, data: EvalData, run: runconfig.RunConfig | None) -> None:
+    """Say so where a model is measured on activations of another kind than it was trained on."""
+    from ksae.runs.origin import differences, identity_of_file
+
+    identity = identity_of_file(path)
+    lines = differences(identity.get("origin", {}), data.origin)
+    before, now = identity.get("data"), None if run is None else asdict(run.data)
+    if not lines and before is not None and now is not None:
+        keys = ("activations", "model", "hook", "target_hook", "text")
+        lines = [
+            f"{k} {before.get(k)} there, {now[k]} here" for k in keys if before.get(k) != now[k]
+        ]
+    for line in lines:
+        print(
+            f"ksae: warning: {path} was trained on other activations than these: {line}",
+            file=sys.stderr,
+        )
