@@ -13,6 +13,7 @@ from ksae.activations import ActivationSource
 from ksae.activations.progress import say
 from ksae.coders.coder import SparseCoder
 from ksae.files import container
+from ksae.files.lock import locked
 from ksae.runs import checks
 from ksae.runs import config as runconfig
 from ksae.runs.config import RunConfig
@@ -34,7 +35,7 @@ def train(
     config = runconfig.fitted(config)
     checks.check_services(config.log)
     out = Path(config.out)
-    with nothing_left(out):
+    with nothing_left(out), locked(out, "train"):
         newest = open_directory(out, resume, restart)  # before any harvest
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)

@@ -32,6 +32,7 @@ from ksae.coders.initialize import initialize_from, is_new
 from ksae.errors import UserError, first_line
 from ksae.files import container
 from ksae.files.atomic import clean
+from ksae.files.lock import locked
 from ksae.runs import checkpoint, checks, finish
 from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
@@ -109,7 +110,7 @@ class Trainer:
         self.identity: dict[str, Any] = {
             "model": model.config(),
             "train": {**dataclasses.asdict(self.config), "warmup": self.warmup},
-            "source": {"tokens": source.num_tokens},
+            "source": {"tokens": source.num_tokens, "values": source.fingerprint()},
         }
         if run is not None:
             self.identity["data"] = dataclasses.asdict(run.data)
@@ -139,7 +140,7 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input;
         what fails before the first line of metrics leaves nothing in a new directory."""
-        with nothing_left(self.out), contextlib.ExitStack() as stack:
+        with nothing_left(self.out), locked(self.out, "train"), contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "TrainStep: a step was not taken")  # an error says it
             with Signals() as signals:
