@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ksae.analysis import plots
 from ksae.errors import UserError
 from ksae.files import container, lock
 from ksae.runs import checkpoint
@@ -44,8 +45,9 @@ def config(folder: Path, out: str, **data: object) -> RunConfig:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Activations, targets, and a run `a` of 12 steps that looks as if it was killed after 10."""
+    monkeypatch.setattr(plots, "available", lambda: False)  # pictures take most of a second
     rng = np.random.default_rng(0)
     np.save(tmp_path / "x.npy", rng.standard_normal((N, d), dtype=np.float32))
     np.save(tmp_path / "y.npy", rng.standard_normal((N, d - 1), dtype=np.float32))
