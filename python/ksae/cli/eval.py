@@ -74,8 +74,8 @@ def evaluate(
 ) -> None:
     """Measure a trained model, and what it costs a language model.
 
-    Without options that name data: on what its run held out from training, or on its training
-    data if it held nothing out.
+    Without options that name data: on what its run held out from training,
+    or on its training data if it held nothing out.
     """
     from ksae.analysis import plots
     from ksae.interop.load import load

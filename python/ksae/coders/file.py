@@ -24,7 +24,18 @@ def save(
     model: SparseCoder, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None
 ) -> None:
     """Write `model` to the file `path`; extra: any dict that JSON can hold."""
-    container.write(Path(path), dict(model.state_dict()), describe(model, "model", extra))
+    container.write(Path(path), plain_state(model), describe(model, "model", extra))
+
+
+def plain_state(model: SparseCoder) -> dict[str, Tensor]:
+    """The tensors of a model by the names that its class gives them: of a parametrised matrix its
+    value, which is what the model computes with."""
+    state = dict(model.state_dict())
+    for name in getattr(model, "parametrizations", {}):
+        for key in [key for key in state if key.startswith(f"parametrizations.{name}.")]:
+            del state[key]
+        state[name] = getattr(model, name).detach()
+    return state
 
 
 def load_own(

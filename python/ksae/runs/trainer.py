@@ -232,10 +232,13 @@ class Trainer:
         # host waits.
         waiting: tuple[int, Readback, float] | None = None
         batches = self._batches.stream(self.step)
-        clock = _Clock(self.tokens)
+        clock, first = _Clock(self.tokens), self.step
         with contextlib.closing(batches):
             while self.step < self.steps and signals.received is None:
                 x, y, g = self._batches.next(batches, self.step)
+                if self.step == first:
+                    at = f"step {first + 1}"
+                    checks.check_variance(model, x if y is None else y, self.source, at)
                 rate = learning_rate(
                     self.step,
                     lr=config.lr,
