@@ -13,10 +13,12 @@ their content is not checked.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from ksae.activations.files import open_tensors
 from ksae.activations.sources import BUFFER_TOKENS, ArraySource, RowOrigin
 from ksae.errors import UserError, first_line
-from ksae.files import checksum
+from ksae.files import checksum, lock
 from ksae.version import VERSION
 
 FORMAT = "ksae-activations"
@@ -133,7 +135,8 @@ class CacheWriter:
         self._pending_contexts = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            present = [p for p in self.folder.iterdir() if not p.name.startswith(".tmp-")]
+            names = {path.name for path in self.folder.iterdir()} - {lock.NAME}
+            present = [name for name in names if not name.startswith(".tmp-")]
         except OSError as error:
             raise UserError(f"{folder}: cannot use this folder: {first_line(error)}") from None
         if not present:
@@ -208,6 +211,16 @@ class CacheWriter:
 
     def _write_meta(self) -> None:
         _write_file(self.folder / META, json.dumps(self.meta, indent=1).encode())
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a cache folder; a finished one is only read."""
+    if (folder / META).is_file() and _read_meta(folder)["complete"]:
+        yield
+        return
+    with lock.locked(folder, "harvest"):
+        yield
 
 
 class CacheSource(ArraySource):

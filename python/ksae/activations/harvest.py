@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ksae.activations.cache import SHARD_TOKENS, CacheWriter, open_cache
+from ksae.activations.cache import SHARD_TOKENS, CacheWriter, open_cache, writing
 from ksae.activations.contexts import Contexts
 from ksae.activations.fingerprint import of_identity
 from ksae.activations.gradients import LOSSES, capture_gradient, gradient_dtype
@@ -211,17 +211,22 @@ def harvest(
     )
     if out_dir is None:
         return _in_memory(runner, progress)
-    identity = runner.identity(model_name)
-    writer = CacheWriter(out_dir, identity, shard_tokens)
+    with writing(Path(out_dir)):
+        writer = CacheWriter(out_dir, runner.identity(model_name), shard_tokens)
+        _to_cache(runner, writer, progress)
+    return open_cache(out_dir)
+
+
+def _to_cache(runner: _Runner, writer: CacheWriter, progress: bool) -> None:
+    """The rows that are not there yet."""
     if not writer.complete:
         done = writer.contexts_done
         with _progress(runner, done, progress) as bar:
-            for rows, count in runner.batches(torch.arange(done, len(contexts))):
+            for rows, count in runner.batches(torch.arange(done, len(runner.contexts))):
                 done += count
                 writer.append(rows, done)
                 bar.update(len(rows["x"]))
         writer.finish()
-    return open_cache(out_dir)
 
 
 def _in_memory(runner: _Runner, progress: bool) -> ArraySource:

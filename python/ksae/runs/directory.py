@@ -66,6 +66,15 @@ def drop(out: Path) -> None:
 
 
 @contextlib.contextmanager
+def held(out: Path, resume: bool = False) -> Iterator[None]:
+    """Keep `out`, made if it is new, for this process; for a failure see `nothing_left`."""
+    if resume and not out.is_dir():
+        raise UserError(f"train: out must be the folder of a run to resume, got {out}")
+    with nothing_left(out), lock.locked(out, "train"):
+        yield
+
+
+@contextlib.contextmanager
 def nothing_left(out: Path) -> Iterator[None]:
     """If the block fails, remove the empty folders that it made for `out`."""
     made = [path for path in (out, *out.parents) if not path.exists()]

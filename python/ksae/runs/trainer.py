@@ -32,13 +32,12 @@ from ksae.coders.initialize import initialize_from, is_new
 from ksae.errors import UserError, first_line
 from ksae.files import container
 from ksae.files.atomic import clean
-from ksae.files.lock import locked
 from ksae.runs import checkpoint, checks, finish
 from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
 from ksae.runs.batches import Batches
 from ksae.runs.config import LogConfig, RunConfig, TrainConfig, total_steps, warmup_steps
-from ksae.runs.directory import drop, nothing_left, open_directory
+from ksae.runs.directory import drop, held, open_directory
 from ksae.runs.log import RunLog
 from ksae.runs.resume import compare
 from ksae.runs.signals import Interrupted, Signals
@@ -140,7 +139,7 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input;
         what fails before the first line of metrics leaves nothing in a new directory."""
-        with nothing_left(self.out), locked(self.out, "train"), contextlib.ExitStack() as stack:
+        with held(self.out, self.resume), contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "TrainStep: a step was not taken")  # an error says it
             with Signals() as signals:
