@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ksae.activations.cache import SHARD_TOKENS, CacheWriter, open_cache
+from ksae.activations.cache import SHARD_TOKENS, CacheWriter, open_cache, writing
 from ksae.activations.contexts import Contexts
+from ksae.activations.fingerprint import of_identity
 from ksae.activations.gradients import LOSSES, capture_gradient, gradient_dtype
 from ksae.activations.hooks import capture, resolve_hook
 from ksae.activations.models import model_fingerprint
@@ -50,6 +51,7 @@ class _Runner:
                 resolve_hook(model, name)
         self.model, self.contexts, self.dtype = model, contexts, dtype
         self.hook, self.target_hook = hook, target_hook
+        self.exclude_special = exclude_special
         self.batch_size = batch_size
         if gradient is not None and gradient not in LOSSES:
             raise UserError(
@@ -79,6 +81,27 @@ class _Runner:
                 f"harvest: contexts must have at most the model's {limit} positions, "
                 f"got {contexts.ids.shape[1]}"
             )
+
+    def identity(self, model_name: str | None = None) -> dict[str, Any]:
+        """All that the activations follow from, as JSON values."""
+        model = self.model
+        config = getattr(model, "config", None)
+        identity = {
+            "model": model_name or str(getattr(config, "name_or_path", type(model).__name__)),
+            "model_fingerprint": model_fingerprint(model),
+            "hook": self.hook,
+            "target_hook": self.target_hook,
+            "dtype": str(self.dtype or next(model.parameters()).dtype).removeprefix("torch."),
+            "dataset_fingerprint": self.contexts.fingerprint(),
+            "exclude_special": self.exclude_special,
+            "tokens": int(self.counts.sum()),
+        }
+        if self.gradient is not None:
+            identity["gradient"] = self.gradient
+            identity["predictions"] = hashlib.blake2b(
+                self.predicted.contiguous().numpy().data, digest_size=16
+            ).hexdigest()
+        return identity
 
     def batches(self, numbers: Tensor) -> Iterator[tuple[dict[str, Tensor], int]]:
         """The rows of some contexts, a batch of contexts at a time, with the count of contexts."""
@@ -188,32 +211,22 @@ def harvest(
     )
     if out_dir is None:
         return _in_memory(runner, progress)
-    config = getattr(model, "config", None)
-    identity = {
-        "model": model_name or str(getattr(config, "name_or_path", type(model).__name__)),
-        "model_fingerprint": model_fingerprint(model),
-        "hook": hook,
-        "target_hook": target_hook,
-        "dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
-        "dataset_fingerprint": contexts.fingerprint(),
-        "exclude_special": exclude_special,
-        "tokens": int(runner.counts.sum()),
-    }
-    if gradient is not None:
-        identity["gradient"] = gradient
-        identity["predictions"] = hashlib.blake2b(
-            runner.predicted.contiguous().numpy().data, digest_size=16
-        ).hexdigest()
-    writer = CacheWriter(out_dir, identity, shard_tokens)
+    with writing(Path(out_dir)):
+        writer = CacheWriter(out_dir, runner.identity(model_name), shard_tokens)
+        _to_cache(runner, writer, progress)
+    return open_cache(out_dir)
+
+
+def _to_cache(runner: _Runner, writer: CacheWriter, progress: bool) -> None:
+    """The rows that are not there yet."""
     if not writer.complete:
         done = writer.contexts_done
         with _progress(runner, done, progress) as bar:
-            for rows, count in runner.batches(torch.arange(done, len(contexts))):
+            for rows, count in runner.batches(torch.arange(done, len(runner.contexts))):
                 done += count
                 writer.append(rows, done)
                 bar.update(len(rows["x"]))
         writer.finish()
-    return open_cache(out_dir)
 
 
 def _in_memory(runner: _Runner, progress: bool) -> ArraySource:
@@ -234,6 +247,7 @@ def _in_memory(runner: _Runner, progress: bool) -> ArraySource:
         [columns["g"]] if "g" in columns else None,
         name=f"activations of {runner.hook}",
         origin=RowOrigin([columns["tokens"]], [columns["contexts"]], [columns["positions"]]),
+        identity=runner.identity(),
     )
 
 
@@ -297,6 +311,10 @@ class StreamSource(ActivationSource):
         self.d_out = None if y is None else y.shape[1]
         self.dtype = x.dtype
         self.num_tokens: int = int(self._runner.counts.sum())
+
+    def fingerprint(self) -> str:
+        """A hash of what the rows are made from."""
+        return of_identity(self._runner.identity())
 
     def _load(self, units: Rows) -> Loaded:
         numbers = self._contexts[units]

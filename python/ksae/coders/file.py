@@ -88,13 +88,12 @@ def _build(path: Path, header: dict[str, Any]) -> SparseCoder:
 def model_tensors(path: Path, model: SparseCoder) -> dict[str, Tensor]:
     expected = model.state_dict()
     with container.open_tensors(path) as file:
-        names = set(file.keys())
         for name, tensor in expected.items():
-            if name not in names:
+            if name not in file.names:
                 raise UserError(f"load: {path} must hold the tensor {name}, got none of that name")
-            shape = list(file.get_slice(name).get_shape())
+            shape = file.shape(name)
             if shape != list(tensor.shape):
                 raise UserError(
                     f"load: {name} of {path} must have the shape {list(tensor.shape)}, got {shape}"
                 )
-        return {name: file.get_tensor(name).clone() for name in expected}
+        return {name: file.read(name) for name in expected}

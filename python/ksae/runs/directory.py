@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ksae.errors import UserError
+from ksae.files import lock
 from ksae.runs import checkpoint
 
 FILES = frozenset(["run.yaml", "metrics.jsonl", "checkpoints"])  # one of which a run has at once
@@ -34,7 +35,7 @@ def open_directory(out: Path, resume: bool = False, restart: bool = False) -> Pa
     if resume and restart:
         raise UserError("train: resume and restart cannot be given together: choose one")
     try:
-        found = {path.name for path in out.iterdir()} if out.is_dir() else None
+        found = {path.name for path in out.iterdir()} - {lock.NAME} if out.is_dir() else None
         if resume and (found is None or (found and not found & FILES)):
             raise UserError(f"train: out must be the folder of a run to resume, got {out}")
         if found and not resume and not (restart and found & FILES):
@@ -62,6 +63,15 @@ def drop(out: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(out: Path, resume: bool = False) -> Iterator[None]:
+    """Keep `out`, made if it is new, for this process; for a failure see `nothing_left`."""
+    if resume and not out.is_dir():
+        raise UserError(f"train: out must be the folder of a run to resume, got {out}")
+    with nothing_left(out), lock.locked(out, "train"):
+        yield
 
 
 @contextlib.contextmanager

@@ -45,6 +45,9 @@ CHANGEABLE = frozenset(
 )
 
 
+VALUES = "source.values"  # the fingerprint of the activations
+
+
 def compare(
     before: Mapping[str, Any],
     now: Mapping[str, Any],
@@ -72,6 +75,14 @@ def compare(
     for key in sorted(new.keys() if partly else old.keys() | new.keys()):
         if key in free or old.get(key) == new.get(key):
             continue
+        if key == VALUES:
+            # None: of an earlier version, or of a source that cannot tell
+            if None in (old.get(key), new.get(key)):
+                continue
+            raise UserError(
+                f"resume: the activations must be those of {where}, got as many others: the file "
+                "was replaced, or the text or the language model has changed"
+            )
         if allow_change and key in CHANGEABLE:
             changed[key] = old.get(key), new.get(key)
             continue

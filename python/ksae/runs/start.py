@@ -17,7 +17,7 @@ from ksae.runs import checks
 from ksae.runs import config as runconfig
 from ksae.runs.config import RunConfig
 from ksae.runs.data import RunData, open_data
-from ksae.runs.directory import nothing_left, open_directory
+from ksae.runs.directory import held, open_directory
 from ksae.runs.model import build_model, check_kind, pick_device, start_from
 from ksae.runs.origin import differences, origin_of_file
 from ksae.runs.resume import compare
@@ -34,7 +34,7 @@ def train(
     config = runconfig.fitted(config)
     checks.check_services(config.log)
     out = Path(config.out)
-    with nothing_left(out):
+    with held(out, resume):
         newest = open_directory(out, resume, restart)  # before any harvest
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)

@@ -37,7 +37,7 @@ from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
 from ksae.runs.batches import Batches
 from ksae.runs.config import LogConfig, RunConfig, TrainConfig, total_steps, warmup_steps
-from ksae.runs.directory import drop, nothing_left, open_directory
+from ksae.runs.directory import drop, held, open_directory
 from ksae.runs.log import RunLog
 from ksae.runs.resume import compare
 from ksae.runs.signals import Interrupted, Signals
@@ -109,7 +109,7 @@ class Trainer:
         self.identity: dict[str, Any] = {
             "model": model.config(),
             "train": {**dataclasses.asdict(self.config), "warmup": self.warmup},
-            "source": {"tokens": source.num_tokens},
+            "source": {"tokens": source.num_tokens, "values": source.fingerprint()},
         }
         if run is not None:
             self.identity["data"] = dataclasses.asdict(run.data)
@@ -140,7 +140,7 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input;
         what fails before the first line of metrics leaves nothing in a new directory."""
-        with nothing_left(self.out), contextlib.ExitStack() as stack:
+        with held(self.out, self.resume), contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "TrainStep: a step was not taken")  # an error says it
             with Signals() as signals:
