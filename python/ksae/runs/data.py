@@ -65,7 +65,7 @@ def open_data(
     the activations are to have is of no use; it is called before the harvest.
     """
     if config.activations is not None:
-        for key in ("model", "hook", "text"):
+        for key in ("model", "hook", "text", "exclude", "model_revision"):
             if getattr(config, key) is not None:
                 raise UserError(
                     f"train: data.{key} must be left out where data.activations is given, "
@@ -129,6 +129,17 @@ def _open_files(config: DataConfig) -> RunData:
     return RunData(train, last, origin=origin)
 
 
+def load_lm(config: DataConfig) -> LanguageModel:
+    """The language model of a configuration."""
+    assert config.model is not None
+    return load_model(
+        config.model,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=config.model_dtype,
+        revision=config.model_revision,
+    )
+
+
 def read_text(config: DataConfig, lm: LanguageModel, progress: bool) -> Contexts:
     """The text of a configuration as contexts of the language model's tokens."""
     contexts = tokenize(
@@ -137,6 +148,7 @@ def read_text(config: DataConfig, lm: LanguageModel, progress: bool) -> Contexts
         length=config.context,
         bos=config.bos,
         max_tokens=config.max_tokens,
+        exclude=config.exclude or (),
     )
     if progress:
         texts = len(set(contexts.documents.tolist()))
@@ -178,8 +190,7 @@ def _harvest(
     fits: Callable[[ActivationSource], None] | None,
 ) -> RunData:
     assert config.model is not None and config.hook is not None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = load_model(config.model, device=device)
+    lm = load_lm(config)
     contexts = read_text(config, lm, progress)
     held: Contexts | None = None
     left_out = 0.0

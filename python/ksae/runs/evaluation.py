@@ -16,7 +16,6 @@ from ksae.activations import (
     Contexts,
     LanguageModel,
     harvest,
-    load_model,
 )
 from ksae.activations.progress import Progress
 from ksae.analysis.evaluate import Evaluation, evaluate, evaluate_language_model
@@ -28,6 +27,7 @@ from ksae.runs.checks import check_widths
 from ksae.runs.config import DataConfig
 from ksae.runs.data import (
     hold_out,
+    load_lm,
     open_data,
     open_files,
     origin_of,
@@ -99,7 +99,7 @@ def open_eval_data(
                 f"eval: {key} must be given where there is no file of activations, got none"
             )
     assert config.model is not None and config.hook is not None
-    lm = load_model(config.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    lm = load_lm(config)
     contexts = read_text(config, lm, progress)
     if held_out and config.holdout > 0:
         contexts = hold_out(config, contexts)[1]
