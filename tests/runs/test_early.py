@@ -210,7 +210,7 @@ def test_a_picture_that_cannot_be_drawn_is_said_before_the_evaluation(tmp_path, 
     def late(*args: object, **options: object) -> None:
         raise Late
 
-    monkeypatch.setattr("ksae.runs.evaluation.measure", late)
+    monkeypatch.setattr("ksae.runs.measured.measure", late)
     command = ["eval", str(tmp_path / "a"), "--activations", str(tmp_path / "x.npy"), "--plot"]
     for name, words in (("f.abc", "got .abc"), ("f", "no suffix"), ("x.npy/f.png", "in a folder")):
         assert cli.run([*command, str(tmp_path / name)]) == 1

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +17,9 @@ from ksae.runs import config as runconfig
 
 if TYPE_CHECKING:
     from ksae.activations import ActivationSource
+    from ksae.coders.coder import SparseCoder
     from ksae.runs.evaluation import EvalData
+    from ksae.runs.measured import Measured
 
 
 def evaluate(
@@ -89,29 +90,15 @@ def evaluate(
     or on its training data if it held nothing out.
     """
     from ksae.analysis import plots
-    from ksae.interop.load import load
-    from ksae.runs.checks import check_parameters, check_widths
-    from ksae.runs.evaluation import (
-        measure,
-        measure_language_model,
-        open_eval_data,
-        run_config,
-        table,
-        why_no_cross_entropy,
-        with_data,
-    )
-    from ksae.runs.evaluation import steering as steer
-    from ksae.runs.model import pick_device
+    from ksae.runs.evaluation import run_config, with_data
+    from ksae.runs.measured import measure_all
 
     if against is not None and steering == 0:
         raise UserError("eval: --steering must be given with --against, got none")
     if plot is not None:
         plots.check_picture(plot)
     files = [path] if against is None else [path, against]
-    models = [load(file, device=pick_device(device)) for file in files]
-    for file, each in zip(files, models, strict=True):
-        check_parameters(each, "eval", f" {file}")
-    sae = models[0]
+    models = _load(files, device)
     run = run_config(path)
     given = {
         "activations": activations, "targets": targets, "model": model, "hook": hook,
@@ -128,67 +115,76 @@ def evaluate(
     config = with_data(run.data if run is not None else runconfig.DataConfig(), given)
     if steering > 0 and config.activations is not None:
         raise UserError("eval: --steering needs a language model, got a file of activations")
+    # other data, or the same otherwise divided, are not what the run held out
+    held_out = run is not None and not own & {"activations", "text", "field", "separator"}
+    data = _open(config, models, held_out, max(tokens, ce_tokens), progress)
+    for file in files:
+        _warn_of_other_data(file, data, run)
+    measured = measure_all(
+        models,
+        data,
+        config,
+        tokens=tokens,
+        ce_tokens=ce_tokens,
+        steering_latents=steering,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    if plot is not None:
+        plots.latent_frequency(measured.result.frequency, plot, tokens=measured.result.tokens)
+    for name, why in measured.left_out.items():
+        if progress:
+            print(f"ksae: {name} is left out: {why}", file=sys.stderr)
+    if as_json:
+        # JSON has no NaN
+        numbers = {k: v if v == v else None for k, v in measured.numbers().items()}
+        print(json.dumps({"measured_on": data.what, **numbers}, indent=1))
+    else:
+        _print(models[0], data, config, measured)
+
+
+def _load(files: list[Path], device: str | None) -> list[SparseCoder]:
+    from ksae.interop.load import load
+    from ksae.runs.checks import check_parameters
+    from ksae.runs.model import pick_device
+
+    models = [load(file, device=pick_device(device)) for file in files]
+    for file, model in zip(files, models, strict=True):
+        check_parameters(model, "eval", f" {file}")
+    return models
+
+
+def _open(
+    config: runconfig.DataConfig,
+    models: list[SparseCoder],
+    held_out: bool,
+    tokens: int,
+    progress: bool,
+) -> EvalData:
+    """The data, refused before a harvest if they do not fit the models."""
+    from ksae.runs.checks import check_widths
+    from ksae.runs.evaluation import open_eval_data
 
     def fits(source: ActivationSource) -> None:
-        for each in models:
-            check_widths(each, source, "eval")
+        for model in models:
+            check_widths(model, source, "eval")
 
-    data = open_eval_data(
+    return open_eval_data(
         config,
-        # other data, or the same otherwise divided, are not what the run held out
-        held_out=run is not None and not own & {"activations", "text", "field", "separator"},
-        tokens=max(tokens, ce_tokens),
-        gradient=sae.needs_gradient,
+        held_out=held_out,
+        tokens=tokens,
+        gradient=models[0].needs_gradient,
         progress=progress,
         fits=fits,
     )
-    for file in files:
-        _warn_of_other_data(file, data, run)
-    measured = partial(
-        measure, sae, data.source, tokens=tokens, batch_size=batch_size, progress=progress
-    )
-    result = measured()
-    oracle: dict[str, float] = {}
-    missing: dict[str, str | None] = {}
-    if sae.needs_gradient:
-        if data.source.has_gradient:
-            with_g = measured(oracle=True)
-            oracle = {f"{name}_oracle": value for name, value in with_g.metrics.items()}
-        else:
-            missing["selection with gradients"] = f"{data.source.name} holds none"
-    lm: dict[str, float] = {}
-    shifts: dict[str, float] = {}
-    no_lm = why_no_cross_entropy(data)
-    if ce_tokens > 0:
-        missing["cross-entropy"] = no_lm
-        if no_lm is None:
-            assert data.language_model is not None and data.contexts is not None
-            lm = measure_language_model(
-                sae, data.language_model, data.contexts, config, tokens=ce_tokens, progress=progress
-            )
-    if steering > 0:
-        missing["steering"] = no_lm
-        if no_lm is None:
-            assert data.language_model is not None and data.contexts is not None
-            shifts = steer(
-                models,
-                data.language_model,
-                data.contexts,
-                config,
-                data.source,
-                latents=steering,
-            )
-    for name, why in missing.items():
-        if why is not None and progress:
-            print(f"ksae: {name} is left out: {why}", file=sys.stderr)
-    if plot is not None:
-        plots.latent_frequency(result.frequency, plot, tokens=result.tokens)
-    if as_json:
-        everything = {"tokens": result.tokens, **result.metrics, **oracle, **lm, **shifts}
-        # JSON has no NaN
-        shown_as = {k: v if v == v else None for k, v in everything.items()}
-        print(json.dumps({"measured_on": data.what, **shown_as}, indent=1))
-        return
+
+
+def _print(
+    sae: SparseCoder, data: EvalData, config: runconfig.DataConfig, measured: Measured
+) -> None:
+    from ksae.runs.evaluation import table
+
+    result, lm, oracle, shifts = measured.result, measured.lm, measured.oracle, measured.shifts
     print(
         f"{type(sae).__name__} {sae.d_in} -> {sae.d_sae}, k = {sae.k}, "
         f"on {result.tokens:,} {data.what}"

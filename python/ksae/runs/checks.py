@@ -104,10 +104,14 @@ def not_finite(source: ActivationSource, dtype: torch.dtype, where: str) -> str:
     )
 
 
-def check_variance(model: SparseCoder, target: Tensor, source: ActivationSource, at: str) -> None:
-    """Refuse targets [N, d_out] without variance, which the FVU divides by."""
-    if model.loss == "fvu" and bool((target == target[:1]).all()):
-        raise UserError(
-            f"train: activations of {source.name} must differ from each other, got {len(target)} "
-            f"equal rows at {at}: the loss divides by their variance"
-        )
+def without_variance(model: SparseCoder, target: Tensor) -> Tensor:
+    """Whether all targets [N, d_out] are equal and the loss divides by their variance, [] bool."""
+    equal = (target == target[:1]).all()
+    return equal if model.loss == "fvu" else torch.zeros_like(equal)
+
+
+def no_variance(source: ActivationSource, where: str) -> str:
+    return (
+        f"train: activations of {source.name} must differ from each other, got equal rows "
+        f"at {where}: the loss divides by their variance"
+    )

@@ -26,12 +26,13 @@ from ksae.files.atomic import write_atomic
 from ksae.runs import checkpoint
 from ksae.runs import config as runconfig
 from ksae.runs.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
+from ksae.runs.data import RunData
 from ksae.runs.directory import open_directory
 from ksae.runs.evaluation import measure_language_model, table
 from ksae.runs.model import build_model
 from ksae.runs.signals import Interrupted
 from ksae.runs.start import compare_early, open_run_data
-from ksae.runs.trainer import Trainer
+from ksae.runs.trainer import Trainer, TrainResult
 
 HOOK = "layers.9.resid_post"
 CE_TOKENS = 4096
@@ -115,33 +116,15 @@ def demo(
     run = config.train
     epochs = run.steps * run.batch_size / len(_rows(data.train))
     _stage(start, f"training on {run.steps * run.batch_size:,} tokens, {epochs:.1f} epochs")
-    torch.manual_seed(seed)
-    model = build_model(config.model, data.train, dtype=run.dtype)
-    trainer = Trainer(
-        model,
-        data.train,
-        run,
-        out=config.out,
-        resume=resume,
-        restart=restart,
-        log=config.log,
-        holdout=data.holdout,
-        run=config,
-        origin=data.origin,
-    )
-    try:
-        result = trainer.run()
-    except Interrupted:
-        print("run the same command again to go on", file=sys.stderr)
-        raise
+    result = _train(config, data, resume, restart)
 
     _stage(start, "cross-entropy on held-out topics")
     quality = result.evaluation
-    costs = measure_language_model(model, lm, held, config.data, tokens=CE_TOKENS)
+    costs = measure_language_model(result.model, lm, held, config.data, tokens=CE_TOKENS)
 
     if latents > 0:
         _stage(start, "what some latents respond to, in the training text")
-        _show_contexts(model, data.train, lm, latents)
+        _show_contexts(result.model, data.train, lm, latents)
 
     seconds = time.perf_counter() - start
     results = {**quality, **costs, "tokens": float(result.held_out_tokens), "seconds": seconds}
@@ -151,19 +134,41 @@ def demo(
 
     _stage(start, "results")
     topics = len(set(held.documents.tolist()))
-    print(
-        f"reconstruction of {result.held_out_tokens:,} tokens of {topics} held-out topics, "
-        f"F = {d_sae}, k = {k}"
+    _print(result, costs, f"{topics} held-out topics, F = {d_sae}, k = {k}", data.left_out)
+    print(f"all of it took {seconds:.0f} s with {torch.get_num_threads()} threads")
+    return results
+
+
+def _train(config: RunConfig, data: RunData, resume: bool, restart: bool) -> TrainResult:
+    torch.manual_seed(config.train.seed)
+    trainer = Trainer(
+        build_model(config.model, data.train, dtype=config.train.dtype),
+        data.train,
+        config.train,
+        out=config.out,
+        resume=resume,
+        restart=restart,
+        log=config.log,
+        holdout=data.holdout,
+        run=config,
+        origin=data.origin,
     )
-    print(f"({data.left_out:.0%} of the held-out tokens left out: they quote training text)")
-    print(table(quality, RECONSTRUCTION))
+    try:
+        return trainer.run()
+    except Interrupted:
+        print("run the same command again to go on", file=sys.stderr)
+        raise
+
+
+def _print(result: TrainResult, costs: dict[str, float], of: str, left_out: float) -> None:
+    print(f"reconstruction of {result.held_out_tokens:,} tokens of {of}")
+    print(f"({left_out:.0%} of the held-out tokens left out: they quote training text)")
+    print(table(result.evaluation, RECONSTRUCTION))
     print(f"cross-entropy of {SMOLLM2} on {costs['ce_tokens']:,.0f} of them, nats a token")
     print(table(costs, COSTS))
     print(f"model     {result.model_path}")
     for path in result.plots:
         print(f"picture   {path}")
-    print(f"all of it took {seconds:.0f} s with {torch.get_num_threads()} threads")
-    return results
 
 
 RECONSTRUCTION = {

@@ -45,6 +45,7 @@ from ksae.step.schedule import learning_rate
 from ksae.step.train_step import TrainStep
 
 _FINITE = ("loss", "grad_norm")  # a step of which one is not is not taken
+_EQUAL = "equal_rows"  # of the first batch, read with its metrics
 ENOUGH_TOKENS = 2000  # of held-out ones, below which a run says that its evaluation is rough
 
 
@@ -121,6 +122,8 @@ class Trainer:
         self._remarks: list[str] = []  # said once all has been checked
         self._first_fvu: float | None = None  # before the first step
         checks.check_services(self.log_config)
+        checks.check_parameters(model)
+        self._since_fired = int(model.tokens_since_fired.max())
         checks.check_widths(model, source)
         if holdout is not None:
             checks.check_widths(model, holdout)
@@ -165,10 +168,9 @@ class Trainer:
             raise UserError(
                 f"resume: train.steps must be at least the {self.step} steps done, got {self.steps}"
             )
-        checks.check_parameters(self.model)
         config, log = self.config, self.log_config
         left = (self.steps - self.step) * config.batch_size
-        if 0 < left <= self.model.dead_after - int(self.model.tokens_since_fired.max()):
+        if self.step == 0 and 0 < left <= self.model.dead_after - self._since_fired:
             self._remarks.append(
                 f"dead_after is {self.model.dead_after:,} tokens, which this run of {left:,} does "
                 "not reach: no latent will count as dead, nor be revived"
@@ -236,9 +238,6 @@ class Trainer:
         with contextlib.closing(batches):
             while self.step < self.steps and signals.received is None:
                 x, y, g = self._batches.next(batches, self.step)
-                if self.step == first:
-                    at = f"step {first + 1}"
-                    checks.check_variance(model, x if y is None else y, self.source, at)
                 rate = learning_rate(
                     self.step,
                     lr=config.lr,
@@ -249,6 +248,8 @@ class Trainer:
                 )
                 self.train_step.lr = rate
                 metrics = self.train_step(x, y, grad=g)
+                if self.step == first:
+                    metrics[_EQUAL] = checks.without_variance(model, x if y is None else y)
                 self.step += 1
                 saved = False
                 if waiting is not None:
@@ -273,18 +274,17 @@ class Trainer:
 
     def _initialize(self) -> None:
         """Set the first biases of a new model from the first batches."""
-        if not is_new(self.model):
-            return
         wanted = self.config.init_tokens
         if self.source.num_tokens is not None:
             wanted = min(wanted, self.source.num_tokens)
-        if wanted == 0:
+        if wanted == 0 or not is_new(self.model):
             return
         x, y = self._batches.first(wanted)  # [N, d_in], [N, d_out]
         dtype = self._parameter.dtype
         if not checks.finite_in(dtype, x, y):
             raise UserError(checks.not_finite(self.source, dtype, "the first batches"))
-        checks.check_variance(self.model, x if y is None else y, self.source, "the first batches")
+        if bool(checks.without_variance(self.model, x if y is None else y)):
+            raise UserError(checks.no_variance(self.source, "the first batches"))
         initialize_from(self.model, x, y)
 
     def _is_logged(self, step: int) -> bool:
@@ -292,7 +292,7 @@ class Trainer:
 
     def _wanted(self, metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What the host has to know of the step that was just taken."""
-        if self._is_logged(self.step) or self.step == 1:
+        if self._is_logged(self.step) or _EQUAL in metrics:
             return metrics
         return {name: metrics[name] for name in _FINITE if name in metrics}
 
@@ -301,6 +301,8 @@ class Trainer:
     ) -> None:
         """Refuse a loss or gradient that is not finite; log the step if it is one to log."""
         numbers = metrics.get()
+        if numbers.pop(_EQUAL, 0.0):
+            raise UserError(checks.no_variance(self.source, f"step {step}"))
         for name in _FINITE:
             # TrainStep has left everything as it was before this step.
             value = numbers.get(name, 0.0)
@@ -321,7 +323,8 @@ class Trainer:
         dtype = self._parameter.dtype
         if not checks.finite_in(dtype, x, y):
             return checks.not_finite(self.source, dtype, f"step {step}")
-        checks.check_variance(self.model, x if y is None else y, self.source, f"step {step}")
+        if bool(checks.without_variance(self.model, x if y is None else y)):
+            return checks.no_variance(self.source, f"step {step}")
         kept = checkpoint.latest(self._checkpoints)
         what = f"; the checkpoint {kept} is kept" if kept else ""
         return f"train: {name} must be finite, got {value} at step {step}: lower train.lr{what}"
