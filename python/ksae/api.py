@@ -13,7 +13,7 @@ from .coders import (
     Transcoder,
 )
 from .coders.unit_rows import UnitRows
-from .functional import grad_topk_encode, sparse_decode, topk, topk_encode
+from .functional import grad_topk_encode, sparse_decode, threshold_encode, topk, topk_encode
 from .step.train_step import TrainStep
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "UnitRows",
     "grad_topk_encode",
     "sparse_decode",
+    "threshold_encode",
     "topk",
     "topk_encode",
 ]
