@@ -14,6 +14,7 @@ import torch
 from small_runs import CONFIG, QUIET, activations, d, k, model, refused, run
 
 import ksae
+from ksae import cli
 from ksae.activations import ArraySource
 from ksae.errors import UserError
 from ksae.runs import config as runconfig
@@ -200,3 +201,22 @@ def test_a_cache_of_the_run_is_kept_when_a_start_fails(tmp_path):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["cache", "notes.txt"]
     refused(lambda: open_directory(tmp_path / "a", restart=True), "new folder", "other files")
     np.save(tmp_path / "x.npy", np.zeros(3))
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_before_the_evaluation(tmp_path, capfd, monkeypatch):
+    run(tmp_path / "a")
+    np.save(tmp_path / "x.npy", activations().numpy())
+
+    def late(*args: object, **options: object) -> None:
+        raise Late
+
+    monkeypatch.setattr("ksae.runs.evaluation.measure", late)
+    command = ["eval", str(tmp_path / "a"), "--activations", str(tmp_path / "x.npy"), "--plot"]
+    for name, words in (("f.abc", "got .abc"), ("f", "no suffix"), ("x.npy/f.png", "in a folder")):
+        assert cli.run([*command, str(tmp_path / name)]) == 1
+        assert words in capfd.readouterr().err
+    with pytest.raises(Late):
+        cli.run([*command, str(tmp_path / "new" / "f.png")])
+    monkeypatch.setattr("ksae.analysis.plots.available", lambda: False)
+    assert cli.run([*command, str(tmp_path / "f.png")]) == 1
+    assert "matplotlib" in capfd.readouterr().err

@@ -37,9 +37,7 @@ def open_source(
         if target is not None:
             raise UserError(f"{spec}: target must be None, a cache folder holds its own targets")
         if not (Path(spec) / META).is_file() and (Path(spec) / "train" / META).is_file():
-            raise UserError(
-                f"{spec}: holds the caches of a run: open {Path(spec) / 'train'} or holdout"
-            )
+            raise UserError(f"{spec}: holds caches of a run: open its folder train or holdout")
         return open_cache(spec, buffer_tokens=buffer_tokens)
     x, y, g, mapped, name = _open_one(spec, "activations")
     if target is not None:

@@ -94,8 +94,8 @@ def evaluate(
 
     if against is not None and steering == 0:
         raise UserError("eval: --steering must be given with --against, got none")
-    if plot is not None and not plots.available():
-        raise UserError("eval: --plot needs matplotlib: pip install matplotlib")
+    if plot is not None:
+        plots.check_picture(plot)
     files = [path] if against is None else [path, against]
     models = [load(file, device=pick_device(device)) for file in files]
     for file, each in zip(files, models, strict=True):

@@ -57,14 +57,22 @@ def draw(out: Path, metrics_path: Path, logged: bool, result: Evaluation | None)
 
 
 def check_learned(
-    lines: Sequence[Mapping[str, float]], held_out: Mapping[str, float], model_path: Path
+    first: float | None,
+    lines: Sequence[Mapping[str, float]],
+    held_out: Mapping[str, float],
+    model_path: Path,
 ) -> str | None:
     """A remark on a run that ended worse than the mean of its targets; None for any other.
+
+    Args:
+        first: FVU before the first step; None if no step was taken.
+        lines: the metrics that were logged.
+        held_out: the metrics on held-out activations.
 
     Raises:
         UserError: it diverged.
     """
-    first = next((line["fvu"] for line in lines if "fvu" in line), math.nan)
+    first = 1.0 if first is None else first
     last = held_out.get("fvu", math.nan)
     if not math.isfinite(last):  # equal rows have no variance
         last = lines[-1].get("fvu", math.nan) if lines else math.nan

@@ -119,6 +119,7 @@ class Trainer:
         self.step = 0  # steps done
         self._parameter = next(model.parameters())
         self._remarks: list[str] = []  # said once all has been checked
+        self._first_fvu: float | None = None  # before the first step
         checks.check_services(self.log_config)
         checks.check_widths(model, source)
         if holdout is not None:
@@ -295,7 +296,7 @@ class Trainer:
 
     def _wanted(self, metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What the host has to know of the step that was just taken."""
-        if self._is_logged(self.step):
+        if self._is_logged(self.step) or self.step == 1:
             return metrics
         return {name: metrics[name] for name in _FINITE if name in metrics}
 
@@ -309,6 +310,8 @@ class Trainer:
             value = numbers.get(name, 0.0)
             if not math.isfinite(value):
                 raise UserError(self._explain(step, name, value))
+        if step == 1:
+            self._first_fvu = numbers.get("fvu")
         if not self._is_logged(step):
             return
         tokens = step * self.config.batch_size
@@ -336,7 +339,7 @@ class Trainer:
                     "lower train.lr; no checkpoint was overwritten"
                 )
         log.sync()
-        state = {"step": self.step, "rng": torch.get_rng_state()}
+        state = {"step": self.step, "rng": torch.get_rng_state(), "first_fvu": self._first_fvu}
         path = checkpoint.step_path(self._checkpoints, self.step)
         extra = {"identity": self.identity}
         checkpoint.save_training(path, self.model, self.train_step, state, extra)
@@ -346,7 +349,7 @@ class Trainer:
         before = container.read_header(path)["extra"]["identity"]
         changed = compare(before, self.identity, str(path), allow_change=self.allow_change)
         state = checkpoint.load_training(path, self.model, self.train_step)
-        self.step = state["step"]
+        self.step, self._first_fvu = state["step"], state.get("first_fvu")
         torch.set_rng_state(state["rng"])
         for key, (old, new) in changed.items():
             self._remarks.append(f"{key}: {old} -> {new} after step {self.step}")
@@ -375,7 +378,7 @@ class Trainer:
                 f"{first_line(error)}"
             ) from error
         metrics = {} if result is None else result.metrics
-        remark = finish.check_learned(lines, metrics, model_path)
+        remark = finish.check_learned(self._first_fvu, lines, metrics, model_path)
         if remark is not None:
             log.say(remark)
         return TrainResult(
