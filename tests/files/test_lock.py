@@ -61,10 +61,16 @@ def test_a_second_process_is_refused_until_the_first_one_ends(end: str, tmp_path
     assert list(folder.iterdir()) == []
 
 
-def test_a_block_inside_of_another_is_let_in_and_does_not_end_it(tmp_path: Path) -> None:
+def test_a_second_block_of_the_process_is_refused_and_does_not_end_the_first(
+    tmp_path: Path,
+) -> None:
     with lock.locked(tmp_path, "train"):
-        with lock.locked(tmp_path / ".." / tmp_path.name, "train"):
-            pass
+        for folder in (tmp_path, tmp_path / ".." / tmp_path.name):
+            with (
+                pytest.raises(UserError, match=f"in use by process {os.getpid()}"),
+                lock.locked(folder, "train"),
+            ):
+                pass
         with (tmp_path / lock.NAME).open("r+") as file, pytest.raises(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

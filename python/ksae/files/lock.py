@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process at a time in a folder."""
+"""One writer at a time in a folder."""
 
 from __future__ import annotations
 
@@ -15,27 +15,23 @@ from pathlib import Path
 from ksae.errors import UserError
 
 NAME = ".lock"  # of the file in the folder that is locked
-_held: set[Path] = set()
 _log = logging.getLogger("ksae")
 
 
 @contextlib.contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes out of `folder`, which is made if needed, until the end of the block.
+    """Keep all others out of `folder`, which is made if needed, until the end of the block.
 
-    The lock (flock) is the process's: it ends with it however it ends, and a block inside of
-    another one of the same folder is let in. The file is removed at the end.
+    The lock (flock) ends with the process however that ends. It keeps out a second block in the
+    same process too. The file is removed at the end.
 
     Args:
         what: the folder is of, for messages.
 
     Raises:
-        UserError: another process holds it, or the folder cannot be used.
+        UserError: another one holds it, or the folder cannot be used.
     """
     place = folder.resolve()
-    if place in _held:
-        yield
-        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = _open_locked(place / NAME)
@@ -46,11 +42,9 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise UserError(f"{what}: cannot use {folder}: {error.strerror}") from None
-    _held.add(place)
     try:
         yield
     finally:
-        _held.discard(place)
         with contextlib.suppress(OSError):
             (place / NAME).unlink(missing_ok=True)  # still locked: nobody else's
         os.close(fd)

@@ -66,12 +66,13 @@ def drop(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(out: Path, resume: bool = False) -> Iterator[None]:
-    """Keep `out`, made if it is new, for this process; for a failure see `nothing_left`."""
+def held(out: Path, resume: bool = False, restart: bool = False) -> Iterator[Path | None]:
+    """`open_directory`, kept from other processes during the block; for a failure of the block see
+    `nothing_left`."""
     if resume and not out.is_dir():
         raise UserError(f"train: out must be the folder of a run to resume, got {out}")
     with nothing_left(out), lock.locked(out, "train"):
-        yield
+        yield open_directory(out, resume, restart)
 
 
 @contextlib.contextmanager

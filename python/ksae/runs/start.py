@@ -17,7 +17,7 @@ from ksae.runs import checks
 from ksae.runs import config as runconfig
 from ksae.runs.config import RunConfig
 from ksae.runs.data import RunData, open_data
-from ksae.runs.directory import held, open_directory
+from ksae.runs.directory import held
 from ksae.runs.model import build_model, check_kind, pick_device, start_from
 from ksae.runs.origin import differences, origin_of_file
 from ksae.runs.resume import compare
@@ -34,8 +34,7 @@ def train(
     config = runconfig.fitted(config)
     checks.check_services(config.log)
     out = Path(config.out)
-    with held(out, resume):
-        newest = open_directory(out, resume, restart)  # before any harvest
+    with held(out, resume, restart) as newest:  # before any harvest
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
         device = pick_device(config.train.device)
@@ -65,7 +64,7 @@ def train(
         if config.model.start is not None and newest is None:
             for line in differences(origin_of_file(config.model.start), data.origin):
                 say(f"the model to start from was trained on other activations: {line}")
-        return trainer.run()
+        return trainer.run_from(newest)
 
 
 def open_run_data(config: RunConfig, model: SparseCoder | None = None) -> RunData:

@@ -37,7 +37,7 @@ from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
 from ksae.runs.batches import Batches
 from ksae.runs.config import LogConfig, RunConfig, TrainConfig, total_steps, warmup_steps
-from ksae.runs.directory import drop, held, open_directory
+from ksae.runs.directory import drop, held
 from ksae.runs.log import RunLog
 from ksae.runs.resume import compare
 from ksae.runs.signals import Interrupted, Signals
@@ -143,11 +143,15 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input;
         what fails before the first line of metrics leaves nothing in a new directory."""
-        with held(self.out, self.resume), contextlib.ExitStack() as stack:
+        with held(self.out, self.resume, self.restart) as newest:
+            return self.run_from(newest)
+
+    def run_from(self, newest: Path | None) -> TrainResult:
+        """`run` from a checkpoint, or from the first step, in a directory that is held already."""
+        with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "TrainStep: a step was not taken")  # an error says it
             with Signals() as signals:
-                newest = open_directory(self.out, self.resume, self.restart)
                 if newest is not None:
                     self._restore(newest)
                 self._check_start()
