@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse coders as plain modules: any torch optimizer trains them."""
+"""Sparse coders as plain modules: any torch optimizer trains them.
+
+What `TrainStep` does besides Adam, one's own loop has to: unit_rows.py has two ways.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from torch.utils._pytree import _register_namedtuple
 
 from .. import functional
 from ..ops import accumulator
 from . import registry
 from .activation import Activation
-from .code import Code
+from .code import Code, has_numbers
 from .config import Config, Options, floating
 from .terms import aux_width, squared_error, terms_of, total_variance
+from .unit_rows import unit_rows, without_parallel
 
 _T = TypeVar("_T")
 
@@ -39,6 +44,10 @@ class Output(NamedTuple):
     def code(self) -> Code:
         """Values and indices as one."""
         return Code(self.values, self.indices)
+
+
+# So that an exported module can be saved.
+_register_namedtuple(Output, serialized_type_name="ksae.coders.coder.Output")
 
 
 def _setting(name: str, kind: type[_T]) -> _T:
@@ -69,6 +78,10 @@ class SparseCoder(nn.Module):
     batch of one token (or of equal tokens) has no variance: its FVU is infinite or not a number.
     In training mode `forward` counts, in `tokens_since_fired` [F], the tokens since each latent
     last fired. Buffers keep their dtype when the module is cast.
+
+    normalize_decoder is for `TrainStep`. In a loop with an optimizer of torch the decoder's norms
+    drift, unless `remove_gradient_parallel_to_decoder_directions` is called before its step and
+    `set_decoder_norm_to_unit_norm` after it, or W_dec is parametrised by `ksae.UnitRows`.
     """
 
     topology: str  # what is read and predicted, by name
@@ -218,7 +231,7 @@ class SparseCoder(nn.Module):
             raise TypeError(f"{name}: {arg} must be floating, got {t.dtype}")
         if t.device != self.W_enc.device:
             raise ValueError(f"{name}: {arg} must be on {self.W_enc.device}, got {t.device}")
-        return t.to(self.W_enc.dtype).reshape(t.shape[:-1].numel(), d)
+        return t.to(self.W_enc.dtype).reshape(-1, d)
 
     def targets(self, x: Tensor, rows: Tensor, y: Tensor | None) -> Tensor | None:
         """The target's rows [N, d_out], None if there is no target."""
@@ -290,7 +303,12 @@ class SparseCoder(nn.Module):
         multi = self.multi_topk and target is not None
         downstream = self.gradients(x, grad, self.training)  # [N, d_out]
         wide = Code(*self.select(rows, self.k_multi if multi else self.k, downstream))
-        code = wide.first(self.k)  # sorted: a prefix
+        code, lead = wide.first(self.k), x.shape[:-1]  # sorted: a prefix
+        values = code.values.reshape(*lead, self.k)  # what is returned has a gradient: so it stands
+        code = Code(values.reshape(-1, self.k), code.indices)  # between encoder and decoder
+        if multi:
+            rest = wide.values[:, self.k :]
+            wide = Code(torch.cat([code.values, rest], dim=1), wide.indices)
         recon = self.decode(code.values, code.indices, rows)
         loss = fvu = auxk_loss = multi_topk_loss = None
         if target is not None:
@@ -299,10 +317,9 @@ class SparseCoder(nn.Module):
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), parts.get("multi_topk", zero)
         if self.training:
             self._count(code)
-        lead = x.shape[:-1]
         return Output(
             recon.reshape(*lead, self.d_out),
-            code.values.reshape(*lead, self.k),
+            values,
             code.indices.reshape(*lead, self.k),
             loss,
             fvu,
@@ -315,9 +332,7 @@ class SparseCoder(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss, FVU and the terms by name; wide: the whole selection."""
         dead = self.dead
-        asks = not torch.compiler.is_compiling()  # what is recorded has no branch on data
-        asks &= not (dead.is_cuda and torch.cuda.is_current_stream_capturing())
-        terms = terms_of(self, aux_width(self, dead, may_ask=asks))
+        terms = terms_of(self, aux_width(self, dead, may_ask=has_numbers(dead)))
         variance = total_variance(target)
         loss, parts = torch.zeros_like(variance), {}
         for term in terms:
@@ -338,8 +353,31 @@ class SparseCoder(nn.Module):
             return loss, parts["reconstruction"].detach(), parts
         return loss, squared_error(recon.detach(), target) / variance, parts
 
+    # ------------------------------------------------------------------------- one's own optimizer
+
     @torch.no_grad()
+    def remove_gradient_parallel_to_decoder_directions(self) -> None:
+        """Take out of W_dec.grad [F, d_out] its component along each decoder row: what an update
+        along it would do, `set_decoder_norm_to_unit_norm` undoes. After backward, before the step.
+
+        Raises:
+            ValueError: W_dec has no gradient.
+        """
+        if self.W_dec.grad is None:
+            raise ValueError(
+                f"{type(self).__name__}: W_dec must have a gradient to project, got none: call it "
+                "after backward()"
+            )
+        self.W_dec.grad.copy_(without_parallel(self.W_dec.grad, self.W_dec))
+
+    @torch.no_grad()
+    def set_decoder_norm_to_unit_norm(self) -> None:
+        """Give the decoder rows [F, d_out] length 1, after the step of a torch optimizer; rows of
+        zeros stay. Norms in float32 (float64). `ksae.UnitRows` is the same as a parametrisation."""
+        self.W_dec.copy_(unit_rows(self.W_dec))
+
     def _count(self, code: Code) -> None:
+        """Of integers: a block without gradients would keep an exported graph from being saved."""
         hits = torch.zeros_like(self.tokens_since_fired)
         hits.index_add_(0, code.indices.reshape(-1), (code.values > 0).reshape(-1).to(hits.dtype))
         since = self.tokens_since_fired + code.values.shape[0]
