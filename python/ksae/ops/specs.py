@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op, stated once: a line each in the grammar of spec.py.
 
-N tokens, d width, F latents, k active latents per token, G terms of a loss. What the arguments mean
-is said where the meaning is, in `ksae.reference`.
+N tokens, d width, F latents, k active latents per token, G terms of a loss, P prefixes. What the
+arguments mean is said where the meaning is, in `ksae.reference`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ _ENCODER = "x:T[N,d] W_enc:T[F,d] b_enc:T[F] k:1..F@W_enc"
 _BF16 = "W_bf16:bf16[F,d]?~ norms:f32[3,F]?W_bf16~"
 _CODE = "values:T[N,k] indices:index(F)[N,k]"
 _RESIDUAL = f"{_CODE} W_dec:T[F,d] b_dec:T[d]? target:T|A[N,d]"
+_PREFIXES = "widths:i64[P] shares:A[P]"
 _GROUPED = "offsets:i32[F+1]* order:i32[N*k_g]*"
 _ROWS = (
     f"coefficients:T|A[N,k_g]* {_GROUPED} rows:A|T[N,columns]* scales:A[G] centre:rows[columns]?"
@@ -128,6 +129,16 @@ SPECS = (
     Spec(
         "sparse_residual_slice",
         f"{_RESIDUAL} start:int stop:int -> residual:A[N,stop-start]",
+        relations=_ordered,
+    ),
+    Spec(
+        "prefix_residual",
+        f"{_RESIDUAL} {_PREFIXES} columns:0..d"
+        " -> residual:A[P,N,columns] sq_errors:f64[P,N] grad_values:A[N,k]",
+    ),
+    Spec(
+        "prefix_residual_slice",
+        f"{_RESIDUAL} {_PREFIXES} start:int stop:int -> residual:A[P,N,stop-start]",
         relations=_ordered,
     ),
     Spec(
