@@ -12,22 +12,19 @@ from torch import Tensor
 
 from .dtypes import accumulator
 from .encode import _scaled
+from .group import rows_of
 
 
-def _sums(
-    values: Tensor,  # [N, k]
-    indices: Tensor,  # [N, k]
-    W_dec: Tensor,  # [F, columns]
-    group: Tensor,  # [N, k]
-    P: int,
-) -> Tensor:
-    """Of the entries of each group: [P, N, columns], accumulated."""
-    acc, N = accumulator(values.dtype), values.shape[0]
-    out = torch.zeros(P * N, W_dec.shape[1], dtype=acc, device=W_dec.device)
-    token = torch.arange(N, device=indices.device)
-    for v, i, g in zip(values.unbind(1), indices.unbind(1), group.unbind(1), strict=True):
-        out.index_add_(0, g * N + token, _scaled(v.to(acc), W_dec[i].to(acc)))
-    return out.view(P, N, W_dec.shape[1])
+def prefix_of(indices: Tensor, widths: Tensor) -> Tensor:
+    """The group of each latent, of the shape of indices, int64."""
+    return torch.bucketize(indices.long(), widths, right=True)
+
+
+def _row_of(group: Tensor, N: int, row_offsets: Tensor | None) -> Tensor:
+    """The row of each entry in a table [P * N, ...] in which each group has N rows: [E, k]."""
+    if row_offsets is not None:
+        return group * N + rows_of(row_offsets, len(group))[:, None]
+    return group * N + torch.arange(N, device=group.device)[:, None]
 
 
 def _errors(
@@ -39,10 +36,14 @@ def _errors(
     widths: Tensor,
     start: int,
     stop: int,
+    row_of: Tensor,
 ) -> Tensor:
     """Columns [start, stop) of reconstruction - target of each prefix: [P, N, stop - start]."""
-    group = torch.bucketize(indices.long(), widths, right=True)
-    recon = _sums(values, indices, W_dec[:, start:stop], group, len(widths)).cumsum(0)
+    acc, P, N = accumulator(values.dtype), len(widths), len(target)
+    sums = torch.zeros(P * N, stop - start, dtype=acc, device=W_dec.device)
+    for v, i, row in zip(values.unbind(1), indices.unbind(1), row_of.unbind(1), strict=True):
+        sums.index_add_(0, row, _scaled(v.to(acc), W_dec[i, start:stop].to(acc)))
+    recon = sums.view(P, N, stop - start).cumsum(0)
     if b_dec is not None:
         recon = recon + b_dec[start:stop]
     return recon - target[:, start:stop]
@@ -54,37 +55,38 @@ def _from_each_on(errors: Tensor, shares: Tensor) -> Tensor:
 
 
 def prefix_residual(
-    values: Tensor,  # [N, k]
-    indices: Tensor,  # [N, k]
+    values: Tensor,  # [E, k]
+    indices: Tensor,  # [E, k]
     W_dec: Tensor,  # [F, d]
     b_dec: Tensor | None,  # [d]
     target: Tensor,  # [N, d] T or the accumulator's type
     widths: Tensor,  # [P] int64
     shares: Tensor,  # [P] float32: of each prefix's square in the loss
     columns: int,
+    row_offsets: Tensor | None = None,  # [N+1]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For loss = sum over prefixes of shares |e|^2 / 2, where e is reconstruction minus target.
 
     Returns the first columns of dloss/drecon of each group's entries, which is the sum of shares *
     e over the prefixes that have them [P, N, columns] float32; the row sums of squares of e [P, N]
-    float64; the gradient of the values [N, k] float32: the product of an entry's row of W_dec with
+    float64; the gradient of the values [E, k] float32: the product of an entry's row of W_dec with
     the residual of its group, 0 where the value is 0. The gradient of b_dec is that of group 0.
     """
     N, d = target.shape
-    errors = _errors(values, indices, W_dec, b_dec, target, widths, 0, d)
+    row_of = _row_of(prefix_of(indices, widths), N, row_offsets)
+    errors = _errors(values, indices, W_dec, b_dec, target, widths, 0, d, row_of)
     residual = _from_each_on(errors, shares)
-    group = torch.bucketize(indices.long(), widths, right=True)
-    token = torch.arange(N, device=indices.device)
-    grads = torch.empty(indices.shape, dtype=residual.dtype, device=residual.device)
-    for j, (i, g) in enumerate(zip(indices.unbind(1), group.unbind(1), strict=True)):
-        grads[:, j] = (residual[g, token] * W_dec[i].to(residual.dtype)).sum(1)
+    rows = residual.view(-1, d)
+    grads = torch.empty(indices.shape, dtype=rows.dtype, device=rows.device)
+    for j, (i, row) in enumerate(zip(indices.unbind(1), row_of.unbind(1), strict=True)):
+        grads[:, j] = (rows[row] * W_dec[i].to(rows.dtype)).sum(1)
     grads = torch.where(values == 0, 0, grads)
     return residual[:, :, :columns].contiguous(), errors.double().square().sum(2), grads
 
 
 def prefix_residual_slice(
-    values: Tensor,  # [N, k]
-    indices: Tensor,  # [N, k]
+    values: Tensor,  # [E, k]
+    indices: Tensor,  # [E, k]
     W_dec: Tensor,  # [F, d]
     b_dec: Tensor | None,  # [d]
     target: Tensor,  # [N, d] T or the accumulator's type
@@ -92,7 +94,9 @@ def prefix_residual_slice(
     shares: Tensor,  # [P] float32
     start: int,
     stop: int,
+    row_offsets: Tensor | None = None,  # [N+1]
 ) -> Tensor:
     """Columns [start, stop) of the residual of `prefix_residual`: [P, N, stop - start] float32."""
-    errors = _errors(values, indices, W_dec, b_dec, target, widths, start, stop)
+    row_of = _row_of(prefix_of(indices, widths), len(target), row_offsets)
+    errors = _errors(values, indices, W_dec, b_dec, target, widths, start, stop, row_of)
     return _from_each_on(errors, shares)
