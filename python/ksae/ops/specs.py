@@ -42,9 +42,9 @@ def _rows(op: str, a: Values, dims: Dims) -> None:
         if t.dtype != a["rows"][0].dtype:
             raise wrong_type(op, f"rows[{g}]", str(a["rows"][0].dtype), t)
     for g in range(dims["G"]):
-        if a["row_of"] is None and dims["N_g", g] != dims["N"]:
-            of, k = f"coefficients[{g}]", dims["k_g", g]
-            raise fail(op, of, f"of shape [{dims['N']}, {k}]", text(a["coefficients"][g].shape))
+        if a["row_of"] is None and dims["N_g", g] != dims["R_g", g]:
+            want = f"of shape [{dims['R_g', g]}, {dims['k_g', g]}]"
+            raise fail(op, f"coefficients[{g}]", want, text(a["coefficients"][g].shape))
     start, d, columns = a["start"], dims["d"], dims["columns"]
     if not 0 <= start <= d - columns:
         raise fail(op, "start", f"in [0, {d - columns}] for {columns} columns of {d}", start)
@@ -94,7 +94,8 @@ _PREFIXES = "widths:i64[P] shares:A[P]"
 _GROUPED = "offsets:i32[F+1]* order:i32[N_g*k_g]*"
 _ROW_OF = "row_of:i32[N_g*k_g]*?"
 _ROWS = (
-    f"coefficients:T|A[N_g,k_g]* {_GROUPED} rows:A|T[N,columns]* scales:A[G] centre:rows[columns]?"
+    f"coefficients:T|A[N_g,k_g]* {_GROUPED} rows:A|T[R_g,columns]* scales:A[G]"
+    " centre:rows[columns]?"
 )
 
 SPECS = (
