@@ -340,7 +340,7 @@ class SparseCoder(nn.Module):
         terms = terms_of(self, aux_width(self, dead, may_ask=asks))
         variance = total_variance(target)
         loss, parts = torch.zeros_like(variance), {}
-        nested = self._nested(rows, recon, wide.first(self.k))
+        nested = self.prefix_recons(rows, recon, wide.first(self.k))
         for term in terms:
             predictions, goal, spread = nested, target, variance
             if term.of_residual:
@@ -360,7 +360,7 @@ class SparseCoder(nn.Module):
         fvus = [squared_error(p.detach(), target) / variance for p in nested]
         return loss, torch.stack(fvus).detach(), parts
 
-    def _nested(self, rows: Tensor, recon: Tensor, code: Code) -> list[Tensor]:
+    def prefix_recons(self, rows: Tensor, recon: Tensor, code: Code) -> list[Tensor]:
         """The reconstructions [N, d_out] by the latents of each prefix; the last one is recon."""
         recons = []
         for width in self.prefixes[:-1]:

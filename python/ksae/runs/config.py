@@ -8,6 +8,7 @@ them for the command line.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +47,12 @@ class ModelConfig:
     )
     normalize_decoder: bool | None = setting(None, "unit decoder rows; default true only for sae")
     multi_topk: bool = setting(False, "add the loss with 4k latents, at 1/8")
+    prefixes: tuple[int, ...] | None = setting(
+        None, "rising numbers of latents, the last d_sae: each reconstructs by itself (Matryoshka)"
+    )
+    prefix_weights: Literal["mean", "sum", "dictionary_learning"] = setting(
+        "mean", "of prefixes: what each one's loss counts, 1/P, 1 or 1/P^2"
+    )
     skip: bool = setting(False, "transcoder only: a linear path beside the latents")
     beta: float | None = setting(
         None, "weight of a downstream gradient in selection; null: plain TopK"
@@ -251,6 +258,15 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(
             f"{where}: model.k must be at most model.d_sae = {model.d_sae}, got {model.k}"
         )
+    widths = model.prefixes
+    if widths is not None and (
+        not widths
+        or widths[-1] != model.d_sae
+        or widths[0] < 0
+        or any(a >= b for a, b in itertools.pairwise(widths))
+    ):
+        want = f"rise from 0 or more to model.d_sae = {model.d_sae}"
+        raise UserError(f"{where}: model.prefixes must {want}, got {list(widths)}")
     if warmup_steps(train) > total_steps(train):
         raise UserError(
             f"{where}: train.warmup must be at most the {total_steps(train)} steps of the run, "
@@ -298,6 +314,10 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     if typing.get_origin(hint) is Literal:
         if value in hint.__args__:
             return value
+    elif typing.get_origin(hint) is tuple:
+        each = value.strip("[]").split(",") if isinstance(value, str) else value
+        if isinstance(each, list | tuple):
+            return tuple(_convert(hint.__args__[0], part, place) for part in each)
     elif hint is float and not isinstance(value, bool):
         try:
             number = float(value)  # YAML 1.1 reads 1e-4, which has no point, as text
@@ -324,6 +344,8 @@ def _whole(text: str) -> bool:
 def _say(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in hint.__args__)
+    if typing.get_origin(hint) is tuple:
+        return f"{_say(hint.__args__[0])}, or several in a list"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return names[hint]
 
@@ -338,4 +360,6 @@ def _describe(kind: Any, prefix: str) -> Iterator[tuple[str, str, Any, str]]:
         arms = [arm for arm in getattr(hint, "__args__", [hint]) if arm is not types.NoneType]
         literal = typing.get_origin(hint) is Literal
         name = "|".join(arms) if literal else arms[0].__name__
+        if typing.get_origin(arms[0]) is tuple:
+            name = f"{arms[0].__args__[0].__name__},..."
         yield f"{prefix}{key.name}", name, key.default, key.metadata["help"]

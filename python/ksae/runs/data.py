@@ -125,6 +125,8 @@ def build_model(
         "auxk_alpha": config.auxk_alpha,
         "k_aux": config.k_aux,
         "multi_topk": config.multi_topk,
+        "prefixes": config.prefixes,
+        "prefix_weights": config.prefix_weights,
         "dtype": dtype,
         "device": device,
     }
