@@ -19,13 +19,13 @@ from cases import (
     row_arguments,
     to_float64,
 )
-from implementations import CPU, ON_HOST
+from implementations import CPU, EMULATED, INTERPRETED, ON_HOST
 from torch import Tensor
 
 from ksae import reference
 from ksae.reference import rows_of
 
-pytestmark = pytest.mark.implementations(*ON_HOST)
+pytestmark = pytest.mark.implementations(*ON_HOST, EMULATED, INTERPRETED)
 F = 97
 CODES = {
     "mixed": [0, F, 3, 0, 0, 1, 70, 64, 0],
