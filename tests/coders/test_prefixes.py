@@ -101,7 +101,7 @@ def test_all_latents_alone_are_the_plain_coder() -> None:
         ({"prefixes": [5, 5, F]}, ValueError, "prefixes must rise"),
         ({"prefixes": [-1, F]}, ValueError, "prefixes must rise"),
         ({"prefixes": [5.5, F]}, TypeError, "prefixes must be an integer, got 5.5"),
-        ({"prefixes": 40}, TypeError, "prefixes must be a list of widths, got 40"),
+        ({"prefixes": 40}, TypeError, "prefixes must be a list of integers, got 40"),
         ({"prefix_weights": "saelens"}, ValueError, "prefix_weights must be one of mean, sum,"),
         ({"prefix_weights": [1.0]}, ValueError, "prefix_weights must be 4 finite numbers above 0"),
         ({"prefix_weights": [1, 2, 0, 1]}, ValueError, "got [1.0, 2.0, 0.0, 1.0]"),

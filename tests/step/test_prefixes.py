@@ -12,7 +12,10 @@ from cases import Implementation, randn
 from training import D, F, N, assert_at_most_twice_torchs_error, build, one_step
 
 import ksae
+from ksae.coders.code import Code
+from ksae.coders.terms import terms_of
 from ksae.step.fused import Batch, FusedStep, Selection
+from ksae.step.nested import Nested, together
 from ksae.step.state import State
 
 WIDTHS = [7, 30, 31, F]
@@ -145,3 +148,46 @@ def test_resumed_is_uninterrupted() -> None:
         rest(randn(N, D, seed=s))
     for name, value in straight.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("ragged", [(True, False), (False, True), (True, True), (False, False)])
+def test_two_codes_together(ragged: tuple[bool, bool]) -> None:
+    """Row by row, whichever of them has row offsets."""
+    codes, dense = [], torch.zeros(4, 30)
+    for seed, with_offsets in enumerate(ragged):
+        lengths = torch.tensor([3, 0, 5, 1]) if with_offsets else torch.full((4,), 2)
+        E = int(lengths.sum())
+        values = randn(E, seed=seed)
+        indices = torch.arange(E) + 15 * seed
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        code = Code(values, indices, offsets)
+        if not with_offsets:
+            code = Code(values.view(4, 2), indices.view(4, 2))
+        dense += Code(values, indices, offsets).dense(30)
+        codes.append(code)
+    both = together(*codes)
+    assert torch.equal(both.dense(30), dense)
+    first = both.values.reshape(4, -1)[:, :2] if ragged == (False, False) else None
+    assert first is None or torch.equal(first, codes[0].values)
+
+
+def test_rows_of_a_code_with_offsets() -> None:
+    """The step's table of residuals is read where the op has put each entry's rows."""
+    model = build("sae", torch.float32, prefixes=WIDTHS)
+    nested = Nested(model, torch.float32)
+    lengths = torch.tensor([3, 0, 5, 1])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    E = int(lengths.sum())
+    code = Code(randn(E).abs(), torch.arange(E) * 9 + 3, offsets)
+    target = randn(4, D, seed=1)
+    table, squares, grads = nested.residual(code, model, target, D)
+    (rows,) = nested.row_of(terms_of(model, 0), [code])
+    exact = (table[rows.long()] * model.W_dec[code.indices]).sum(1)
+    torch.testing.assert_close(grads, exact.detach(), rtol=1e-5, atol=1e-6)
+    fixed = Code(randn(4, 3).abs(), torch.arange(12).view(4, 3) * 8)
+    table, squares, grads = nested.residual(fixed, model, target, D)
+    (rows,) = nested.row_of(terms_of(model, 0), [fixed])
+    exact = (table[rows.long()] * model.W_dec[fixed.indices.reshape(-1)]).sum(1)
+    torch.testing.assert_close(grads.reshape(-1), exact.detach(), rtol=1e-5, atol=1e-6)
+    assert squares.shape == (len(WIDTHS), 4)
+    torch.testing.assert_close(nested.slice(fixed, model, target, 4, 9), table[:, 4:9])

@@ -38,6 +38,9 @@ class ModelConfig:
     auxk_alpha: float = setting(
         1 / 32, "weight of the loss that revives dead latents; 0 turns it off"
     )
+    auxk: Literal["dictionary_learning", "openai", "sparsify", "saelens", "batch_topk"] = setting(
+        "dictionary_learning", "the library whose form of that loss it is"
+    )
     k_aux: int | None = setting(
         None, "dead latents in that loss; default half the width of the output"
     )
@@ -47,6 +50,7 @@ class ModelConfig:
     )
     normalize_decoder: bool | None = setting(None, "unit decoder rows; default true only for sae")
     multi_topk: bool = setting(False, "add the loss with 4k latents, at 1/8")
+    multi_k: tuple[int, ...] | None = setting(None, "add the losses with these k, each at 1/8")
     prefixes: tuple[int, ...] | None = setting(
         None, "rising numbers of latents, the last d_sae: each reconstructs by itself (Matryoshka)"
     )
@@ -258,15 +262,7 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(
             f"{where}: model.k must be at most model.d_sae = {model.d_sae}, got {model.k}"
         )
-    widths = model.prefixes
-    if widths is not None and (
-        not widths
-        or widths[-1] != model.d_sae
-        or widths[0] < 0
-        or any(a >= b for a, b in itertools.pairwise(widths))
-    ):
-        want = f"rise from 0 or more to model.d_sae = {model.d_sae}"
-        raise UserError(f"{where}: model.prefixes must {want}, got {list(widths)}")
+    _check_lists(model, where)
     if warmup_steps(train) > total_steps(train):
         raise UserError(
             f"{where}: train.warmup must be at most the {total_steps(train)} steps of the run, "
@@ -278,6 +274,21 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(
             f"{where}: model.skip must be false for model.kind = {model.kind}, got true"
         )
+
+
+def _check_lists(model: ModelConfig, where: str) -> None:
+    """Of numbers of latents."""
+    widths, ks, F = model.prefixes, model.multi_k, model.d_sae
+    if widths is not None and (
+        widths[-1:] != (F,) or any(a >= b for a, b in itertools.pairwise((-1, *widths)))
+    ):
+        want = f"rise from 0 or more to model.d_sae = {F}"
+        raise UserError(f"{where}: model.prefixes must {want}, got {list(widths)}")
+    if ks is not None and (len(set(ks)) < len(ks) or not all(1 <= k <= F for k in ks)):
+        want = f"different numbers in [1, {F}]"
+        raise UserError(f"{where}: model.multi_k must be {want}, got {list(ks)}")
+    if ks and model.multi_topk:
+        raise UserError(f"{where}: model.multi_k must be null with multi_topk, got {list(ks)}")
 
 
 def _get(config: RunConfig, key: str) -> Any:

@@ -35,17 +35,17 @@ class Nested:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The first columns of the table, squares [P, N] float64 and the values' gradients."""
         table, squares, grads = ops.prefix_residual(
-            code.values, code.indices, model.W_dec, model.b_dec, target, self.widths, self.shares,
+            *_entries(code), model.W_dec, model.b_dec, target, self.widths, self.shares,
             columns, code.offsets,
         )  # fmt: skip
-        return table.flatten(0, 1), squares, grads
+        return table.flatten(0, 1), squares, grads.reshape(code.values.shape)
 
     def slice(
         self, code: Code, model: SparseCoder, target: Tensor, start: int, stop: int
     ) -> Tensor:
         """Columns [start, stop) of the table."""
         table: Tensor = ops.prefix_residual_slice(
-            code.values, code.indices, model.W_dec, model.b_dec, target, self.widths, self.shares,
+            *_entries(code), model.W_dec, model.b_dec, target, self.widths, self.shares,
             start, stop, code.offsets,
         )  # fmt: skip
         return table.flatten(0, 1)
@@ -66,12 +66,37 @@ class Nested:
         return found
 
 
+def _entries(code: Code) -> tuple[Tensor, Tensor]:
+    """Values and indices as ops take them: [E, 1] with row offsets."""
+    if code.offsets is None:
+        return code.values, code.indices
+    return code.values.reshape(-1, 1), code.indices.reshape(-1, 1)
+
+
 def tokens_of(code: Code) -> Tensor:
     """The token of each entry: [E]."""
     if code.offsets is not None:
         return rows_of(code.offsets, len(code.values))
     N, k = code.values.shape
     return torch.arange(N, device=code.values.device)[:, None].expand(N, k).reshape(-1)
+
+
+def together(first: Code, second: Code) -> Code:
+    """The entries of two codes of the same tokens, the first code's first in each row."""
+    if first.offsets is None and second.offsets is None:
+        values = torch.cat([first.values, second.values], 1)
+        return Code(values, torch.cat([first.indices, second.indices], 1))
+    order = torch.cat([tokens_of(first), tokens_of(second)]).argsort(stable=True)
+    values = torch.cat([first.values.reshape(-1), second.values.reshape(-1)])[order]
+    indices = torch.cat([first.indices.reshape(-1), second.indices.reshape(-1)])[order]
+    return Code(values, indices, _offsets_of(first) + _offsets_of(second))
+
+
+def _offsets_of(code: Code) -> Tensor:
+    if code.offsets is not None:
+        return code.offsets
+    N, k = code.values.shape
+    return k * torch.arange(N + 1, device=code.values.device)
 
 
 def prefix_metrics(model: SparseCoder, errors: Tensor | None, variance: Tensor) -> Metrics:
