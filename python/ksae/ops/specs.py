@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from ..reference.dtypes import MODES
+from ..reference.dtypes import ENTRIES, MODES, accumulator
 from .messages import fail, text, wrong_type
 from .spec import Dims, Spec, Types, Values
-
-ENTRIES = 2**31 - 1  # flat positions are int32
 
 
 def _bf16_of_float32(op: str, a: Values, types: Types) -> None:
@@ -23,7 +21,7 @@ def _bf16_of_float32(op: str, a: Values, types: Types) -> None:
 
 
 def _entries(op: str, a: Values, dims: Dims) -> None:
-    if dims["N"] * dims["k"] > ENTRIES:
+    if dims["E"] * dims["k"] > ENTRIES:
         raise fail(op, "values", f"of at most {ENTRIES} entries", text(a["values"].shape))
 
 
@@ -43,6 +41,10 @@ def _rows(op: str, a: Values, dims: Dims) -> None:
     for g, t in enumerate(a["rows"]):
         if t.dtype != a["rows"][0].dtype:
             raise wrong_type(op, f"rows[{g}]", str(a["rows"][0].dtype), t)
+    for g in range(dims["G"]):
+        if a["row_of"] is None and dims["N_g", g] != dims["N"]:
+            of, k = f"coefficients[{g}]", dims["k_g", g]
+            raise fail(op, of, f"of shape [{dims['N']}, {k}]", text(a["coefficients"][g].shape))
     start, d, columns = a["start"], dims["d"], dims["columns"]
     if not 0 <= start <= d - columns:
         raise fail(op, "start", f"in [0, {d - columns}] for {columns} columns of {d}", start)
@@ -76,14 +78,22 @@ def _updated_rows(op: str, a: Values, dims: Dims) -> None:
             raise fail(op, "rows[0]", f"{dims['d']} columns with {name}", dims["columns"])
 
 
+def _weight(a: Values, types: Types) -> torch.dtype:
+    """Products with a residual, whose type is the accumulator's, are of narrower weights too."""
+    of_W: torch.dtype = a["W_dec"].dtype
+    return of_W if accumulator(of_W) == types["T"] else types["T"]
+
+
 _MODE = f"mode:{'|'.join(MODES)}=additive"
 _ENCODER = "x:T[N,d] W_enc:T[F,d] b_enc:T[F] k:1..F@W_enc"
 _BF16 = "W_bf16:bf16[F,d]?~ norms:f32[3,F]?W_bf16~"
-_CODE = "values:T[N,k] indices:index(F)[N,k]"
+_CODE = "values:T[E,k] indices:index(F)[E,k]"
+_OFFSETS = "row_offsets:offsets(E)[N+1]?"
 _RESIDUAL = f"{_CODE} W_dec:T[F,d] b_dec:T[d]? target:T|A[N,d]"
-_GROUPED = "offsets:i32[F+1]* order:i32[N*k_g]*"
+_GROUPED = "offsets:i32[F+1]* order:i32[N_g*k_g]*"
+_ROW_OF = "row_of:i32[N_g*k_g]*?"
 _ROWS = (
-    f"coefficients:T|A[N,k_g]* {_GROUPED} rows:A|T[N,columns]* scales:A[G] centre:rows[columns]?"
+    f"coefficients:T|A[N_g,k_g]* {_GROUPED} rows:A|T[N,columns]* scales:A[G] centre:rows[columns]?"
 )
 
 SPECS = (
@@ -105,46 +115,57 @@ SPECS = (
         " -> values:T[N,k] indices:i64[N,k] aux_values:T[N,k_aux] aux_indices:i64[N,k_aux]",
         given=_bf16_of_float32,
     ),
-    Spec("sparse_decode", f"{_CODE} W_dec:T[F,d] b_dec:T[d]? -> recon:T[N,d]"),
+    Spec(
+        "threshold_encode",
+        "x:T[N,d] W_enc:T[F,d] b_enc:T[F] theta:T|A[F] b_dec:T[d]?"
+        " -> values:T[E] latents:i64[E] row_offsets:i64[N+1]",
+    ),
+    Spec(
+        "sparse_decode",
+        f"{_CODE} W_dec:T[F,d] b_dec:T[d]? {_OFFSETS} partial:bool=False -> recon:sum[N,d]",
+        types={"sum": lambda a, types: types["A" if a["partial"] else "T"]},
+    ),
     Spec(
         "sparse_decode_backward_values",
-        "grad:T[N,d] indices:index(F)[N,k] W_dec:T[F,d] -> grad_values:T[N,k]",
+        f"grad:T[N,d] indices:index(F)[E,k] W_dec:weight[F,d] {_OFFSETS} -> grad_values:T[E,k]",
+        types={"weight": _weight},
     ),
     Spec(
         "sparse_decode_backward_weight",
-        f"grad:T[N,d] {_CODE} F:1..{ENTRIES} -> grad_W:T[F,d] value_sum:T[F]",
+        f"grad:T[N,d] {_CODE} F:1..{ENTRIES} {_OFFSETS} -> grad_W:T[F,d] value_sum:T[F]",
         relations=_entries,
     ),
     Spec(
         "group_by_latent",
-        f"{_CODE} F:1..{ENTRIES} -> offsets:i32[F+1] order:i32[N*k]",
+        f"{_CODE} F:1..{ENTRIES} -> offsets:i32[F+1] order:i32[E*k]",
         relations=_entries,
     ),
     Spec(
         "sparse_residual",
-        f"{_RESIDUAL} columns:0..d column_sums!:A[d]?"
-        " -> residual:A[N,columns] sq_error:f64[N] grad_values:A[N,k]",
+        f"{_RESIDUAL} columns:0..d column_sums!:A[d]? {_OFFSETS}"
+        " -> residual:A[N,columns] sq_error:f64[N] grad_values:A[E,k]",
     ),
     Spec(
         "sparse_residual_slice",
-        f"{_RESIDUAL} start:int stop:int -> residual:A[N,stop-start]",
+        f"{_RESIDUAL} start:int stop:int {_OFFSETS} -> residual:A[N,stop-start]",
         relations=_ordered,
     ),
     Spec(
         "latent_sums",
-        f"values:T[N,k_g]* grads:A[N,k_g]* {_GROUPED} scales:A[G]"
+        f"values:T[N_g,k_g]* grads:A[N_g,k_g]* {_GROUPED} scales:A[G]"
         " -> grad_b_enc:A[F] grad_dot_w:A[F]",
     ),
     Spec(
         "row_grad_sq",
-        f"{_ROWS} grad_dot_w:A[F]? W:T[F,d] start:int -> grad_sq:f64[F]",
+        f"{_ROWS} grad_dot_w:A[F]? W:T[F,d] start:int {_ROW_OF} -> grad_sq:f64[F]",
         relations=_rows,
     ),
     Spec(
         "row_update",
         f"{_ROWS} grad_dot_w!:A[F]? grad_b_enc:A[F]? W!:T[F,d] master!:A[F,d]? m!:moment[F,d]"
         " v!:moment[F,d] hyper:A[8] grad_b_dec!:A[d]?grad_b_enc start:int normalize:bool"
-        " W_bf16!:bf16[F,d]? rng_state:i64[2]? norms!:f32[3,F]? ->",
+        " W_bf16!:bf16[F,d]? rng_state:i64[2]? norms!:f32[3,F]?"
+        f" {_ROW_OF} ->",
         given=_update,
         relations=_updated_rows,
         types={"moment": lambda a, types: types["A" if a["rng_state"] is None else "T"]},
