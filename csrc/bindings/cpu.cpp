@@ -239,6 +239,21 @@ PYBIND11_MODULE(_cpu, m) {
               as<float>(grad_values)};
           with_workspace(p, allocate, threads, sparse_residual_workspace, sparse_residual);
         });
+  m.def("prefix_residual",
+        [decode](int64_t N, int64_t d, int64_t F, const Rows::From& code, int dtype, Pointer values,
+                 Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec, Pointer target,
+                 bool target_float, Pointer widths, Pointer shares, int n_prefixes, int64_t start,
+                 int64_t columns, Pointer residual, Pointer sq_error, Pointer grad_values,
+                 const py::function& allocate, int threads) {
+          const PrefixResidualParams p{
+              {decode(N, d, F, code, dtype, values, indices, index_bytes, W_dec, b_dec, 0, false),
+               as<const void>(target), target_float, start, columns, as<float>(residual),
+               as<double>(sq_error), as<float>(grad_values)},
+              as<const int64_t>(widths),
+              as<const float>(shares),
+              n_prefixes};
+          with_workspace(p, allocate, threads, prefix_residual_workspace, prefix_residual);
+        });
   const auto backward_values = [](int64_t N, int64_t d, int64_t F, const Rows::From& code,
                                   int dtype, Pointer grad, Pointer indices, int index_bytes,
                                   Pointer W_dec, Pointer grad_values, bool grad_float,

@@ -123,6 +123,8 @@ struct Kernels {
                          float* scratch);
   void (*decode)(const DecodeParams& p, int64_t row0, int64_t row1);
   void (*residual)(const ResidualParams& p, int64_t row0, int64_t row1, float* scratch);
+  void (*prefix_residual)(const PrefixResidualParams& p, int64_t row0, int64_t row1,
+                          float* scratch);
   void (*backward_values)(const DecodeBackwardValuesParams& p, int64_t row0, int64_t row1);
   void (*backward_weight)(const DecodeBackwardWeightParams& p, const int32_t* offsets,
                           const int32_t* order, int64_t i0, int64_t i1, float* scratch);

@@ -150,6 +150,19 @@ struct ResidualParams {
 size_t sparse_residual_workspace(const ResidualParams& p, int threads);
 void sparse_residual(const ResidualParams& p, void* workspace, int threads);
 
+// Residuals e_g of the reconstructions by latents below widths[g] alone, and their suffix sums
+// r_g = sum over h >= g of shares[h] e_h: what the residual is to entries of the latents in
+// [widths[g-1], widths[g]). `residual` holds r [P, N, columns], sq_error those of e [P, N];
+// grad_values <r_g, W_dec[index]>.
+struct PrefixResidualParams {
+  ResidualParams residual;
+  const int64_t* widths;  // [P] ascending, the last F
+  const float* shares;    // [P]
+  int n_prefixes;         // P
+};
+size_t prefix_residual_workspace(const PrefixResidualParams& p, int threads);
+void prefix_residual(const PrefixResidualParams& p, void* workspace, int threads);
+
 struct DecodeBackwardValuesParams {
   int64_t N, d, F, k;
   Dtype dtype;

@@ -364,6 +364,66 @@ def _residual(
     return residual
 
 
+def prefix_residual(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    widths: Tensor,
+    shares: Tensor,
+    columns: int,
+    row_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sq_errors = target.new_empty(len(widths), len(target), dtype=torch.float64)
+    grad_values = torch.empty(values.shape, dtype=torch.float32)
+    of = (values, indices, W_dec, b_dec, target, widths, shares)
+    residual = _prefix_residual(*of, 0, columns, row_offsets, sq_errors, grad_values)
+    return residual, sq_errors, grad_values
+
+
+def prefix_residual_slice(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    widths: Tensor,
+    shares: Tensor,
+    start: int,
+    stop: int,
+    row_offsets: Tensor | None = None,
+) -> Tensor:
+    of = (values, indices, W_dec, b_dec, target, widths, shares)
+    return _prefix_residual(*of, start, stop, row_offsets, None, None)
+
+
+def _prefix_residual(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    widths: Tensor,
+    shares: Tensor,
+    start: int,
+    stop: int,
+    row_offsets: Tensor | None,
+    sq_errors: Tensor | None,
+    grad_values: Tensor | None,
+) -> Tensor:
+    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    residual = torch.empty(len(widths), N, stop - start, dtype=torch.float32)
+    _cpu.prefix_residual(
+        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+        indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(target),
+        target.dtype == torch.float32, _pointer(widths), _pointer(shares), len(widths), start,
+        stop - start, _pointer(residual), _pointer(sq_errors), _pointer(grad_values), _Workspace(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return residual
+
+
 def sparse_decode_backward_values(
     grad: Tensor, indices: Tensor, W_dec: Tensor, row_offsets: Tensor | None = None
 ) -> Tensor:

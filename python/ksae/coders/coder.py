@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -34,6 +34,7 @@ class Output(NamedTuple):
     fvu: Tensor | None  # share of the target's variance that is not explained
     auxk_loss: Tensor | None  # 0 if no latent is dead
     multi_topk_loss: Tensor | None  # reconstruction loss with 4k latents; 0 without multi_topk
+    prefix_fvu: Tensor | None = None  # [P], by the latents of each prefix; None without prefixes
 
     @property
     def code(self) -> Code:
@@ -137,6 +138,16 @@ class SparseCoder(nn.Module):
     multi_topk = _setting("multi_topk", bool)
 
     @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Widths of the Matryoshka prefixes; empty: none."""
+        return tuple(self.settings.prefixes or ())
+
+    @property
+    def prefix_weights(self) -> str | Sequence[float]:
+        """By name, or one a prefix."""
+        return self.settings.prefix_weights
+
+    @property
     def k(self) -> int:
         """Active latents a token."""
         return self.activation.k
@@ -164,9 +175,15 @@ class SparseCoder(nn.Module):
             "dead_after": self.dead_after,
             "normalize_decoder": self.normalize_decoder,
             "multi_topk": self.multi_topk,
+            **self._prefix_options(),
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             **self.activation.options(),
         }
+
+    def _prefix_options(self) -> dict[str, Any]:
+        weights = self.prefix_weights
+        plain = weights if isinstance(weights, str) else list(weights)
+        return {"prefixes": list(self.prefixes), "prefix_weights": plain} if self.prefixes else {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseCoder:
         """As torch's, but accumulators, which are the buffers, keep their dtype."""
@@ -292,9 +309,11 @@ class SparseCoder(nn.Module):
         wide = Code(*self.select(rows, self.k_multi if multi else self.k, downstream))
         code = wide.first(self.k)  # sorted: a prefix
         recon = self.decode(code.values, code.indices, rows)
-        loss = fvu = auxk_loss = multi_topk_loss = None
+        loss = fvu = auxk_loss = multi_topk_loss = prefix_fvu = None
         if target is not None:
-            loss, fvu, parts = self._losses(rows, target, recon, wide)
+            loss, fvus, parts = self._losses(rows, target, recon, wide)
+            fvu = fvus[-1]
+            prefix_fvu = fvus if self.prefixes else None
             zero = torch.zeros_like(fvu)
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), parts.get("multi_topk", zero)
         if self.training:
@@ -308,35 +327,46 @@ class SparseCoder(nn.Module):
             fvu,
             auxk_loss,
             multi_topk_loss,
+            prefix_fvu,
         )
 
     def _losses(
         self, rows: Tensor, target: Tensor, recon: Tensor, wide: Code
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss, FVU and the terms by name; wide: the whole selection."""
+        """Loss, FVU of each prefix [P] and the terms by name; wide: the whole selection."""
         dead = self.dead
         asks = not torch.compiler.is_compiling()  # what is recorded has no branch on data
         asks &= not (dead.is_cuda and torch.cuda.is_current_stream_capturing())
         terms = terms_of(self, aux_width(self, dead, may_ask=asks))
         variance = total_variance(target)
         loss, parts = torch.zeros_like(variance), {}
+        nested = self._nested(rows, recon, wide.first(self.k))
         for term in terms:
-            prediction, goal, spread = recon, target, variance
+            predictions, goal, spread = nested, target, variance
             if term.of_residual:
                 values, indices = self._encode(rows, term.k, dead)
                 prediction = functional.sparse_decode(values, indices, self.W_dec)
                 acc = accumulator(self.W_dec.dtype)
                 goal = (target.to(acc) - recon.to(acc)).detach()  # [N, d_out]
-                spread = total_variance(goal)
+                predictions, spread = [prediction], total_variance(goal)
             elif term.name != "reconstruction":
                 code = wide.first(term.k)
-                prediction = self.decode(code.values, code.indices, rows)
+                predictions = [self.decode(code.values, code.indices, rows)]
             denominator = term.denominator(goal, spread, dead.any())
-            parts[term.name] = term.value(prediction, goal, denominator)
+            parts[term.name] = term.value(predictions, goal, denominator)
             loss = loss + term.weight * parts[term.name]
-        if self.loss == "fvu":
-            return loss, parts["reconstruction"].detach(), parts
-        return loss, squared_error(recon.detach(), target) / variance, parts
+        if self.loss == "fvu" and not self.prefixes:
+            return loss, parts["reconstruction"].detach()[None], parts
+        fvus = [squared_error(p.detach(), target) / variance for p in nested]
+        return loss, torch.stack(fvus).detach(), parts
+
+    def _nested(self, rows: Tensor, recon: Tensor, code: Code) -> list[Tensor]:
+        """The reconstructions [N, d_out] by the latents of each prefix; the last one is recon."""
+        recons = []
+        for width in self.prefixes[:-1]:
+            values = torch.where(code.indices < width, code.values, 0)
+            recons.append(self.decode(values, code.indices, rows))
+        return [*recons, recon]
 
     @torch.no_grad()
     def _count(self, code: Code) -> None:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any, TypedDict
 
 import torch
 
 from ..ops import FLOATS
-from .terms import LOSSES
+from .terms import LOSSES, PREFIX_WEIGHTS
 
 
 class Options(TypedDict, total=False):
@@ -22,6 +24,8 @@ class Options(TypedDict, total=False):
     dead_after: int
     normalize_decoder: bool
     multi_topk: bool
+    prefixes: Sequence[int] | None
+    prefix_weights: str | Sequence[float]
     dtype: torch.dtype | str | None
     device: torch.device | str | None
 
@@ -47,6 +51,12 @@ class Config:
             along them.
         multi_topk: add the loss with 4k latents, divided by 8, so that the code also works at other
             k.
+        prefixes: numbers of latents, rising, the last d_sae: the reconstruction's loss is a
+            weighted sum of the losses of reconstructions by the first so many latents alone
+            (Matryoshka, arXiv 2503.17547). 0 stands for the bias alone.
+        prefix_weights: what each counts: "mean", 1/P each of P prefixes (as matryoshka_sae, which
+            has the prefix 0); "sum", 1 each (as SAELens); "dictionary_learning", 1/P^2 each; or
+            numbers above 0.
 
     Raises:
         ValueError: a size, loss or weight out of range. TypeError: a size is no integer.
@@ -63,6 +73,8 @@ class Config:
     dead_after: int = 10_000_000
     normalize_decoder: bool = True
     multi_topk: bool = False
+    prefixes: Sequence[int] | None = None
+    prefix_weights: str | Sequence[float] = "mean"
 
     def __post_init__(self, owner: str) -> None:
         for name in ("d_in", "d_out", "d_sae"):
@@ -86,6 +98,33 @@ class Config:
             raise ValueError(f"{owner}: dead_after must be at least 0, got {dead_after}")
         for name in ("skip", "normalize_decoder", "multi_topk"):
             self._set(name, bool(getattr(self, name)))
+        self._check_prefixes(owner)
+
+    def _check_prefixes(self, owner: str) -> None:
+        given = () if self.prefixes is None else self.prefixes
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise TypeError(f"{owner}: prefixes must be a list of widths, got {given!r}")
+        widths = [integer(owner, "prefixes", width) for width in given]
+        rise = all(a < b for a, b in itertools.pairwise([-1, *widths]))
+        if widths and not (rise and widths[-1] == self.d_sae):
+            want = f"rise from 0 or more to d_sae = {self.d_sae}"
+            raise ValueError(f"{owner}: prefixes must {want}, got {widths}")
+        self._set("prefixes", tuple(widths))
+        weights = self.prefix_weights
+        if isinstance(weights, str):
+            if weights not in PREFIX_WEIGHTS:
+                names = ", ".join(PREFIX_WEIGHTS)
+                raise ValueError(
+                    f"{owner}: prefix_weights must be one of {names}, or numbers, got {weights!r}"
+                )
+            return
+        weights = tuple(float(weight) for weight in weights)
+        if len(weights) != len(widths) or not all(0 < w < float("inf") for w in weights):
+            raise ValueError(
+                f"{owner}: prefix_weights must be {len(widths)} finite numbers above 0, one for"
+                f" each of prefixes, got {list(weights)}"
+            )
+        self._set("prefix_weights", weights)
 
     def _set(self, name: str, value: Any) -> Any:
         object.__setattr__(self, name, value)

@@ -5,7 +5,8 @@ step alike. Sums are in float32 (float64 for float64 inputs).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .coder import SparseCoder
 
 LOSSES = ("fvu", "mse")
+PREFIX_WEIGHTS = ("mean", "sum", "dictionary_learning")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Term:
         of_residual: the target is what the reconstruction leaves, y - recon, detached, and the
             prediction has neither bias nor skip connection; else the target is y.
         by_variance: the denominator is the target's total variance; else its number of elements.
+        prefixes, shares: widths that ascend to F, and the weight of each: the term is the weighted
+            sum of those of the reconstructions by the first latents alone (Matryoshka, arXiv
+            2503.17547), the last share 1. Empty: that of the whole code alone.
     """
 
     name: str
@@ -40,6 +45,8 @@ class Term:
     of_dead: bool = False
     of_residual: bool = False
     by_variance: bool = True
+    prefixes: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
 
     def denominator(self, target: Tensor, variance: Tensor, n_dead: Tensor | None) -> Tensor:
         """Of the target [N, d_out] with its total variance [] -> []; 0 switches the term off, as
@@ -49,9 +56,12 @@ class Term:
             return torch.where(n_dead > 0, variance, 0)
         return variance if self.by_variance else torch.full_like(variance, target.numel())
 
-    def value(self, prediction: Tensor, target: Tensor, denominator: Tensor) -> Tensor:
-        """Before the weight, 0-d, differentiable in the prediction [N, d_out]."""
-        error = squared_error(prediction, target)
+    def value(self, predictions: Sequence[Tensor], target: Tensor, denominator: Tensor) -> Tensor:
+        """Before the weight, 0-d, differentiable in the predictions [N, d_out], one a prefix."""
+        errors = [squared_error(prediction, target) for prediction in predictions]
+        error = errors[-1]
+        for share, part in zip(self.shares[:-1], errors[:-1], strict=True):
+            error = error + share * part
         if self.of_dead:  # a perfect reconstruction leaves nothing to predict
             return error * torch.where(denominator > 0, 1 / denominator, 0)
         return error / denominator
@@ -61,11 +71,23 @@ def terms_of(model: SparseCoder, k_aux: int) -> list[Term]:
     """The terms of a model's loss; k_aux: entries a token of the code of dead latents, 0: none."""
     by_variance = model.loss == "fvu"
     terms = [Term("reconstruction", 1.0, model.k, by_variance=by_variance)]
+    if model.prefixes:
+        *_, whole = shares = shares_of(model.prefixes, model.prefix_weights)
+        relative = tuple(share / whole for share in shares)
+        terms[0] = replace(terms[0], weight=whole, prefixes=model.prefixes, shares=relative)
     if k_aux:
         terms.append(Term("auxk", model.auxk_alpha, k_aux, of_dead=True, of_residual=True))
     if model.multi_topk:
         terms.append(Term("multi_topk", 1 / 8, model.k_multi, by_variance=by_variance))
     return terms
+
+
+def shares_of(prefixes: Sequence[int], weights: str | Sequence[float]) -> tuple[float, ...]:
+    """What each prefix's loss counts: given, or by a name of PREFIX_WEIGHTS."""
+    P = len(prefixes)
+    if not isinstance(weights, str):
+        return tuple(weights)
+    return (1 / {"mean": P, "sum": 1, "dictionary_learning": P * P}[weights],) * P
 
 
 def aux_width(model: SparseCoder, dead: Tensor, may_ask: bool) -> int:

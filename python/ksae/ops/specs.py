@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op, stated once: a line each in the grammar of spec.py.
 
-N tokens, d width, F latents, k active latents per token, G terms of a loss. What the arguments mean
-is said where the meaning is, in `ksae.reference`.
+N tokens, d width, F latents, k active latents per token, G terms of a loss, P prefixes. What the
+arguments mean is said where the meaning is, in `ksae.reference`.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def _rows(op: str, a: Values, dims: Dims) -> None:
         if t.dtype != a["rows"][0].dtype:
             raise wrong_type(op, f"rows[{g}]", str(a["rows"][0].dtype), t)
     for g in range(dims["G"]):
-        if a["row_of"] is None and dims["N_g", g] != dims["N"]:
-            of, k = f"coefficients[{g}]", dims["k_g", g]
-            raise fail(op, of, f"of shape [{dims['N']}, {k}]", text(a["coefficients"][g].shape))
+        if a["row_of"] is None and dims["N_g", g] != dims["R_g", g]:
+            want = f"of shape [{dims['R_g', g]}, {dims['k_g', g]}]"
+            raise fail(op, f"coefficients[{g}]", want, text(a["coefficients"][g].shape))
     start, d, columns = a["start"], dims["d"], dims["columns"]
     if not 0 <= start <= d - columns:
         raise fail(op, "start", f"in [0, {d - columns}] for {columns} columns of {d}", start)
@@ -90,10 +90,12 @@ _BF16 = "W_bf16:bf16[F,d]?~ norms:f32[3,F]?W_bf16~"
 _CODE = "values:T[E,k] indices:index(F)[E,k]"
 _OFFSETS = "row_offsets:offsets(E)[N+1]?"
 _RESIDUAL = f"{_CODE} W_dec:T[F,d] b_dec:T[d]? target:T|A[N,d]"
+_PREFIXES = "widths:i64[P] shares:A[P]"
 _GROUPED = "offsets:i32[F+1]* order:i32[N_g*k_g]*"
 _ROW_OF = "row_of:i32[N_g*k_g]*?"
 _ROWS = (
-    f"coefficients:T|A[N_g,k_g]* {_GROUPED} rows:A|T[N,columns]* scales:A[G] centre:rows[columns]?"
+    f"coefficients:T|A[N_g,k_g]* {_GROUPED} rows:A|T[R_g,columns]* scales:A[G]"
+    " centre:rows[columns]?"
 )
 
 SPECS = (
@@ -148,6 +150,16 @@ SPECS = (
     Spec(
         "sparse_residual_slice",
         f"{_RESIDUAL} start:int stop:int {_OFFSETS} -> residual:A[N,stop-start]",
+        relations=_ordered,
+    ),
+    Spec(
+        "prefix_residual",
+        f"{_RESIDUAL} {_PREFIXES} columns:0..d {_OFFSETS}"
+        " -> residual:A[P,N,columns] sq_errors:f64[P,N] grad_values:A[E,k]",
+    ),
+    Spec(
+        "prefix_residual_slice",
+        f"{_RESIDUAL} {_PREFIXES} start:int stop:int {_OFFSETS} -> residual:A[P,N,stop-start]",
         relations=_ordered,
     ),
     Spec(

@@ -20,6 +20,7 @@ from .decode import (
 from .dtypes import accumulator
 from .encode import grad_topk_encode, threshold_encode, topk_encode, topk_encode_aux
 from .group import group_by_latent, latent_sums, rows_of
+from .prefixes import prefix_residual, prefix_residual_slice
 from .rounding import stochastic_bfloat16
 from .rows import bf16_norms, row_grad_sq, row_update
 from .scalars import adam_scalars, loss_terms, total_variance, vector_update
@@ -33,6 +34,8 @@ __all__ = [
     "group_by_latent",
     "latent_sums",
     "loss_terms",
+    "prefix_residual",
+    "prefix_residual_slice",
     "row_grad_sq",
     "row_update",
     "rows_of",

@@ -17,6 +17,7 @@ from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.terms import Term, aux_width, terms_of
 from .communicator import OneDevice
+from .nested import Nested, prefix_metrics
 from .state import State
 from .unfused import Metrics
 
@@ -47,11 +48,14 @@ class Groups:
         self.grads: list[Tensor] = []  # [N, k] of the values, before scaling
         self.offsets: list[Tensor] = []  # [F+1]
         self.order: list[Tensor] = []  # [N*k]
-        self.residuals: list[Tensor] = []  # [N, columns]
+        self.residuals: list[Tensor] = []  # [N, columns], or [P*N, columns] of P prefixes
         self.sq_errors: list[Tensor] = []  # [N], of all columns
         self.sums: list[Tensor | None] = []  # [d] of all columns, where the kernel forms them
         self.denominators: list[Tensor] = []  # []
         self.variance: Tensor  # [], of y
+        self.row_of: list[Tensor] | None = None  # [N*k]: entries' rows of the residuals
+        self.start = 0  # the first column of the residuals
+        self.prefix_errors: Tensor | None = None  # [P]: sums of squares of each prefix
 
 
 class Sums(NamedTuple):
@@ -84,6 +88,7 @@ class FusedStep:
         self.communicator = communicator or OneDevice()
         self.sums_in_decode = model.W_enc.is_cuda  # one reading of the residual less
         self.asks_for_dead = not model.W_enc.is_cuda  # on CUDA only the device knows how many
+        self.nested = Nested(model, state.acc) if model.prefixes else None
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
@@ -95,7 +100,7 @@ class FusedStep:
         columns = self.columns(batch, chosen)
         groups = self.residual(batch, chosen, columns)
         sums, metrics = self.sums(batch, chosen, groups)
-        hyper, finite, scales = self.scalars(batch, groups, sums, metrics)
+        hyper, finite, scales = self.scalars(batch, chosen, groups, sums, metrics, columns)
         self.update(batch, chosen, groups, sums._replace(scales=scales), hyper, finite, columns)
         return metrics, finite
 
@@ -130,13 +135,17 @@ class FusedStep:
 
         The residual [N, d] is a CPU's largest temporary. Where it is not small beside [N, F], or a
         16-bit copy of the batch is there as well, half of it exists at a time. On a GPU chunks of
-        scores are larger, and the other half would cost gathers again.
+        scores are larger, and the other half would cost gathers again. P prefixes have P residuals,
+        of which as many columns less exist at a time.
         """
         model, d = self.model, self.model.d_out
+        tables = max(len(model.prefixes), 1)
         has_room = batch.x.is_cuda or (64 if self.state.masters else 32) * d <= model.d_sae
-        if has_room or len(chosen.terms) > 1 or model.skip or self.clip_norm:
+        whole = len(chosen.terms) > 1 or (tables == 1 and (model.skip or self.clip_norm))
+        if whole or (has_room and (tables == 1 or batch.x.is_cuda)):
             return d
-        return min(d, (d + 7) // 8 * 4)  # a multiple of 4
+        parts = tables * (1 if has_room else 2)
+        return min(d, (d + 4 * parts - 1) // (4 * parts) * 4)  # a multiple of 4
 
     def residual(self, batch: Batch, chosen: Selection, columns: int) -> Groups:
         """Each term's residual, the gradients of its values, and its code grouped by latent."""
@@ -147,13 +156,19 @@ class FusedStep:
             pair = (code.values, code.indices)
             target, variance, sums = batch.target, groups.variance, None
             if term.of_residual:
-                bias, target = None, -groups.residuals[0]  # y - recon
+                bias, target = None, -groups.residuals[0][-len(batch.y) :]  # y - recon
                 variance = ops.total_variance(target)
-            elif self.sums_in_decode:
+            elif self.sums_in_decode and not term.prefixes:
                 sums = torch.empty(model.d_out, dtype=self.state.acc, device=target.device)
-            residual, square, grads = ops.sparse_residual(
-                *pair, model.W_dec, bias, target, columns, sums
-            )
+            if term.prefixes:
+                assert self.nested is not None
+                residual, square, grads = self.nested.residual(code, model, target, columns)
+                groups.prefix_errors = square.sum(1)
+                square = self.nested.weigh(square)
+            else:
+                residual, square, grads = ops.sparse_residual(
+                    *pair, model.W_dec, bias, target, columns, sums
+                )
             offsets, order = ops.group_by_latent(*pair, model.d_sae)
             groups.values.append(code.values)
             groups.grads.append(grads)
@@ -163,6 +178,8 @@ class FusedStep:
             groups.sq_errors.append(square)
             groups.sums.append(sums)
             groups.denominators.append(term.denominator(batch.y, variance, chosen.n_dead))
+        if self.nested is not None:
+            groups.row_of = self.nested.row_of(chosen.terms, chosen.codes)
         return groups
 
     # ---------------------------------------------------------------------------------------- sums
@@ -175,7 +192,9 @@ class FusedStep:
         errors, parts, loss, scales = ops.loss_terms(g.sq_errors, g.denominators, weights)
         named = {term.name: part for term, part in zip(chosen.terms, parts, strict=True)}
         fvu = parts[0]
-        if not chosen.terms[0].by_variance:
+        if g.prefix_errors is not None:
+            fvu = (g.prefix_errors[-1] / g.variance).to(acc)
+        elif not chosen.terms[0].by_variance:
             fvu = errors[0] / g.variance
         metrics: Metrics = {
             "loss": loss,
@@ -187,30 +206,47 @@ class FusedStep:
         }
         if "multi_topk" in named:
             metrics["multi_topk_loss"] = named["multi_topk"]
+        metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
-        biased = sum(not term.of_residual for term in chosen.terms)  # those that b_dec is in
-        small = {"b_dec": _column_sums(g.residuals[:biased], g.sums)}
-        if model.W_skip is not None:
-            small["W_skip"] = [r.T @ batch.x.to(acc) for r in g.residuals[:biased]]
+        small = self._small(batch, chosen, g)
         along = grad_dot_w if model.normalize_decoder else None
         return Sums(loss, scales, grad_b_enc, along, small), metrics
+
+    def _small(self, batch: Batch, chosen: Selection, g: Groups) -> dict[str, list[Tensor]]:
+        """Of each term that b_dec is in: what makes the gradients of b_dec and W_skip, for the
+        columns that there are."""
+        biased = sum(not term.of_residual for term in chosen.terms)
+        rows = [r[: len(batch.y)] for r in g.residuals[:biased]]  # of the first prefix
+        small = {"b_dec": _column_sums(rows, g.sums)}
+        if self.model.W_skip is not None:
+            small["W_skip"] = [r.T @ batch.x.to(self.state.acc) for r in rows]
+        return small
 
     # ------------------------------------------------------------------------------------- scalars
 
     def scalars(
-        self, batch: Batch, groups: Groups, sums: Sums, metrics: Metrics
+        self,
+        batch: Batch,
+        chosen: Selection,
+        groups: Groups,
+        sums: Sums,
+        metrics: Metrics,
+        columns: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Adam's numbers for this step, whether all is finite, [] bool, and the clipped scales."""
         norm = None
         if self.clip_norm is not None:
-            metrics["grad_norm"] = norm = self._gradient_norm(batch, groups, sums)
+            norm = self._gradient_norm(batch, chosen, groups, sums, columns)
+            metrics["grad_norm"] = norm
         state = self.state
         hyper, finite, scales = ops.adam_scalars(
             sums.loss, norm, self.clip_norm, sums.scales, state.lr, state.t, state.constants
         )
         return hyper, finite, scales
 
-    def _gradient_norm(self, batch: Batch, g: Groups, sums: Sums) -> Tensor:
+    def _gradient_norm(
+        self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, columns: int
+    ) -> Tensor:
         """Of all gradients, before clipping, []."""
         model, acc, all_reduce = self.model, self.state.acc, self.communicator.all_reduce
         b_dec = model.b_dec if model.centred else None
@@ -218,17 +254,20 @@ class FusedStep:
         square = ops.row_grad_sq(
             g.grads, g.offsets, g.order, inputs, sums.scales, b_dec, None, model.W_enc, 0
         )
-        square += ops.row_grad_sq(
-            g.values,
-            g.offsets,
-            g.order,
-            g.residuals,
-            sums.scales,
-            None,
-            sums.grad_dot_w,
-            model.W_dec,
-            0,
-        )
+        for start in range(0, model.d_out, columns):
+            self._take_columns(batch, chosen, g, sums, start, columns)
+            square += ops.row_grad_sq(
+                g.values,
+                g.offsets,
+                g.order,
+                g.residuals,
+                sums.scales,
+                None,
+                sums.grad_dot_w,
+                model.W_dec,
+                start,
+                *(() if g.row_of is None else (g.row_of,)),
+            )
         total = all_reduce(square.sum() + sums.grad_b_enc.double().square().sum())
         zero = torch.zeros_like(sums.loss)
         for name, parts in sums.small.items():
@@ -254,16 +293,9 @@ class FusedStep:
         model, state = self.model, self.state
         fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
         centre_grad = self._update_encoder(batch, g, sums, hyper)
-        self._update_decoder(g, sums, hyper, 0, columns == model.d_out)
-        if columns != model.d_out:  # the other half, from columns of W_dec still as they were
-            g.residuals.clear()
-            code = chosen.codes[0]
-            decoder = (model.W_dec, model.b_dec, batch.target, columns, model.d_out)
-            rest = ops.sparse_residual_slice(code.values, code.indices, *decoder)
-            g.residuals.append(self.communicator.exchange_rows(rest))
-            if g.sums[0] is None:
-                sums.small["b_dec"] = [torch.cat([sums.small["b_dec"][0], g.residuals[0].sum(0)])]
-            self._update_decoder(g, sums, hyper, columns, True)
+        for start in range(0, model.d_out, columns):
+            self._take_columns(batch, chosen, g, sums, start, columns)
+            self._update_decoder(g, sums, hyper, start, start + columns >= model.d_out)
         taken = (finite, hyper)
         ops.vector_update([sums.grad_b_enc], None, None, *taken, *state.of("b_enc"))
         for name, parts in sums.small.items():
@@ -302,6 +334,26 @@ class FusedStep:
         )
         return None if grad is None else self.communicator.all_reduce(grad)
 
+    def _take_columns(
+        self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, start: int, columns: int
+    ) -> None:
+        """Residuals of the columns from `start` on, of which W_dec is as it was; no others stay."""
+        if g.start == start:
+            return
+        model, code = self.model, chosen.codes[0]
+        part = (batch.target, start, min(start + columns, model.d_out))
+        g.residuals.clear()
+        g.start = start
+        if self.nested is not None:
+            rest = self.nested.slice(code, model, *part)
+        else:
+            decoder = (model.W_dec, model.b_dec)
+            rest = ops.sparse_residual_slice(code.values, code.indices, *decoder, *part)
+        g.residuals.append(self.communicator.exchange_rows(rest))
+        for name, parts in self._small(batch, chosen, g).items():
+            if len(sums.small[name][0]) == start:
+                sums.small[name] = [torch.cat([sums.small[name][0], parts[0]])]
+
     def _update_decoder(self, g: Groups, sums: Sums, hyper: Tensor, first: int, last: bool) -> None:
         """The columns from `first` on that the residuals hold; unit rows after the last ones."""
         state = self.state
@@ -321,6 +373,7 @@ class FusedStep:
             self.model.normalize_decoder and last,
             None,
             state.rng_state("W_dec"),
+            *(() if g.row_of is None else (None, g.row_of)),
         )
 
 
