@@ -25,6 +25,12 @@ def _entries(op: str, a: Values, dims: Dims) -> None:
         raise fail(op, "values", f"of at most {ENTRIES} entries", text(a["values"].shape))
 
 
+def _batch(op: str, a: Values, dims: Dims) -> None:
+    if dims["N"] * dims["k"] > ENTRIES:
+        most = ENTRIES // dims["N"]
+        raise fail(op, "k", f"at most {most} for {dims['N']} rows", dims["k"])
+
+
 def _ordered(op: str, a: Values, dims: Dims) -> None:
     start, stop, d = a["start"], a["stop"], dims["d"]
     if not 0 <= start <= stop <= d:
@@ -116,6 +122,11 @@ SPECS = (
         f" W_dec:T[F,d_out=]? beta:0..inf=0 {_MODE} {_BF16}"
         " -> values:T[N,k] indices:i64[N,k] aux_values:T[N,k_aux] aux_indices:i64[N,k_aux]",
         given=_bf16_of_float32,
+    ),
+    Spec(
+        "batch_topk_encode",
+        f"{_ENCODER} b_dec:T[d]? -> values:T[N*k] indices:i64[N*k] row_offsets:i64[N+1]",
+        relations=_batch,
     ),
     Spec(
         "threshold_encode",

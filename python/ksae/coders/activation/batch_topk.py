@@ -1,0 +1,5 @@
+from dataclasses import dataclass
+from .topk import TopK
+@dataclass(frozen=True)
+class BatchTopK(TopK):
+    pass
