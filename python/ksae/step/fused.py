@@ -54,6 +54,7 @@ class Groups:
         self.denominators: list[Tensor] = []  # []
         self.variance: Tensor  # [], of y
         self.row_of: list[Tensor] | None = None  # [N*k]: entries' rows of the residuals
+        self.token_of: list[Tensor] | None = None  # [E]: their tokens, of codes with row offsets
         self.start = 0  # the first column of the residuals
         self.prefix_errors: Tensor | None = None  # [P]: sums of squares of each prefix
 
@@ -116,14 +117,15 @@ class FusedStep:
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         if k_aux:
-            values, indices, *aux = model.select_aux(batch.x, k, k_aux, *how)
+            *chosen, aux_values, aux_indices = model.select_aux(batch.x, k, k_aux, *how)
         else:
-            values, indices, *aux = model.select(batch.x, k, *how)
-        wide = Code(*exchange(values, indices))
+            chosen = [*model.select(batch.x, k, *how)]
+        wide = Code(*exchange(*chosen[:2]), *chosen[2:])
+        model.activation.observe(model, wide.values)
         codes: list[Code] = []
         for term in terms:
             if term.of_dead:
-                codes.append(Code(*exchange(aux[0], aux[1])))
+                codes.append(Code(*exchange(aux_values, aux_indices)))
             else:  # sorted: a prefix
                 codes.append(wide.first(term.k).contiguous())
         return Selection(terms, codes, self.communicator.all_reduce(dead.sum()))
@@ -153,7 +155,7 @@ class FusedStep:
         groups.variance = ops.total_variance(batch.y)
         for term, code in zip(chosen.terms, chosen.codes, strict=True):
             bias: Tensor | None = model.b_dec
-            pair = (code.values, code.indices)
+            pair = code.matrices()
             target, variance, sums = batch.target, groups.variance, None
             if term.of_residual:
                 bias, target = None, -groups.residuals[0][-len(batch.y) :]  # y - recon
@@ -167,10 +169,10 @@ class FusedStep:
                 square = self.nested.weigh(square)
             else:
                 residual, square, grads = ops.sparse_residual(
-                    *pair, model.W_dec, bias, target, columns, sums
+                    *pair, model.W_dec, bias, target, columns, sums, code.offsets
                 )
             offsets, order = ops.group_by_latent(*pair, model.d_sae)
-            groups.values.append(code.values)
+            groups.values.append(pair[0])
             groups.grads.append(grads)
             groups.offsets.append(offsets)
             groups.order.append(order)
@@ -180,6 +182,9 @@ class FusedStep:
             groups.denominators.append(term.denominator(batch.y, variance, chosen.n_dead))
         if self.nested is not None:
             groups.row_of = self.nested.row_of(chosen.terms, chosen.codes)
+        if any(code.offsets is not None for code in chosen.codes):
+            groups.token_of = [code.rows().reshape(-1).int() for code in chosen.codes]
+            groups.row_of = groups.row_of or groups.token_of
         return groups
 
     # ---------------------------------------------------------------------------------------- sums
@@ -252,7 +257,16 @@ class FusedStep:
         b_dec = model.b_dec if model.centred else None
         inputs = [batch.x] * len(g.grads)
         square = ops.row_grad_sq(
-            g.grads, g.offsets, g.order, inputs, sums.scales, b_dec, None, model.W_enc, 0
+            g.grads,
+            g.offsets,
+            g.order,
+            inputs,
+            sums.scales,
+            b_dec,
+            None,
+            model.W_enc,
+            0,
+            *(() if g.token_of is None else (g.token_of,)),
         )
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
@@ -331,6 +345,7 @@ class FusedStep:
             W_bf16,
             state.rng_state("W_enc"),
             norms,
+            *(() if g.token_of is None else (g.token_of,)),
         )
         return None if grad is None else self.communicator.all_reduce(grad)
 
@@ -348,7 +363,7 @@ class FusedStep:
             rest = self.nested.slice(code, model, *part)
         else:
             decoder = (model.W_dec, model.b_dec)
-            rest = ops.sparse_residual_slice(code.values, code.indices, *decoder, *part)
+            rest = ops.sparse_residual_slice(*code.matrices(), *decoder, *part, code.offsets)
         g.residuals.append(self.communicator.exchange_rows(rest))
         for name, parts in self._small(batch, chosen, g).items():
             if len(sums.small[name][0]) == start:

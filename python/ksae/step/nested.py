@@ -12,7 +12,6 @@ from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.terms import Term, terms_of
-from ..reference import rows_of
 from ..reference.prefixes import prefix_of
 from .unfused import Metrics
 
@@ -35,7 +34,7 @@ class Nested:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The first columns of the table, squares [P, N] float64 and the values' gradients."""
         table, squares, grads = ops.prefix_residual(
-            code.values, code.indices, model.W_dec, model.b_dec, target, self.widths, self.shares,
+            *code.matrices(), model.W_dec, model.b_dec, target, self.widths, self.shares,
             columns, code.offsets,
         )  # fmt: skip
         return table.flatten(0, 1), squares, grads
@@ -45,7 +44,7 @@ class Nested:
     ) -> Tensor:
         """Columns [start, stop) of the table."""
         table: Tensor = ops.prefix_residual_slice(
-            code.values, code.indices, model.W_dec, model.b_dec, target, self.widths, self.shares,
+            *code.matrices(), model.W_dec, model.b_dec, target, self.widths, self.shares,
             start, stop, code.offsets,
         )  # fmt: skip
         return table.flatten(0, 1)
@@ -58,20 +57,12 @@ class Nested:
         """The row of each entry in its term's residuals: [E] int32 each."""
         found = []
         for term, code in zip(terms, codes, strict=True):
-            row = tokens_of(code)
+            row = code.rows().reshape(-1)
             if term.prefixes:
                 N = len(code.values) if code.offsets is None else len(code.offsets) - 1
                 row = row + prefix_of(code.indices.reshape(-1), self.widths) * N
             found.append(row.int())
         return found
-
-
-def tokens_of(code: Code) -> Tensor:
-    """The token of each entry: [E]."""
-    if code.offsets is not None:
-        return rows_of(code.offsets, len(code.values))
-    N, k = code.values.shape
-    return torch.arange(N, device=code.values.device)[:, None].expand(N, k).reshape(-1)
 
 
 def prefix_metrics(model: SparseCoder, errors: Tensor | None, variance: Tensor) -> Metrics:
