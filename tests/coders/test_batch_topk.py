@@ -160,9 +160,8 @@ def smallest(model: SparseCoder, x: Tensor) -> float:
 
 def running(stream: list[float]) -> float:
     """As each library writes it, in its own numbers."""
-    theta, n = -1.0, 0
-    for m in stream:
-        n += 1
+    theta = -1.0
+    for n, m in enumerate(stream, 1):
         theta = m if theta < 0 else theta + (m - theta) / min(n, 100)
     return theta
 
@@ -223,7 +222,7 @@ def test_in_use_a_row_stands_alone() -> None:
     x = batch("sae")[0]
     assert len(model(x).values) == N * K  # no threshold yet
     model.threshold.fill_(0.7)
-    values, indices, offsets = model.encode(x)
+    offsets = model.encode(x)[2]
     u = (x - model.b_dec) @ model.W_enc.T + model.b_enc
     dense = torch.where(u > 0.7, u, 0)
     torch.testing.assert_close(model.encode_dense(x), dense)
