@@ -96,6 +96,8 @@ struct BatchList {
 
 // The steps of batch_topk_encode after a chunk was scored. Proofs: isa/batch_topk_encode.cpp.
 struct BatchSteps {
+  // Appends lower bounds of the scores of row r of a sample.
+  void (*sample)(const EncodeChunk& c, int64_t r, BatchList& list);
   // Appends n scores of row r of the chunk, but what is <= tau.
   void (*collect)(const EncodeChunk& c, int64_t r, const float* score, const int32_t* index,
                   int64_t n, float tau, BatchList& list);

@@ -13,6 +13,14 @@
 namespace ksae::cpu::KSAE_ISA {
 namespace {
 
+void sample(const EncodeChunk& c, int64_t r, BatchList& list) {
+  const float* score = c.score + r * c.capacity;
+  const int32_t* index = c.index + r * c.capacity;
+  const bool screen = c.scoring == Scoring::kScreen;
+  for (int64_t i = 0; i < c.count[r]; ++i)
+    list.score[list.n++] = screen ? score[i] - margin(c, r, index[i]) : score[i];
+}
+
 void collect(const EncodeChunk& c, int64_t r, const float* score, const int32_t* index,
              int64_t count, float tau, BatchList& list) {
   const auto row = int32_t(row_of(c, r));
@@ -99,7 +107,7 @@ void write(const BatchList& list, const BatchEncodeParams& p) {
 }  // namespace
 
 void batch_topk_encode_table(Kernels& t) {
-  t.batch_encode = {collect, threshold, prune, keep, rescore, write};
+  t.batch_encode = {sample, collect, threshold, prune, keep, rescore, write};
 }
 
 }  // namespace ksae::cpu::KSAE_ISA
