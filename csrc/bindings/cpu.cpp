@@ -141,6 +141,19 @@ PYBIND11_MODULE(_cpu, m) {
     return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows,
                            stats.candidates);
   });
+  m.def("batch_topk_encode",
+        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x, Pointer W_enc,
+           Pointer b_enc, Pointer b_dec, Pointer values, Pointer indices, Pointer row_offsets,
+           bool screen, float slack, const py::function& allocate, int threads) {
+          EncodeStats stats{};
+          const BatchEncodeParams p{
+              {N, d, F, k, Dtype(dtype), as<const void>(x), as<const void>(W_enc),
+               as<const void>(b_enc), as<const void>(b_dec), nullptr, as<void>(values),
+               as<int64_t>(indices), screen, slack, &stats, false},
+              as<int64_t>(row_offsets)};
+          with_workspace(p, allocate, threads, batch_topk_encode_workspace, batch_topk_encode);
+          return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows);
+        });
   const auto threshold = [](int64_t N, int64_t d, int64_t F, int dtype, Pointer x, Pointer W_enc,
                             Pointer b_enc, Pointer b_dec, Pointer theta, Pointer above,
                             Pointer row_offsets, Pointer values, Pointer latents) {

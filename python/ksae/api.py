@@ -3,6 +3,7 @@
 
 from .coders import (
     SAE,
+    BatchTopK,
     GradTopK,
     GradTopKSAE,
     GradTopKTranscoder,
@@ -12,11 +13,19 @@ from .coders import (
     TopKSAE,
     Transcoder,
 )
-from .functional import grad_topk_encode, sparse_decode, threshold_encode, topk, topk_encode
+from .functional import (
+    batch_topk_encode,
+    grad_topk_encode,
+    sparse_decode,
+    threshold_encode,
+    topk,
+    topk_encode,
+)
 from .step.train_step import TrainStep
 
 __all__ = [
     "SAE",
+    "BatchTopK",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
@@ -26,6 +35,7 @@ __all__ = [
     "TopKSAE",
     "TrainStep",
     "Transcoder",
+    "batch_topk_encode",
     "grad_topk_encode",
     "sparse_decode",
     "threshold_encode",

@@ -182,3 +182,10 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
     with pytest.raises(error) as caught:
         sae(**options)
     assert message in str(caught.value) and str(caught.value).startswith("SAE: ")
+
+
+@pytest.mark.parametrize("options", [{"multi_k": [3]}, {"multi_topk": True}])
+def test_batch_topk_has_no_other_k(options: dict[str, Any]) -> None:
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"SAE: {name} must be .* with BatchTopK"):
+        ksae.SAE(d, F, ksae.BatchTopK(k), **options)

@@ -82,6 +82,16 @@ struct GradEncodeParams {
 size_t grad_topk_encode_workspace(const GradEncodeParams& p, int threads);
 void grad_topk_encode(const GradEncodeParams& p, void* workspace, int threads);
 
+// ---- batch_topk_encode: relu of the N k largest of a batch's pre-activations --------------------
+// No limit a row. Equal: the earlier row, then the smaller index; NaN first. Entries by row, then
+// latent. mask null; values and indices are [N k].
+struct BatchEncodeParams {
+  EncodeParams encode;
+  int64_t* row_offsets;  // [N + 1]
+};
+size_t batch_topk_encode_workspace(const BatchEncodeParams& p, int threads);
+void batch_topk_encode(const BatchEncodeParams& p, void* workspace, int threads);
+
 // ---- threshold_encode: pre-activations above their latent's threshold, a variable number a row --
 // Entries of a row are in the order of latents. Two calls: `count` marks what is above and writes
 // row_offsets, from which the caller knows E; `fill` writes the entries.

@@ -144,6 +144,44 @@ def topk_encode_counted(
     return values, indices, counts
 
 
+def batch_topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, indices, row_offsets, _ = batch_topk_encode_counted(x, W_enc, b_enc, k, b_dec)
+    return values, indices, row_offsets
+
+
+def batch_topk_encode_counted(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    *,
+    screen: bool | None = None,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
+    """batch_topk_encode, and rows screened, survivors, rows scored in full.
+
+    For tests, `slack` scales the bound.
+    """
+    (N, d), F = x.shape, W_enc.shape[0]
+    if screen is None:
+        screen = screening and 100 * k <= F
+    values, indices = x.new_empty(N * k), x.new_empty(N * k, dtype=torch.int64)
+    row_offsets = x.new_empty(N + 1, dtype=torch.int64)
+    counts = _cpu.batch_topk_encode(
+        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
+        _pointer(b_dec), _pointer(values), _pointer(indices), _pointer(row_offsets), screen, slack,
+        _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return values, indices, row_offsets, counts
+
+
 def grad_topk_encode(
     x: Tensor,
     grad: Tensor,

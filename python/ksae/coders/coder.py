@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as nnf
 from .. import functional, ops
 from ..ops import accumulator
 from . import registry
-from .activation import Activation
+from .activation import Activation, from_fields
 from .code import Code
 from .config import Config, Options, floating
 from .terms import Term, aux_width, multi_loss, squared_error, terms_of, total_variance
@@ -26,18 +26,19 @@ class Output(NamedTuple):
     """What a forward pass returns. Losses are 0-d float32 (float64), None without a target."""
 
     recon: Tensor  # [..., d_out]
-    values: Tensor  # [..., k]
-    indices: Tensor  # [..., k] int64
+    values: Tensor  # [..., k], or [E] with row_offsets
+    indices: Tensor  # of the shape of values, int64
     loss: Tensor | None  # to be minimised: the weighted sum of all terms
     fvu: Tensor | None  # share of the target's variance that is not explained
     auxk_loss: Tensor | None  # 0 if no latent is dead
     multi_topk_loss: Tensor | None  # with other k, weighted mean; 0 without multi_topk or multi_k
     prefix_fvu: Tensor | None = None  # [P], by the latents of each prefix; None without prefixes
+    row_offsets: Tensor | None = None  # [N+1] int64, of codes with a number of entries of each row
 
     @property
     def code(self) -> Code:
         """Values and indices as one."""
-        return Code(self.values, self.indices)
+        return Code(self.values, self.indices, self.row_offsets)
 
 
 def _setting(name: str, kind: type[_T]) -> _T:
@@ -86,7 +87,7 @@ class SparseCoder(nn.Module):
         d_in: int,
         d_out: int,
         d_sae: int,
-        activation: Activation,
+        activation: Activation | Mapping[str, Any],
         *,
         skip: bool = False,
         dtype: torch.dtype | str | None = None,
@@ -95,6 +96,8 @@ class SparseCoder(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        if isinstance(activation, Mapping):
+            activation = from_fields(activation)
         if not isinstance(activation, Activation):
             got = type(activation).__name__
             raise TypeError(f"{name}: activation must be an Activation, as ksae.TopK(k), got {got}")
@@ -104,6 +107,10 @@ class SparseCoder(nn.Module):
         self.settings = Config(name, d_in, d_out, d_sae, skip, **options)
         self.activation = activation
         activation.check(name, self.d_sae)
+        if activation.ragged and self.multi_k:
+            kind, ks = type(activation).__name__, self.settings.multi_k
+            got = f"multi_k must be None with {kind}, got {list(ks)}" if ks else ""
+            raise ValueError(f"{name}: {got or f'multi_topk must be False with {kind}, got True'}")
         self.seen_gradient = False  # by the activation, which warns once
         F, d_in, d_out = self.d_sae, self.d_in, self.d_out
 
@@ -170,7 +177,7 @@ class SparseCoder(nn.Module):
             "class": registry.name_of(self),
             "d_in": self.d_in,
             "d_sae": self.d_sae,
-            "k": self.k,
+            **self._activation_options(),
             "loss": self.loss,
             "auxk_alpha": self.auxk_alpha,
             "k_aux": self.k_aux,
@@ -179,8 +186,14 @@ class SparseCoder(nn.Module):
             "multi_topk": self.multi_topk,
             **self._rarer_options(),
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
-            **self.activation.options(),
+            **(self.activation.options() if registry.is_named(self) else {}),
         }
+
+    def _activation_options(self) -> dict[str, Any]:
+        """By its own fields, or for those with a class of their own the class's arguments."""
+        if registry.is_named(self):
+            return {"k": self.k}
+        return {"activation": self.activation.fields()}
 
     def _rarer_options(self) -> dict[str, Any]:
         """Those that files leave out where they are as by default."""
@@ -262,15 +275,20 @@ class SparseCoder(nn.Module):
         b_dec = self.b_dec if self.centred else None
         return functional.topk_encode(x, self.W_enc, self.b_enc, k, b_dec, mask)
 
+    def encode_dead(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Values and indices [N, k] of the k largest dead pre-activations of each of x's rows
+        [N, d_in]: the code of AuxK."""
+        return self._encode(rows, k, self.dead)
+
     def gradients(self, x: Tensor, grad: Tensor | None, training: bool) -> Tensor | None:
         """The rows [N, d_out] of a downstream gradient [..., d_out], as `select` takes it."""
         return self.activation.gradients(self, x, grad, training)
 
     def select(
         self, rows: Tensor, k: int, grad: Tensor | None, W_bf16: tuple[Tensor, ...] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Values and indices [N, k] of the k latents that x's rows [N, d_in] choose; W_bf16: that
-        of W_enc and its norms, where they are kept."""
+    ) -> tuple[Tensor, ...]:
+        """The fields of the `Code` that x's rows [N, d_in] get in training, of k latents a row;
+        W_bf16: that of W_enc and its norms, where they are kept."""
         return self.activation.select(self, rows, k, grad, W_bf16)
 
     def select_aux(
@@ -280,27 +298,39 @@ class SparseCoder(nn.Module):
         k_aux: int,
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `select` returns, then the code [N, k_aux] of AuxK, of dead latents alone."""
+    ) -> tuple[Tensor, ...]:
+        """What `select` returns, then values and indices [N, k_aux] of AuxK, of dead latents."""
         return self.activation.select_aux(self, rows, k, k_aux, grad, W_bf16)
 
-    def encode(self, x: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64.
+    def encode(self, x: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64; for an
+        activation without a fixed k values [E], indices [E], row_offsets [N+1].
 
-        Selected by u, which needs no labels, or with grad [..., d_out] by the score.
+        As in use, not in training: selected by u, which needs no labels, or with grad [..., d_out]
+        by the score.
         """
         scaled = self.gradients(x, grad, training=False)
-        values, indices = self.select(self.rows("x", x, self.d_in), self.k, scaled)
+        values, indices, *offsets = self.activation.infer(
+            self, self.rows("x", x, self.d_in), scaled
+        )
+        if offsets:
+            return values, indices, *offsets
         shape = (*x.shape[:-1], self.k)
         return values.reshape(shape), indices.reshape(shape)
 
     def encode_dense(self, x: Tensor) -> Tensor:
         """The code of x [..., d_in] with its zeros -> [..., F]."""
-        return Code(*self.encode(x)).dense(self.d_sae)
+        return Code(*self.encode(x)).dense(self.d_sae).reshape(*x.shape[:-1], self.d_sae)
 
-    def decode(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        x: Tensor | None = None,
+        row_offsets: Tensor | None = None,
+    ) -> Tensor:
         """Reconstruction [..., d_out] of a code; x [..., d_in] is needed with a skip connection."""
-        recon = functional.sparse_decode(values, indices, self.W_dec, self.b_dec)
+        recon = functional.sparse_decode(values, indices, self.W_dec, self.b_dec, row_offsets)
         if self.W_skip is None:
             return recon
         if x is None:
@@ -317,9 +347,12 @@ class SparseCoder(nn.Module):
         target = self.targets(x, rows, y)  # [N, d_out]
         ks = [self.k] if target is None else [self.k, *(k for k, _ in self.multi_k)]
         downstream = self.gradients(x, grad, self.training)  # [N, d_out]
-        wide = Code(*self.select(rows, max(ks), downstream))
+        if self.training or len(ks) > 1:
+            wide = Code(*self.select(rows, max(ks), downstream))
+        else:
+            wide = Code(*self.activation.infer(self, rows, downstream))
         code = wide.first(self.k)  # sorted: a prefix
-        recon = self.decode(code.values, code.indices, rows)
+        recon = self.decode(code.values, code.indices, rows, code.offsets)
         loss = fvu = auxk_loss = multi_topk_loss = prefix_fvu = None
         if target is not None:
             loss, fvus, parts = self._losses(rows, target, recon, wide)
@@ -329,17 +362,20 @@ class SparseCoder(nn.Module):
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), multi_loss(self, parts)
             multi_topk_loss = zero if multi_topk_loss is None else multi_topk_loss
         if self.training:
-            self._count(code)
+            self._count(code, len(rows))
+            self.activation.observe(self, code.values.detach())
         lead = x.shape[:-1]
+        shape = (*lead, self.k) if code.offsets is None else code.values.shape
         return Output(
             recon.reshape(*lead, self.d_out),
-            code.values.reshape(*lead, self.k),
-            code.indices.reshape(*lead, self.k),
+            code.values.reshape(shape),
+            code.indices.reshape(shape),
             loss,
             fvu,
             auxk_loss,
             multi_topk_loss,
             prefix_fvu,
+            code.offsets,
         )
 
     def _losses(
@@ -373,7 +409,7 @@ class SparseCoder(nn.Module):
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Prediction and target of AuxK [N, d_out], and the target's variance []."""
         assert term.aux is not None
-        values, indices = self._encode(rows, term.k, dead)
+        values, indices = self.encode_dead(rows, term.k)
         if term.aux.signed:
             values = self.unrectified(rows, values, indices, dead)
         bias = self.b_dec if term.aux.biases and term.aux.bias else None
@@ -396,12 +432,12 @@ class SparseCoder(nn.Module):
         recons = []
         for width in self.prefixes[:-1]:
             values = torch.where(code.indices < width, code.values, 0)
-            recons.append(self.decode(values, code.indices, rows))
+            recons.append(self.decode(values, code.indices, rows, code.offsets))
         return [*recons, recon]
 
     @torch.no_grad()
-    def _count(self, code: Code) -> None:
+    def _count(self, code: Code, N: int) -> None:
         hits = torch.zeros_like(self.tokens_since_fired)
         hits.index_add_(0, code.indices.reshape(-1), (code.values > 0).reshape(-1).to(hits.dtype))
-        since = self.tokens_since_fired + code.values.shape[0]
+        since = self.tokens_since_fired + N
         self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))

@@ -28,6 +28,11 @@ def _entries(op: str, E: int, k: int, values: Tensor) -> None:
         raise fail(op, "values", f"of at most {ENTRIES} entries", text(values.shape))
 
 
+def _batch(op: str, N: int, k: int) -> None:
+    if N * k > ENTRIES:
+        raise fail(op, "k", f"at most {ENTRIES // N} for {N} rows", k)
+
+
 def _ordered(op: str, start: int, stop: int, d: int) -> None:
     if not 0 <= start <= stop <= d:
         raise fail(op, "start and stop", f"ordered in [0, {d}]", f"{start} and {stop}")
@@ -151,6 +156,11 @@ SPECS = (
         f" W_dec:T[F,d_out=]? beta:0..inf=0 {_MODE} {_BF16}"
         " -> values:T[N,k] indices:i64[N,k] aux_values:T[N,k_aux] aux_indices:i64[N,k_aux]",
         given=_bf16_of_float32,
+    ),
+    Spec(
+        "batch_topk_encode",
+        f"{_ENCODER} b_dec:T[d]? -> values:T[N*k] indices:i64[N*k] row_offsets:i64[N+1]",
+        relations=_batch,
     ),
     Spec(
         "threshold_encode",

@@ -10,6 +10,7 @@ Selection: larger first, equal scores by the smaller index, NaN before everythin
 An entry with value 0 contributes nothing to any product, even if the other factor is not finite.
 """
 
+from .batch_topk import batch_topk_encode
 from .decode import (
     sparse_decode,
     sparse_decode_backward_values,
@@ -29,6 +30,7 @@ from .topk import topk
 __all__ = [
     "accumulator",
     "adam_scalars",
+    "batch_topk_encode",
     "bf16_norms",
     "grad_topk_encode",
     "group_by_latent",

@@ -54,6 +54,7 @@ class Groups:
         self.denominators: list[Tensor] = []  # []
         self.variance: Tensor  # [], of y
         self.row_of: list[Tensor] | None = None  # [N*k]: entries' rows of the residuals
+        self.token_of: list[Tensor] | None = None  # [E]: their tokens, of codes with row offsets
         self.start = 0  # the first column of the residuals
         self.whole: list[
             Tensor
@@ -119,19 +120,19 @@ class FusedStep:
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         if k_aux:
-            values, indices, *aux = model.select_aux(batch.x, k, k_aux, *how)
+            *chosen, aux_values, aux_indices = model.select_aux(batch.x, k, k_aux, *how)
         else:
-            values, indices, *aux = model.select(batch.x, k, *how)
-        wide = Code(*exchange(values, indices))
+            chosen = [*model.select(batch.x, k, *how)]
+        wide = Code(*exchange(*chosen[:2]), *chosen[2:])
+        model.activation.observe(model, wide.values)
         codes: list[Code] = []
         for term in terms:
             if term.aux is None:  # sorted: a prefix
                 codes.append(wide.first(term.k).contiguous())
                 continue
-            values, indices = aux
             if term.aux.signed:
-                values = model.unrectified(batch.x, values, indices, dead)
-            code = Code(*exchange(values, indices))
+                aux_values = model.unrectified(batch.x, aux_values, aux_indices, dead)
+            code = Code(*exchange(aux_values, aux_indices))
             codes.append(code if term.of_residual else together(codes[0], code))
         return Selection(terms, codes, self.communicator.all_reduce(dead.sum()))
 
@@ -167,9 +168,9 @@ class FusedStep:
             if groups.residuals and columns < model.d_out:
                 groups.whole.append(residual)
                 residual = residual[:, :columns].contiguous()
-            pair = (code.values, code.indices)
+            pair = code.matrices()
             offsets, order = ops.group_by_latent(*pair, model.d_sae)
-            groups.values.append(code.values)
+            groups.values.append(pair[0])
             groups.grads.append(grads)
             groups.offsets.append(offsets)
             groups.order.append(order)
@@ -181,6 +182,9 @@ class FusedStep:
             )
         if self.nested is not None:
             groups.row_of = self.nested.row_of(chosen.terms, chosen.codes)
+        if any(code.offsets is not None for code in chosen.codes):
+            groups.token_of = [code.rows().reshape(-1).int() for code in chosen.codes]
+            groups.row_of = groups.row_of or groups.token_of
         return groups
 
     def _residual(
@@ -201,7 +205,7 @@ class FusedStep:
             bias = term.biases * model.b_dec
         columns = model.d_out if groups.residuals else columns
         residual, square, grads = ops.sparse_residual(
-            code.values, code.indices, model.W_dec, bias, target, columns, sums
+            *code.matrices(), model.W_dec, bias, target, columns, sums, code.offsets
         )
         return residual, square, grads, sums
 
@@ -211,8 +215,8 @@ class FusedStep:
         found = g.residuals[0][-len(batch.y) :]  # of the last prefix
         if found.shape[1] == model.d_out:
             return found
-        decoder = (model.W_dec, model.b_dec, batch.target, 0, model.d_out)
-        whole: Tensor = ops.sparse_residual_slice(code.values, code.indices, *decoder)
+        decoder = (model.W_dec, model.b_dec, batch.target, 0, model.d_out, code.offsets)
+        whole: Tensor = ops.sparse_residual_slice(*code.matrices(), *decoder)
         return whole
 
     # ---------------------------------------------------------------------------------------- sums
@@ -288,7 +292,16 @@ class FusedStep:
         b_dec = model.b_dec if model.centred else None
         inputs = [batch.x] * len(g.grads)
         square = ops.row_grad_sq(
-            g.grads, g.offsets, g.order, inputs, sums.scales, b_dec, None, model.W_enc, 0
+            g.grads,
+            g.offsets,
+            g.order,
+            inputs,
+            sums.scales,
+            b_dec,
+            None,
+            model.W_enc,
+            0,
+            *(() if g.token_of is None else (g.token_of,)),
         )
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
@@ -367,6 +380,7 @@ class FusedStep:
             W_bf16,
             state.rng_state("W_enc"),
             norms,
+            *(() if g.token_of is None else (g.token_of,)),
         )
         return None if grad is None else self.communicator.all_reduce(grad)
 
@@ -384,7 +398,7 @@ class FusedStep:
             rest = self.nested.slice(code, model, *part)
         else:
             decoder = (model.W_dec, model.b_dec)
-            rest = ops.sparse_residual_slice(code.values, code.indices, *decoder, *part)
+            rest = ops.sparse_residual_slice(*code.matrices(), *decoder, *part, code.offsets)
         g.residuals.append(self.communicator.exchange_rows(rest))
         g.residuals += [whole[:, start : part[2]].contiguous() for whole in g.whole]
         for name, parts in self._small(batch, chosen, g).items():

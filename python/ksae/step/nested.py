@@ -12,7 +12,6 @@ from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.terms import Term, terms_of
-from ..reference import rows_of
 from ..reference.prefixes import prefix_of
 from .unfused import Metrics
 
@@ -35,17 +34,17 @@ class Nested:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The first columns of the table, squares [P, N] float64 and the values' gradients."""
         table, squares, grads = ops.prefix_residual(
-            *_entries(code), model.W_dec, model.b_dec, target, self.widths, self.shares,
+            *code.matrices(), model.W_dec, model.b_dec, target, self.widths, self.shares,
             columns, code.offsets,
         )  # fmt: skip
-        return table.flatten(0, 1), squares, grads.reshape(code.values.shape)
+        return table.flatten(0, 1), squares, grads
 
     def slice(
         self, code: Code, model: SparseCoder, target: Tensor, start: int, stop: int
     ) -> Tensor:
         """Columns [start, stop) of the table."""
         table: Tensor = ops.prefix_residual_slice(
-            *_entries(code), model.W_dec, model.b_dec, target, self.widths, self.shares,
+            *code.matrices(), model.W_dec, model.b_dec, target, self.widths, self.shares,
             start, stop, code.offsets,
         )  # fmt: skip
         return table.flatten(0, 1)
@@ -58,7 +57,7 @@ class Nested:
         """The row of each entry in its term's residuals: [E] int32 each."""
         found = []
         for term, code in zip(terms, codes, strict=True):
-            row = tokens_of(code)
+            row = code.rows().reshape(-1)
             if term.prefixes:
                 N = len(code.values) if code.offsets is None else len(code.offsets) - 1
                 row = row + prefix_of(code.indices.reshape(-1), self.widths) * N
@@ -66,27 +65,12 @@ class Nested:
         return found
 
 
-def _entries(code: Code) -> tuple[Tensor, Tensor]:
-    """Values and indices as ops take them: [E, 1] with row offsets."""
-    if code.offsets is None:
-        return code.values, code.indices
-    return code.values.reshape(-1, 1), code.indices.reshape(-1, 1)
-
-
-def tokens_of(code: Code) -> Tensor:
-    """The token of each entry: [E]."""
-    if code.offsets is not None:
-        return rows_of(code.offsets, len(code.values))
-    N, k = code.values.shape
-    return torch.arange(N, device=code.values.device)[:, None].expand(N, k).reshape(-1)
-
-
 def together(first: Code, second: Code) -> Code:
     """The entries of two codes of the same tokens, the first code's first in each row."""
     if first.offsets is None and second.offsets is None:
         values = torch.cat([first.values, second.values], 1)
         return Code(values, torch.cat([first.indices, second.indices], 1))
-    order = torch.cat([tokens_of(first), tokens_of(second)]).argsort(stable=True)
+    order = torch.cat([first.rows().reshape(-1), second.rows().reshape(-1)]).argsort(stable=True)
     values = torch.cat([first.values.reshape(-1), second.values.reshape(-1)])[order]
     indices = torch.cat([first.indices.reshape(-1), second.indices.reshape(-1)])[order]
     return Code(values, indices, _offsets_of(first) + _offsets_of(second))
