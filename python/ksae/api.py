@@ -13,6 +13,7 @@ from .coders import (
     TopKSAE,
     Transcoder,
 )
+from .coders.unit_rows import UnitRows
 from .functional import (
     batch_topk_encode,
     grad_topk_encode,
@@ -35,6 +36,7 @@ __all__ = [
     "TopKSAE",
     "TrainStep",
     "Transcoder",
+    "UnitRows",
     "batch_topk_encode",
     "grad_topk_encode",
     "sparse_decode",

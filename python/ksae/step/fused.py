@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
+from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from .communicator import OneDevice
 from .nested import Nested, prefix_metrics, together
@@ -131,7 +132,7 @@ class FusedStep:
                 codes.append(wide.first(term.k).contiguous())
                 continue
             if term.aux.signed:
-                aux_values = model.unrectified(batch.x, aux_values, aux_indices, dead)
+                aux_values = unrectified(model, batch.x, aux_values, aux_indices, dead)
             code = Code(*exchange(aux_values, aux_indices))
             codes.append(code if term.of_residual else together(codes[0], code))
         return Selection(terms, codes, self.communicator.all_reduce(dead.sum()))
