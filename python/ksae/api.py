@@ -3,6 +3,7 @@
 
 from .coders import (
     SAE,
+    BatchTopK,
     GradTopK,
     GradTopKSAE,
     GradTopKTranscoder,
@@ -13,11 +14,19 @@ from .coders import (
     Transcoder,
 )
 from .coders.unit_rows import UnitRows
-from .functional import grad_topk_encode, sparse_decode, threshold_encode, topk, topk_encode
+from .functional import (
+    batch_topk_encode,
+    grad_topk_encode,
+    sparse_decode,
+    threshold_encode,
+    topk,
+    topk_encode,
+)
 from .step.train_step import TrainStep
 
 __all__ = [
     "SAE",
+    "BatchTopK",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
@@ -28,6 +37,7 @@ __all__ = [
     "TrainStep",
     "Transcoder",
     "UnitRows",
+    "batch_topk_encode",
     "grad_topk_encode",
     "sparse_decode",
     "threshold_encode",
