@@ -405,7 +405,8 @@ def _prefix_residual(
     sq_errors: Tensor | None,
     grad_values: Tensor | None,
 ) -> Tensor:
-    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    N, k = indices.shape if row_offsets is None else _rows(row_offsets)
+    F, d = W_dec.shape
     residual = torch.empty(len(widths), N, stop - start, dtype=torch.float32)
     _cpu.prefix_residual(
         N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
