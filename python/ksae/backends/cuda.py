@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bridge from torch tensors to the CUDA kernels: the one place where tensors become pointers.
 
-Each method of `Kernels` has the name, arguments and meaning of its reference; tensors come checked,
+Each method of `Kernels` has the name and meaning of its reference and names the arguments that it
+serves; with others that are optional, the reference serves the call. Tensors come checked,
 contiguous and in float32, bfloat16 or float16 (ksae.ops sees to it). Outputs and workspaces are
 torch's; work goes to torch's current stream on the tensors' device.
 
@@ -11,7 +12,7 @@ Environment, read once at import: KSAE_NATIVE=0 leaves the native code out.
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from .. import env
 from ..reference.dtypes import MODES
 from ..reference.group import rows_of
+from .driver import why_not_by_version
 from .product import Encode
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -375,37 +377,6 @@ class Kernels(Encode):
             )  # fmt: skip
 
 
-def _why_not_by_version(module: ModuleType) -> str:
-    """Why no driver here can run the kernels of `module`; empty if one can.
-
-    Asks for versions alone: once a process has asked the driver for its devices, the children that
-    it forks cannot use them.
-    """
-    driver, runtime = module.driver_version(), module.runtime_version()
-    if driver == 0:
-        return "no CUDA driver is installed"
-    if driver // 1000 < runtime // 1000:
-        newest, built = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
-        return (
-            f"the driver is too old: it runs CUDA up to {newest}, the kernels are built with"
-            f" {built}; update the driver"
-        )
-    return ""
-
-
-def why_not(module: ModuleType) -> str:
-    """Why the kernels of `module` cannot run here, in one line; empty if they can.
-
-    Asks the driver for a device, but opens none.
-    """
-    if reason := _why_not_by_version(module):
-        return reason
-    try:
-        return "" if module.device_count() else "no CUDA device"
-    except RuntimeError as error:
-        return str(error)
-
-
 def _require(op: str, arg: str, device: torch.device) -> None:
     """The GPU is one that the kernels are compiled for; asked once a device."""
     if device not in _known:
@@ -426,16 +397,16 @@ def _dotted(capability: tuple[int, int]) -> str:
 def served(op: str, by: Kernels) -> Callable[..., Any]:
     """The op as `by` computes it, for GPUs that it can run on; a failed launch names the op."""
     function = getattr(by, op)
-    names = list(inspect.signature(function).parameters)
 
-    def run(*args: Any) -> Any:
-        for arg, t in zip(names, args, strict=False):
+    @functools.wraps(function)
+    def run(**args: Any) -> Any:
+        for arg, t in args.items():
             first = t[0] if isinstance(t, list | tuple) and t else t
             if isinstance(first, Tensor) and first.is_cuda:
                 _require(op, arg, first.device)
                 break
         try:
-            return function(*args)
+            return function(**args)
         except RuntimeError as error:
             if ": CUDA error " not in str(error) or str(error).startswith(f"{op} "):
                 raise
@@ -454,7 +425,7 @@ def _load() -> tuple[Kernels | None, str]:
         return None, f"not importable: {error}"
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is built without CUDA"
-    reason = _why_not_by_version(_cuda)
+    reason = why_not_by_version(_cuda)
     return (None if reason else Kernels(_cuda), reason)
 
 

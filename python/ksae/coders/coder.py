@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from .. import functional
+from .. import functional, ops
 from ..ops import accumulator
 from . import registry
 from .activation import Activation, from_fields
 from .code import Code
 from .config import Config, Options, floating
-from .terms import aux_width, squared_error, terms_of, total_variance
+from .terms import Term, aux_width, multi_loss, squared_error, terms_of, total_variance
 
 _T = TypeVar("_T")
 
@@ -28,12 +28,10 @@ class Output(NamedTuple):
     recon: Tensor  # [..., d_out]
     values: Tensor  # [..., k], or [E] with row_offsets
     indices: Tensor  # of the shape of values, int64
-    loss: (
-        Tensor | None
-    )  # to be minimised: reconstruction + auxk_alpha * auxk_loss + multi_topk_loss / 8
+    loss: Tensor | None  # to be minimised: the weighted sum of all terms
     fvu: Tensor | None  # share of the target's variance that is not explained
     auxk_loss: Tensor | None  # 0 if no latent is dead
-    multi_topk_loss: Tensor | None  # reconstruction loss with 4k latents; 0 without multi_topk
+    multi_topk_loss: Tensor | None  # with other k, weighted mean; 0 without multi_topk or multi_k
     prefix_fvu: Tensor | None = None  # [P], by the latents of each prefix; None without prefixes
     row_offsets: Tensor | None = None  # [N+1] int64, of codes with a number of entries of each row
 
@@ -109,9 +107,12 @@ class SparseCoder(nn.Module):
         self.settings = Config(name, d_in, d_out, d_sae, skip, **options)
         self.activation = activation
         activation.check(name, self.d_sae)
-        if activation.ragged and self.multi_topk:
+        if activation.ragged and self.multi_k:
             kind = type(activation).__name__
-            raise ValueError(f"{name}: multi_topk must be False with {kind}, got True")
+            raise ValueError(
+                f"{name}: multi_topk and multi_k must not be given with {kind}, got losses with"
+                f" k = {[k for k, _ in self.multi_k]}"
+            )
         self.seen_gradient = False  # by the activation, which warns once
         F, d_in, d_out = self.d_sae, self.d_in, self.d_out
 
@@ -139,6 +140,7 @@ class SparseCoder(nn.Module):
     loss = _setting("loss", str)
     auxk_alpha = _setting("auxk_alpha", float)
     k_aux = _setting("k_aux", int)
+    auxk = _setting("auxk", str)
     dead_after = _setting("dead_after", int)
     normalize_decoder = _setting("normalize_decoder", bool)
     multi_topk = _setting("multi_topk", bool)
@@ -159,9 +161,12 @@ class SparseCoder(nn.Module):
         return self.activation.k
 
     @property
-    def k_multi(self) -> int:
-        """Latents a token of the wider code of multi_topk."""
-        return min(4 * self.k, self.d_sae)
+    def multi_k(self) -> tuple[tuple[int, float], ...]:
+        """The other k whose losses count, and their weights."""
+        if self.multi_topk:
+            return ((min(4 * self.k, self.d_sae), 1 / 8),)
+        weights: Any = self.settings.multi_weights
+        return tuple(zip(self.settings.multi_k or (), weights, strict=True))
 
     @property
     def needs_gradient(self) -> bool:
@@ -181,7 +186,7 @@ class SparseCoder(nn.Module):
             "dead_after": self.dead_after,
             "normalize_decoder": self.normalize_decoder,
             "multi_topk": self.multi_topk,
-            **self._prefix_options(),
+            **self._rarer_options(),
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             **(self.activation.options() if registry.is_named(self) else {}),
         }
@@ -192,10 +197,19 @@ class SparseCoder(nn.Module):
             return {"k": self.k}
         return {"activation": self.activation.fields()}
 
-    def _prefix_options(self) -> dict[str, Any]:
-        weights = self.prefix_weights
-        plain = weights if isinstance(weights, str) else list(weights)
-        return {"prefixes": list(self.prefixes), "prefix_weights": plain} if self.prefixes else {}
+    def _rarer_options(self) -> dict[str, Any]:
+        """Those that files leave out where they are as by default."""
+        options: dict[str, Any] = {}
+        if self.auxk != "dictionary_learning":
+            options["auxk"] = self.auxk
+        if self.settings.multi_k:
+            ks, weights = zip(*self.multi_k, strict=True)
+            options |= {"multi_k": list(ks), "multi_weights": list(weights)}
+        if self.prefixes:
+            named = self.prefix_weights
+            options["prefixes"] = list(self.prefixes)
+            options["prefix_weights"] = named if isinstance(named, str) else list(named)
+        return options
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseCoder:
         """As torch's, but accumulators, which are the buffers, keep their dtype."""
@@ -333,10 +347,10 @@ class SparseCoder(nn.Module):
         """Reconstruct x [..., d_in] or predict y [..., d_out]; losses if there is a target."""
         rows = self.rows("x", x, self.d_in)  # [N, d_in]
         target = self.targets(x, rows, y)  # [N, d_out]
-        multi = self.multi_topk and target is not None
+        ks = [self.k] if target is None else [self.k, *(k for k, _ in self.multi_k)]
         downstream = self.gradients(x, grad, self.training)  # [N, d_out]
-        if self.training or multi:
-            wide = Code(*self.select(rows, self.k_multi if multi else self.k, downstream))
+        if self.training or len(ks) > 1:
+            wide = Code(*self.select(rows, max(ks), downstream))
         else:
             wide = Code(*self.activation.infer(self, rows, downstream))
         code = wide.first(self.k)  # sorted: a prefix
@@ -347,7 +361,8 @@ class SparseCoder(nn.Module):
             fvu = fvus[-1]
             prefix_fvu = fvus if self.prefixes else None
             zero = torch.zeros_like(fvu)
-            auxk_loss, multi_topk_loss = parts.get("auxk", zero), parts.get("multi_topk", zero)
+            auxk_loss, multi_topk_loss = parts.get("auxk", zero), multi_loss(self, parts)
+            multi_topk_loss = zero if multi_topk_loss is None else multi_topk_loss
         if self.training:
             self._count(code, len(rows))
             self.activation.observe(self, code.values.detach())
@@ -375,19 +390,15 @@ class SparseCoder(nn.Module):
         terms = terms_of(self, aux_width(self, dead, may_ask=asks))
         variance = total_variance(target)
         loss, parts = torch.zeros_like(variance), {}
-        nested = self._nested(rows, recon, wide.first(self.k))
+        nested = self.prefix_recons(rows, recon, wide.first(self.k))
         for term in terms:
             predictions, goal, spread = nested, target, variance
-            if term.of_residual:
-                values, indices = self.encode_dead(rows, term.k)
-                prediction = functional.sparse_decode(values, indices, self.W_dec)
-                acc = accumulator(self.W_dec.dtype)
-                goal = (target.to(acc) - recon.to(acc)).detach()  # [N, d_out]
-                predictions, spread = [prediction], total_variance(goal)
+            if term.aux is not None:
+                predictions, goal, spread = self._auxk(rows, target, recon, term, dead)
             elif term.name != "reconstruction":
                 code = wide.first(term.k)
                 predictions = [self.decode(code.values, code.indices, rows)]
-            denominator = term.denominator(goal, spread, dead.any())
+            denominator = term.denominator(target, variance, spread, dead.sum())
             parts[term.name] = term.value(predictions, goal, denominator)
             loss = loss + term.weight * parts[term.name]
         if self.loss == "fvu" and not self.prefixes:
@@ -395,7 +406,30 @@ class SparseCoder(nn.Module):
         fvus = [squared_error(p.detach(), target) / variance for p in nested]
         return loss, torch.stack(fvus).detach(), parts
 
-    def _nested(self, rows: Tensor, recon: Tensor, code: Code) -> list[Tensor]:
+    def _auxk(
+        self, rows: Tensor, target: Tensor, recon: Tensor, term: Term, dead: Tensor
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Prediction and target of AuxK [N, d_out], and the target's variance []."""
+        assert term.aux is not None
+        values, indices = self._encode(rows, term.k, dead)
+        if term.aux.signed:
+            values = self.unrectified(rows, values, indices, dead)
+        bias = self.b_dec if term.aux.biases and term.aux.bias else None
+        prediction = functional.sparse_decode(values, indices, self.W_dec, bias)
+        if term.aux.bias_in_target:
+            prediction = prediction + (self.b_dec - self.b_dec.detach())
+        acc = accumulator(self.W_dec.dtype)
+        left = target.to(acc) - recon.to(acc)  # [N, d_out]
+        left = left.detach() if term.aux.detached else left
+        return [prediction], left, total_variance(left)
+
+    def unrectified(self, rows: Tensor, values: Tensor, indices: Tensor, dead: Tensor) -> Tensor:
+        """Values [N, k] with the pre-activations of dead latents [F] in place of zeros."""
+        x = rows - self.b_dec if self.centred else rows
+        u = ops.sparse_decode_backward_values(x, indices, self.W_enc) + self.b_enc[indices]
+        return torch.where(values > 0, values, torch.where(dead[indices], u, 0))
+
+    def prefix_recons(self, rows: Tensor, recon: Tensor, code: Code) -> list[Tensor]:
         """The reconstructions [N, d_out] by the latents of each prefix; the last one is recon."""
         recons = []
         for width in self.prefixes[:-1]:

@@ -124,7 +124,11 @@ def build_model(
         "loss": config.loss,
         "auxk_alpha": config.auxk_alpha,
         "k_aux": config.k_aux,
+        "auxk": config.auxk,
         "multi_topk": config.multi_topk,
+        "multi_k": config.multi_k,
+        "prefixes": config.prefixes,
+        "prefix_weights": config.prefix_weights,
         "dtype": dtype,
         "device": device,
     }

@@ -15,9 +15,9 @@ from torch import Tensor
 from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
-from ..coders.terms import Term, aux_width, terms_of
+from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from .communicator import OneDevice
-from .nested import Nested, prefix_metrics
+from .nested import Nested, prefix_metrics, together
 from .state import State
 from .unfused import Metrics
 
@@ -56,6 +56,9 @@ class Groups:
         self.row_of: list[Tensor] | None = None  # [N*k]: entries' rows of the residuals
         self.token_of: list[Tensor] | None = None  # [E]: their tokens, of codes with row offsets
         self.start = 0  # the first column of the residuals
+        self.whole: list[
+            Tensor
+        ] = []  # [N, d] of terms after the first, where columns come in parts
         self.prefix_errors: Tensor | None = None  # [P]: sums of squares of each prefix
 
 
@@ -113,7 +116,7 @@ class FusedStep:
         dead = model.dead
         k_aux = aux_width(model, dead, self.asks_for_dead)
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
-        k = max(term.k for term in terms if not term.of_dead)
+        k = max(term.k for term in terms if term.aux is None)
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         if k_aux:
@@ -124,10 +127,14 @@ class FusedStep:
         model.activation.observe(model, wide.values)
         codes: list[Code] = []
         for term in terms:
-            if term.of_dead:
-                codes.append(Code(*exchange(aux_values, aux_indices)))
-            else:  # sorted: a prefix
+            if term.aux is None:  # sorted: a prefix
                 codes.append(wide.first(term.k).contiguous())
+                continue
+            values, indices = aux_values, aux_indices
+            if term.aux.signed:
+                values = model.unrectified(batch.x, values, indices, dead)
+            code = Code(*exchange(values, indices))
+            codes.append(code if term.of_residual else together(codes[0], code))
         return Selection(terms, codes, self.communicator.all_reduce(dead.sum()))
 
     # ------------------------------------------------------------------------------------ residual
@@ -143,8 +150,8 @@ class FusedStep:
         model, d = self.model, self.model.d_out
         tables = max(len(model.prefixes), 1)
         has_room = batch.x.is_cuda or (64 if self.state.masters else 32) * d <= model.d_sae
-        whole = len(chosen.terms) > 1 or (tables == 1 and (model.skip or self.clip_norm))
-        if whole or (has_room and (tables == 1 or batch.x.is_cuda)):
+        whole = len(chosen.terms) > 1 or model.skip or self.clip_norm or has_room
+        if batch.x.is_cuda or (tables == 1 and whole):
             return d
         parts = tables * (1 if has_room else 2)
         return min(d, (d + 4 * parts - 1) // (4 * parts) * 4)  # a multiple of 4
@@ -154,23 +161,15 @@ class FusedStep:
         model, groups = self.model, Groups()
         groups.variance = ops.total_variance(batch.y)
         for term, code in zip(chosen.terms, chosen.codes, strict=True):
-            bias: Tensor | None = model.b_dec
-            pair = code.matrices()
-            target, variance, sums = batch.target, groups.variance, None
+            target, variance = batch.target, groups.variance
             if term.of_residual:
-                bias, target = None, -groups.residuals[0][-len(batch.y) :]  # y - recon
+                target = -self._whole_residual(batch, chosen, groups)  # y - recon
                 variance = ops.total_variance(target)
-            elif self.sums_in_decode and not term.prefixes:
-                sums = torch.empty(model.d_out, dtype=self.state.acc, device=target.device)
-            if term.prefixes:
-                assert self.nested is not None
-                residual, square, grads = self.nested.residual(code, model, target, columns)
-                groups.prefix_errors = square.sum(1)
-                square = self.nested.weigh(square)
-            else:
-                residual, square, grads = ops.sparse_residual(
-                    *pair, model.W_dec, bias, target, columns, sums, code.offsets
-                )
+            residual, square, grads, sums = self._residual(term, code, target, groups, columns)
+            if groups.residuals and columns < model.d_out:
+                groups.whole.append(residual)
+                residual = residual[:, :columns].contiguous()
+            pair = code.matrices()
             offsets, order = ops.group_by_latent(*pair, model.d_sae)
             groups.values.append(pair[0])
             groups.grads.append(grads)
@@ -179,13 +178,47 @@ class FusedStep:
             groups.residuals.append(self.communicator.exchange_rows(residual))
             groups.sq_errors.append(square)
             groups.sums.append(sums)
-            groups.denominators.append(term.denominator(batch.y, variance, chosen.n_dead))
+            groups.denominators.append(
+                term.denominator(batch.y, groups.variance, variance, chosen.n_dead)
+            )
         if self.nested is not None:
             groups.row_of = self.nested.row_of(chosen.terms, chosen.codes)
         if any(code.offsets is not None for code in chosen.codes):
             groups.token_of = [code.rows().reshape(-1).int() for code in chosen.codes]
             groups.row_of = groups.row_of or groups.token_of
         return groups
+
+    def _residual(
+        self, term: Term, code: Code, target: Tensor, groups: Groups, columns: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """A term's residual, its squares [N], its values' gradients, and its sums where the kernel
+        forms them: the first columns, all of them in terms after the first."""
+        model, sums = self.model, None
+        if term.prefixes:
+            assert self.nested is not None
+            residual, squares, grads = self.nested.residual(code, model, target, columns)
+            groups.prefix_errors = squares.sum(1)
+            return residual, self.nested.weigh(squares), grads, None
+        if self.sums_in_decode and not term.of_residual:
+            sums = torch.empty(model.d_out, dtype=self.state.acc, device=target.device)
+        bias: Tensor | None = None if term.biases == 0 else model.b_dec
+        if term.biases > 1:
+            bias = term.biases * model.b_dec
+        columns = model.d_out if groups.residuals else columns
+        residual, square, grads = ops.sparse_residual(
+            *code.matrices(), model.W_dec, bias, target, columns, sums, code.offsets
+        )
+        return residual, square, grads, sums
+
+    def _whole_residual(self, batch: Batch, chosen: Selection, g: Groups) -> Tensor:
+        """That of the reconstruction, [N, d]."""
+        model, code = self.model, chosen.codes[0]
+        found = g.residuals[0][-len(batch.y) :]  # of the last prefix
+        if found.shape[1] == model.d_out:
+            return found
+        decoder = (model.W_dec, model.b_dec, batch.target, 0, model.d_out)
+        whole: Tensor = ops.sparse_residual_slice(*code.matrices(), *decoder, code.offsets)
+        return whole
 
     # ---------------------------------------------------------------------------------------- sums
 
@@ -209,8 +242,8 @@ class FusedStep:
             "l0": self.communicator.all_reduce(g.offsets[0][-1]).to(acc) / batch.x.shape[0],
             "dead": chosen.n_dead.to(acc) / model.d_sae,
         }
-        if "multi_topk" in named:
-            metrics["multi_topk_loss"] = named["multi_topk"]
+        if (other := multi_loss(model, named)) is not None:
+            metrics["multi_topk_loss"] = other
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
         small = self._small(batch, chosen, g)
@@ -220,12 +253,15 @@ class FusedStep:
     def _small(self, batch: Batch, chosen: Selection, g: Groups) -> dict[str, list[Tensor]]:
         """Of each term that b_dec is in: what makes the gradients of b_dec and W_skip, for the
         columns that there are."""
-        biased = sum(not term.of_residual for term in chosen.terms)
-        rows = [r[: len(batch.y)] for r in g.residuals[:biased]]  # of the first prefix
-        small = {"b_dec": _column_sums(rows, g.sums)}
-        if self.model.W_skip is not None:
-            small["W_skip"] = [r.T @ batch.x.to(self.state.acc) for r in rows]
-        return small
+        n, b_dec, W_skip = len(batch.y), [], []
+        for term, residual, done in zip(chosen.terms, g.residuals, g.sums, strict=True):
+            rows = residual[:n]  # of the first prefix
+            if term.bias_gradients:
+                total = rows.sum(0) if done is None else done
+                b_dec.append(total if term.bias_gradients == 1 else term.bias_gradients * total)
+            if self.model.W_skip is not None and not term.of_residual:
+                W_skip.append(rows.T @ batch.x.to(self.state.acc))
+        return {"b_dec": b_dec, "W_skip": W_skip} if W_skip else {"b_dec": b_dec}
 
     # ------------------------------------------------------------------------------------- scalars
 
@@ -365,9 +401,11 @@ class FusedStep:
             decoder = (model.W_dec, model.b_dec)
             rest = ops.sparse_residual_slice(*code.matrices(), *decoder, *part, code.offsets)
         g.residuals.append(self.communicator.exchange_rows(rest))
+        g.residuals += [whole[:, start : part[2]].contiguous() for whole in g.whole]
         for name, parts in self._small(batch, chosen, g).items():
             if len(sums.small[name][0]) == start:
-                sums.small[name] = [torch.cat([sums.small[name][0], parts[0]])]
+                pairs = zip(sums.small[name], parts, strict=True)
+                sums.small[name] = [torch.cat(pair) for pair in pairs]
 
     def _update_decoder(self, g: Groups, sums: Sums, hyper: Tensor, first: int, last: bool) -> None:
         """The columns from `first` on that the residuals hold; unit rows after the last ones."""
@@ -390,9 +428,3 @@ class FusedStep:
             state.rng_state("W_dec"),
             *(() if g.row_of is None else (None, g.row_of)),
         )
-
-
-def _column_sums(residuals: list[Tensor], sums: list[Tensor | None]) -> list[Tensor]:
-    """Sums over the tokens [columns] of each residual, where the kernel has not formed them."""
-    pairs = zip(residuals, sums, strict=False)
-    return [r.sum(0) if done is None else done for r, done in pairs]

@@ -65,6 +65,24 @@ class Nested:
         return found
 
 
+def together(first: Code, second: Code) -> Code:
+    """The entries of two codes of the same tokens, the first code's first in each row."""
+    if first.offsets is None and second.offsets is None:
+        values = torch.cat([first.values, second.values], 1)
+        return Code(values, torch.cat([first.indices, second.indices], 1))
+    order = torch.cat([first.rows().reshape(-1), second.rows().reshape(-1)]).argsort(stable=True)
+    values = torch.cat([first.values.reshape(-1), second.values.reshape(-1)])[order]
+    indices = torch.cat([first.indices.reshape(-1), second.indices.reshape(-1)])[order]
+    return Code(values, indices, _offsets_of(first) + _offsets_of(second))
+
+
+def _offsets_of(code: Code) -> Tensor:
+    if code.offsets is not None:
+        return code.offsets
+    N, k = code.values.shape
+    return k * torch.arange(N + 1, device=code.values.device)
+
+
 def prefix_metrics(model: SparseCoder, errors: Tensor | None, variance: Tensor) -> Metrics:
     """The FVU of each prefix but the last, by name, from sums of squares [P]."""
     if errors is None:
