@@ -14,6 +14,7 @@ from .coders import (
     TopKSAE,
     Transcoder,
 )
+from .coders.unit_rows import UnitRows
 from .functional import (
     batch_topk_encode,
     grad_topk_encode,
@@ -37,6 +38,7 @@ __all__ = [
     "TopKSAE",
     "TrainStep",
     "Transcoder",
+    "UnitRows",
     "batch_topk_encode",
     "grad_topk_encode",
     "sparse_decode",

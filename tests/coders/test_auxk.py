@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ksae
 from ksae.coders.auxk import AUXK
+from ksae.coders.predictions import unrectified
 
 N, d, F, k, K_AUX = 31, 8, 40, 5, 6
 ALPHA = 0.7
@@ -90,12 +91,12 @@ def test_saelens_takes_negative_values_of_dead_latents_alone() -> None:
         model.b_enc.fill_(-20.0)
     x = randn(N, d).double()
     values, indices = model._encode(x, K_AUX, dead)
-    got = model.unrectified(x, values, indices, dead)
+    got = unrectified(model, x, values, indices, dead)
     u = (x - model.b_dec) @ model.W_enc.T + model.b_enc
     assert (values == 0).all() and (got < 0).all()
     torch.testing.assert_close(got, u.gather(1, indices))
     none = torch.zeros_like(dead)
-    assert (model.unrectified(x, values, indices, none) == 0).all()
+    assert (unrectified(model, x, values, indices, none) == 0).all()
 
 
 @pytest.mark.parametrize("prefixes", [None, [10, F]], ids=["plain", "prefixes"])
@@ -182,3 +183,10 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
     with pytest.raises(error) as caught:
         sae(**options)
     assert message in str(caught.value) and str(caught.value).startswith("SAE: ")
+
+
+@pytest.mark.parametrize("options", [{"multi_k": [3]}, {"multi_topk": True}])
+def test_batch_topk_has_no_other_k(options: dict[str, Any]) -> None:
+    name = next(iter(options))
+    with pytest.raises(ValueError, match=f"SAE: {name} must be .* with BatchTopK"):
+        ksae.SAE(d, F, ksae.BatchTopK(k), **options)

@@ -273,9 +273,7 @@ def test_messages() -> None:
         ksae.SAE(3, 9, ksae.BatchTopK(10))
     with pytest.raises(ValueError, match="SAE: threshold must be one of running, saelens"):
         ksae.SAE(3, 9, ksae.BatchTopK(2, "mean"))
-    with pytest.raises(
-        ValueError, match="SAE: multi_topk and multi_k must not be given with BatchTopK"
-    ):
+    with pytest.raises(ValueError, match="SAE: multi_topk must be False with BatchTopK"):
         ksae.SAE(3, 9, ksae.BatchTopK(2), multi_topk=True)
     with pytest.raises(ValueError, match="activation: name must be one of TopK"):
         ksae.SAE(3, 9, {"name": "Softmax"})

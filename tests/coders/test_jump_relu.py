@@ -168,7 +168,7 @@ def test_in_use_only_what_is_above_its_threshold() -> None:
     out = model(x)
     assert len(out.values) == (dense > 0).sum()
     torch.testing.assert_close(out.recon, dense @ model.W_dec + model.b_dec)
-    assert float(out.loss) == pytest.approx(float(out.fvu))  # the penalty is training's
+    assert float(out.loss.detach()) == pytest.approx(float(out.fvu))  # the penalty is training's
 
 
 def test_no_entry_at_all() -> None:

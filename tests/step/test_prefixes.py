@@ -12,6 +12,7 @@ from cases import Implementation, randn
 from training import D, F, N, assert_at_most_twice_torchs_error, build, one_step
 
 import ksae
+from ksae.coders.auxk import AUXK
 from ksae.coders.code import Code
 from ksae.coders.terms import terms_of
 from ksae.step.fused import Batch, FusedStep, Selection
@@ -183,7 +184,7 @@ def test_rows_of_a_code_with_offsets() -> None:
     table, squares, grads = nested.residual(code, model, target, D)
     (rows,) = nested.row_of(terms_of(model, 0), [code])
     exact = (table[rows.long()] * model.W_dec[code.indices]).sum(1)
-    torch.testing.assert_close(grads, exact.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads[:, 0], exact.detach(), rtol=1e-5, atol=1e-6)
     fixed = Code(randn(4, 3).abs(), torch.arange(12).view(4, 3) * 8)
     table, squares, grads = nested.residual(fixed, model, target, D)
     (rows,) = nested.row_of(terms_of(model, 0), [fixed])
@@ -191,3 +192,28 @@ def test_rows_of_a_code_with_offsets() -> None:
     torch.testing.assert_close(grads.reshape(-1), exact.detach(), rtol=1e-5, atol=1e-6)
     assert squares.shape == (len(WIDTHS), 4)
     torch.testing.assert_close(nested.slice(fixed, model, target, 4, 9), table[:, 4:9])
+
+
+@pytest.mark.parametrize("auxk", AUXK)
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["free", "clip"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_number_of_entries_of_each_row(dtype: torch.dtype, clip: float | None, auxk: str) -> None:
+    """BatchTopK's codes: prefixes, and AuxK beside and in one code with them."""
+    states = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        options = {"prefixes": [0, 9, F], "auxk": auxk, "k_aux": 5, "auxk_alpha": 0.7}
+        model = ksae.SAE(D, F, ksae.BatchTopK(4), dtype=dtype, **options)
+        with torch.no_grad():
+            model.b_enc.sub_(0.5)
+        model.tokens_since_fired[::7] = model.dead_after + 1
+        step = ksae.TrainStep(model, 1e-2, clip_norm=clip, fused=fused)
+        metrics = [step(randn(N, D, seed=s).to(dtype)) for s in range(3)]
+        states.append((step.state_dict(), metrics))
+    (fused_state, fused_metrics), (state, metrics) = states
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    for got, want in zip(fused_metrics, metrics, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * 1e-2)
+    if dtype == torch.float64:
+        for entry, value in state.items():
+            torch.testing.assert_close(fused_state[entry], value, rtol=1e-8, atol=1e-12, msg=entry)

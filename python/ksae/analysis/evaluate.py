@@ -13,6 +13,7 @@ from torch.nn import functional as nnf
 
 from ksae.analysis.metrics import Accumulator
 from ksae.coders.coder import SparseCoder
+from ksae.coders.predictions import prefix_recons
 
 # x [N, d], or (x, y) for a transcoder, or (x, y or None, g) to select with gradients
 Batch = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor | None, Tensor]
@@ -53,7 +54,7 @@ def evaluate(
             if accumulator is None:
                 accumulator = Accumulator(model.d_out, model.d_sae)
             accumulator.update(y, output.recon, output.values, output.indices)
-            for m, recon in enumerate(model.prefix_recons(x, output.recon, output.code)):
+            for m, recon in enumerate(prefix_recons(model, x, output.recon, output.code)):
                 squares[m] += float((y.double() - recon.double()).square().sum())
     if accumulator is None:
         raise ValueError("eval: the stream must have at least one token, got none")
@@ -257,8 +258,9 @@ def _spliced(
 
     with ExitStack() as stack:
         if target_hook is not None and isinstance(replacement, _Reconstruct):
-            stack.enter_context(splice(language_model, hook, replacement.read))
-        stack.enter_context(splice(language_model, target_hook or hook, replacement))
+            stack.enter_context(splice(language_model, hook, replacement.read, exclude=()))
+        target = target_hook or hook  # the replacement leaves out what is excluded
+        stack.enter_context(splice(language_model, target, replacement, exclude=()))
         yield
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..reference import rows_of
 
@@ -89,3 +90,13 @@ class Code:
             return dense.scatter(-1, self.indices, self.values)
         dense = self.values.new_zeros(len(self.offsets) - 1, F)
         return dense.index_put((self.rows(), self.indices), self.values)
+
+
+def has_numbers(t: Tensor) -> bool:
+    """Whether a number of t may be read: not where a graph is recorded or captured, which has no
+    branch on data, and not of tensors without data (fake and meta ones)."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if t.is_meta or isinstance(t, FakeTensor):
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())

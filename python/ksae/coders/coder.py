@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse coders as plain modules: any torch optimizer trains them."""
+"""Sparse coders as plain modules: any torch optimizer trains them.
+
+What `TrainStep` does besides Adam, one's own loop has to: unit_rows.py has two ways.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,17 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from torch.utils._pytree import _register_namedtuple
 
-from .. import functional, ops
+from .. import functional
 from ..ops import accumulator
 from . import registry
 from .activation import Activation, from_fields
-from .code import Code
+from .code import Code, has_numbers
 from .config import Config, Options, floating
-from .terms import Term, aux_width, multi_loss, squared_error, terms_of, total_variance
+from .predictions import auxk_prediction, prefix_recons
+from .terms import aux_width, multi_loss, squared_error, terms_of, total_variance
+from .unit_rows import unit_rows, without_parallel
 
 _T = TypeVar("_T")
 
@@ -39,6 +45,10 @@ class Output(NamedTuple):
     def code(self) -> Code:
         """Values and indices as one."""
         return Code(self.values, self.indices, self.row_offsets)
+
+
+# So that an exported module can be saved.
+_register_namedtuple(Output, serialized_type_name="ksae.coders.coder.Output")
 
 
 def _setting(name: str, kind: type[_T]) -> _T:
@@ -69,6 +79,10 @@ class SparseCoder(nn.Module):
     batch of one token (or of equal tokens) has no variance: its FVU is infinite or not a number.
     In training mode `forward` counts, in `tokens_since_fired` [F], the tokens since each latent
     last fired. Buffers keep their dtype when the module is cast.
+
+    normalize_decoder is for `TrainStep`. In a loop with an optimizer of torch the decoder's norms
+    drift, unless `remove_gradient_parallel_to_decoder_directions` is called before its step and
+    `set_decoder_norm_to_unit_norm` after it, or W_dec is parametrised by `ksae.UnitRows`.
     """
 
     topology: str  # what is read and predicted, by name
@@ -108,11 +122,9 @@ class SparseCoder(nn.Module):
         self.activation = activation
         activation.check(name, self.d_sae)
         if activation.ragged and self.multi_k:
-            kind = type(activation).__name__
-            raise ValueError(
-                f"{name}: multi_topk and multi_k must not be given with {kind}, got losses with"
-                f" k = {[k for k, _ in self.multi_k]}"
-            )
+            kind, ks = type(activation).__name__, self.settings.multi_k
+            got = f"multi_k must be None with {kind}, got {list(ks)}" if ks else ""
+            raise ValueError(f"{name}: {got or f'multi_topk must be False with {kind}, got True'}")
         self.seen_gradient = False  # by the activation, which warns once
         F, d_in, d_out = self.d_sae, self.d_in, self.d_out
 
@@ -189,7 +201,7 @@ class SparseCoder(nn.Module):
             "dead_after": self.dead_after,
             "normalize_decoder": self.normalize_decoder,
             "multi_topk": self.multi_topk,
-            **self._rarer_options(),
+            **self.settings.rarer(),
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
             **(self.activation.options() if registry.is_named(self) else {}),
         }
@@ -199,20 +211,6 @@ class SparseCoder(nn.Module):
         if registry.is_named(self):
             return {"k": self.k}
         return {"activation": self.activation.fields()}
-
-    def _rarer_options(self) -> dict[str, Any]:
-        """Those that files leave out where they are as by default."""
-        options: dict[str, Any] = {}
-        if self.auxk != "dictionary_learning":
-            options["auxk"] = self.auxk
-        if self.settings.multi_k:
-            ks, weights = zip(*self.multi_k, strict=True)
-            options |= {"multi_k": list(ks), "multi_weights": list(weights)}
-        if self.prefixes:
-            named = self.prefix_weights
-            options["prefixes"] = list(self.prefixes)
-            options["prefix_weights"] = named if isinstance(named, str) else list(named)
-        return options
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseCoder:
         """As torch's, but accumulators, which are the buffers, keep their dtype."""
@@ -264,7 +262,7 @@ class SparseCoder(nn.Module):
             raise TypeError(f"{name}: {arg} must be floating, got {t.dtype}")
         if t.device != self.W_enc.device:
             raise ValueError(f"{name}: {arg} must be on {self.W_enc.device}, got {t.device}")
-        return t.to(self.W_enc.dtype).reshape(t.shape[:-1].numel(), d)
+        return t.to(self.W_enc.dtype).reshape(-1, d)
 
     def targets(self, x: Tensor, rows: Tensor, y: Tensor | None) -> Tensor | None:
         """The target's rows [N, d_out], None if there is no target."""
@@ -356,7 +354,15 @@ class SparseCoder(nn.Module):
             wide = Code(*self.select(rows, max(ks), downstream))
         else:
             wide = Code(*self.activation.infer(self, rows, downstream))
-        code = wide.first(self.k)  # sorted: a prefix
+        code, lead = wide.first(self.k), x.shape[:-1]  # sorted: a prefix
+        values = code.values  # what is returned has a gradient: so it stands between encoder and
+        if code.offsets is None:  # decoder
+            values = values.reshape(*lead, self.k)
+            code = Code(values.reshape(-1, self.k), code.indices)
+            rest = wide.values[:, self.k :]
+            wide = (
+                Code(torch.cat([code.values, rest], dim=1), wide.indices) if len(ks) > 1 else code
+            )
         recon = self.decode(code.values, code.indices, rows, code.offsets)
         loss = fvu = auxk_loss = multi_topk_loss = prefix_fvu = None
         if target is not None:
@@ -369,14 +375,12 @@ class SparseCoder(nn.Module):
             penalty = self.activation.penalty_of(self, rows, code) if self.training else None
             loss = loss if penalty is None else loss + penalty
         if self.training:
-            self._count(code, len(rows))
+            self._count(code, rows.shape[0])
             self.activation.observe(self, code.values.detach())
-        lead = x.shape[:-1]
-        shape = (*lead, self.k) if code.offsets is None else code.values.shape
         return Output(
             recon.reshape(*lead, self.d_out),
-            code.values.reshape(shape),
-            code.indices.reshape(shape),
+            values,
+            code.indices.reshape(values.shape),
             loss,
             fvu,
             auxk_loss,
@@ -390,16 +394,14 @@ class SparseCoder(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss, FVU of each prefix [P] and the terms by name; wide: the whole selection."""
         dead = self.dead
-        asks = not torch.compiler.is_compiling()  # what is recorded has no branch on data
-        asks &= not (dead.is_cuda and torch.cuda.is_current_stream_capturing())
-        terms = terms_of(self, aux_width(self, dead, may_ask=asks))
+        terms = terms_of(self, aux_width(self, dead, may_ask=has_numbers(dead)))
         variance = total_variance(target)
         loss, parts = torch.zeros_like(variance), {}
-        nested = self.prefix_recons(rows, recon, wide.first(self.k))
+        nested = prefix_recons(self, rows, recon, wide.first(self.k))
         for term in terms:
             predictions, goal, spread = nested, target, variance
             if term.aux is not None:
-                predictions, goal, spread = self._auxk(rows, target, recon, term, dead)
+                predictions, goal, spread = auxk_prediction(self, rows, target, recon, term, dead)
             elif term.name != "reconstruction":
                 code = wide.first(term.k)
                 predictions = [self.decode(code.values, code.indices, rows)]
@@ -411,39 +413,31 @@ class SparseCoder(nn.Module):
         fvus = [squared_error(p.detach(), target) / variance for p in nested]
         return loss, torch.stack(fvus).detach(), parts
 
-    def _auxk(
-        self, rows: Tensor, target: Tensor, recon: Tensor, term: Term, dead: Tensor
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Prediction and target of AuxK [N, d_out], and the target's variance []."""
-        assert term.aux is not None
-        values, indices = self._encode(rows, term.k, dead)
-        if term.aux.signed:
-            values = self.unrectified(rows, values, indices, dead)
-        bias = self.b_dec if term.aux.biases and term.aux.bias else None
-        prediction = functional.sparse_decode(values, indices, self.W_dec, bias)
-        if term.aux.bias_in_target:
-            prediction = prediction + (self.b_dec - self.b_dec.detach())
-        acc = accumulator(self.W_dec.dtype)
-        left = target.to(acc) - recon.to(acc)  # [N, d_out]
-        left = left.detach() if term.aux.detached else left
-        return [prediction], left, total_variance(left)
-
-    def unrectified(self, rows: Tensor, values: Tensor, indices: Tensor, dead: Tensor) -> Tensor:
-        """Values [N, k] with the pre-activations of dead latents [F] in place of zeros."""
-        x = rows - self.b_dec if self.centred else rows
-        u = ops.sparse_decode_backward_values(x, indices, self.W_enc) + self.b_enc[indices]
-        return torch.where(values > 0, values, torch.where(dead[indices], u, 0))
-
-    def prefix_recons(self, rows: Tensor, recon: Tensor, code: Code) -> list[Tensor]:
-        """The reconstructions [N, d_out] by the latents of each prefix; the last one is recon."""
-        recons = []
-        for width in self.prefixes[:-1]:
-            values = torch.where(code.indices < width, code.values, 0)
-            recons.append(self.decode(values, code.indices, rows, code.offsets))
-        return [*recons, recon]
+    # ------------------------------------------------------------------------- one's own optimizer
 
     @torch.no_grad()
+    def remove_gradient_parallel_to_decoder_directions(self) -> None:
+        """Take out of W_dec.grad [F, d_out] its component along each decoder row: what an update
+        along it would do, `set_decoder_norm_to_unit_norm` undoes. After backward, before the step.
+
+        Raises:
+            ValueError: W_dec has no gradient.
+        """
+        if self.W_dec.grad is None:
+            raise ValueError(
+                f"{type(self).__name__}: W_dec must have a gradient to project, got none: call it "
+                "after backward()"
+            )
+        self.W_dec.grad.copy_(without_parallel(self.W_dec.grad, self.W_dec))
+
+    @torch.no_grad()
+    def set_decoder_norm_to_unit_norm(self) -> None:
+        """Give the decoder rows [F, d_out] length 1, after the step of a torch optimizer; rows of
+        zeros stay. Norms in float32 (float64). `ksae.UnitRows` is the same as a parametrisation."""
+        self.W_dec.copy_(unit_rows(self.W_dec))
+
     def _count(self, code: Code, N: int) -> None:
+        """Of integers: a block without gradients would keep an exported graph from being saved."""
         hits = torch.zeros_like(self.tokens_since_fired)
         hits.index_add_(0, code.indices.reshape(-1), (code.values > 0).reshape(-1).to(hits.dtype))
         since = self.tokens_since_fired + N

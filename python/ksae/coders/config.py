@@ -55,7 +55,7 @@ class Config:
         dead_after: a latent is dead once it has not fired (value > 0) for more than this many
             tokens.
         normalize_decoder: unit decoder rows, kept by `TrainStep`, which also removes the gradient
-            along them.
+            along them. With an optimizer of torch two methods do, or `ksae.UnitRows`.
         multi_topk: add the loss with 4k latents, divided by 8, so that the code also works at other
             k.
         multi_k, multi_weights: the same for a list of k in [1, d_sae], each times its weight, one
@@ -144,6 +144,20 @@ class Config:
             return
         weights = positive(owner, "prefix_weights", weights, len(widths), "prefixes")
         self._set("prefix_weights", weights)
+
+    def rarer(self) -> dict[str, Any]:
+        """Options that files leave out where they are as by default, plain values only."""
+        options: dict[str, Any] = {}
+        if self.auxk != "dictionary_learning":
+            options["auxk"] = self.auxk
+        if self.multi_k:
+            weights: Any = self.multi_weights
+            options |= {"multi_k": list(self.multi_k), "multi_weights": list(weights)}
+        if self.prefixes:
+            named = self.prefix_weights
+            options["prefixes"] = list(self.prefixes)
+            options["prefix_weights"] = named if isinstance(named, str) else list(named)
+        return options
 
     def _set(self, name: str, value: Any) -> Any:
         object.__setattr__(self, name, value)

@@ -16,6 +16,7 @@ from .. import ops
 from ..coders.activation import JumpReLU
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
+from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from .communicator import OneDevice
 from .nested import Nested, prefix_metrics, together
@@ -134,10 +135,9 @@ class FusedStep:
             if term.aux is None:  # sorted: a prefix
                 codes.append(wide.first(term.k).contiguous())
                 continue
-            values, indices = aux_values, aux_indices
             if term.aux.signed:
-                values = model.unrectified(batch.x, values, indices, dead)
-            code = Code(*exchange(values, indices))
+                aux_values = unrectified(model, batch.x, aux_values, aux_indices, dead)
+            code = Code(*exchange(aux_values, aux_indices))
             codes.append(code if term.of_residual else together(codes[0], code))
         return Selection(terms, codes, self.communicator.all_reduce(dead.sum()))
 
@@ -221,8 +221,8 @@ class FusedStep:
         found = g.residuals[0][-len(batch.y) :]  # of the last prefix
         if found.shape[1] == model.d_out:
             return found
-        decoder = (model.W_dec, model.b_dec, batch.target, 0, model.d_out)
-        whole: Tensor = ops.sparse_residual_slice(*code.matrices(), *decoder, code.offsets)
+        decoder = (model.W_dec, model.b_dec, batch.target, 0, model.d_out, code.offsets)
+        whole: Tensor = ops.sparse_residual_slice(*code.matrices(), *decoder)
         return whole
 
     # ---------------------------------------------------------------------------------------- sums
