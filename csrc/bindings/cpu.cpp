@@ -156,7 +156,8 @@ PYBIND11_MODULE(_cpu, m) {
         });
   const auto threshold = [](int64_t N, int64_t d, int64_t F, int dtype, Pointer x, Pointer W_enc,
                             Pointer b_enc, Pointer b_dec, Pointer theta, Pointer above,
-                            Pointer row_offsets, Pointer values, Pointer latents) {
+                            Pointer row_offsets, Pointer values, Pointer latents,
+                            bool screen = false, float slack = 1) {
     return ThresholdEncodeParams{N,
                                  d,
                                  F,
@@ -169,14 +170,16 @@ PYBIND11_MODULE(_cpu, m) {
                                  as<uint32_t>(above),
                                  as<int64_t>(row_offsets),
                                  as<void>(values),
-                                 as<int64_t>(latents)};
+                                 as<int64_t>(latents),
+                                 screen,
+                                 slack};
   };
   m.def("threshold_encode_count",
         [threshold](int64_t N, int64_t d, int64_t F, int dtype, Pointer x, Pointer W_enc,
                     Pointer b_enc, Pointer b_dec, Pointer theta, Pointer above, Pointer row_offsets,
-                    const py::function& allocate, int threads) {
-          const auto p =
-              threshold(N, d, F, dtype, x, W_enc, b_enc, b_dec, theta, above, row_offsets, 0, 0);
+                    bool screen, float slack, const py::function& allocate, int threads) {
+          const auto p = threshold(N, d, F, dtype, x, W_enc, b_enc, b_dec, theta, above,
+                                   row_offsets, 0, 0, screen, slack);
           with_workspace(p, allocate, threads, threshold_encode_workspace, threshold_encode_count);
         });
   m.def("threshold_encode_fill",

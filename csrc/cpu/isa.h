@@ -56,6 +56,7 @@ struct EncodeChunk {
   const GradChunk* grad;  // grad_topk_encode: what else it needs; null for topk_encode
   float gate;             // where tau starts: NaN, or the threshold of the batch
   bool fixed;             // batch_topk_encode: tau stays; a row without room spills, or is marked
+  const float* theta;     // [F] threshold_encode: scores are those above theta; else null
   Spill spill;            // with `fixed`
   bool unfinished;        // the candidates are the result
 };
@@ -121,6 +122,9 @@ struct Kernels {
   void (*topk)(const TopkParams& p, int64_t row0, int64_t row1, void* scratch);
   void (*threshold_count)(const ThresholdEncodeParams& p, int64_t row0, int64_t row1,
                           float* scratch);
+  // Marks and counts rows [r0, r1) of a screened chunk, whose candidates may be above.
+  void (*threshold_decide)(const ThresholdEncodeParams& p, const EncodeChunk& c, int64_t r0,
+                           int64_t r1, float* scratch);
   void (*threshold_fill)(const ThresholdEncodeParams& p, int64_t row0, int64_t row1,
                          float* scratch);
   void (*decode)(const DecodeParams& p, int64_t row0, int64_t row1);

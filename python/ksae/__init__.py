@@ -23,6 +23,7 @@ __all__ = [
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
+    "JumpReLU",
     "Output",
     "SparseCoder",
     "TopK",

@@ -54,6 +54,7 @@ float coarse_refine(const EncodeChunk& c, int64_t r, uint32_t* keys) {
 
 // Empties the buffer of row r into a block of the chunk's spill; false: none is left.
 bool spill(const EncodeChunk& c, int64_t r) {
+  if (c.spill.blocks == 0) return false;
   const int32_t block = __atomic_fetch_add(c.spill.used, 1, __ATOMIC_RELAXED);
   if (block >= c.spill.blocks) return false;
   const int64_t n = c.count[r], at = block * c.spill.room;

@@ -107,6 +107,8 @@ struct ThresholdEncodeParams {
   int64_t* row_offsets;  // [N + 1]
   void* values;          // [E] fill only
   int64_t* latents;      // [E] fill only
+  bool screen = false;   // as in EncodeParams; the result is the same
+  float slack = 1;
 };
 size_t threshold_encode_workspace(const ThresholdEncodeParams& p, int threads);
 void threshold_encode_count(const ThresholdEncodeParams& p, void* workspace, int threads);

@@ -260,6 +260,21 @@ def encode_product(x: Tensor, W_enc: Tensor, *, screen: bool | None = None) -> N
 def threshold_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, b_dec: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return threshold_encode_by(x, W_enc, b_enc, theta, b_dec, screen=screening)
+
+
+def threshold_encode_by(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    theta: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    screen: bool,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """threshold_encode, screened or not, which gives the same bits; for tests, `slack` scales the
+    bound."""
     (N, d), F, theta = x.shape, W_enc.shape[0], theta.float()
     above = torch.empty(N, (F + 31) // 32, dtype=torch.int32)  # a bit a pre-activation
     row_offsets = torch.empty(N + 1, dtype=torch.int64)
@@ -267,7 +282,7 @@ def threshold_encode(
         N, d, F, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc), _pointer(b_dec),
         _pointer(theta), _pointer(above), _pointer(row_offsets),
     )  # fmt: skip
-    _cpu.threshold_encode_count(*of_all, _Workspace(), torch.get_num_threads())
+    _cpu.threshold_encode_count(*of_all, screen, slack, _Workspace(), torch.get_num_threads())
     refuse_entries(E := int(row_offsets[-1]))
     values, latents = x.new_empty(E), x.new_empty(E, dtype=torch.int64)
     _cpu.threshold_encode_fill(

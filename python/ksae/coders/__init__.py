@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse coders: activation, topology and objective."""
 
-from .activation import Activation, BatchTopK, GradTopK, TopK
+from .activation import Activation, BatchTopK, GradTopK, JumpReLU, TopK
 from .coder import Output, SparseCoder
 from .topology import SAE, GradTopKSAE, GradTopKTranscoder, TopKSAE, Transcoder
 
@@ -12,6 +12,7 @@ __all__ = [
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
+    "JumpReLU",
     "Output",
     "SparseCoder",
     "TopK",

@@ -140,6 +140,9 @@ class SparseCoder(nn.Module):
         self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **like)) if skip else None
         counts = torch.zeros(F, dtype=torch.int64, device=device)
         self.register_buffer("tokens_since_fired", counts)
+        more = activation.parameters(F, acc, self.W_enc.device)
+        for parameter, start in more.items():
+            self.register_parameter(parameter, nn.Parameter(start.to(dtype)))
         for buffer, start in activation.buffers(acc, self.W_enc.device).items():
             self.register_buffer(buffer, start)
 
@@ -369,6 +372,8 @@ class SparseCoder(nn.Module):
             zero = torch.zeros_like(fvu)
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), multi_loss(self, parts)
             multi_topk_loss = zero if multi_topk_loss is None else multi_topk_loss
+            penalty = self.activation.penalty_of(self, rows, code) if self.training else None
+            loss = loss if penalty is None else loss + penalty
         if self.training:
             self._count(code, rows.shape[0])
             self.activation.observe(self, code.values.detach())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..coders.activation import JumpReLU
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.predictions import unrectified
@@ -20,6 +21,7 @@ from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from .communicator import OneDevice
 from .nested import Nested, prefix_metrics, together
 from .state import State
+from .thresholds import penalty_and_gradient
 from .unfused import Metrics
 
 
@@ -70,6 +72,8 @@ class Sums(NamedTuple):
     scales: Tensor  # [terms]: of each term's gradients
     grad_b_enc: Tensor  # [F]
     grad_dot_w: Tensor | None  # [F], of the decoder rows, where it is projected out
+    # gradients of other parameters of the activation
+    more: dict[str, Tensor]
     small: dict[str, list[Tensor]]  # gradients whose sum, weighted by the scales, is a parameter's
 
 
@@ -151,7 +155,8 @@ class FusedStep:
         tables = max(len(model.prefixes), 1)
         has_room = batch.x.is_cuda or (64 if self.state.masters else 32) * d <= model.d_sae
         whole = len(chosen.terms) > 1 or model.skip or self.clip_norm or has_room
-        if batch.x.is_cuda or (tables == 1 and whole):
+        by_entry = isinstance(model.activation, JumpReLU)  # entries below their threshold
+        if batch.x.is_cuda or by_entry or (tables == 1 and whole):
             return d
         parts = tables * (1 if has_room else 2)
         return min(d, (d + 4 * parts - 1) // (4 * parts) * 4)  # a multiple of 4
@@ -247,8 +252,16 @@ class FusedStep:
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
         small = self._small(batch, chosen, g)
+        more = {}
+        if isinstance(model.activation, JumpReLU):
+            assert g.row_of is not None
+            penalty, more["log_threshold"] = penalty_and_gradient(
+                model, chosen.codes[0], g.residuals[0], g.grads[0][:, 0], g.row_of[0], scales[0],
+                len(batch.x),
+            )  # fmt: skip
+            metrics["loss"] = loss = loss + penalty
         along = grad_dot_w if model.normalize_decoder else None
-        return Sums(loss, scales, grad_b_enc, along, small), metrics
+        return Sums(loss, scales, grad_b_enc, along, more, small), metrics
 
     def _small(self, batch: Batch, chosen: Selection, g: Groups) -> dict[str, list[Tensor]]:
         """Of each term that b_dec is in: what makes the gradients of b_dec and W_skip, for the
@@ -325,6 +338,8 @@ class FusedStep:
             if name == "b_dec" and model.centred:
                 gradient = gradient - all_reduce(model.W_enc.to(acc).T @ sums.grad_b_enc)
             total = total + gradient.double().square().sum()
+        for gradient in sums.more.values():
+            total = total + gradient.double().square().sum()
         return total.sqrt().to(acc)
 
     # -------------------------------------------------------------------------------------- update
@@ -348,6 +363,8 @@ class FusedStep:
             self._update_decoder(g, sums, hyper, start, start + columns >= model.d_out)
         taken = (finite, hyper)
         ops.vector_update([sums.grad_b_enc], None, None, *taken, *state.of("b_enc"))
+        for name, gradient in sums.more.items():
+            ops.vector_update([gradient], None, None, *taken, *state.of(name))
         for name, parts in sums.small.items():
             minus = centre_grad if name == "b_dec" else None
             ops.vector_update(parts, sums.scales[: len(parts)], minus, *taken, *state.of(name))

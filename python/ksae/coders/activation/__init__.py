@@ -9,11 +9,12 @@ from typing import Any
 from .base import Activation
 from .batch_topk import BatchTopK
 from .grad_topk import GradTopK
+from .jump_relu import JumpReLU
 from .topk import TopK
 
-__all__ = ["Activation", "BatchTopK", "GradTopK", "TopK"]
+__all__ = ["Activation", "BatchTopK", "GradTopK", "JumpReLU", "TopK"]
 
-_BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in (TopK, GradTopK, BatchTopK)}
+_BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in (TopK, GradTopK, BatchTopK, JumpReLU)}
 
 
 def from_fields(fields: Mapping[str, Any]) -> Activation:

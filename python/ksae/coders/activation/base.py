@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..code import Code
     from ..coder import SparseCoder
 
 
@@ -43,15 +44,34 @@ class Activation:
         """What the coder saves for it, by name. They keep their dtype when the coder is cast."""
         return {}
 
+    def parameters(self, F: int, acc: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """What a step updates for it beside the weights, by name: where these start."""
+        return {}
+
+    @property
+    def fused_refuses(self) -> str | None:
+        """The option that the fused step does not serve, if there is one."""
+        return None
+
+    def penalty_of(self, coder: SparseCoder, rows: Tensor, code: Code) -> Tensor | None:
+        """What is added to the loss for the training code of rows [N, d_in], if anything is."""
+        return None
+
     def gradients(
         self, coder: SparseCoder, x: Tensor, grad: Tensor | None, training: bool
     ) -> Tensor | None:
-        """The rows [N, d_out] of a downstream gradient grad [..., d_out], as `select` takes it.
+        """The rows [N, d_out] of a downstream gradient grad [..., d_out], as `select` takes it;
+        most activations take none.
 
         Raises:
             ValueError: grad is missing, does not fit or is of no use.
         """
-        raise NotImplementedError
+        if grad is not None:
+            raise ValueError(
+                f"{type(coder).__name__}: grad must be None, for it selects without one, got a"
+                " tensor: see GradTopKSAE and GradTopKTranscoder"
+            )
+        return None
 
     def select(
         self,

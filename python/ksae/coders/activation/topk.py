@@ -37,16 +37,6 @@ class TopK(Activation):
         if not 1 <= self.k <= F:
             raise ValueError(f"{owner}: k must be in [1, {F}], the number of latents, got {self.k}")
 
-    def gradients(
-        self, coder: SparseCoder, x: Tensor, grad: Tensor | None, training: bool
-    ) -> Tensor | None:
-        if grad is not None:
-            raise ValueError(
-                f"{type(coder).__name__}: grad must be None, for it selects without one, got a"
-                " tensor: see GradTopKSAE and GradTopKTranscoder"
-            )
-        return None
-
     def select(
         self,
         coder: SparseCoder,
