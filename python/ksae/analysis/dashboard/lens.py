@@ -105,10 +105,10 @@ def why_no_lens(model: nn.Module, width: int, hook: str | None = None) -> str | 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
     """The norm before the unembedding, None if the model has none: it stands beside the blocks."""
-    path, _ = find_blocks(model)
-    parent = model.get_submodule(path.rpartition(".")[0])
-    base: Any = getattr(model, "base_model", model)
-    for where in (parent, base):
+    places: list[nn.Module] = [getattr(model, "base_model", model)]
+    with suppress(UserError):  # a model without a list of blocks
+        places.insert(0, model.get_submodule(find_blocks(model)[0].rpartition(".")[0]))
+    for where in places:
         for name in NORMS:
             with suppress(AttributeError):
                 found = where.get_submodule(name)

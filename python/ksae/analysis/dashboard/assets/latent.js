@@ -43,7 +43,7 @@ const page = (() => {
       parts.push(el("section", { "aria-labelledby": "h-bands" },
         el("h2", { id: "h-bands" }, "Across its range"),
         data.bands.map(([low, high, which], i) => [
-          el("h3", {}, names[i], " ", el("small", {}, `of its firings, ${number(low)} to ${number(high)}`)),
+          el("h3", {}, names[i], " ", el("small", {}, `of sampled firings, ${number(low)} to ${number(high)}`)),
           rows(which.map((n) => data.contexts[n]), data.max)])));
     }
     if (data.random.length && data.fired > data.top) {

@@ -105,7 +105,7 @@ const table = (() => {
   }
 
   /** Shows what the state selects. */
-  function refresh({ keep = false } = {}) {
+  function refresh({ keep = false, typed = null } = {}) {
     select();
     const rows = keep ? Math.max(shown, PAGE) : PAGE;
     body.replaceChildren();
@@ -120,16 +120,16 @@ const table = (() => {
       head.setAttribute("aria-sort", mine ? (state.dir === "1" ? "ascending" : "descending") : "none");
     }
     for (const control of controls.querySelectorAll("[name]")) {
-      if (control !== document.activeElement) control.value = control.name === "order" ? `${state.sort} ${state.dir}` : state[control.name];
+      if (control !== typed) control.value = control.name === "order" ? `${state.sort} ${state.dir}` : state[control.name];
     }
     brush.mark();
     const address = hash();
     if (location.hash !== address) history.replaceState(null, "", address);
   }
 
-  function change(values) {
+  function change(values, typed) {
     Object.assign(state, values);
-    refresh();
+    refresh({ typed });
   }
 
   function sortBy(name) {
@@ -200,7 +200,7 @@ const table = (() => {
   function field(name, title, attributes = {}) {
     return el("label", {}, el("span", {}, title), el("input", {
       name, value: state[name], inputmode: "decimal", size: 6, autocomplete: "off", ...attributes,
-      input: (event) => change({ [name]: event.target.value }),
+      input: (event) => change({ [name]: event.target.value }, event.target),
     }));
   }
 
@@ -212,7 +212,7 @@ const table = (() => {
       el("input", {
         type: "search", name: "q", id: "search", placeholder: "Search label, text, token or number", value: state.q,
         "aria-label": "Search latents", autocomplete: "off", spellcheck: "false",
-        input: (event) => change({ q: event.target.value }),
+        input: (event) => change({ q: event.target.value }, event.target),
       }),
       el("label", { class: "order" }, el("span", {}, "Order"), el("select", {
         name: "order", change: (event) => { const [sort, dir] = event.target.value.split(" "); change({ sort, dir }); },

@@ -32,7 +32,7 @@ function number(value) {
 function percent(share) {
   if (share === 0) return "0 %";
   const value = 100 * share;
-  return `${value >= 99.95 ? "100" : value < 0.0005 ? value.toExponential(1) : Number(value.toPrecision(3))} %`;
+  return `${value >= 99.95 ? "100" : value < 0.0005 ? value.toExponential(1) : number(value)} %`;
 }
 
 /** How a token is shown: line breaks as a sign, long runs of blanks by their number. */
