@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,9 @@ class SparseCoder(nn.Module):
     b_dec: nn.Parameter  # [d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
     tokens_since_fired: Tensor  # [F] int64
+
+    # In a language model, see ksae.analysis.attached; ksae.api, which may know of these, sets it.
+    attached: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,

@@ -41,16 +41,17 @@ def page(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Any]:
-    selenium = pytest.importorskip("selenium.webdriver", reason="needs selenium")
-    options = selenium.ChromeOptions()
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     home = tmp_path_factory.mktemp("browser")
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"):
         options.add_argument(flag)
     options.add_argument(f"--user-data-dir={home}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = selenium.ChromeService(DRIVER, env={**os.environ, "HOME": str(home)})
-    driver = selenium.Chrome(options=options, service=service)
+    service = webdriver.ChromeService(DRIVER, env={**os.environ, "HOME": str(home)})
+    driver = webdriver.Chrome(options=options, service=service)
     yield driver
     driver.quit()
 
