@@ -56,10 +56,12 @@ def fails(capfd, *args: object) -> str:
 def test_the_dashboard_of_a_run(folder: Path, tmp_path: Path, capfd) -> None:
     labels = tmp_path / "labels.json"
     labels.write_text(json.dumps({"1": "first"}))
+    exports = ["--neuronpedia", str(tmp_path / "np"), "--saedashboard", str(tmp_path / "sd")]
     out = tmp_path / "pages"
-    assert (
-        cli.run(["dashboard", str(folder / "run"), "--out", str(out), "--labels", str(labels)]) == 0
-    )
+    args = ["dashboard", str(folder / "run"), "--out", str(out), "--labels", str(labels)]
+    assert cli.run(args + exports) == 0
+    assert (tmp_path / "np" / "lm" / "1-ksae" / "explanations" / "batch-0.jsonl.gz").is_file()
+    assert (tmp_path / "sd" / "batch-0.json").is_file()
     printed = capfd.readouterr().out.splitlines()
     assert printed[-1] == f"open      {out / 'index.html'}"
     assert (out / "index.html").is_file()

@@ -15,7 +15,7 @@ def dashboard(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the pages: new, or a dashboard")],
     labels: Annotated[
-        Path | None, typer.Option(help="JSON file: an object of latent: label")
+        Path | None, typer.Option(help="JSON of latent: label, or Neuronpedia's explanations")
     ] = None,
     model: Annotated[
         str | None,
@@ -34,6 +34,12 @@ def dashboard(
     context: Annotated[int | None, typer.Option(help="Tokens of a context", min=2)] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to read", min=1)] = 131_072,
     top: Annotated[int, typer.Option(help="Strongest contexts of a latent", min=1)] = 12,
+    neuronpedia: Annotated[
+        Path | None, typer.Option(help="Also write Neuronpedia's import format to this folder")
+    ] = None,
+    saedashboard: Annotated[
+        Path | None, typer.Option(help="Also write SAEDashboard's batches to this folder")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Of the model; default: cuda if there is one")
     ] = None,
@@ -58,4 +64,6 @@ def dashboard(
         coder, config, out, labels=labels, tokens=tokens, top=top, progress=progress,
         title=job.title_of(path),
     )  # fmt: skip
+    for written in job.export(out, config, neuronpedia=neuronpedia, saedashboard=saedashboard):
+        print(f"export    {written}")
     print(job.summary(made))

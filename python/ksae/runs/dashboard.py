@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ksae.activations import Contexts, LanguageModel, documents, load_model, tokenize
+from ksae.analysis import exports
 from ksae.analysis.dashboard import Dashboard, Options, build, read_labels
 from ksae.analysis.dashboard.folder import prepare
 from ksae.coders.coder import SparseCoder
@@ -84,6 +85,20 @@ def dashboard(
             options=Options(top=top),
             progress=bar.update,
         )
+
+
+def export(
+    pages: Path, config: DataConfig, *, neuronpedia: Path | None, saedashboard: Path | None
+) -> list[Path]:
+    """A finished dashboard in the formats of other tools, in folders that are given."""
+    assert config.model is not None
+    model, written = Path(config.model).name, []
+    if neuronpedia is not None:
+        written.append(exports.neuronpedia(pages, neuronpedia, model=model))
+    if saedashboard is not None:
+        exports.saedashboard(pages, saedashboard, model=model)
+        written.append(saedashboard)
+    return written
 
 
 def summary(made: Dashboard) -> str:

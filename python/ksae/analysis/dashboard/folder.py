@@ -56,6 +56,25 @@ def write(out: Path, name: str, value: Any) -> int:
     return len(data)
 
 
+def read(out: Path, name: str) -> Any:
+    """What `write` wrote.
+
+    Raises:
+        UserError: there is no such piece, or it is not one.
+    """
+    path = out / "data" / f"{name}.js"
+    start, end = f"ksae.put({json.dumps(name)},", ");\n"
+    try:
+        text = path.read_text(encoding="utf-8")
+        if not (text.startswith(start) and text.endswith(end)):
+            raise ValueError
+        return json.loads(text[len(start) : -len(end)])
+    except OSError as error:
+        raise UserError(f"{out}: must be a dashboard, but {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{out}: must be a dashboard, but {path} is not as it was") from None
+
+
 def finish(out: Path) -> int:
     """The page and its parts, which make the folder a dashboard; returns their bytes."""
     size = 0

@@ -7,8 +7,8 @@ number a latent, and the codes kept for co-activation are thinned to a fixed num
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +52,6 @@ class Survey:
     histograms: Histograms
     codes: Codes
     tokens: int = 0  # tokens encoded
-    used: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
 
     def window_of(self, place: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
         """Token ids [..., window] around places, and which of them are in the context: neither
@@ -97,8 +96,7 @@ def survey(
         UserError: the coder's width is not the hook's, the text has no token to use, or an
             activation is not finite.
     """
-    resolve_hook(model, hook)
-    F, length = coder.d_sae, contexts.ids.shape[1]
+    F = coder.d_sae
     shape = window or Window()
     found = Survey(
         contexts,
@@ -111,8 +109,22 @@ def survey(
         histograms=Histograms(F),
         codes=Codes(F),
     )
+    for row, latent, value, places in firings(coder, model, contexts, hook, batch_size):
+        _add(found, row, latent, value, places)
+        if progress is not None:
+            progress(len(places))
+    return found
+
+
+@torch.no_grad()
+def firings(
+    coder: SparseCoder, model: nn.Module, contexts: Contexts, hook: str, batch_size: int = 16
+) -> Iterator[tuple[Ints, Ints, Floats, Ints]]:
+    """The firings of a coder on a text, a batch of contexts at a time: row, latent and value [E] of
+    each, row by row, and the place [N] of each row in the text."""
+    resolve_hook(model, hook)
+    length = contexts.ids.shape[1]
     used, attended = contexts.mask(), contexts.attended()
-    found.used = used.numpy()
     if not used.any():
         raise UserError("dashboard: the text must have at least one token that is not special")
     with eval_mode(model), eval_mode(coder):
@@ -124,10 +136,7 @@ def survey(
             rows = x[used[part].to(x.device)]
             where = used[part].nonzero()
             places = ((where[:, 0] + begin) * length + where[:, 1]).numpy()
-            _add(found, *_active(coder, rows, hook), places)
-            if progress is not None:
-                progress(len(rows))
-    return found
+            yield *_active(coder, rows, hook), places
 
 
 def _activations(model: nn.Module, ids: Tensor, attended: Tensor, hook: str) -> Tensor:

@@ -89,6 +89,7 @@
     document.getElementById("where").textContent = ksae.meta.hook;
     await route();
     document.documentElement.dataset.ready = "";
+    performance.mark("ready");
   }
 
   start();
