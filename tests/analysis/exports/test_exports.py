@@ -32,8 +32,9 @@ FEATURE = {
     "neg_str", "neg_values", "pos_str", "pos_values", "frac_nonzero", "freq_hist_data_bar_values",
     "freq_hist_data_bar_heights", "logits_hist_data_bar_heights", "logits_hist_data_bar_values",
     "n_prompts_total", "n_tokens_in_prompt", "dataset", "activations", "decoder_weights_dist",
+    "vector",
 }  # fmt: skip
-ACTIVATION = {"bin_min", "bin_max", "bin_contains", "tokens", "values"}
+ACTIVATION = {"bin_min", "bin_max", "bin_contains", "tokens", "values", "qualifying_token_index"}
 
 
 def coder() -> TopKSAE:
@@ -61,7 +62,7 @@ def test_batches_of_saedashboard(folder: Path, tmp_path: Path) -> None:
     latent = 0
     for number in range(2):
         batch = json.loads((tmp_path / f"batch-{number}.json").read_text())
-        assert batch.keys() == {"model_id", "layer", "sae_set", "features"}
+        assert batch.keys() == {"model_id", "layer", "sae_set", "sae_id_suffix", "features"}
         assert (batch["model_id"], batch["layer"]) == ("toy", 1)
         for feature in batch["features"]:
             assert feature.keys() == FEATURE and feature["feature_index"] == latent

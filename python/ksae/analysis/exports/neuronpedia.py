@@ -88,7 +88,6 @@ def _feature(
         "sourceSetName": source_set,
         "maxActApprox": float(record["max"]),
         "hasVector": False,
-        "vector": [],
         "vectorLabel": None,
         "hookName": pages.meta["target_hook"] or pages.meta["hook"],
         "topkCosSimIndices": others,

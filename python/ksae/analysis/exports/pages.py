@@ -25,6 +25,7 @@ NO_TABLES = (
     "logits_hist_data_bar_heights",
     "logits_hist_data_bar_values",
     "decoder_weights_dist",
+    "vector",
 )  # SAEDashboard's tables that a dashboard does not hold; empty lists there
 
 

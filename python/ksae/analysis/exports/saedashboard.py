@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ksae.analysis.exports.pages import Pages, put
 
@@ -21,15 +22,14 @@ def saedashboard(folder: Path, out: Path, *, model: str, sae_set: str = "ksae") 
     logits) is left empty. A batch's settings are not written.
     """
     pages, number = Pages.open(folder), 0
+    batch: dict[str, Any]
     layer = pages.layer()
     for begin, records in pages.chunks():
         features = []
         for latent, record in enumerate(records, begin):
-            feature = pages.feature(latent, record)
-            for activation in feature["activations"]:  # Neuronpedia's, not SAEDashboard's
-                del activation["qualifying_token_index"]
-            features.append(feature)
-        batch = {"model_id": model, "layer": layer, "sae_set": sae_set, "features": features}
+            features.append(pages.feature(latent, record))
+        batch = {"model_id": model, "layer": layer, "sae_set": sae_set, "sae_id_suffix": None}
+        batch["features"] = features
         data = json.dumps(batch, ensure_ascii=False).encode("utf-8", "replace")
         put(out / f"batch-{number}.json", data)
         number += 1
