@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from .coders import (
@@ -22,6 +23,7 @@ from .step.train_step import TrainStep
 
 if TYPE_CHECKING:
     from .analysis.attached import Attachment
+    from .analysis.dashboard.notebook import View
 
 __all__ = [
     "SAE",
@@ -50,4 +52,13 @@ def _attached(
     return attached(coder, model, hook, **options)
 
 
+def _show(coder: SparseCoder, latent: int, folder: str | PathLike[str], **options: Any) -> View:
+    """One latent in a notebook, from the coder's dashboard:
+    `ksae.analysis.dashboard.notebook.show`."""
+    from .analysis.dashboard.notebook import show
+
+    return show(folder, latent, F=coder.d_sae, **options)
+
+
 SparseCoder.attached = _attached
+SparseCoder.show = _show

@@ -82,8 +82,9 @@ class SparseCoder(nn.Module):
     W_skip: nn.Parameter | None  # [d_out, d_in]
     tokens_since_fired: Tensor  # [F] int64
 
-    # In a language model, see ksae.analysis.attached; ksae.api, which may know of these, sets it.
-    attached: ClassVar[Callable[..., Any]]
+    # What needs higher folders; set by ksae.api, which may know of them.
+    attached: ClassVar[Callable[..., Any]]  # in a language model: ksae.analysis.attached
+    show: ClassVar[Callable[..., Any]]  # a latent in a notebook: ksae.analysis.dashboard.notebook
 
     def __init__(
         self,
