@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ksae.activations import Contexts, LanguageModel, documents, load_model, tokenize
+from ksae.activations import ArraySource, Contexts, LanguageModel, documents, load_model, tokenize
 from ksae.analysis import exports
 from ksae.analysis.dashboard import Dashboard, Options, build, read_labels
 from ksae.analysis.dashboard.folder import prepare
@@ -48,6 +48,7 @@ def dashboard(
     title: str = "ksae",
     progress: bool = True,
     language_model: LanguageModel | None = None,
+    source: ArraySource | None = None,
 ) -> Dashboard:
     """Make the pages from the text of a configuration.
 
@@ -55,6 +56,8 @@ def dashboard(
         labels: a JSON file, see `read_labels`.
         tokens: of the text that are read, spread evenly over it.
         language_model: the one that config names, where it is loaded.
+        source: the activations of the text that a run trains on, where they are at hand: then all
+            of these are read, and no others.
     """
     named = {} if labels is None else read_labels(labels, coder.d_sae)
     prepare(out)  # before the long work
@@ -62,7 +65,11 @@ def dashboard(
     lm = language_model or load_model(
         config.model, device="cuda" if torch.cuda.is_available() else "cpu"
     )
-    contexts = about(_contexts(config, lm), tokens)
+    contexts = _contexts(config, lm)
+    if source is None:
+        contexts = about(contexts, tokens)
+    elif config.holdout > 0:
+        contexts = contexts.split(config.holdout)[0]
     from tqdm import tqdm
 
     with tqdm(
@@ -83,6 +90,7 @@ def dashboard(
             labels=named,
             title=title,
             options=Options(top=top),
+            source=source,
             progress=bar.update,
         )
 

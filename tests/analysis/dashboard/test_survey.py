@@ -9,7 +9,8 @@ import torch
 from toy_language_model import HOOK, D, contexts, llama
 
 from ksae import TopKSAE
-from ksae.activations import Contexts, capture
+from ksae.activations import Contexts, capture, harvest
+from ksae.analysis.dashboard import survey as module
 from ksae.analysis.dashboard.best import EMPTY
 from ksae.analysis.dashboard.coactivation import Codes
 from ksae.analysis.dashboard.histograms import BINS, Histograms
@@ -140,6 +141,21 @@ def test_the_result_does_not_depend_on_the_batches(found: Survey) -> None:
     np.testing.assert_array_equal(found.histograms.counts, other.histograms.counts)
     for a, b in zip(found.codes.neighbours(5), other.codes.neighbours(5), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_activations_at_hand_give_the_same(found: Survey, monkeypatch) -> None:
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 50)
+    source = harvest(llama(), contexts(), HOOK, progress=False)
+    other = survey(
+        coder(), llama(), contexts(), HOOK, top=4, sample=6, window=Window(5, 3), source=source
+    )
+    assert other.tokens == found.tokens
+    np.testing.assert_array_equal(found.fired, other.fired)
+    for a, b in ((found.top, other.top), (found.sample, other.sample)):
+        np.testing.assert_array_equal(a.place, b.place)
+        np.testing.assert_array_equal(a.acts, b.acts)
+    with pytest.raises(UserError, match="must be the activations of the text, got others"):
+        survey(coder(), llama(), contexts(16), HOOK, source=source)
 
 
 def test_latents_that_fire_together(found: Survey, dense: np.ndarray) -> None:

@@ -4,15 +4,12 @@
 from ksae.analysis.dashboard.build import Dashboard, Options, build
 from ksae.analysis.dashboard.labels import read_labels
 from ksae.analysis.dashboard.lens import Lens, logit_lens
-from ksae.analysis.dashboard.survey import Survey, survey
 
 __all__ = [
     "Dashboard",
     "Lens",
     "Options",
-    "Survey",
     "build",
     "logit_lens",
     "read_labels",
-    "survey",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ksae.activations import Contexts
+from ksae.activations import ArraySource, Contexts
 from ksae.analysis.dashboard import folder
 from ksae.analysis.dashboard.lens import embedding_match, logit_lens, why_no_lens
 from ksae.analysis.dashboard.neighbours import nearest
@@ -59,6 +59,7 @@ def build(
     labels: Mapping[int, str] | None = None,
     title: str = "ksae",
     options: Options | None = None,
+    source: ArraySource | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Dashboard:
     """Write the dashboard of a coder to a folder; see `survey` for what is measured.
@@ -72,6 +73,7 @@ def build(
         out: a new or empty folder, or a dashboard to write anew.
         target_hook: where a transcoder writes.
         labels: shown and searched, latent -> text.
+        source: the activations of these contexts at the hook, if they are at hand.
         progress: called with the number of tokens of each batch done.
 
     Raises:
@@ -92,6 +94,7 @@ def build(
         top=chosen.top,
         sample=chosen.sample,
         window=chosen.window,
+        source=source,
         progress=progress,
     )
     joined, notes = join(coder, model, found, target_hook or hook, chosen)

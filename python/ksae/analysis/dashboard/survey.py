@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ksae.activations import Contexts, capture, resolve_hook
+from ksae.activations import ArraySource, Contexts, capture, resolve_hook
 from ksae.analysis.dashboard.best import Best, Floats, Ints
 from ksae.analysis.dashboard.coactivation import Codes
 from ksae.analysis.dashboard.histograms import Histograms
@@ -23,6 +23,7 @@ from ksae.analysis.evaluate import eval_mode
 from ksae.coders.coder import SparseCoder
 from ksae.errors import UserError
 
+ROWS_AT_ONCE = 2048
 PHRASE = 8  # tokens up to the firing one; contexts that share them are one quotation
 
 
@@ -76,6 +77,7 @@ def survey(
     sample: int = 32,
     window: Window | None = None,
     batch_size: int = 16,
+    source: ArraySource | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Survey:
     """Run a language model and a coder over a text once.
@@ -90,11 +92,13 @@ def survey(
         sample: firing tokens of each latent, drawn uniformly: those with the smallest hash.
         batch_size: contexts in one forward pass; does not change the result but for the rounding
             of the model.
+        source: the activations of these contexts at the hook, if they are at hand; else the model
+            makes them.
         progress: called with the number of tokens of each batch done.
 
     Raises:
-        UserError: the coder's width is not the hook's, the text has no token to use, or an
-            activation is not finite.
+        UserError: the coder's width is not the hook's, the text has no token to use, an activation
+            is not finite, or the source is of another text.
     """
     F = coder.d_sae
     shape = window or Window()
@@ -109,7 +113,9 @@ def survey(
         histograms=Histograms(F),
         codes=Codes(F),
     )
-    for row, latent, value, places in firings(coder, model, contexts, hook, batch_size):
+    for row, latent, value, places in firings(
+        coder, model, contexts, hook, batch_size=batch_size, source=source
+    ):
         _add(found, row, latent, value, places)
         if progress is not None:
             progress(len(places))
@@ -118,25 +124,57 @@ def survey(
 
 @torch.no_grad()
 def firings(
-    coder: SparseCoder, model: nn.Module, contexts: Contexts, hook: str, batch_size: int = 16
+    coder: SparseCoder,
+    model: nn.Module,
+    contexts: Contexts,
+    hook: str,
+    *,
+    batch_size: int = 16,
+    source: ArraySource | None = None,
 ) -> Iterator[tuple[Ints, Ints, Floats, Ints]]:
     """The firings of a coder on a text, a batch of contexts at a time: row, latent and value [E] of
     each, row by row, and the place [N] of each row in the text."""
+    if source is None:
+        batches = _rows_of_model(model, contexts, hook, batch_size)
+    else:
+        batches = _rows_of_source(source, contexts)
+    with eval_mode(model), eval_mode(coder):
+        for rows, places in batches:
+            yield *_active(coder, rows, hook), places
+
+
+def _rows_of_model(
+    model: nn.Module, contexts: Contexts, hook: str, batch_size: int
+) -> Iterator[tuple[Tensor, Ints]]:
+    """Activations [N, d] and their places, of whole contexts."""
     resolve_hook(model, hook)
     length = contexts.ids.shape[1]
     used, attended = contexts.mask(), contexts.attended()
     if not used.any():
         raise UserError("dashboard: the text must have at least one token that is not special")
-    with eval_mode(model), eval_mode(coder):
-        for begin in range(0, len(contexts), batch_size):
-            part = slice(begin, begin + batch_size)
-            if not used[part].any():
-                continue
-            x = _activations(model, contexts.ids[part], attended[part], hook)
-            rows = x[used[part].to(x.device)]
-            where = used[part].nonzero()
-            places = ((where[:, 0] + begin) * length + where[:, 1]).numpy()
-            yield *_active(coder, rows, hook), places
+    for begin in range(0, len(contexts), batch_size):
+        part = slice(begin, begin + batch_size)
+        if not used[part].any():
+            continue
+        x = _activations(model, contexts.ids[part], attended[part], hook)
+        where = used[part].nonzero()
+        places = ((where[:, 0] + begin) * length + where[:, 1]).numpy()
+        yield x[used[part].to(x.device)], places
+
+
+def _rows_of_source(source: ArraySource, contexts: Contexts) -> Iterator[tuple[Tensor, Ints]]:
+    """The same from rows that are stored."""
+    tokens, context, position = source.tokens_of(torch.arange(source.num_tokens))
+    within = int(context.max()) < len(contexts) and int(position.max()) < contexts.ids.shape[1]
+    if not within or not torch.equal(contexts.ids[context.long(), position.long()], tokens):
+        raise UserError(f"dashboard: {source.name} must be the activations of the text, got others")
+    places = (context.long() * contexts.ids.shape[1] + position).numpy()
+    ends = np.append(np.flatnonzero(context[1:] != context[:-1]) + 1, len(context))
+    begin = 0
+    for end in ends.tolist():
+        if end - begin >= ROWS_AT_ONCE or end == len(context):
+            yield source.gather(torch.arange(begin, end))[0], places[begin:end]
+            begin = end
 
 
 def _activations(model: nn.Module, ids: Tensor, attended: Tensor, hook: str) -> Tensor:
