@@ -11,7 +11,7 @@ import torch
 from ksae.activations import ArraySource, Contexts, LanguageModel, documents, load_model, tokenize
 from ksae.analysis import exports
 from ksae.analysis.dashboard import Dashboard, Options, build, read_labels
-from ksae.analysis.dashboard.folder import prepare
+from ksae.analysis.dashboard.folder import check
 from ksae.coders.coder import SparseCoder
 from ksae.errors import UserError
 from ksae.runs.config import DataConfig
@@ -60,7 +60,7 @@ def dashboard(
             of these are read, and no others.
     """
     named = {} if labels is None else read_labels(labels, coder.d_sae)
-    prepare(out)  # before the long work
+    check(out)  # before the long work
     assert config.model is not None and config.hook is not None
     lm = language_model or load_model(
         config.model, device="cuda" if torch.cuda.is_available() else "cpu"

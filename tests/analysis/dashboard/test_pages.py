@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +146,27 @@ def test_a_dashboard_is_written_anew_and_nothing_else_is_touched(tmp_path: Path)
         make(out / "mine.txt")
 
 
-def test_a_failed_run_leaves_no_page(tmp_path: Path) -> None:
+def test_a_failed_run_leaves_the_earlier_dashboard(tmp_path: Path) -> None:
     make(tmp_path / "d")
+    before = {path: path.read_bytes() for path in (tmp_path / "d").rglob("*.*")}
     with pytest.raises(UserError, match="width d_in = 8"):
         make(tmp_path / "d", sae=TopKSAE(8, F, K))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "d").rglob("*.*")}
+
+
+def test_a_run_stopped_while_it_writes_leaves_no_page(tmp_path: Path, monkeypatch) -> None:
+    make(tmp_path / "d")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules[build.__module__], "index_columns", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "d")
     assert not (tmp_path / "d" / PAGE).exists()
+    monkeypatch.undo()
+    make(tmp_path / "d")
+    assert (tmp_path / "d" / PAGE).exists()
 
 
 @pytest.mark.parametrize("latent", [-1, F])

@@ -85,7 +85,7 @@ def build(
     for latent in named:
         if not 0 <= latent < coder.d_sae:
             raise UserError(f"labels: a latent must be in [0, {coder.d_sae}), got {latent}")
-    folder.prepare(out)
+    folder.check(out)
     found = survey(
         coder,
         model,
@@ -98,6 +98,7 @@ def build(
         progress=progress,
     )
     joined, notes = join(coder, model, found, target_hook or hook, chosen)
+    folder.clear(out)
     vocabulary = Vocabulary(shown_tokens(found, joined, coder.d_sae), tokenizer)
     texts = vocabulary.texts()
     size = folder.write(out, "tokens", texts)

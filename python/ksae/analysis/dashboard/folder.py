@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -20,8 +21,8 @@ PAGE = "index.html"
 ASSETS = ("style.css", "data.js", "widgets.js", "table.js", "latent.js", "main.js")
 
 
-def prepare(out: Path) -> None:
-    """Make `out`, or take an earlier dashboard's page and data away.
+def check(out: Path) -> None:
+    """Make `out`, and see that it holds nothing but perhaps an earlier dashboard.
 
     Raises:
         UserError: it is a file, cannot be written, or holds anything else.
@@ -36,8 +37,18 @@ def prepare(out: Path) -> None:
                 f"dashboard: out must be a new folder or a dashboard, got {out} with "
                 f"{min(others)} in it"
             )
-        (out / PAGE).unlink(missing_ok=True)  # no page is there until all of it is
-        shutil.rmtree(out / "data", ignore_errors=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UserError(f"dashboard: cannot use {out} as out: {error.strerror}") from None
+
+
+def clear(out: Path) -> None:
+    """Take an earlier dashboard's page and data away: no page is there until all of it is."""
+    try:
+        (out / PAGE).unlink(missing_ok=True)
+        if (out / "data").exists():
+            shutil.rmtree(out / "data")
     except OSError as error:
         raise UserError(f"dashboard: cannot use {out} as out: {error.strerror}") from None
 
