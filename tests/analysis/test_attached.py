@@ -13,6 +13,7 @@ from toy_language_model import HOOK, VOCABULARY, D, contexts, llama
 from ksae import GradTopKSAE, TopKSAE, Transcoder
 from ksae.activations import capture
 from ksae.analysis.evaluate import evaluate_language_model
+from ksae.coders.code import Code
 from ksae.errors import UserError
 
 F, K = 32, 4
@@ -109,6 +110,37 @@ def test_edits_are_edits_of_the_dense_code(mode: str) -> None:
     torch.testing.assert_close(
         again, plain if mode == "with_error" else rerun(model, ids(), lambda out: sae(out).recon)
     )
+
+
+class Ragged(TopKSAE):
+    """As an activation without a fixed k: the positive entries alone, and row offsets."""
+
+    def encode(self, x, grad=None):
+        values, indices = super().encode(x.flatten(0, -2))
+        keep = values > 0
+        offsets = torch.zeros(len(values) + 1, dtype=torch.int64)
+        offsets[1:] = keep.sum(1).cumsum(0)
+        return values[keep], indices[keep], offsets
+
+    def decode(self, values, indices, x=None, row_offsets=None):
+        return Code(values, indices, row_offsets).dense(F) @ self.W_dec + self.b_dec
+
+
+@pytest.mark.parametrize("mode", ["splice", "with_error"])
+@torch.no_grad()
+def test_codes_with_row_offsets(mode: str) -> None:
+    model, sae, ragged = llama(), coder(), Ragged(D, F, K)
+    ragged.load_state_dict(sae.state_dict())
+    with sae.attached(model, HOOK, mode=mode) as site:
+        model(input_ids=ids())
+        assert site.code is not None
+        latent = int(site.code.indices[0, 3, 0])
+        site.clamp(latent, 2.0)
+        expected, acts = model(input_ids=ids()).logits, site.activations(latent)
+    with ragged.attached(model, HOOK, mode=mode) as site:
+        site.clamp(latent, 2.0)
+        torch.testing.assert_close(model(input_ids=ids()).logits, expected)
+        assert torch.equal(site.activations(latent), acts) and acts[0, 3] > 0
 
 
 @torch.no_grad()

@@ -24,13 +24,15 @@ class Attachment:
 
     Attributes:
         code: values and indices [..., k] of the last forward pass, of the shape of the activation
-            but for its last dimension; in `generate`, of the last token. With gradients on and a
-            mode other than "record", `code.values` is in the graph of the model's output.
+            but for its last dimension; in `generate`, of the last token; for an activation without
+            a fixed k the entries [E] and row offsets. With gradients on and a mode other than
+            "record", `code.values` is in the graph of the model's output.
     """
 
     def __init__(self, coder: SparseCoder, mode: str, exclude: Iterable[int]) -> None:
         self.coder, self.mode = coder, mode
         self.code: Code | None = None
+        self._shape = torch.Size()  # of the activation, but for its last dimension
         self._exclude = torch.tensor(sorted(set(exclude)), dtype=torch.int64)
         self._ids: Tensor | None = None  # of the forward pass that runs
         self._input: Tensor | None = None  # of a transcoder in that pass
@@ -68,7 +70,15 @@ class Attachment:
         self._known(latent)
         if self.code is None:
             raise UserError("attached: the model must have run before activations are read")
-        return _of_latent(self.code, latent)
+        return self._of(self.code, latent)
+
+    def _of(self, code: Code, latent: int) -> Tensor:
+        mine = torch.where(code.indices == latent, code.values, 0)
+        if code.offsets is None:
+            return mine.sum(-1)
+        lengths = code.offsets.diff()
+        rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        return mine.new_zeros(len(lengths)).index_add(0, rows, mine).reshape(self._shape)
 
     def _known(self, latent: int) -> None:
         F = self.coder.d_sae
@@ -94,15 +104,15 @@ class Attachment:
             source, self._input = self._input, None
         like = self.coder.W_dec
         rows = source.to(like.device, like.dtype)
-        values, indices = self.coder.encode(rows)
-        self.code = Code(values, indices)
+        code = self.code = Code(*self.coder.encode(rows))
+        self._shape = rows.shape[:-1]
         if self.mode == "record":
             return y
-        delta = self._delta()
+        delta = self._delta(code)
         if self.mode == "splice":
-            changed = self.coder.decode(values, indices, rows).to(y.device, y.dtype)
+            changed = self._decode(code, rows).to(y.device, y.dtype)
         elif torch.is_grad_enabled():
-            recon = self.coder.decode(values, indices, rows).to(y.device, y.dtype)
+            recon = self._decode(code, rows).to(y.device, y.dtype)
             changed = y.detach() + (recon - recon.detach())  # y to the bit, with recon's gradient
         else:
             changed = y
@@ -111,11 +121,17 @@ class Attachment:
         kept = self._kept(y)
         return changed if kept is None else torch.where(kept.unsqueeze(-1), changed, y)
 
-    def _delta(self) -> Tensor | None:
+    def _decode(self, code: Code, x: Tensor) -> Tensor:
+        offsets = {} if code.offsets is None else {"row_offsets": code.offsets}
+        if code.offsets is not None:
+            x = x.flatten(0, -2)
+        recon = self.coder.decode(code.values, code.indices, x, **offsets)
+        return recon.reshape(*self._shape, recon.shape[-1])
+
+    def _delta(self, code: Code) -> Tensor | None:
         """What the edits add to the output."""
-        assert self.code is not None
         steps: list[tuple[int, float | Tensor]] = list(self._add.items())
-        steps += [(j, value - _of_latent(self.code, j)) for j, value in self._set.items()]
+        steps += [(j, value - self._of(code, j)) for j, value in self._set.items()]
         delta: Tensor | None = None
         for latent, step in steps:
             row = self.coder.W_dec[latent]
@@ -188,8 +204,3 @@ def attached(
         )
         stack.callback(seen.remove)
         yield site
-
-
-def _of_latent(code: Code, latent: int) -> Tensor:
-    """Activations [...] of one latent in a code [..., k]."""
-    return torch.where(code.indices == latent, code.values, 0).sum(-1)

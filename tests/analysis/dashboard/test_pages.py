@@ -64,7 +64,7 @@ def test_the_folder_is_whole_and_names_no_network(folder: Path) -> None:
 def test_records_say_what_the_coder_is(folder: Path) -> None:
     meta, index, tokens = (read(folder, name) for name in ("meta", "index", "tokens"))
     sae = coder()
-    assert (meta["F"], meta["k"], meta["hook"], meta["no_lens"]) == (F, K, HOOK, None)
+    assert (meta["F"], meta["hook"], meta["no_lens"]) == (F, HOOK, None)
     assert sum(index["fired"]) == pytest.approx(meta["l0"] * meta["tokens"], rel=1e-2)
     records = read(folder, "latents/0") + read(folder, "latents/1")
     assert len(records) == F == len(index["norm"])

@@ -158,6 +158,28 @@ def test_activations_at_hand_give_the_same(found: Survey, monkeypatch) -> None:
         survey(coder(), llama(), contexts(16), HOOK, source=source)
 
 
+class Ragged(TopKSAE):
+    """As an activation without a fixed k: the positive entries alone, and row offsets."""
+
+    def encode(self, x, grad=None):
+        values, indices = super().encode(x)
+        keep = values > 0
+        offsets = torch.zeros(len(x) + 1, dtype=torch.int64)
+        offsets[1:] = keep.sum(1).cumsum(0)
+        return values[keep], indices[keep], offsets
+
+
+def test_codes_with_row_offsets(found: Survey) -> None:
+    ragged = Ragged(D, F, K).eval()
+    ragged.load_state_dict(coder().state_dict())
+    other = survey(ragged, llama(), contexts(), HOOK, top=4, sample=6, window=Window(5, 3))
+    np.testing.assert_array_equal(found.fired, other.fired)
+    np.testing.assert_array_equal(found.top.acts, other.top.acts)
+    np.testing.assert_array_equal(found.top.place, other.top.place)
+    for a, b in zip(found.codes.neighbours(5), other.codes.neighbours(5), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_latents_that_fire_together(found: Survey, dense: np.ndarray) -> None:
     fires = dense.reshape(-1, F) > 0
     both = fires.T.astype(np.int64) @ fires

@@ -160,7 +160,6 @@ def describe(
         "d_in": coder.d_in,
         "d_out": coder.d_out,
         "F": coder.d_sae,
-        "k": coder.k,
         "hook": hook,
         "target_hook": target_hook,
         "tokens": found.tokens,

@@ -20,6 +20,7 @@ from ksae.analysis.dashboard.best import Best, Floats, Ints
 from ksae.analysis.dashboard.coactivation import Codes
 from ksae.analysis.dashboard.histograms import Histograms
 from ksae.analysis.evaluate import eval_mode
+from ksae.coders.code import Code
 from ksae.coders.coder import SparseCoder
 from ksae.errors import UserError
 
@@ -202,13 +203,17 @@ def _active(coder: SparseCoder, rows: Tensor, hook: str) -> tuple[Ints, Ints, Fl
             f"got {rows.shape[1]}"
         )
     parameter = coder.W_enc
-    values, indices = coder.encode(rows.to(parameter.device, parameter.dtype))
-    values = values.float().cpu()
+    code = Code(*coder.encode(rows.to(parameter.device, parameter.dtype)))
+    values, indices = code.values.float().cpu(), code.indices.cpu()
     if not values.isfinite().all():
         raise UserError(f"dashboard: the coder gives non-finite values at {hook}")
     fires = values > 0
-    row = fires.nonzero()[:, 0]
-    return row.numpy(), indices.cpu()[fires].numpy(), values[fires].numpy()
+    numbers = torch.arange(len(rows))
+    if code.offsets is None:
+        row = numbers.unsqueeze(1).expand_as(fires)
+    else:
+        row = numbers.repeat_interleave(code.offsets.diff().cpu())
+    return row[fires].numpy(), indices[fires].numpy(), values[fires].numpy()
 
 
 def _add(found: Survey, row: Ints, latent: Ints, value: Floats, places: Ints) -> None:
