@@ -160,7 +160,7 @@ const table = (() => {
     );
     const ticks = el("div", { class: "ticks", "aria-hidden": "true" });
     for (let e = Math.ceil(least); e <= 0; e++) {
-      const tick = el("span", {}, percent(10 ** e));
+      const tick = el("span", {}, `${Number((100 * 10 ** e).toPrecision(1))} %`);
       tick.style.left = `${place(10 ** e) * 100}%`;
       if (place(10 ** e) < 0.06) tick.classList.add("first");
       ticks.append(tick);
