@@ -33,6 +33,7 @@ __all__ = [
     "grad_topk_encode",
     "load",
     "sparse_decode",
+    "threshold_encode",
     "topk",
     "topk_encode",
 ]

@@ -18,7 +18,7 @@ from .coders import (
     TopKSAE,
     Transcoder,
 )
-from .functional import grad_topk_encode, sparse_decode, topk, topk_encode
+from .functional import grad_topk_encode, sparse_decode, threshold_encode, topk, topk_encode
 from .step.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = [
     "Transcoder",
     "grad_topk_encode",
     "sparse_decode",
+    "threshold_encode",
     "topk",
     "topk_encode",
 ]
