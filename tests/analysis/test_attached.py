@@ -186,7 +186,10 @@ def test_excluded_tokens_stay_as_they_are_in_generate_too() -> None:
         got = model.generate(ids(), max_new_tokens=5, do_sample=False, pad_token_id=0)
     plain = model.generate(ids(), max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert torch.equal(got, plain)
-    with sae.attached(model, HOOK, exclude=[0]), pytest.raises(UserError, match="input_ids"):
+    with (
+        sae.attached(model, HOOK, exclude=[0]),
+        pytest.raises(UserError, match="input_ids|each token"),
+    ):
         model(inputs_embeds=torch.zeros(1, 3, D))
 
 

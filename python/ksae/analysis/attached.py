@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +28,10 @@ class Attachment:
             "record", `code.values` is in the graph of the model's output.
     """
 
-    def __init__(self, coder: SparseCoder, mode: str, exclude: Iterable[int]) -> None:
+    def __init__(self, coder: SparseCoder, mode: str) -> None:
         self.coder, self.mode = coder, mode
         self.code: Code | None = None
         self._shape = torch.Size()  # of the activation, but for its last dimension
-        self._exclude = torch.tensor(sorted(set(exclude)), dtype=torch.int64)
-        self._ids: Tensor | None = None  # of the forward pass that runs
         self._input: Tensor | None = None  # of a transcoder in that pass
         self._add: dict[int, float | Tensor] = {}
         self._set: dict[int, float | Tensor] = {}
@@ -118,8 +115,7 @@ class Attachment:
             changed = y
         if delta is not None:
             changed = changed + delta.to(y.device, y.dtype)
-        kept = self._kept(y)
-        return changed if kept is None else torch.where(kept.unsqueeze(-1), changed, y)
+        return changed
 
     def _decode(self, code: Code, x: Tensor) -> Tensor:
         offsets = {} if code.offsets is None else {"row_offsets": code.offsets}
@@ -139,20 +135,6 @@ class Attachment:
             delta = add if delta is None else delta + add
         return delta
 
-    def _kept(self, y: Tensor) -> Tensor | None:
-        """Where the coder acts, None: everywhere."""
-        if len(self._exclude) == 0:
-            return None
-        if self._ids is None:
-            raise UserError("attached: the model must be given input_ids where exclude is given")
-        keep = ~torch.isin(self._ids, self._exclude.to(self._ids.device))
-        return keep.reshape(y.shape[:-1]).to(y.device)
-
-    def _see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before each forward pass of the model."""
-        found = kwargs.get("input_ids", args[0] if args else None)
-        self._ids = found if isinstance(found, Tensor) else None
-
 
 @contextmanager
 def attached(
@@ -162,7 +144,7 @@ def attached(
     *,
     mode: str = "splice",
     target_hook: str | None = None,
-    exclude: Iterable[int] = (),
+    exclude: Iterable[int] | None = None,
 ) -> Iterator[Attachment]:
     """Within the block the coder takes part in every forward pass of a language model. Several may
     be attached at once, each at its own site.
@@ -176,8 +158,9 @@ def attached(
             whose gradient is that of the reconstruction plus a constant, the error
             (arXiv 2403.19647); "record" changes nothing. Edits need one of the first two.
         target_hook: where a transcoder writes; it must come after `hook` in the model.
-        exclude: token ids at which the activation stays as it is, as the special tokens that
-            training leaves out.
+        exclude: ids of tokens whose activations stay, see `ksae.activations.splice`: what training
+            left out. By default the special tokens that the model's configuration names; () leaves
+            none out.
 
     Raises:
         UserError: an unknown hook or mode, or a transcoder without target_hook. ValueError: the
@@ -194,13 +177,10 @@ def attached(
         raise UserError("attached: target_hook must be given for a transcoder, got None")
     if coder.centred and target_hook is not None:
         raise UserError(f"attached: target_hook is for transcoders, got {target_hook!r}")
-    site = Attachment(coder, mode, exclude)
+    site = Attachment(coder, mode)
     with ExitStack() as stack:
         if target_hook is not None:
-            stack.enter_context(splice(model, hook, site._read))
-        stack.enter_context(splice(model, target_hook or hook, site._change))
-        seen = model.register_forward_pre_hook(
-            lambda _, args, kwargs: site._see(args, kwargs), with_kwargs=True
-        )
-        stack.callback(seen.remove)
+            stack.enter_context(splice(model, hook, site._read, exclude=()))
+        kept = () if mode == "record" else exclude
+        stack.enter_context(splice(model, target_hook or hook, site._change, exclude=kept))
         yield site

@@ -31,6 +31,15 @@ def dashboard(
         str | None, typer.Option(help=".txt, .jsonl or .parquet file, a folder of them, or pydoc")
     ] = None,
     field: Annotated[str | None, typer.Option(help="Key or column of the text")] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Tokens left out beside special ones: ids or names")
+    ] = None,
+    model_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hugging Face name")
+    ] = None,
+    model_dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16: of the language model")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a context", min=2)] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to read", min=1)] = 131_072,
     top: Annotated[int, typer.Option(help="Strongest contexts of a latent", min=1)] = 12,
@@ -56,7 +65,8 @@ def dashboard(
 
     given = {
         "model": model, "hook": hook, "target_hook": target_hook, "text": text, "field": field,
-        "context": context,
+        "context": context, "exclude": exclude, "model_revision": model_revision,
+        "model_dtype": model_dtype,
     }  # fmt: skip
     config = job.data_of(path, given)
     coder = load(path, device=pick_device(device))

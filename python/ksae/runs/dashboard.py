@@ -63,7 +63,10 @@ def dashboard(
     check(out)  # before the long work
     assert config.model is not None and config.hook is not None
     lm = language_model or load_model(
-        config.model, device="cuda" if torch.cuda.is_available() else "cpu"
+        config.model,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=config.model_dtype,
+        revision=config.model_revision,
     )
     contexts = _contexts(config, lm)
     if source is None:
@@ -124,4 +127,5 @@ def _contexts(config: DataConfig, lm: LanguageModel) -> Contexts:
         length=config.context,
         bos=config.bos,
         max_tokens=config.max_tokens,
+        exclude=config.exclude or (),
     )
