@@ -18,6 +18,7 @@ from .coders import (
     TopKSAE,
     Transcoder,
 )
+from .coders.unit_rows import UnitRows
 from .functional import grad_topk_encode, sparse_decode, threshold_encode, topk, topk_encode
 from .step.train_step import TrainStep
 
@@ -36,6 +37,7 @@ __all__ = [
     "TopKSAE",
     "TrainStep",
     "Transcoder",
+    "UnitRows",
     "grad_topk_encode",
     "sparse_decode",
     "threshold_encode",
