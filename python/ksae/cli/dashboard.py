@@ -61,7 +61,7 @@ def dashboard(
     """
     from ksae.interop.load import load
     from ksae.runs import dashboard as job
-    from ksae.runs.data import pick_device
+    from ksae.runs.model import pick_device
 
     given = {
         "model": model, "hook": hook, "target_hook": target_hook, "text": text, "field": field,

@@ -6,15 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from ksae.activations import ArraySource, Contexts, LanguageModel, documents, load_model, tokenize
+from ksae.activations import ArraySource, LanguageModel
+from ksae.activations.progress import Progress
 from ksae.analysis import exports
 from ksae.analysis.dashboard import Dashboard, Options, build, read_labels
 from ksae.analysis.dashboard.folder import check
 from ksae.coders.coder import SparseCoder
 from ksae.errors import UserError
 from ksae.runs.config import DataConfig
+from ksae.runs.data import load_lm, read_text
 from ksae.runs.evaluation import about, run_config, with_data
 
 
@@ -61,27 +61,14 @@ def dashboard(
     """
     named = {} if labels is None else read_labels(labels, coder.d_sae)
     check(out)  # before the long work
-    assert config.model is not None and config.hook is not None
-    lm = language_model or load_model(
-        config.model,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        dtype=config.model_dtype,
-        revision=config.model_revision,
-    )
-    contexts = _contexts(config, lm)
+    assert config.hook is not None
+    lm = language_model or load_lm(config)
+    contexts = read_text(config, lm, progress)
     if source is None:
         contexts = about(contexts, tokens)
     elif config.holdout > 0:
         contexts = contexts.split(config.holdout)[0]
-    from tqdm import tqdm
-
-    with tqdm(
-        total=int(contexts.mask().sum()),
-        desc="dashboard",
-        unit="tok",
-        unit_scale=True,
-        disable=None if progress else True,
-    ) as bar:
+    with Progress(int(contexts.mask().sum()), "dashboard", shown=progress) as bar:
         return build(
             coder,
             lm.model,
@@ -117,15 +104,4 @@ def summary(made: Dashboard) -> str:
     return (
         f"{made.fired:,} of {made.latents:,} latents fire on {made.tokens:,} tokens, "
         f"{made.bytes / 1e6:.0f} MB\nopen      {made.page}"
-    )
-
-
-def _contexts(config: DataConfig, lm: LanguageModel) -> Contexts:
-    return tokenize(
-        documents(config.text, field=config.field, separator=config.separator),
-        lm.tokenizer,
-        length=config.context,
-        bos=config.bos,
-        max_tokens=config.max_tokens,
-        exclude=config.exclude or (),
     )
