@@ -201,6 +201,13 @@ def test_codes_are_thinned_by_context() -> None:
     assert codes.stride == 16 and codes.tokens == 8  # 4 pairs a row, 10 rows at most
 
 
+def test_codes_of_one_context_with_too_many_pairs() -> None:
+    codes = Codes(4, pairs=3)
+    codes.add(np.array([0, 0]), np.array([1, 2]), np.array([5]))  # 4 pairs: nothing is left
+    shares, latents = codes.neighbours(2)
+    assert codes.tokens == 0 and shares.shape == latents.shape == (4, 2) and not shares.any()
+
+
 def test_a_histogram_grows_by_joining_bins() -> None:
     values = np.array([0.1, 3.0, 1.5, 100.0, 0.001, 64.0], np.float32)
     one, parts = Histograms(2), Histograms(2)

@@ -53,8 +53,9 @@ class Codes:
         """Of each latent the n others that share most of its tokens, most first and on equal shares
         the smaller index: [F, n] tokens with both over tokens with either, in (0, 1], and [F, n]
         latents; where there are fewer, 0."""
-        lengths = np.concatenate([part[1] for part in self._parts]).astype(np.int64)
-        latents = np.concatenate([part[2] for part in self._parts]).astype(np.int64)
+        none = np.zeros(0, np.int64)  # where no context is left
+        lengths = np.concatenate([none, *(part[1] for part in self._parts)]).astype(np.int64)
+        latents = np.concatenate([none, *(part[2] for part in self._parts)]).astype(np.int64)
         starts = np.cumsum(lengths) - lengths  # of each row
         row_of = np.repeat(np.arange(len(lengths)), lengths)
         order = np.argsort(latents, kind="stable")  # firings, latent by latent
