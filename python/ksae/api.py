@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .coders import (
     SAE,
+    BatchTopK,
     GradTopK,
     GradTopKSAE,
     GradTopKTranscoder,
@@ -19,7 +20,14 @@ from .coders import (
     Transcoder,
 )
 from .coders.unit_rows import UnitRows
-from .functional import grad_topk_encode, sparse_decode, threshold_encode, topk, topk_encode
+from .functional import (
+    batch_topk_encode,
+    grad_topk_encode,
+    sparse_decode,
+    threshold_encode,
+    topk,
+    topk_encode,
+)
 from .step.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SAE",
+    "BatchTopK",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
@@ -38,6 +47,7 @@ __all__ = [
     "TrainStep",
     "Transcoder",
     "UnitRows",
+    "batch_topk_encode",
     "grad_topk_encode",
     "sparse_decode",
     "threshold_encode",
