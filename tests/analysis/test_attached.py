@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toy_language_model import HOOK, VOCABULARY, D, contexts, llama
 
-from ksae import GradTopKSAE, TopKSAE, Transcoder
+from ksae import SAE, BatchTopK, GradTopKSAE, TopKSAE, Transcoder
 from ksae.activations import capture
 from ksae.analysis.evaluate import evaluate_language_model
 from ksae.coders.code import Code
@@ -141,6 +141,18 @@ def test_codes_with_row_offsets(mode: str) -> None:
         site.clamp(latent, 2.0)
         torch.testing.assert_close(model(input_ids=ids()).logits, expected)
         assert torch.equal(site.activations(latent), acts) and acts[0, 3] > 0
+
+
+@torch.no_grad()
+def test_a_batchtopk_coder() -> None:
+    torch.manual_seed(0)
+    model, sae = llama(), SAE(D, F, activation=BatchTopK(K)).eval()
+    sae.b_enc.normal_()
+    x = capture(model, [HOOK], {"input_ids": ids()})[HOOK]
+    with sae.attached(model, HOOK) as site:
+        got = model(input_ids=ids()).logits
+        assert torch.equal(site.activations(5), sae.encode_dense(x)[..., 5])
+    torch.testing.assert_close(got, rerun(model, ids(), lambda out: sae(out).recon))
 
 
 @torch.no_grad()
