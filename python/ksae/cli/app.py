@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand
 
 from ksae import env
-from ksae.cli import bench, config, convert, demo, eval, help, train
+from ksae.cli import bench, config, convert, dashboard, demo, eval, help, train
 from ksae.errors import UserError
 from ksae.version import VERSION
 
@@ -59,6 +59,7 @@ app = typer.Typer(
 )
 app.command("train", cls=Command)(train.command)
 app.command("eval", cls=Command)(eval.evaluate)
+app.command("dashboard", cls=Command)(dashboard.dashboard)
 app.command("convert", cls=Command)(convert.convert)
 app.command("config", cls=Command)(config.config)
 app.command("demo", cls=Command)(demo.demo)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,10 @@ class SparseCoder(nn.Module):
     b_dec: nn.Parameter  # [d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
     tokens_since_fired: Tensor  # [F] int64
+
+    # What needs higher folders; set by ksae.api, which may know of them.
+    attached: ClassVar[Callable[..., Any]]  # in a language model: ksae.analysis.attached
+    show: ClassVar[Callable[..., Any]]  # a latent in a notebook: ksae.analysis.dashboard.notebook
 
     def __init__(
         self,
