@@ -38,9 +38,9 @@ class ModelConfig:
     )
     kind: Literal["sae", "transcoder"] = setting("sae", "a transcoder predicts outputs from inputs")
     d_sae: int = setting(4096, "latents")
-    k: int = setting(32, "active latents per token; not of jump_relu")
+    k: int = setting(32, "active latents per token")
     activation: Literal["topk", "batch_topk", "jump_relu"] = setting(
-        "topk", "batch_topk: k a token on average; jump_relu: learned thresholds"
+        "topk", "batch_topk: k a token on average; jump_relu: learned thresholds, no k"
     )
     threshold: Literal["running", "saelens", "dictionary_learning"] = setting(
         "running", "of batch_topk: how the threshold for use is estimated"
