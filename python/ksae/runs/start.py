@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,12 @@ def open_run_data(config: RunConfig, model: SparseCoder | None = None) -> RunDat
 def compare_early(config: RunConfig, newest: Path, allow_change: bool = False) -> None:
     """Before the data are made: what a resumed run must share and is known by now."""
     before = container.read_header(newest)["extra"]["identity"]
-    known = {key: before["model"].get(key) for key in before["model"]}
-    given = dataclasses.asdict(config.model)
+    # an activation is compared by its fields, once the model is there
+    known = [key for key, value in before["model"].items() if not isinstance(value, Mapping)]
+    given = {  # as JSON has them
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(config.model).items()
+    }
     now: dict[str, Any] = {
         "train": dataclasses.asdict(config.train),
         "data": dataclasses.asdict(config.data),
