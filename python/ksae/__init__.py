@@ -32,9 +32,11 @@ __all__ = [
     "config",
     "grad_topk_encode",
     "load",
+    "shard",
     "sparse_decode",
     "topk",
     "topk_encode",
+    "unshard",
 ]
 
 

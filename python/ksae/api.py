@@ -13,6 +13,7 @@ from .coders import (
     Transcoder,
 )
 from .functional import grad_topk_encode, sparse_decode, topk, topk_encode
+from .parallel.shard import shard, unshard
 from .step.train_step import TrainStep
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "TrainStep",
     "Transcoder",
     "grad_topk_encode",
+    "shard",
     "sparse_decode",
     "topk",
     "topk_encode",
+    "unshard",
 ]

@@ -25,6 +25,7 @@ ORDER = (
     ("analysis",),
     ("activations", "interop", "dlpack"),
     ("step",),
+    ("parallel",),
     ("coders",),
     ("functional", "info"),
     ("ops",),

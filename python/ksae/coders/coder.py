@@ -74,6 +74,7 @@ class SparseCoder(nn.Module):
     topology: str  # what is read and predicted, by name
     centred: bool  # whether b_dec is subtracted from the input
     shares_memory = False  # with parameters of others, whose writes do not show in these
+    ranks: Any = None  # of `ksae.shard`, where the tensors hold the latents of one rank only
 
     W_enc: nn.Parameter  # [F, d_in]
     b_enc: nn.Parameter  # [F]
@@ -186,6 +187,7 @@ class SparseCoder(nn.Module):
         """Write the module to one file; `ksae.load(path)` reads it."""
         from .file import save
 
+        self.require_whole("save")
         save(self, path)
 
     @property
@@ -194,6 +196,19 @@ class SparseCoder(nn.Module):
         return self.tokens_since_fired > self.dead_after
 
     # ------------------------------------------------------------------------------------- the code
+
+    def require_whole(self, method: str) -> None:
+        """Refuse what the latents of one rank alone cannot do.
+
+        Raises:
+            ValueError: the coder is spread over ranks.
+        """
+        if self.ranks is not None:
+            got = f"the part of rank {self.ranks.rank} of {self.ranks.size}"
+            raise ValueError(
+                f"{type(self).__name__}: {method} must be called on a whole coder, got {got}:"
+                " ksae.unshard makes it whole"
+            )
 
     def require_tensor(self, arg: str, t: object) -> None:
         """Refuse an argument that is no tensor.
@@ -261,6 +276,7 @@ class SparseCoder(nn.Module):
 
         Selected by u, which needs no labels, or with grad [..., d_out] by the score.
         """
+        self.require_whole("encode")
         scaled = self.gradients(x, grad, training=False)
         values, indices = self.select(self.rows("x", x, self.d_in), self.k, scaled)
         shape = (*x.shape[:-1], self.k)
@@ -272,6 +288,7 @@ class SparseCoder(nn.Module):
 
     def decode(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
         """Reconstruction [..., d_out] of a code; x [..., d_in] is needed with a skip connection."""
+        self.require_whole("decode")
         recon = functional.sparse_decode(values, indices, self.W_dec, self.b_dec)
         if self.W_skip is None:
             return recon
@@ -285,6 +302,7 @@ class SparseCoder(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None) -> Output:
         """Reconstruct x [..., d_in] or predict y [..., d_out]; losses if there is a target."""
+        self.require_whole("forward")
         rows = self.rows("x", x, self.d_in)  # [N, d_in]
         target = self.targets(x, rows, y)  # [N, d_out]
         multi = self.multi_topk and target is not None
@@ -317,7 +335,7 @@ class SparseCoder(nn.Module):
         dead = self.dead
         asks = not torch.compiler.is_compiling()  # what is recorded has no branch on data
         asks &= not (dead.is_cuda and torch.cuda.is_current_stream_capturing())
-        terms = terms_of(self, aux_width(self, dead, may_ask=asks))
+        terms = terms_of(self, aux_width(self, dead.sum() if asks else None))
         variance = total_variance(target)
         loss, parts = torch.zeros_like(variance), {}
         for term in terms:

@@ -16,17 +16,18 @@ from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.terms import Term, aux_width, terms_of
-from .communicator import OneDevice
+from ..parallel.one_device import OneDevice
+from ..parallel.shards import Shards
 from .state import State
 from .unfused import Metrics
 
 
 class Batch(NamedTuple):
-    """The rows of a batch."""
+    """The rows of a batch: of N tokens, n of which are this rank's own. On one device n = N."""
 
     x: Tensor  # [N, d_in]
-    y: Tensor  # [N, d_out]
-    target: Tensor  # [N, d_out] of the sparse part: y without what a skip connection predicts
+    y: Tensor  # [n, d_out]
+    target: Tensor  # [n, d_out] of the sparse part: y without what a skip connection predicts
     grad: Tensor | None  # [N, d_out], of a downstream loss
 
 
@@ -48,7 +49,7 @@ class Groups:
         self.offsets: list[Tensor] = []  # [F+1]
         self.order: list[Tensor] = []  # [N*k]
         self.residuals: list[Tensor] = []  # [N, columns]
-        self.sq_errors: list[Tensor] = []  # [N], of all columns
+        self.sq_errors: list[Tensor] = []  # sums of squares of all columns, [N] or one a rank
         self.sums: list[Tensor | None] = []  # [d] of all columns, where the kernel forms them
         self.denominators: list[Tensor] = []  # []
         self.variance: Tensor  # [], of y
@@ -78,18 +79,24 @@ class FusedStep:
         model: SparseCoder,
         state: State,
         clip_norm: float | None,
-        communicator: OneDevice | None = None,
+        communicator: OneDevice | Shards,
     ) -> None:
         self.model, self.state, self.clip_norm = model, state, clip_norm
-        self.communicator = communicator or OneDevice()
-        self.sums_in_decode = model.W_enc.is_cuda  # one reading of the residual less
+        self.communicator, self.is_whole = communicator, communicator.size == 1
+        # one reading of the residual less
+        self.sums_in_decode = model.W_enc.is_cuda and self.is_whole
         self.asks_for_dead = not model.W_enc.is_cuda  # on CUDA only the device knows how many
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
-        """A step on x [N, d_in] and y [N, d_out]: metrics, and whether all was finite, [] bool."""
+        """A step on x [N, d_in] of all ranks and y [n, d_out] of this one, grad [N, d_out].
+
+        Returns metrics, and whether all was finite, [] bool.
+        """
         model, acc = self.model, self.state.acc
-        target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
+        target = y
+        if model.W_skip is not None:
+            target = y.to(acc) - self.communicator.own(x).to(acc) @ model.W_skip.to(acc).T
         batch = Batch(x, y, target, grad)
         chosen = self.encode(batch)
         columns = self.columns(batch, chosen)
@@ -103,25 +110,22 @@ class FusedStep:
 
     def encode(self, batch: Batch) -> Selection:
         """The code of each term: prefixes of one selection, and for AuxK that of dead latents."""
-        model, exchange = self.model, self.communicator.exchange_keys
-        dead = model.dead
-        k_aux = aux_width(model, dead, self.asks_for_dead)
+        model, communicator = self.model, self.communicator
+        n_dead = communicator.all_reduce(model.dead.sum())
+        k_aux = aux_width(model, n_dead if self.asks_for_dead else None)
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
-        k = max(term.k for term in terms if not term.of_dead)
+        ks = [term.k for term in terms if not term.of_dead]
+        here = model.W_enc.shape[0]  # latents
+        k, k_aux = min(max(ks), here), min(k_aux, here)
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
-        if k_aux:
-            values, indices, *aux = model.select_aux(batch.x, k, k_aux, *how)
+        if not k_aux:
+            codes = communicator.codes(*model.select(batch.x, k, *how), ks)
         else:
-            values, indices, *aux = model.select(batch.x, k, *how)
-        wide = Code(*exchange(values, indices))
-        codes: list[Code] = []
-        for term in terms:
-            if term.of_dead:
-                codes.append(Code(*exchange(aux[0], aux[1])))
-            else:  # sorted: a prefix
-                codes.append(wide.first(term.k).contiguous())
-        return Selection(terms, codes, self.communicator.all_reduce(dead.sum()))
+            values, indices, *aux = model.select_aux(batch.x, k, k_aux, *how)
+            codes = communicator.codes(values, indices, ks)
+            codes += communicator.codes(aux[0], aux[1], [terms[-1].k])
+        return Selection(terms, codes, n_dead)
 
     # ------------------------------------------------------------------------------------ residual
 
@@ -134,35 +138,37 @@ class FusedStep:
         """
         model, d = self.model, self.model.d_out
         has_room = batch.x.is_cuda or (64 if self.state.masters else 32) * d <= model.d_sae
-        if has_room or len(chosen.terms) > 1 or model.skip or self.clip_norm:
+        if has_room or len(chosen.terms) > 1 or model.skip or self.clip_norm or not self.is_whole:
             return d
         return min(d, (d + 7) // 8 * 4)  # a multiple of 4
 
     def residual(self, batch: Batch, chosen: Selection, columns: int) -> Groups:
         """Each term's residual, the gradients of its values, and its code grouped by latent."""
-        model, groups = self.model, Groups()
-        groups.variance = ops.total_variance(batch.y)
+        model, communicator, groups = self.model, self.communicator, Groups()
+        groups.variance = communicator.variance(batch.y)
         for term, code in zip(chosen.terms, chosen.codes, strict=True):
             bias: Tensor | None = model.b_dec
-            pair = (code.values, code.indices)
             target, variance, sums = batch.target, groups.variance, None
             if term.of_residual:
-                bias, target = None, -groups.residuals[0]  # y - recon
-                variance = ops.total_variance(target)
+                bias, target = None, -communicator.own(groups.residuals[0])  # y - recon
+                variance = communicator.variance(target)
             elif self.sums_in_decode:
                 sums = torch.empty(model.d_out, dtype=self.state.acc, device=target.device)
-            residual, square, grads = ops.sparse_residual(
-                *pair, model.W_dec, bias, target, columns, sums
+            residual, square, grads = communicator.residual(
+                code, model.W_dec, bias, target, columns, sums
             )
-            offsets, order = ops.group_by_latent(*pair, model.d_sae)
+            offsets, order = ops.group_by_latent(code.values, code.indices, len(model.W_dec))
             groups.values.append(code.values)
             groups.grads.append(grads)
             groups.offsets.append(offsets)
             groups.order.append(order)
-            groups.residuals.append(self.communicator.exchange_rows(residual))
+            groups.residuals.append(residual)
             groups.sq_errors.append(square)
             groups.sums.append(sums)
-            groups.denominators.append(term.denominator(batch.y, variance, chosen.n_dead))
+            below = term.denominator(batch.y, variance, chosen.n_dead)
+            if not term.by_variance:  # a count of this rank's elements
+                below *= communicator.size
+            groups.denominators.append(below)
         return groups
 
     # ---------------------------------------------------------------------------------------- sums
@@ -189,11 +195,19 @@ class FusedStep:
             metrics["multi_topk_loss"] = named["multi_topk"]
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
         biased = sum(not term.of_residual for term in chosen.terms)  # those that b_dec is in
-        small = {"b_dec": _column_sums(g.residuals[:biased], g.sums)}
-        if model.W_skip is not None:
-            small["W_skip"] = [r.T @ batch.x.to(acc) for r in g.residuals[:biased]]
+        small = self._small(batch, g, biased)
         along = grad_dot_w if model.normalize_decoder else None
         return Sums(loss, scales, grad_b_enc, along, small), metrics
+
+    def _small(self, batch: Batch, g: Groups, biased: int) -> dict[str, list[Tensor]]:
+        """Of the first `biased` terms, each: what makes the gradients of b_dec and W_skip."""
+        own, all_reduce = self.communicator.own, self.communicator.all_reduce
+        pairs = list(zip(g.residuals[:biased], g.sums, strict=False))
+        b_dec = [all_reduce(own(r).sum(0)) if done is None else done for r, done in pairs]
+        if self.model.W_skip is None:
+            return {"b_dec": b_dec}
+        x = own(batch.x).to(self.state.acc)
+        return {"b_dec": b_dec, "W_skip": [all_reduce(own(r).T @ x) for r, _ in pairs]}
 
     # ------------------------------------------------------------------------------------- scalars
 
@@ -260,7 +274,7 @@ class FusedStep:
             code = chosen.codes[0]
             decoder = (model.W_dec, model.b_dec, batch.target, columns, model.d_out)
             rest = ops.sparse_residual_slice(code.values, code.indices, *decoder)
-            g.residuals.append(self.communicator.exchange_rows(rest))
+            g.residuals.append(rest)
             if g.sums[0] is None:
                 sums.small["b_dec"] = [torch.cat([sums.small["b_dec"][0], g.residuals[0].sum(0)])]
             self._update_decoder(g, sums, hyper, columns, True)
@@ -322,9 +336,3 @@ class FusedStep:
             None,
             state.rng_state("W_dec"),
         )
-
-
-def _column_sums(residuals: list[Tensor], sums: list[Tensor | None]) -> list[Tensor]:
-    """Sums over the tokens [columns] of each residual, where the kernel has not formed them."""
-    pairs = zip(residuals, sums, strict=False)
-    return [r.sum(0) if done is None else done for r, done in pairs]

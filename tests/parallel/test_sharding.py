@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents spread over ranks: selection, steps and bytes against one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import rank_jobs
+import torch
+from cases import randn
+from ranks import Pool
+from torch import Tensor
+from training import CASES, LR
+
+import ksae
+from ksae.parallel.keys import keys_of
+
+RANKS = (2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = Pool(max(RANKS))
+    yield pool
+    pool.close()
+
+
+def test_keys_have_the_order_of_selection() -> None:
+    inf, nan = float("inf"), float("nan")
+    scores = torch.tensor([1.0, -0.0, 0.0, nan, inf, -inf, 1.0, -1.0, 1e-45, -nan, -1e-45, 2.0])
+    order = keys_of(scores, torch.arange(12)).argsort(descending=True)
+    assert torch.equal(order, ksae.topk(scores, 12)[1])
+    assert keys_of(scores[:1], torch.tensor([2**32 - 1])).item() >> 32 == 0x3F800000
+
+
+# ---------------------------------------------------------------------------------------- selection
+
+
+def ties() -> tuple[Tensor, Tensor, Tensor]:
+    """Many latents are equal, in all remainders of R."""
+    W = randn(7, 9, seed=1)[torch.arange(53) % 7].sign()
+    return randn(12, 9, seed=2).sign(), W, torch.zeros(53)
+
+
+def nans() -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that are NaN or infinite, and a latent that is NaN."""
+    x, W = randn(12, 9, seed=3), randn(53, 9, seed=4)
+    x[2], x[5, 3], W[17] = float("nan"), float("inf"), float("nan")
+    return x, W, randn(53, seed=5)
+
+
+def one_sided() -> tuple[Tensor, Tensor, Tensor]:
+    """All winners are on rank 0, for each R; few pre-activations are positive otherwise."""
+    b = torch.full((53,), -20.0)
+    b[::12] = 50.0
+    return randn(12, 9, seed=6), randn(53, 9, seed=7), b
+
+
+@pytest.mark.parametrize("R", RANKS)
+@pytest.mark.parametrize("data", [ties, nans, one_sided])
+@pytest.mark.parametrize("k", [1, 5, 20, 53])
+def test_selection_is_that_of_one_process(pool: Pool, R: int, data, k: int) -> None:  # type: ignore[no-untyped-def]
+    x, W, b = data()
+    values, indices = ksae.topk_encode(x, W, b, k)
+    n, j = (values != 0).nonzero(as_tuple=True)
+    want = list(zip(n.tolist(), indices[n, j].tolist(), values[n, j].tolist(), strict=True))
+    parts = pool.values(rank_jobs.select, R, 53, k, x, W, b, torch.float32)
+    got = [entry for part in parts for entry in part]
+    assert repr(sorted(got, key=repr)) == repr(sorted(want, key=repr))  # NaN too
+    if data is one_sided and k <= 5:
+        assert parts[0] and not any(parts[1:])
+
+
+# -------------------------------------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_steps_have_the_losses_of_one_process(pool: Pool, case: str) -> None:
+    model = rank_jobs.make(case)
+    step = ksae.TrainStep(model, LR, **CASES[case][2])
+    want = [step(*rank_jobs.rows(case, t)) for t in range(20)]
+    for R in RANKS:
+        answers = pool.values(rank_jobs.train, R, case, 20)
+        metrics, whole = answers[0]
+        assert all(theirs == metrics for theirs, _ in answers), "ranks must agree"
+        for t, (got, exact) in enumerate(zip(metrics, want, strict=True)):
+            assert got.keys() == exact.keys()
+            for name, value in exact.items():
+                assert got[name] == pytest.approx(float(value), rel=1e-6, abs=1e-9), (R, t, name)
+        for name, tensor in model.state_dict().items():
+            # a first step of Adam is lr * sign: where a gradient is rounding, it may go either way
+            torch.testing.assert_close(whole[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+        assert torch.equal(whole["tokens_since_fired"], model.tokens_since_fired)
+
+
+@pytest.mark.parametrize("R", RANKS)
+def test_the_same_bits_on_every_run(pool: Pool, R: int) -> None:
+    first, second = (pool.values(rank_jobs.train, R, "skip, all", 5)[0] for _ in range(2))
+    assert first[0] == second[0]
+    for name, tensor in first[1].items():
+        assert torch.equal(tensor, second[1][name]), name
+
+
+def test_one_rank_has_the_bits_of_one_device(pool: Pool) -> None:
+    ((metrics, whole),) = pool.values(rank_jobs.train, 1, "multi, dead", 5)
+    model = rank_jobs.make("multi, dead")
+    step = ksae.TrainStep(model, LR, **CASES["multi, dead"][2])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the rank: plain torch's sums of the loss depend on it
+    for t in range(5):
+        assert {n: float(v) for n, v in step(*rank_jobs.rows("multi, dead", t)).items()} == metrics[
+            t
+        ]
+    torch.set_num_threads(before)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(whole[name], tensor), name
+
+
+# -------------------------------------------------------------------------------------------- bytes
+
+
+@pytest.mark.parametrize("R", RANKS)
+def test_bytes_sent_are_those_of_the_formula(pool: Pool, R: int) -> None:
+    n, d, F, k = 96, 64, 1024, 8
+    for counts, _ in pool.values(rank_jobs.count_bytes, R, (n, d, F, k), "float32"):
+        tokens = (R - 1) * n
+        want = {
+            "rows": tokens * d * 4,
+            "candidates": tokens * k * 8,
+            "last keys": tokens * 8,
+            "partial sums": tokens * d * 4,
+            "residuals": tokens * d * 4,
+        }
+        assert {name: counts[name] for name in want} == want
+        total = sum(want.values()) + (R - 1) * d * (8 + 4 + 4)  # variance, b_dec, centring
+        assert sum(counts.values()) == pytest.approx(total, rel=0.02)
