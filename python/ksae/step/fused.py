@@ -83,6 +83,7 @@ class FusedStep:
     ) -> None:
         self.model, self.state, self.clip_norm = model, state, clip_norm
         self.communicator, self.is_whole = communicator, communicator.size == 1
+        self.latents = model.W_enc.shape[0]  # of this rank
         # one reading of the residual less
         self.sums_in_decode = model.W_enc.is_cuda and self.is_whole
         self.asks_for_dead = not model.W_enc.is_cuda  # on CUDA only the device knows how many
@@ -115,8 +116,7 @@ class FusedStep:
         k_aux = aux_width(model, n_dead if self.asks_for_dead else None)
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
         ks = [term.k for term in terms if not term.of_dead]
-        here = model.W_enc.shape[0]  # latents
-        k, k_aux = min(max(ks), here), min(k_aux, here)
+        k, k_aux = min(max(ks), self.latents), min(k_aux, self.latents)
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         if not k_aux:
@@ -157,7 +157,7 @@ class FusedStep:
             residual, square, grads = communicator.residual(
                 code, model.W_dec, bias, target, columns, sums
             )
-            offsets, order = ops.group_by_latent(code.values, code.indices, len(model.W_dec))
+            offsets, order = ops.group_by_latent(code.values, code.indices, self.latents)
             groups.values.append(code.values)
             groups.grads.append(grads)
             groups.offsets.append(offsets)
@@ -166,7 +166,7 @@ class FusedStep:
             groups.sq_errors.append(square)
             groups.sums.append(sums)
             below = term.denominator(batch.y, variance, chosen.n_dead)
-            if not term.by_variance:  # a count of this rank's elements
+            if not (self.is_whole or term.by_variance):  # a count of this rank's elements
                 below *= communicator.size
             groups.denominators.append(below)
         return groups
