@@ -9,6 +9,7 @@ with TRITON_INTERPRET=1 the Triton kernels are interpreted, and nothing else run
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from cases import Implementation, implementations
 from torch import Tensor
 
 from ksae import ops, reference
+from ksae.ops import straight
+from ksae.ops.specs import BY_NAME
 
 CPU = "each instruction set"
 HOST = "cpu"  # what the table of ops chooses on the host
@@ -36,6 +39,21 @@ def contiguous(arg: Any) -> Any:
     return arg.contiguous() if isinstance(arg, Tensor) else arg
 
 
+def as_op(op: str, kernel: Any) -> Any:
+    """`kernel` as the table of ops calls it, but unchecked: by name, with contiguous tensors; the
+    reference where it does not serve."""
+    spec = BY_NAME[op]
+    own, others = straight.named(kernel, spec), straight.unserved(kernel, spec)
+
+    def run(*args: Any) -> Any:
+        values = spec.bind(args)
+        if any(values[name] is not None for name in others):
+            return getattr(reference, op)(*args)
+        return kernel(**{name: contiguous(values[name]) for name in own})
+
+    return run
+
+
 def to(arg: Any, device: str) -> Any:
     """Tensors and lists of tensors on a device, contiguous; the same objects where they are so."""
     if isinstance(arg, list | tuple):
@@ -43,8 +61,19 @@ def to(arg: Any, device: str) -> Any:
     return arg.to(device).contiguous() if isinstance(arg, Tensor) else arg
 
 
+def takes_arguments_of(kernel: Any, op: str) -> None:
+    """Assert that `kernel` names arguments of the op alone, in its order, all that must be given
+    among them and with the same defaults."""
+    spec, own = BY_NAME[op], inspect.signature(kernel).parameters
+    names = [name for name in own if name != "self"]
+    assert names == [name for name in spec.names if name in names]
+    assert not set(spec.names) - set(names) - spec.optional
+    schema = inspect.signature(getattr(reference, op)).parameters
+    assert all(own[name].default == schema[name].default for name in names)
+
+
 class Kernels(Implementation):
-    """Kernels called as the table of ops calls them: with contiguous tensors."""
+    """Kernels called as the table of ops calls them."""
 
     def __init__(self, name: str, kernels: Any) -> None:
         super().__init__(name)
@@ -52,7 +81,8 @@ class Kernels(Implementation):
 
     def __getattr__(self, op: str) -> Any:
         kernel = getattr(self.kernels, op)
-        return lambda *args: kernel(*map(contiguous, args))
+        name = op.removeprefix("fused_")
+        return as_op(name, kernel) if name in BY_NAME else kernel
 
 
 class Emulated(Kernels):
@@ -99,9 +129,8 @@ class OnCuda(Implementation):
 
         def run(*args: Any) -> Any:
             there = [to(a, "cuda") for a in args]
-            result = getattr(self.kernels, named[0])(*there)
-            if result is NotImplemented:  # arguments that the kernel does not know: as in the table
-                result = getattr(reference, op)(*there)
+            kernel = getattr(self.kernels, named[0])
+            result = (kernel if self.kernels is ops else as_op(op, kernel))(*there)
             if result is None:  # what is written is what counts
                 for here, t in zip(args, there, strict=True):
                     if isinstance(here, Tensor):

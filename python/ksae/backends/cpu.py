@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bridge from torch tensors to the native CPU kernels: the one place where tensors become pointers.
 
-Each function has the name, arguments and meaning of its reference; tensors come checked, contiguous
-and in float32, bfloat16 or float16 (ksae.ops sees to it). Outputs and workspaces are torch's; the
+Each function has the name and meaning of its reference and names the arguments that it serves; with
+others that are optional, the reference serves the call. Tensors come checked, contiguous and in
+float32, bfloat16 or float16 (ksae.ops sees to it). Outputs and workspaces are torch's; the
 thread count is torch.get_num_threads().
 
 Environment, read once at import: KSAE_NATIVE=0 leaves the native code out,
@@ -106,8 +107,6 @@ def topk_encode(
     k: int,
     b_dec: Tensor | None = None,
     mask: Tensor | None = None,
-    W_bf16: Tensor | None = None,
-    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     values, indices, _ = topk_encode_counted(x, W_enc, b_enc, k, b_dec, mask)
     return values, indices
@@ -204,8 +203,6 @@ def topk_encode_aux(
     W_dec: Tensor | None = None,
     beta: float = 0.0,
     mode: str = "additive",
-    W_bf16: Tensor | None = None,
-    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if grad is None or W_dec is None:
         chosen = topk_encode(x, W_enc, b_enc, k, b_dec)
@@ -240,11 +237,7 @@ def sparse_residual(
     b_dec: Tensor | None,
     target: Tensor,
     columns: int,
-    column_sums: Tensor | None = None,
-) -> Any:
-    """NotImplemented with column_sums, which are the reference's."""
-    if column_sums is not None:
-        return NotImplemented
+) -> tuple[Tensor, Tensor, Tensor]:
     (N, k) = values.shape
     sq_error = target.new_empty(N, dtype=torch.float64)
     grad_values = target.new_empty(N, k, dtype=torch.float32)
@@ -390,13 +383,7 @@ def row_update(
     grad_b_dec: Tensor | None,
     start: int,
     normalize: bool,
-    W_bf16: Tensor | None = None,
-    rng_state: Tensor | None = None,
-    norms: Tensor | None = None,
-) -> Any:
-    """NotImplemented with a bf16 copy or with rng_state, which are the reference's."""
-    if W_bf16 is not None or rng_state is not None:
-        return NotImplemented
+) -> None:
     F, d = W.shape
     _cpu.row_update(
         F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
@@ -406,4 +393,3 @@ def row_update(
         _pointer(v),
         _pointer(hyper), normalize, _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
-    return None

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bridge from torch tensors to the CUDA kernels: the one place where tensors become pointers.
 
-Each method of `Kernels` has the name, arguments and meaning of its reference; tensors come checked,
+Each method of `Kernels` has the name and meaning of its reference and names the arguments that it
+serves; with others that are optional, the reference serves the call. Tensors come checked,
 contiguous and in float32, bfloat16 or float16 (ksae.ops sees to it). Outputs and workspaces are
 torch's; work goes to torch's current stream on the tensors' device.
 
@@ -11,7 +12,7 @@ Environment, read once at import: KSAE_NATIVE=0 leaves the native code out.
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -393,16 +394,16 @@ def _dotted(capability: tuple[int, int]) -> str:
 def served(op: str, by: Kernels) -> Callable[..., Any]:
     """The op as `by` computes it, for GPUs that it can run on; a failed launch names the op."""
     function = getattr(by, op)
-    names = list(inspect.signature(function).parameters)
 
-    def run(*args: Any) -> Any:
-        for arg, t in zip(names, args, strict=False):
+    @functools.wraps(function)
+    def run(**args: Any) -> Any:
+        for arg, t in args.items():
             first = t[0] if isinstance(t, list | tuple) and t else t
             if isinstance(first, Tensor) and first.is_cuda:
                 _require(op, arg, first.device)
                 break
         try:
-            return function(*args)
+            return function(**args)
         except RuntimeError as error:
             if ": CUDA error " not in str(error) or str(error).startswith(f"{op} "):
                 raise

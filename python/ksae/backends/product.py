@@ -150,8 +150,6 @@ class Encode(ABC):
         k: int,
         b_dec: Tensor | None = None,
         mask: Tensor | None = None,
-        W_bf16: Tensor | None = None,
-        norms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         values, indices = self._encode(x, W_enc, b_enc, b_dec, [(k, mask)])
         return values, indices
@@ -185,8 +183,6 @@ class Encode(ABC):
         W_dec: Tensor | None = None,
         beta: float = 0.0,
         mode: str = "additive",
-        W_bf16: Tensor | None = None,
-        norms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         downstream = None
         if grad is not None and W_dec is not None:

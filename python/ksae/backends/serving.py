@@ -16,6 +16,7 @@ Environment, read once at import: KSAE_ENCODE=fused or product overrides the tab
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -115,10 +116,13 @@ def kernel(name: str) -> tuple[Callable[..., Any], str] | None:
     aux = name == "topk_encode_aux"
     ways = {override} if override else {r.aux if aux else r.way for r in TABLE}
     label = " or ".join(sorted({"triton" if w == "fused" else server for w in ways}))
-    W_at = 2 if name == "grad_topk_encode" else 1
+    taken = inspect.signature(product).parameters  # no hints: nothing is screened
 
-    def encode(*args: Any) -> Any:
-        return (fused if way(args[W_at], aux) == "fused" else product)(*args)
+    @functools.wraps(fused)
+    def encode(**args: Any) -> Any:
+        if way(args["W_enc"], aux) == "fused":
+            return fused(**args)
+        return product(**{arg: value for arg, value in args.items() if arg in taken})
 
     return encode, label
 

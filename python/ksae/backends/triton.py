@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bridge from torch tensors to the Triton kernels: outputs, workspaces, order of launches.
 
-Each method of `Kernels` has the name, arguments and meaning of its reference; tensors come checked,
+Each method of `Kernels` has the name and meaning of its reference and names the arguments that it
+serves; with others that are optional, the reference serves the call. Tensors come checked,
 contiguous and in float32, bfloat16 or float16 (ksae.ops sees to it). Triton and the kernels are
 imported by the first call; work goes to torch's current stream, and nothing waits for the device.
 Run on no AMD GPU, and so far on no GPU: interpreted and compiled only.
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -270,12 +270,8 @@ class Kernels(products.Encode):
         start: int,
         normalize: bool,
         W_bf16: Tensor | None = None,
-        rng_state: Tensor | None = None,
         norms: Tensor | None = None,
-    ) -> Any:
-        """NotImplemented with rng_state, which is left to the reference."""
-        if rng_state is not None:
-            return NotImplemented
+    ) -> None:
         from ..kernels.row_update import Groups, row_update
 
         with _guard(W):
@@ -284,7 +280,6 @@ class Kernels(products.Encode):
                 groups, scales, centre, grad_dot_w, grad_b_enc, W, master, m, v, hyper, grad_b_dec,
                 start, normalize, W_bf16, norms,
             )  # fmt: skip
-        return None
 
     def total_variance(self, y: Tensor) -> Tensor:
         from ..kernels.total_variance import total_variance

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import reference
 from ..backends import cpu as native
 from ..backends import serving as gpu
-from . import autograd, batching
+from . import autograd, batching, straight
 from .spec import Spec
 from .specs import BY_NAME, SPECS
 
@@ -28,35 +27,15 @@ def serving() -> dict[str, dict[str, str]]:
     return {name: dict(devices) for name, devices in _serving.items()}
 
 
-def _contiguous(arg: Any) -> Any:
-    if isinstance(arg, Tensor):
-        return arg.contiguous()
-    if isinstance(arg, list | tuple):
-        return [_contiguous(a) for a in arg]
-    return arg
+def kernel(name: str, serve: Callable[..., Any], device: str | None) -> Callable[..., Any]:
+    """The op behind its check, as `serve` computes it for tensors of `device`; None: of any."""
+    return straight.kernel(BY_NAME[name], serve, getattr(reference, name), device)
 
 
-def kernel(name: str, function: Callable[..., Any], native_: bool) -> Callable[..., Any]:
-    """`function` behind the check. Native leaves float64, the oracle's type, to the reference."""
-    spec = BY_NAME[name]
-    oracle = getattr(reference, name)
-    written, has_indices = spec.written, spec.has_indices
-
-    def run(*args: Any) -> Any:
-        values = spec.bind(args)
-        lead, dims, _ = spec.check(values)
-        if has_indices:
-            spec.check_indices(values, dims)
-        serve = oracle if lead.dtype == torch.float64 else function
-        result = serve(*(map(_contiguous, args) if native_ else args))
-        if result is NotImplemented:  # arguments that the kernel does not know
-            result = oracle(*args)
-        if written:  # below autograd: tell it
-            changed = [values[w] for w in written if values[w] is not None]
-            torch.autograd.graph.increment_version(changed)
-        return result
-
-    return run
+def _label(spec: Spec, server: str, serve: Callable[..., Any]) -> str:
+    """Who serves an op, and with which arguments the reference does instead."""
+    without = straight.unserved(serve, spec)
+    return f"{server}; reference with {' or '.join(without)}" if without else server
 
 
 def _register(spec: Spec) -> Any:
@@ -65,17 +44,17 @@ def _register(spec: Spec) -> Any:
     torch.library.define(qualified, spec.schema)
     op = getattr(torch.ops.ksae, name).default
 
-    default = kernel(name, getattr(reference, name), native_=False)
+    default = kernel(name, getattr(reference, name), None)
     torch.library.register_kernel(qualified, None, default)
     _serving[name] = {"default": "reference"}
     if native.available() and hasattr(native, name):
-        served = kernel(name, getattr(native, name), native_=True)
-        torch.library.register_kernel(qualified, "cpu", served)
-        _serving[name]["cpu"] = "native"
+        serve = getattr(native, name)
+        torch.library.register_kernel(qualified, "cpu", kernel(name, serve, "cpu"))
+        _serving[name]["cpu"] = _label(spec, "native", serve)
     if (on_gpu := gpu.kernel(name)) is not None:
-        served = kernel(name, on_gpu[0], native_=True)
-        torch.library.register_kernel(qualified, "cuda", served)
-        _serving[name]["cuda"] = on_gpu[1]
+        serve, server = on_gpu
+        torch.library.register_kernel(qualified, "cuda", kernel(name, serve, "cuda"))
+        _serving[name]["cuda"] = _label(spec, server, serve)
 
     torch.library.register_fake(qualified, spec.fake)
     if name in autograd.RULES:

@@ -4,6 +4,7 @@ fake function and the check of latent numbers."""
 
 from __future__ import annotations
 
+import inspect
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..reference.dtypes import FLOATS, accumulator
 from .grammar import Argument, parse
-from .messages import fail, index_range, text, wrong_type
+from .messages import fail, text, wrong_type
 from .numbers import is_number, number_check
 
 FIXED = {
@@ -50,10 +51,13 @@ class Spec:
     Args:
         name: of the op.
         line: in the grammar above.
-        given: which arguments go together, and types, given arguments and types; called once T is
-            known and before any other argument is looked at.
-        relations: between arguments that are right by themselves, given arguments and sizes.
-        types: rules for types that depend on arguments: a function of arguments and types.
+        given: which arguments go together, and types; called once T is known and before any other
+            argument is looked at.
+        relations: between arguments that are right by themselves.
+        types: rules for types that depend on arguments: an expression of arguments, T and A.
+
+    given and relations are called with the op's name and then with what their parameters name:
+    arguments, sizes, T and A.
     """
 
     def __init__(
@@ -61,9 +65,9 @@ class Spec:
         name: str,
         line: str,
         *,
-        given: Callable[[str, Values, Types], None] | None = None,
-        relations: Callable[[str, Values, Dims], None] | None = None,
-        types: dict[str, Callable[[Values, Types], torch.dtype]] | None = None,
+        given: Callable[..., None] | None = None,
+        relations: Callable[..., None] | None = None,
+        types: dict[str, str] | None = None,
     ) -> None:
         self.name = name
         self.line = line
@@ -72,8 +76,8 @@ class Spec:
         self.written = tuple(a.name for a in self.arguments if a.written)
         self.hints = frozenset(a.name for a in self.arguments if a.hint)
         self.optional = frozenset(a.name for a in self.arguments if a.optional)
-        self._given, self._relations, self._rules = given, relations, types or {}
-        self._defaults = self._find_defaults()
+        self.given, self.relations, self.rules = given, relations, types or {}
+        self.defaults = self._find_defaults()
         self._compile()
 
     # --------------------------------------------------------------------------------------- schema
@@ -96,7 +100,7 @@ class Spec:
             kind = "Tensor" if a.dims is not None else _scalar(a.type)
             kind += f"({next(alias)}!)" if a.written else ""
             kind += ("[]" if a.many else "") + ("?" if a.optional else "")
-            default = self._defaults.get(a.name, ...)
+            default = self.defaults.get(a.name, ...)
             quoted = f'"{default}"' if isinstance(default, str) else default
             words.append(f"{kind} {a.name}" + ("" if default is ... else f"={quoted}"))
         out = ", ".join(f"Tensor {a.name}" for a in self.outputs)
@@ -107,7 +111,7 @@ class Spec:
         values = dict(zip(self.names, args, strict=False))
         if len(args) < len(self.names):
             for name in self.names[len(args) :]:
-                values[name] = self._defaults[name]
+                values[name] = self.defaults[name]
         return values
 
     # ---------------------------------------------------------------------------------------- check
@@ -118,29 +122,35 @@ class Spec:
         op = self.name
         if self._lists:
             self._check_lists(values, dims)
-        value = values[self._lead.name]
-        lead: Tensor = value[0] if self._lead.many else value
+        value = values[self.lead.name]
+        lead: Tensor = value[0] if self.lead.many else value
         types = {"T": lead.dtype, "A": accumulator(lead.dtype)}
-        self._checks[0][1](values[self._lead.name], values, dims, types, lead)
-        for name, partner in self._partners:
+        self._checks[0][1](values[self.lead.name], values, dims, types, lead)
+        for name, partner in self.partners:
             if (values[name] is None) != (values[partner] is None):
                 raise fail(op, name, f"given with {partner}", "one without the other")
-        if self._given is not None:
-            self._given(op, values, types)
-        for rule, function in self._rules.items():
-            types[rule] = function(values, types)
+        if self.given is not None:
+            self.given(op, *self._named(self.given, values, dims, types))
+        for rule, expression in self.rules.items():
+            types[rule] = eval(expression, {}, {**values, **types})
         for name, run in self._checks[1:]:
             value = values[name]
             if value is not None:
                 run(value, values, dims, types, lead)
-        if self._relations is not None:
-            self._relations(op, values, dims)
+        if self.relations is not None:
+            self.relations(op, *self._named(self.relations, values, dims, types))
         return Checked(lead, dims, types)
 
-    def check_indices(self, values: Values, dims: Dims) -> None:
-        """Latent numbers are in range: a look at the data, for kernels alone."""
-        for name, size in self._indices:
-            index_range(self.name, values[name], dims[size])
+    @staticmethod
+    def wanted(hook: Callable[..., None]) -> list[str]:
+        """What `given` or `relations` is called with, after the name of the op."""
+        return list(inspect.signature(hook).parameters)[1:]
+
+    def _named(
+        self, hook: Callable[..., None], values: Values, dims: Dims, types: Types
+    ) -> list[Any]:
+        known = {**dims, **types, **values}
+        return [known.get(name) for name in self.wanted(hook)]
 
     def fake(self, *args: Any) -> Any:
         """The outputs with nothing in them."""
@@ -152,7 +162,7 @@ class Spec:
         return out if len(out) > 1 else out[0] if out else None
 
     def _check_lists(self, values: Values, dims: Dims) -> None:
-        first = self._counted
+        first = self.counted
         tensors, own = values[first.name], bool(first.dims) and first.dims != ("...",)
         if not tensors:
             kind = "group" if own else "tensor"
@@ -170,23 +180,23 @@ class Spec:
         """One function an argument, in the order in which sizes become known."""
         tensors = [a for a in self.arguments if a.dims is not None]
         self._lists = [a.name for a in self.arguments if a.many]
-        self._partners = [(a.name, a.partner) for a in self.arguments if a.partner]
-        self._indices = [
+        self.partners = [(a.name, a.partner) for a in self.arguments if a.partner]
+        self.indices = [
             (a.name, a.type[6:-1]) for a in tensors if a.type.startswith("index(")
         ]  # index(F)
-        self.has_indices = bool(self._indices)
         leads = [a for a in tensors if a.type == "T"] or [a for a in tensors if a.type == "A"]
-        self._lead = leads[0]
-        self._counted = next(
-            (a for a in tensors if a.many and a.type in ("T", "A", "T|A")), self._lead
+        self.lead = leads[0]
+        self.counted = next(
+            (a for a in tensors if a.many and a.type in ("T", "A", "T|A")), self.lead
         )
         setters = {d[:-1]: a.name for a in tensors for d in a.dims or () if d.endswith("=")}
-        ready = [self._lead, *(a for a in self.arguments if a is not self._lead)]
+        ready = [self.lead, *(a for a in self.arguments if a is not self.lead)]
         for a in list(ready):  # after the one that sets a size of it
             for size, setter in setters.items():
                 if a.name != setter and size in (a.dims or ()):
                     ready.remove(a)
                     ready.insert(1 + [b.name for b in ready].index(setter), a)
+        self.order = ready
         known: dict[str, str] = {"G": ""}  # sizes and who set them
         self._checks: list[tuple[str, Callable[..., None]]] = []
         for a in ready:
@@ -202,7 +212,7 @@ class Spec:
             return number_check(self.name, a.name, a.type)
         dims = tuple(d.removesuffix("=") for d in a.dims)
         sizes = {n for d in dims for n in re.findall(r"[A-Za-z_]\w*", d)}
-        settled = dims != ("...",) and sizes <= known.keys() and a is not self._lead
+        settled = dims != ("...",) and sizes <= known.keys() and a is not self.lead
         expected, only, fixed = _shape(dims), a.type, FIXED.get(a.type)
         shape = self._shape_check(a, dims, known)
         kind = self._type_check(a)
@@ -248,7 +258,7 @@ class Spec:
                     raise wrong_type(op, label, " or ".join(map(str, INDEX)), t)
 
             return index
-        if a is self._lead:
+        if a is self.lead:
             allowed = FLOATS if a.type == "T" else (torch.float32, torch.float64)
             words = "one of " + ", ".join(map(str, FLOATS)) if a.type == "T" else ""
 

@@ -7,73 +7,108 @@ is said where the meaning is, in `ksae.reference`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from ..reference.dtypes import MODES
 from .messages import fail, text, wrong_type
-from .spec import Dims, Spec, Types, Values
+from .spec import Spec
 
 ENTRIES = 2**31 - 1  # flat positions are int32
 
 
-def _bf16_of_float32(op: str, a: Values, types: Types) -> None:
+def _bf16_of_float32(op: str, W_bf16: Tensor | None, T: torch.dtype) -> None:
     """A copy in bfloat16 is one of float32 weights."""
-    if a["W_bf16"] is not None and types["T"] != torch.float32:
-        raise fail(op, "W_bf16", f"None for {types['T']} weights", "a tensor")
+    if W_bf16 is not None and T is not torch.float32:
+        raise fail(op, "W_bf16", f"None for {T} weights", "a tensor")
 
 
-def _entries(op: str, a: Values, dims: Dims) -> None:
-    if dims["N"] * dims["k"] > ENTRIES:
-        raise fail(op, "values", f"of at most {ENTRIES} entries", text(a["values"].shape))
+def _entries(op: str, N: int, k: int, values: Tensor) -> None:
+    if N * k > ENTRIES:
+        raise fail(op, "values", f"of at most {ENTRIES} entries", text(values.shape))
 
 
-def _ordered(op: str, a: Values, dims: Dims) -> None:
-    start, stop, d = a["start"], a["stop"], dims["d"]
+def _ordered(op: str, start: int, stop: int, d: int) -> None:
     if not 0 <= start <= stop <= d:
         raise fail(op, "start and stop", f"ordered in [0, {d}]", f"{start} and {stop}")
 
 
-def _rows(op: str, a: Values, dims: Dims) -> None:
+def _rows(
+    op: str,
+    coefficients: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    W: Tensor,
+    scales: Tensor,
+    start: int,
+    d: int,
+    columns: int,
+) -> None:
     """Coefficients are wide where rows are stored, and the other way round; rows lie within W."""
-    stored, wide = a["W"].dtype, a["scales"].dtype
-    want = wide if a["rows"][0].dtype == stored else stored
-    for g, t in enumerate(a["coefficients"]):
+    stored, wide, kind = W.dtype, scales.dtype, rows[0].dtype
+    want = wide if kind == stored else stored
+    for g, t in enumerate(coefficients):
         if t.dtype != want:
             raise wrong_type(op, f"coefficients[{g}]", str(want), t)
-    for g, t in enumerate(a["rows"]):
-        if t.dtype != a["rows"][0].dtype:
-            raise wrong_type(op, f"rows[{g}]", str(a["rows"][0].dtype), t)
-    start, d, columns = a["start"], dims["d"], dims["columns"]
+    for g, t in enumerate(rows):
+        if t.dtype != kind:
+            raise wrong_type(op, f"rows[{g}]", str(kind), t)
     if not 0 <= start <= d - columns:
         raise fail(op, "start", f"in [0, {d - columns}] for {columns} columns of {d}", start)
 
 
-def _master(op: str, a: Values, types: Types, rounded: bool = False) -> None:
+def _master(
+    op: str, master: Tensor | None, T: torch.dtype, A: torch.dtype, rounded: bool = False
+) -> None:
     """A master is kept of weights that are narrower than sums, unless they are rounded randomly."""
-    master, T = a["master"], types["T"]
-    if (master is None) != (types["A"] == T or rounded):
+    if (master is None) != (A == T or rounded):
         weights = f"{T} weights" + (" with rng_state" if rounded else "")
         want, got = ("a tensor", "None") if master is None else ("None", "a tensor")
         raise fail(op, "master", f"{want} for {weights}", got)
 
 
-def _update(op: str, a: Values, types: Types) -> None:
-    rng_state = a["rng_state"]
-    if rng_state is not None and types["T"] != torch.bfloat16:
-        raise TypeError(f"{op}: W must be torch.bfloat16 with rng_state, got {types['T']}")
-    _master(op, a, types, rng_state is not None)
-    _bf16_of_float32(op, a, types)
-    if a["norms"] is not None and a["W_bf16"] is None:
+def _kept(op: str, master: Tensor | None, T: torch.dtype, A: torch.dtype) -> None:
+    _master(op, master, T, A)
+
+
+def _update(
+    op: str,
+    master: Tensor | None,
+    rng_state: Tensor | None,
+    W_bf16: Tensor | None,
+    norms: Tensor | None,
+    T: torch.dtype,
+    A: torch.dtype,
+) -> None:
+    if rng_state is not None and T is not torch.bfloat16:
+        raise TypeError(f"{op}: W must be torch.bfloat16 with rng_state, got {T}")
+    _master(op, master, T, A, rng_state is not None)
+    _bf16_of_float32(op, W_bf16, T)
+    if norms is not None and W_bf16 is None:
         raise fail(op, "W_bf16", "given with norms", "None")
 
 
-def _updated_rows(op: str, a: Values, dims: Dims) -> None:
-    _rows(op, a, dims)
-    if a["rng_state"] is not None and a["start"] % 4:  # four columns share their random words
-        raise fail(op, "start", "a multiple of 4 with rng_state", a["start"])
-    for name in ("norms", "grad_b_dec"):
-        if a[name] is not None and dims["columns"] != dims["d"]:
-            raise fail(op, "rows[0]", f"{dims['d']} columns with {name}", dims["columns"])
+def _updated_rows(
+    op: str,
+    coefficients: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    W: Tensor,
+    scales: Tensor,
+    start: int,
+    d: int,
+    columns: int,
+    rng_state: Tensor | None,
+    norms: Tensor | None,
+    grad_b_dec: Tensor | None,
+) -> None:
+    _rows(op, coefficients, rows, W, scales, start, d, columns)
+    if rng_state is not None and start % 4:  # four columns share their random words
+        raise fail(op, "start", "a multiple of 4 with rng_state", start)
+    if columns != d:
+        for name, t in (("norms", norms), ("grad_b_dec", grad_b_dec)):
+            if t is not None:
+                raise fail(op, "rows[0]", f"{d} columns with {name}", columns)
 
 
 _MODE = f"mode:{'|'.join(MODES)}=additive"
@@ -147,7 +182,7 @@ SPECS = (
         " W_bf16!:bf16[F,d]? rng_state:i64[2]? norms!:f32[3,F]? ->",
         given=_update,
         relations=_updated_rows,
-        types={"moment": lambda a, types: types["A" if a["rng_state"] is None else "T"]},
+        types={"moment": "A if rng_state is None else T"},
     ),
     Spec("total_variance", "y:T[N,d] -> variance:A[]"),
     Spec(
@@ -164,7 +199,7 @@ SPECS = (
         "vector_update",
         "grads:A[...]* scales:A[G]? minus:A[...]? taken:bool[] hyper:A[8] p!:T[...]"
         " master!:A[...]? m!:A[...] v!:A[...] ->",
-        given=_master,
+        given=_kept,
     ),
 )
 BY_NAME = {spec.name: spec for spec in SPECS}

@@ -73,24 +73,24 @@ def test_an_old_gpu_is_refused_and_a_new_one_asked_once(monkeypatch: pytest.Monk
     topk = cuda.served("topk", kernels)
     with FakeTensorMode():
         new, old = (torch.empty(3, 9, device=f"cuda:{n}") for n in range(2))
-    topk(new, 2)
-    topk(new, 2)
+    topk(x=new, k=2)
+    topk(x=new, k=2)
     want = r"topk: x must be on a GPU of compute capability 8\.0 or newer, got cuda:1 \(Tesla T4, 7"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=want):
-            topk(old, 2)
+            topk(x=old, k=2)
     assert ran == [0, 0] and asked == [0, 1, 1]
 
 
 def test_a_failed_launch_names_the_op_that_was_called() -> None:
     text = "select with N=3, F=9, k=2: CUDA error 209 (no kernel image is available)"
 
-    def fails(*args: Any) -> None:
+    def fails(**args: Any) -> None:
         raise RuntimeError(text)
 
     topk_encode = cuda.served("topk_encode", SimpleNamespace(topk_encode=fails))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError) as caught:
-        topk_encode(randn(3, 4), randn(9, 4), randn(9), 2)
+        topk_encode(x=randn(3, 4), W_enc=randn(9, 4), b_enc=randn(9), k=2)
     assert str(caught.value) == f"topk_encode: {text}"
     own = cuda.served("select", SimpleNamespace(select=fails))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError) as caught:

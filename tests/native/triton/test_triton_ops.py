@@ -4,6 +4,7 @@ own, because Triton reads TRITON_INTERPRET once, at its import; errors; who serv
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -12,16 +13,19 @@ import sys
 import types
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import NAMES
+from implementations import takes_arguments_of
 
 from ksae import reference
 from ksae.backends import cpu as native
 from ksae.backends import cuda
 from ksae.backends import serving as gpu
 from ksae.backends.triton import Kernels
+from ksae.ops.specs import BY_NAME
 
 ROOT = Path(__file__).parents[3]
 # The files of which Triton's interpreter runs what they mark, and at least so many tests of each.
@@ -92,8 +96,7 @@ def test_equals_the_reference(interpreted: dict[str, dict[str, str]], name: str)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_kernels_have_the_arguments_of_the_reference(name: str) -> None:
-    own = list(inspect.signature(getattr(Kernels, name)).parameters)[1:]
-    assert own == list(inspect.signature(getattr(reference, name)).parameters)
+    takes_arguments_of(getattr(Kernels, name), name)
 
 
 # ---------------------------------------------------------------------------------- who serves what
@@ -143,6 +146,17 @@ def test_precedence(
     assert tuple(f and f[1] for f in found) == served
 
 
+def answering(method: Any, name: str) -> Any:
+    """A method with the arguments of `method` that returns its name."""
+
+    @functools.wraps(method)
+    def answer(self: Any, **args: Any) -> str:
+        inspect.signature(method).bind(self, **args)  # knows them all
+        return name
+
+    return answer
+
+
 @pytest.mark.parametrize("way", gpu.WAYS)
 def test_a_call_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     monkeypatch.setattr(gpu, "override", way)
@@ -153,9 +167,9 @@ def test_a_call_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch, w
              "topk_encode_aux": (x, W, b, 1, 2, b > 0)}  # fmt: skip
     for op, args in calls.items():
         for name in (f"fused_{op}", op):
-            monkeypatch.setattr(Kernels, name, lambda *args, name=name: name)
+            monkeypatch.setattr(Kernels, name, answering(getattr(Kernels, name), name))
         encode, server = gpu.kernel(op) or (None, None)
-        got = encode(*args)
+        got = encode(**BY_NAME[op].bind(args))
         assert server == "triton" and got == ("fused_" if way == "fused" else "") + op
 
 
