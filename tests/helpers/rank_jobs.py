@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from training import CASES, LR, batch, build
 
 import ksae
+import ksae.parallel.shard
 from ksae.coders.coder import SparseCoder
 from ksae.parallel.shards import Shards
 
@@ -78,3 +81,84 @@ def count_bytes(group: Any, sizes: tuple[int, ...], dtype: str) -> tuple[dict[st
     torch.manual_seed(dist.get_rank(group))
     step(torch.randn(n, d))
     return dict(part.ranks.bytes), n
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def differ(group: Any, how: str) -> None:
+    """Rank 1 differs from the others."""
+    odd = dist.get_rank(group) == 1
+    torch.manual_seed(odd and how == "seed")
+    if odd and how == "version":
+        ksae.parallel.shard.VERSION = "0.0"  # type: ignore[attr-defined]
+    try:
+        k = 6 if odd and how == "k" else 5
+        part = ksae.shard(ksae.TopKSAE(8, 40, k), "world" if odd and how == "mesh" else group)
+        lr = -1.0 if odd and how == "bad lr" else 1e-3
+        betas = (0.5, 0.9) if odd and how == "betas" else (0.9, 0.999)
+        step = ksae.TrainStep(part, lr, betas=betas)
+        if odd and how == "lr":
+            step.lr = 1e-4
+        x = torch.randn(7 if odd and how == "rows" else 6, 9 if odd and how == "width" else 8)
+        step(x, torch.zeros(6, 8) if odd and how == "y" else None)
+    finally:
+        ksae.parallel.shard.VERSION = ksae.__version__  # type: ignore[attr-defined]
+
+
+def refused(group: Any, how: str) -> None:
+    """All ranks ask for what there is not."""
+    torch.manual_seed(0)
+    mesh: Any = group
+    sae = ksae.TopKSAE(8, 2 if how == "few" else 40, 2)
+    match how:
+        case "float64":
+            sae.double()
+        case "gradient":
+            sae = ksae.GradTopKSAE(8, 40, 2)
+        case "2-d":
+            mesh = dist.init_device_mesh("cpu", (2, 2))
+        case "type":
+            mesh = 4
+    part = ksae.shard(sae, mesh)
+    match how:
+        case "twice":
+            ksae.shard(part, mesh)
+        case "autograd":
+            ksae.TrainStep(part, fused=False)
+        case "forward":
+            part(torch.zeros(3, 8))
+        case "save":
+            part.save("x.safetensors")
+
+
+def on_a_mesh(group: Any) -> tuple[int, int]:
+    torch.manual_seed(0)
+    part = ksae.shard(ksae.TopKSAE(8, 41, 2), dist.init_device_mesh("cpu", (4,)))
+    return part.ranks.rank, len(part.W_enc)
+
+
+def from_meta(group: Any) -> tuple[list[int], float]:
+    """The shapes of a part that was never whole, and its loss after some steps over the first."""
+    with torch.device("meta"):
+        sae = ksae.TopKSAE(8, 41, 5)
+    torch.manual_seed(0)
+    part = ksae.shard(sae, group)
+    step = ksae.TrainStep(part, 1e-2)
+    torch.manual_seed(dist.get_rank(group))
+    x = torch.randn(30, 8)
+    losses = [float(step(x)["loss"]) for _ in range(30)]
+    return [*part.W_enc.shape, part.d_sae], losses[-1] / losses[0]
+
+
+def silent(group: Any, how: str) -> None:
+    """Rank 1 ends, or does not come, before a step."""
+    torch.manual_seed(0)
+    part = ksae.shard(ksae.TopKSAE(8, 40, 2), group)
+    step = ksae.TrainStep(part)
+    step(torch.randn(6, 8))
+    if dist.get_rank(group) == 1:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return
+    step(torch.randn(6, 8))

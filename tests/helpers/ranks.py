@@ -56,10 +56,13 @@ class Pool:
         end = time.monotonic() + LIMIT
         answers = []
         for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(max(end - time.monotonic(), 0)):
+            if not pipe.poll(max(end - time.monotonic(), 0)):  # True of one that has ended
                 self.close()
                 raise TimeoutError(f"rank {rank} of {ranks} has not answered for {LIMIT} s")
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except (EOFError, ConnectionResetError):
+                answers.append(Failed("ended", "", ""))
         return answers[:ranks]
 
     def values(self, job: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:

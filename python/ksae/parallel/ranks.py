@@ -124,7 +124,7 @@ class Ranks:
                 raise RankError(f"{what}: rank {rank} has stopped with {theirs}")
         first = every[0]
         for rank, theirs in enumerate(every):
-            for name in first.keys() | theirs.keys():
+            for name in first | theirs:
                 a, b = (facts.get(name, "nothing") for facts in (first, theirs))
                 if a != b:
                     raise ValueError(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..coders import registry
-from ..coders.activation import GradTopK, TopK
+from ..coders.activation import TopK
 from ..coders.coder import SparseCoder
 from ..version import VERSION
 from .ranks import ranks_of
@@ -122,11 +122,11 @@ def _check(sae: SparseCoder, R: int) -> None:
         raise TypeError(f"shard: sae must be a coder of ksae, got {type(sae).__name__}")
     if sae.ranks is not None:
         raise ValueError("shard: sae must be whole, got one that is spread over ranks")
-    if type(sae.activation) not in (TopK, GradTopK):
+    if type(sae.activation) is not TopK:
         got = type(sae.activation).__name__
-        raise TypeError(f"shard: sae must have the activation TopK or GradTopK, got {got}")
-    if sae.W_enc.dtype == torch.float64:
-        raise TypeError("shard: sae must be float32, bfloat16 or float16, got torch.float64")
+        raise TypeError(f"shard: sae must have the activation TopK, got {got}")
+    if sae.W_enc.dtype != torch.float32:  # else selection hangs on scores that no op returns
+        raise TypeError(f"shard: sae must be torch.float32, got {sae.W_enc.dtype}")
     if sae.d_sae < R:
         raise ValueError(f"shard: sae must have at least {R} latents, one a rank, got {sae.d_sae}")
 
