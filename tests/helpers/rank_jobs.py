@@ -15,6 +15,7 @@ from training import CASES, LR, batch, build
 import ksae
 import ksae.parallel.shard
 from ksae.coders.coder import SparseCoder
+from ksae.parallel import checkpoint
 from ksae.parallel.shards import Shards
 
 
@@ -162,3 +163,24 @@ def silent(group: Any, how: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return
     step(torch.randn(6, 8))
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+def save_half_way(group: Any, case: str, folder: str) -> list[float]:
+    """Four steps, a checkpoint, and the losses of four more."""
+    part = ksae.shard(make(case), group)
+    step = ksae.TrainStep(part, LR, **CASES[case][2])
+    for t in range(4):
+        step(*(own(group, b) for b in rows(case, t)))
+    checkpoint.save_sharded(folder, part, step, {"t": 4})
+    return [float(step(*(own(group, b) for b in rows(case, t)))["loss"]) for t in range(4, 8)]
+
+
+def go_on(group: Any, case: str, folder: str) -> list[float]:
+    """The losses of four steps from a checkpoint on."""
+    part = ksae.shard(make(case), group)
+    step = ksae.TrainStep(part, LR, **CASES[case][2])
+    assert checkpoint.load_sharded(folder, part, step) == {"t": 4}
+    return [float(step(*(own(group, b) for b in rows(case, t)))["loss"]) for t in range(4, 8)]
