@@ -38,6 +38,7 @@ def _add_entries(
     coefficients_ptr,  # [N, k]
     order_ptr,  # [N * k] int32
     rows_ptr,  # [N, columns]
+    row_of_ptr,  # [N * k] int32 or None: instead of k entries a row
     scale,
     first,
     last,
@@ -51,7 +52,8 @@ def _add_entries(
     for e in tl.range(first, last, loop_unroll_factor=2):
         at = tl.load(order_ptr + e)
         a = scale * tl.load(coefficients_ptr + at).to(tl.float32)
-        row = rows_ptr + (at // k).to(tl.int64) * columns
+        n = tl.load(row_of_ptr + at) if row_of_ptr is not None else at // k
+        row = rows_ptr + n.to(tl.int64) * columns
         inside = c < tl.where(a == 0, 0, columns)
         r = tl.load(row + c, inside, 0.0).to(tl.float32) - centre
         total += tl.where(inside, a * r, 0.0)
@@ -68,7 +70,7 @@ def _centre(centre_ptr, c, columns, CENTRE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr"])
 def pieces_kernel(
-    coefficients_ptr, offsets_ptr, order_ptr, rows_ptr,
+    coefficients_ptr, offsets_ptr, order_ptr, rows_ptr, row_of_ptr,
     scale_ptr,  # [1]
     centre_ptr,  # [columns]
     pieces_ptr,  # [units, 2, columns] float32
@@ -99,8 +101,8 @@ def pieces_kernel(
             if SCALED:
                 scale = tl.load(scale_ptr)
             total = _add_entries(
-                coefficients_ptr, order_ptr, rows_ptr, scale, tl.maximum(first, begin),
-                tl.minimum(last, end), k, columns, c,
+                coefficients_ptr, order_ptr, rows_ptr, row_of_ptr, scale,
+                tl.maximum(first, begin), tl.minimum(last, end), k, columns, c,
                 _centre(centre_ptr, c, columns, CENTRE, BLOCK), tl.zeros((BLOCK,), tl.float32),
             )  # fmt: skip
             here = pieces_ptr + (2 * unit + slot).to(tl.int64) * columns
@@ -109,10 +111,11 @@ def pieces_kernel(
 
 @triton.jit
 def _gradient(
-    coefficients,  # of each group; as are offsets, order, rows, pieces and ks
+    coefficients,  # of each group; as are offsets, order, rows, row_of, pieces and ks
     offsets,
     order,
     rows,
+    row_of,
     pieces,
     ks,
     scales_ptr,
@@ -135,8 +138,8 @@ def _gradient(
             if SCALED:
                 scale = tl.load(scales_ptr + g)
             total = _add_entries(
-                coefficients[g], order[g], rows[g], scale, first, last, ks[g], columns, c, centre,
-                total,
+                coefficients[g], order[g], rows[g], row_of[g], scale, first, last, ks[g], columns,
+                c, centre, total,
             )  # fmt: skip
         else:
             for unit in range(first // CUT, (last - 1) // CUT + 1):
@@ -160,7 +163,7 @@ def _along(grad_dot_w, square):
 
 @triton.jit
 def update_kernel(
-    coefficients, offsets, order, rows, pieces, ks, scales_ptr, centre_ptr,
+    coefficients, offsets, order, rows, row_of, pieces, ks, scales_ptr, centre_ptr,
     grad_dot_w_ptr,  # [F] float32
     W_ptr,  # [F, d] T
     master_ptr,  # [F, d] float32, with MASTER
@@ -180,8 +183,8 @@ def update_kernel(
         at = i * d + start + c
         centre = _centre(centre_ptr, c, columns, CENTRE, BLOCK)
         g = _gradient(
-            coefficients, offsets, order, rows, pieces, ks, scales_ptr, centre, i, c, columns,
-            GROUPS, True, CUT, BLOCK,
+            coefficients, offsets, order, rows, row_of, pieces, ks, scales_ptr, centre, i, c,
+            columns, GROUPS, True, CUT, BLOCK,
         )  # fmt: skip
         w = tl.load(W_ptr + at, inside, 0.0).to(tl.float32)
         if PROJECT:
@@ -245,7 +248,8 @@ def update_kernel(
 
 @triton.jit
 def grad_sq_kernel(
-    coefficients, offsets, order, rows, pieces, ks, scales_ptr, centre_ptr, grad_dot_w_ptr, W_ptr,
+    coefficients, offsets, order, rows, row_of, pieces, ks, scales_ptr, centre_ptr,
+    grad_dot_w_ptr, W_ptr,
     out_ptr,  # [F] float64
     d, columns, start,
     GROUPS: tl.constexpr, CENTRE: tl.constexpr, PROJECT: tl.constexpr,
@@ -257,8 +261,8 @@ def grad_sq_kernel(
         c = tl.arange(0, BLOCK)
         centre = _centre(centre_ptr, c, columns, CENTRE, BLOCK)
         g = _gradient(
-            coefficients, offsets, order, rows, pieces, ks, scales_ptr, centre, i, c, columns,
-            GROUPS, True, CUT, BLOCK,
+            coefficients, offsets, order, rows, row_of, pieces, ks, scales_ptr, centre, i, c,
+            columns, GROUPS, True, CUT, BLOCK,
         )  # fmt: skip
         if PROJECT:
             along = _along(tl.load(grad_dot_w_ptr + i), _square_of_row(W_ptr, i, d, BLOCK_D))
@@ -270,7 +274,7 @@ def grad_sq_kernel(
 
 @triton.jit
 def weight_kernel(
-    coefficients, offsets, order, rows, pieces, ks,
+    coefficients, offsets, order, rows, row_of, pieces, ks,
     out_ptr,  # [F, columns] T
     columns,
     CUT: tl.constexpr, BLOCK: tl.constexpr,
@@ -278,8 +282,8 @@ def weight_kernel(
     i = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     g = _gradient(
-        coefficients, offsets, order, rows, pieces, ks, out_ptr, tl.zeros((BLOCK,), tl.float32), i,
-        c, columns, 1, False, CUT, BLOCK,
+        coefficients, offsets, order, rows, row_of, pieces, ks, out_ptr,
+        tl.zeros((BLOCK,), tl.float32), i, c, columns, 1, False, CUT, BLOCK,
     )  # fmt: skip
     tl.store(out_ptr + i * columns + c, g.to(out_ptr.dtype.element_ty), c < columns)
 
@@ -333,9 +337,11 @@ class Groups:
         rows: Sequence[Tensor],  # G of [N, columns]
         scales: Tensor | None,  # [G] float32
         centre: Tensor | None,  # [columns]
+        row_of: Sequence[Tensor] | None = None,  # G of [N_g*k_g] int32
     ) -> None:
         F, columns = offsets[0].numel() - 1, rows[0].shape[1]
         ks = tuple(max(c.shape[1], 1) for c in coefficients)
+        of = (None,) * len(ks) if row_of is None else tuple(row_of)
         pieces = []
         block = min(512, triton.next_power_of_2(max(columns, 1)))
         for g, (c, off, o, r) in enumerate(zip(coefficients, offsets, order, rows, strict=True)):
@@ -344,13 +350,14 @@ class Groups:
             pieces.append(piece)
             if piece.numel():
                 pieces_kernel[units, 2, triton.cdiv(columns, block)](
-                    c, off, o, r, off if scales is None else scales[g:], r if centre is None else
-                    centre, piece, F, ks[g], columns, F.bit_length(), CENTRE=centre is not None,
-                    SCALED=scales is not None, CUT=CUT, BLOCK=block, num_warps=warps(block),
+                    c, off, o, r, of[g], off if scales is None else scales[g:],
+                    r if centre is None else centre, piece, F, ks[g], columns, F.bit_length(),
+                    CENTRE=centre is not None, SCALED=scales is not None, CUT=CUT, BLOCK=block,
+                    num_warps=warps(block),
                 )  # fmt: skip
         self.columns, self.count = columns, len(ks)
         self.arguments = (
-            tuple(coefficients), tuple(offsets), tuple(order), tuple(rows), tuple(pieces), ks
+            tuple(coefficients), tuple(offsets), tuple(order), tuple(rows), of, tuple(pieces), ks
         )  # fmt: skip
 
 

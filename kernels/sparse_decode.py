@@ -4,7 +4,8 @@
 decode: one program a token and slice of columns, slices outermost, so that a cache has to hold one
 slice of W_dec only. values: one program a few slots of a token, its dot products in one reading of
 the token's row. Sums run over slots in order, or over columns in a tree that depends on sizes
-alone. A slot with value 0 is not read.
+alone. A slot with value 0 is not read. With row offsets, a program of values has a few entries of
+any tokens, each of which reads its own token's row.
 
 Bytes: N k d sizeof(T) gathered by each kernel, N d written by decode. Flops: 2 N k d each.
 Portable Triton; run on no AMD GPU, and so far on no GPU: interpreted and compiled only.
@@ -28,7 +29,8 @@ def decode_kernel(
     W_ptr,  # [F, d] T
     b_ptr,  # [d] T, read with BIAS
     target_ptr,  # [N, d] T or float32, read with TARGET
-    out_ptr,  # [N, stop - start]: T, or float32 with TARGET
+    offsets_ptr,  # [N + 1] int64 or None: of the rows of values and indices [E]; k is not read
+    out_ptr,  # [N, stop - start]: T, or float32
     d, k, start, stop,
     BIAS: tl.constexpr, TARGET: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
@@ -36,10 +38,15 @@ def decode_kernel(
     n = tl.program_id(0).to(tl.int64)
     c = start + tl.program_id(1) * SLICE + tl.arange(0, SLICE)
     inside = c < stop
+    first = n * k
+    count = k
+    if offsets_ptr is not None:
+        first = tl.load(offsets_ptr + n)
+        count = (tl.load(offsets_ptr + n + 1) - first).to(tl.int32)
     total = tl.zeros((SLICE,), tl.float32)
-    for j in tl.range(0, k, loop_unroll_factor=4):
-        v = tl.load(values_ptr + n * k + j).to(tl.float32)
-        row = W_ptr + tl.load(indices_ptr + n * k + j).to(tl.int64) * d
+    for j in tl.range(0, count, loop_unroll_factor=4):
+        v = tl.load(values_ptr + first + j).to(tl.float32)
+        row = W_ptr + tl.load(indices_ptr + first + j).to(tl.int64) * d
         total += v * tl.load(row + c, c < tl.where(v == 0, start, stop), 0.0).to(tl.float32)
     if BIAS:
         total += tl.load(b_ptr + c, inside, 0.0).to(tl.float32)
@@ -77,6 +84,34 @@ def values_kernel(
 
 
 @triton.jit
+def entries_kernel(
+    rows_ptr,  # [N, d] T or float32
+    row_of_ptr,  # [E] int32
+    values_ptr,  # [E] T, read with SKIP: entries with value 0 get 0
+    indices_ptr,  # [E] int64 or int32
+    W_ptr,  # [F, d] T
+    out_ptr,  # [E]
+    E, d,
+    SKIP: tl.constexpr, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """<rows[row_of[e]], W[indices[e]]>, summed in the order of values_kernel."""
+    e = tl.program_id(0).to(tl.int64) * SLOTS + tl.arange(0, SLOTS)
+    wanted = e < E
+    if SKIP:
+        wanted &= tl.load(values_ptr + e, wanted, 0.0).to(tl.float32) != 0
+    W = W_ptr + tl.load(indices_ptr + e, wanted, 0).to(tl.int64) * d
+    row = rows_ptr + tl.load(row_of_ptr + e, wanted, 0).to(tl.int64) * d
+    total = tl.zeros((SLOTS, COLUMNS), tl.float32)
+    for first in range(0, d, COLUMNS):
+        c = first + tl.arange(0, COLUMNS)
+        inside = wanted[:, None] & (c < d)[None, :]
+        r = tl.load(row[:, None] + c[None, :], inside, 0.0).to(tl.float32)
+        w = tl.load(W[:, None] + c[None, :], inside, 0.0).to(tl.float32)
+        total += tl.where(inside, r * w, 0.0)
+    tl.store(out_ptr + e, tl.sum(total, axis=1).to(out_ptr.dtype.element_ty), e < E)
+
+
+@triton.jit
 def squares_kernel(
     rows_ptr,  # [N, d] float32
     out_ptr,  # [N] float64
@@ -101,14 +136,15 @@ def decode(
     start: int,
     stop: int,
     out: Tensor,  # [N, stop - start], written
+    row_offsets: Tensor | None = None,  # [N + 1] of a code [E, 1]
 ) -> None:
     """Columns [start, stop) of the reconstruction, less the target if there is one."""
-    (N, k), d = values.shape, W_dec.shape[1]
+    k, d = values.shape[1], W_dec.shape[1]
     if out.numel() == 0:
         return
-    decode_kernel[N, triton.cdiv(stop - start, SLICE)](
+    decode_kernel[out.shape[0], triton.cdiv(stop - start, SLICE)](
         values, indices, W_dec, values if b_dec is None else b_dec,
-        values if target is None else target, out, d, k, start, stop,
+        values if target is None else target, row_offsets, out, d, k, start, stop,
         BIAS=b_dec is not None, TARGET=target is not None, SLICE=SLICE, num_warps=1,
     )  # fmt: skip
 
@@ -119,10 +155,17 @@ def value_products(
     indices: Tensor,  # [N, k]
     W_dec: Tensor,  # [F, d]
     out: Tensor,  # [N, k], written
+    row_of: Tensor | None = None,  # [E] int32: the row of each entry of a code [E, 1]
 ) -> None:
     """<rows[n], W_dec[indices[n, j]]>, 0 where the value is 0."""
     (N, k), d = indices.shape, W_dec.shape[1]
     if out.numel() == 0:
+        return
+    if row_of is not None:
+        entries_kernel[(triton.cdiv(N, SLOTS),)](
+            rows, row_of, rows if values is None else values, indices, W_dec, out, N, d,
+            SKIP=values is not None, SLOTS=SLOTS, COLUMNS=COLUMNS, num_warps=1,
+        )  # fmt: skip
         return
     values_kernel[N, triton.cdiv(k, SLOTS)](
         rows, rows if values is None else values, indices, W_dec, out, d, k,
@@ -147,13 +190,24 @@ def sparse_residual(
     sq_error: Tensor,  # [N] float64, written
     grads: Tensor,  # [N, k] float32, written
     chunk: int,
+    row_offsets: Tensor | None = None,  # [N + 1] of a code [E, 1]
+    row_of: Tensor | None = None,  # [E] int32, with row_offsets
 ) -> None:
     """Residual, its sums of squares and its products with the chosen rows.
 
-    Where fewer than d columns are wanted, whole rows are held `chunk` at a time.
+    Where fewer than d columns are wanted, whole rows are held `chunk` at a time; all of them with
+    row offsets, for the host does not know which entries a chunk has.
     """
     N, d = target.shape
     columns = residual.shape[1]
+    if row_offsets is not None:
+        rows = residual if columns == d else residual.new_empty(N, d)
+        decode(values, indices, W_dec, b_dec, target, 0, d, rows, row_offsets)
+        row_squares(rows, sq_error)
+        value_products(rows, values, indices, W_dec, grads, row_of)
+        if columns < d:
+            residual.copy_(rows[:, :columns])
+        return
     step = max(N if columns == d else min(chunk, N), 1)
     whole = residual if columns == d else residual.new_empty(step, d)
     for n in range(0, N, step):

@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #ifndef KSAE_CUDA_MODULE
@@ -50,24 +51,43 @@ std::string sizes(const char* op, int64_t N, int64_t d, int64_t F, int64_t k) {
   return text;
 }
 
-DecodeParams decode_params(int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values,
-                           Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec,
-                           Pointer out) {
+// A code's k entries a row, or a tuple of the address of a table in its place: row_offsets, or
+// row_of where entries are taken one by one.
+struct Code {
+  int64_t k = 1;
+  const void* table = nullptr;
+  using From = std::variant<int64_t, std::tuple<Pointer>>;
+  explicit Code(const From& from) {
+    if (const auto* address = std::get_if<1>(&from)) {
+      table = as<const void>(std::get<0>(*address));
+    } else {
+      k = std::get<0>(from);
+    }
+  }
+  const int64_t* offsets() const { return static_cast<const int64_t*>(table); }
+  const int32_t* row_of() const { return static_cast<const int32_t*>(table); }
+};
+
+DecodeParams decode_params(int64_t N, int64_t d, int64_t F, const Code& code, int dtype,
+                           Pointer values, Pointer indices, int index_bytes, Pointer W_dec,
+                           Pointer b_dec, Pointer out, bool out_float = false) {
   return {N,
           d,
           F,
-          k,
+          code.k,
           Dtype(dtype),
           as<const void>(values),
           index_bytes == 8 ? as<const int64_t>(indices) : nullptr,
           index_bytes == 4 ? as<const int32_t>(indices) : nullptr,
           as<const void>(W_dec),
           as<const void>(b_dec),
-          as<void>(out)};
+          as<void>(out),
+          code.offsets(),
+          out_float};
 }
 
 // offsets, order, values or coefficients, grads or rows, k, N * k
-using Group = std::tuple<Pointer, Pointer, Pointer, Pointer, int64_t, int64_t>;
+using Group = std::tuple<Pointer, Pointer, Pointer, Pointer, Code::From, int64_t>;
 
 // The arguments of row_update and row_grad_sq; no call is longer than its parameters live.
 struct Rows {
@@ -79,7 +99,8 @@ struct Rows {
        Pointer W) {
     for (const auto& [offsets, order, coefficients, rows, k, entries] : from)
       groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
-                        as<const void>(coefficients), as<const void>(rows), k, entries});
+                        as<const void>(coefficients), as<const void>(rows), Code(k).k, entries,
+                        Code(k).row_of()});
     p.F = F;
     p.d = d;
     p.start = start;
@@ -131,21 +152,23 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
     check(list_columns(F, as<const uint8_t>(mask), as<int32_t>(columns), as<CUstream_st>(stream)),
           sizes("list_columns", 0, 0, F, 0));
   });
-  module.def("sparse_decode", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype,
+  module.def("sparse_decode", [](int64_t N, int64_t d, int64_t F, const Code::From& from, int dtype,
                                  Pointer values, Pointer indices, int index_bytes, Pointer W_dec,
-                                 Pointer b_dec, Pointer out, Pointer stream) {
-    const auto p =
-        decode_params(N, d, F, k, dtype, values, indices, index_bytes, W_dec, b_dec, out);
-    check(sparse_decode(p, as<CUstream_st>(stream)), sizes("sparse_decode", N, d, F, k));
+                                 Pointer b_dec, Pointer out, bool out_float, Pointer stream) {
+    const Code code(from);
+    const auto p = decode_params(N, d, F, code, dtype, values, indices, index_bytes, W_dec, b_dec,
+                                 out, out_float);
+    check(sparse_decode(p, as<CUstream_st>(stream)), sizes("sparse_decode", N, d, F, code.k));
   });
   module.def(
       "sparse_residual",
-      [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer values, Pointer indices,
-         int index_bytes, Pointer W_dec, Pointer b_dec, Pointer target, bool target_float,
-         int64_t start, int64_t columns, Pointer residual, Pointer sq_error, Pointer grad_values,
-         Pointer column_sums, const py::function& allocate, Pointer stream) {
+      [](int64_t N, int64_t d, int64_t F, const Code::From& from, int dtype, Pointer values,
+         Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec, Pointer target,
+         bool target_float, int64_t start, int64_t columns, Pointer residual, Pointer sq_error,
+         Pointer grad_values, Pointer column_sums, const py::function& allocate, Pointer stream) {
+        const Code code(from);
         const ResidualParams p{
-            decode_params(N, d, F, k, dtype, values, indices, index_bytes, W_dec, b_dec, 0),
+            decode_params(N, d, F, code, dtype, values, indices, index_bytes, W_dec, b_dec, 0),
             as<const void>(target),
             target_float,
             start,
@@ -156,25 +179,28 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
             as<float>(column_sums)};
         void* workspace = as<void>(allocate(sparse_residual_workspace(p)).cast<Pointer>());
         check(sparse_residual(p, workspace, as<CUstream_st>(stream)),
-              sizes("sparse_residual", N, d, F, k));
+              sizes("sparse_residual", N, d, F, code.k));
       });
-  module.def("sparse_decode_backward_values",
-             [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer grad,
-                Pointer indices, int index_bytes, Pointer W_dec, Pointer out, Pointer stream) {
-               const DecodeBackwardValuesParams p{
-                   N,
-                   d,
-                   F,
-                   k,
-                   Dtype(dtype),
-                   as<const void>(grad),
-                   index_bytes == 8 ? as<const int64_t>(indices) : nullptr,
-                   index_bytes == 4 ? as<const int32_t>(indices) : nullptr,
-                   as<const void>(W_dec),
-                   as<void>(out)};
-               check(sparse_decode_backward_values(p, as<CUstream_st>(stream)),
-                     sizes("sparse_decode_backward_values", N, d, F, k));
-             });
+  module.def("sparse_decode_backward_values", [](int64_t N, int64_t d, int64_t F,
+                                                 const Code::From& from, int dtype, Pointer grad,
+                                                 Pointer indices, int index_bytes, Pointer W_dec,
+                                                 Pointer out, bool grad_float, Pointer stream) {
+    const Code code(from);
+    const DecodeBackwardValuesParams p{N,
+                                       d,
+                                       F,
+                                       code.k,
+                                       Dtype(dtype),
+                                       as<const void>(grad),
+                                       index_bytes == 8 ? as<const int64_t>(indices) : nullptr,
+                                       index_bytes == 4 ? as<const int32_t>(indices) : nullptr,
+                                       as<const void>(W_dec),
+                                       as<void>(out),
+                                       code.row_of(),
+                                       grad_float};
+    check(sparse_decode_backward_values(p, as<CUstream_st>(stream)),
+          sizes("sparse_decode_backward_values", N, d, F, code.k));
+  });
   module.def("group_by_latent", [](int64_t N, int64_t F, int64_t k, int dtype, Pointer values,
                                    Pointer indices, int index_bytes, Pointer offsets, Pointer order,
                                    const py::function& allocate, Pointer stream) {
@@ -238,24 +264,26 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
     check(row_update(r.p, workspace, as<CUstream_st>(stream)), sizes("row_update", 0, d, F, 0));
   });
   module.def("sparse_decode_backward_weight",
-             [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer grad, Pointer values,
-                Pointer offsets, Pointer order, Pointer grad_W, Pointer value_sum,
+             [](int64_t N, int64_t d, int64_t F, const Code::From& from, int dtype, Pointer grad,
+                Pointer values, Pointer offsets, Pointer order, Pointer grad_W, Pointer value_sum,
                 const py::function& allocate, Pointer stream) {
+               const Code code(from);
                const DecodeBackwardWeightParams p{N,
                                                   d,
                                                   F,
-                                                  k,
+                                                  code.k,
                                                   Dtype(dtype),
                                                   as<const void>(grad),
                                                   as<const void>(values),
                                                   as<const int32_t>(offsets),
                                                   as<const int32_t>(order),
                                                   as<void>(grad_W),
-                                                  as<void>(value_sum)};
+                                                  as<void>(value_sum),
+                                                  code.row_of()};
                const size_t bytes = sparse_decode_backward_weight_workspace(p);
                void* workspace = as<void>(allocate(bytes).cast<Pointer>());
                check(sparse_decode_backward_weight(p, workspace, as<CUstream_st>(stream)),
-                     sizes("sparse_decode_backward_weight", N, d, F, k));
+                     sizes("sparse_decode_backward_weight", N, d, F, code.k));
              });
   module.def("total_variance", [](int64_t N, int64_t d, int dtype, Pointer y, Pointer variance,
                                   const py::function& allocate, Pointer stream) {

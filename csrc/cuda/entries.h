@@ -50,7 +50,10 @@ __device__ __forceinline__ void add_entries(const RowGroup& group, int64_t all, 
     if (lane < count) {
       const auto at = static_cast<uint32_t>(group.order[e0 + lane]);
       a = scale * load(static_cast<const C*>(group.coefficients) + at);
-      n = at / static_cast<uint32_t>(group.k);
+      if (group.row_of)
+        n = static_cast<uint32_t>(group.row_of[at]);
+      else
+        n = at / static_cast<uint32_t>(group.k);
     }
     for (int e = 0; e < count; e += kBatch) {
       float by[kBatch];

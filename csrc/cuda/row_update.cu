@@ -343,7 +343,7 @@ cudaError_t launch_side(const RowUpdateParams& p, void* workspace, cudaStream_t 
 }
 
 RowUpdateParams weight_params(const DecodeBackwardWeightParams& p, RowGroup* group) {
-  *group = {p.offsets, p.order, p.values, p.grad, p.k, p.N * p.k};
+  *group = {p.offsets, p.order, p.values, p.grad, p.k, p.N * p.k, p.row_of};
   RowUpdateParams row{};
   row.F = p.F;
   row.d = row.columns = p.d;

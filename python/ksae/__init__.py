@@ -34,6 +34,7 @@ __all__ = [
     "load",
     "shard",
     "sparse_decode",
+    "threshold_encode",
     "topk",
     "topk_encode",
     "unshard",

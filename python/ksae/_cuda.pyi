@@ -10,7 +10,10 @@ def device_count() -> int: ...
 
 # Pointers and streams are integers; `allocate` turns a number of bytes into a pointer.
 _Allocate = Callable[[int], int]
-_Groups = list[tuple[int, int, int, int, int, int]]
+# Entries a row, or a tuple of the address of row offsets, or where entries are taken one by one of
+# the row of each.
+_Code = int | tuple[int]
+_Groups = list[tuple[int, int, int, int, _Code, int]]
 
 def select(
     rows: int,
@@ -37,7 +40,7 @@ def sparse_decode(
     N: int,
     d: int,
     F: int,
-    k: int,
+    k: _Code,
     dtype: int,
     values: int,
     indices: int,
@@ -45,13 +48,14 @@ def sparse_decode(
     W_dec: int,
     b_dec: int,
     out: int,
+    out_float: bool,
     stream: int,
 ) -> None: ...
 def sparse_residual(
     N: int,
     d: int,
     F: int,
-    k: int,
+    k: _Code,
     dtype: int,
     values: int,
     indices: int,
@@ -73,20 +77,21 @@ def sparse_decode_backward_values(
     N: int,
     d: int,
     F: int,
-    k: int,
+    k: _Code,
     dtype: int,
     grad: int,
     indices: int,
     index_bytes: int,
     W_dec: int,
     out: int,
+    grad_float: bool,
     stream: int,
 ) -> None: ...
 def sparse_decode_backward_weight(
     N: int,
     d: int,
     F: int,
-    k: int,
+    k: _Code,
     dtype: int,
     grad: int,
     values: int,

@@ -12,7 +12,7 @@ from .coders import (
     TopKSAE,
     Transcoder,
 )
-from .functional import grad_topk_encode, sparse_decode, topk, topk_encode
+from .functional import grad_topk_encode, sparse_decode, threshold_encode, topk, topk_encode
 from .parallel.shard import shard, unshard
 from .step.train_step import TrainStep
 
@@ -30,6 +30,7 @@ __all__ = [
     "grad_topk_encode",
     "shard",
     "sparse_decode",
+    "threshold_encode",
     "topk",
     "topk_encode",
     "unshard",

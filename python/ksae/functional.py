@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import ops
+from .ops import accumulator
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -171,25 +173,83 @@ def grad_topk_encode(
     return values.reshape(shape), indices.reshape(shape)
 
 
+def threshold_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    theta: Tensor | float,
+    b_dec: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pre-activations u = (x - b_dec) @ W_enc.T + b_enc above their latent's threshold: a code
+    with a variable number of entries a row.
+
+    The encoder of a JumpReLU sparse autoencoder (arXiv 2407.14435) with the thresholds as they are;
+    with theta = 0 it is ReLU.
+
+    Args:
+        x: [..., d] float32, bfloat16, float16 or float64; the other floating arguments are of the
+            same dtype. Leading dimensions are rows, N in all.
+        W_enc: [F, d], one row a latent.
+        b_enc: [F].
+        theta: [F], of x's dtype or float32 (float64 for float64), or one number for all latents.
+            Below 0 it lets negative pre-activations through.
+        b_dec: [d], subtracted from x first (the difference is rounded to x's dtype).
+
+    Returns:
+        values [E]; latents [E] int64, ascending in each row; row_offsets [N + 1] int64: row n has
+        the entries row_offsets[n] to row_offsets[n + 1] - 1. `sparse_decode` takes the three.
+
+    Raises:
+        ValueError: shapes that do not fit, or 2^31 entries and more. TypeError: dtypes that differ.
+
+    Numerics: u is accumulated in float32 whatever the dtype (float64 for float64) and compared, as
+    theta is, before it is rounded; NaN is not above; the same bits on every run and for every
+    thread count. Gradients for x, W_enc, b_enc and b_dec flow through the entries, none through
+    the selection: theta gets none. Under autocast the floating inputs are cast to the autocast
+    dtype. The number of entries depends on the data: on a GPU the call waits for it.
+
+    Example:
+        >>> import torch, ksae
+        >>> ksae.threshold_encode(torch.tensor([[1.0, 3.0]]), torch.eye(2), torch.zeros(2), 2.0)
+        (tensor([3.]), tensor([1]), tensor([0, 1]))
+    """
+    if not isinstance(theta, Tensor):
+        theta = torch.full((W_enc.shape[0],), theta, dtype=accumulator(x.dtype), device=x.device)
+    encoded: tuple[Tensor, Tensor, Tensor] = ops.threshold_encode(
+        _rows(x),
+        W_enc.contiguous(),
+        b_enc.contiguous(),
+        theta.contiguous(),
+        None if b_dec is None else b_dec.contiguous(),
+    )
+    return encoded
+
+
 def sparse_decode(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    row_offsets: Tensor | None = None,
 ) -> Tensor:
-    """Sum over j of values[..., j] * W_dec[indices[..., j]], plus b_dec: the decoder of a k-sparse
+    """Sum over j of values[..., j] * W_dec[indices[..., j]], plus b_dec: the decoder of a sparse
     code.
 
     Args:
         values: [..., k] float32, bfloat16, float16 or float64; the other floating arguments are of
-            the same dtype.
-        indices: [..., k] int64 or int32 in [0, F); repeats add up.
+            the same dtype. With row_offsets [E].
+        indices: of the shape of values, int64 or int32 in [0, F); repeats add up.
         W_dec: [F, d], one row a latent.
         b_dec: [d].
+        row_offsets: [N + 1] int64, for rows with as many entries as they like: row n has the
+            entries row_offsets[n] to row_offsets[n + 1] - 1, as `threshold_encode` returns them.
 
     Returns:
-        [..., d].
+        [..., d]; with row_offsets [N, d].
 
     Raises:
-        ValueError: shapes that do not fit; on the CPU also an index outside [0, F). TypeError:
-            dtypes that differ.
+        ValueError: shapes that do not fit; on the CPU also an index outside [0, F), and row offsets
+            that do not rise from 0 to E. TypeError: dtypes that differ.
 
     Numerics: accumulated in float32 (float64 for float64), rounded once. An entry with value 0 adds
     nothing, even if its row of W_dec is not finite. Gradients for values, W_dec and b_dec, in a
@@ -205,10 +265,17 @@ def sparse_decode(
             f"sparse_decode: indices must be of the shape of values {list(values.shape)},"
             f" got {list(indices.shape)}"
         )
-    out = ops.sparse_decode(
-        _rows(values),
-        _rows(indices),
-        W_dec.contiguous(),
-        None if b_dec is None else b_dec.contiguous(),
-    )
+    bias = None if b_dec is None else b_dec.contiguous()
+    if row_offsets is not None:
+        if values.dim() != 1:
+            raise ValueError(
+                "sparse_decode: values must be of shape [E] with row_offsets, got"
+                f" {list(values.shape)}"
+            )
+        rows = row_offsets.contiguous()
+        recon: Tensor = ops.sparse_decode(
+            values[:, None], indices[:, None], W_dec.contiguous(), bias, rows
+        )
+        return recon
+    out = ops.sparse_decode(_rows(values), _rows(indices), W_dec.contiguous(), bias)
     return out.reshape(*values.shape[:-1], W_dec.shape[1])  # type: ignore[no-any-return]

@@ -92,7 +92,7 @@ def _cuda() -> dict[str, Any]:
     }
     if _switches["KSAE_NATIVE"] == "0":
         return state | {"reason": "KSAE_NATIVE=0 skips native code"}
-    from .backends import cuda
+    from .backends import driver
 
     try:
         module = importlib.import_module("ksae._cuda")
@@ -106,7 +106,7 @@ def _cuda() -> dict[str, Any]:
         "driver": _cuda_version(module.driver_version()),
         "architectures": module.architectures.split(),
     }
-    if reason := cuda.why_not(module):
+    if reason := driver.why_not(module):
         return state | {"reason": reason}
     return state | {"usable": True, "devices": module.device_count()}
 

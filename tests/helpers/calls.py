@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One right call of each op."""
+"""One right call of each op, and a coder with a variable number of latents a row."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cases import (
 )
 from torch import Tensor
 
+import ksae
 from ksae import reference
 
 N, d, F, k = 6, 5, 20, 3
@@ -41,6 +42,7 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
         "topk": (W, k),
         "topk_encode": (x, W, b, k, b_dec, torch.arange(F) % 2 == 0, *W_bf16),
         "grad_topk_encode": (x, x.detach().flip(0), W, b, W.detach(), k, 0.5, "signed", b_dec),
+        "threshold_encode": (x, W, b, 0.1 + b.detach().abs(), b_dec),
         "topk_encode_aux": tuple(
             t.detach() if isinstance(t, Tensor) else t
             for t in (x, W, b, k, 2 * k, torch.arange(F) % 3 == 0, b_dec, x.flip(0), W, 0.5)
@@ -60,3 +62,8 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
         "adam_scalars": tuple(scalars_arguments(dtype).values()),
         "vector_update": tuple(vector_arguments(dtype, F).values()),
     }[name]
+
+
+def threshold_coder(x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor) -> Tensor:
+    values, latents, offsets = ksae.threshold_encode(x, W, b, 0.3, b_dec)
+    return ksae.sparse_decode(values, latents, W, b_dec, offsets)

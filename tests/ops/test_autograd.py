@@ -35,6 +35,10 @@ def call(name: str) -> tuple[Callable[..., Any], list[Tensor]]:
             ),
             [x, W, b, b_dec],
         ),
+        "threshold_encode": (
+            lambda x, W, b, b_dec: ops.threshold_encode(x, W, b, W.detach()[:, 0].abs(), b_dec),
+            [x, W, b, b_dec],
+        ),
         "sparse_decode": (lambda v, *t: ops.sparse_decode(v, indices, *t), [values, W, b_dec]),
         "sparse_decode_backward_values": (
             lambda g, W: ops.sparse_decode_backward_values(g, indices, W),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import F, N, arguments, d, k
+from calls import F, N, arguments, d, k, threshold_coder
 from cases import (
     NAMES,
     clone_all,
@@ -148,6 +148,8 @@ def test_gradcheck_to_second_order() -> None:
     assert torch.autograd.gradgradcheck(autoencoder, t)
     assert torch.autograd.gradcheck(lambda W: ksae.topk(W, 4)[0], t[1])
     assert torch.autograd.gradgradcheck(lambda W: ksae.topk(W, 4)[0].square(), t[1])
+    assert torch.autograd.gradcheck(threshold_coder, t)
+    assert torch.autograd.gradgradcheck(threshold_coder, t)
     values = randn(3, k, seed=7).double().requires_grad_()
     indices = torch.tensor([[0, 0, 8], [3, 2, 3], [8, 8, 8]])  # repeats
     assert torch.autograd.gradcheck(ops.sparse_decode, (values, indices, t[1], t[3]))
@@ -155,14 +157,15 @@ def test_gradcheck_to_second_order() -> None:
     assert torch.autograd.gradcheck(ops.sparse_decode_backward_weight, (t[0], values, indices, 9))
 
 
-def test_gradients_only_where_wanted() -> None:
+@pytest.mark.parametrize("coder", [autoencoder, threshold_coder])
+def test_gradients_only_where_wanted(coder: Callable[..., Tensor]) -> None:
     """Each subset of inputs that want a gradient gets the one it gets together."""
     shapes = [(N, d), (F, d), (F,), (d,)]
     whole = [randn(*s, seed=i).requires_grad_() for i, s in enumerate(shapes)]
-    want = torch.autograd.grad(autoencoder(*whole).square().sum(), whole)
+    want = torch.autograd.grad(coder(*whole).square().sum(), whole)
     for i in range(4):
         t = [p.detach().requires_grad_(i == j) for j, p in enumerate(whole)]
-        (got,) = torch.autograd.grad(autoencoder(*t).square().sum(), [t[i]])
+        (got,) = torch.autograd.grad(coder(*t).square().sum(), [t[i]])
         torch.testing.assert_close(got, want[i])
 
 
@@ -245,10 +248,11 @@ def test_vmap_over_rows() -> None:
     assert torch.equal(variance, torch.stack([ops.total_variance(rows) for rows in x]))
 
 
-def test_vmap_over_gradients() -> None:
+@pytest.mark.parametrize("coder", [autoencoder, threshold_coder])
+def test_vmap_over_gradients(coder: Callable[..., Tensor]) -> None:
     """is_grads_batched puts the backward under vmap."""
     t = [randn(*s, seed=i).requires_grad_() for i, s in enumerate([(N, d), (F, d), (F,), (d,)])]
-    out = autoencoder(*t)
+    out = coder(*t)
     cotangents = randn(7, N, d, seed=9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

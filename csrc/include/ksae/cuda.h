@@ -62,6 +62,10 @@ struct DecodeParams {
   const void* W_dec;         // [F, d]
   const void* b_dec;         // [d] or null
   void* out;                 // [N, d]
+  // [N + 1] or null: row n has the entries from row_offsets[n] to row_offsets[n + 1], k is not read
+  // and [N, k] is [E].
+  const int64_t* row_offsets = nullptr;
+  bool out_float = false;  // out is float32: partial sums, not rounded to dtype
 };
 cudaError_t sparse_decode(const DecodeParams& p, cudaStream_t stream);
 
@@ -87,6 +91,9 @@ struct DecodeBackwardValuesParams {
   const int32_t* indices32;  // [N, k]
   const void* W_dec;         // [F, d]
   void* grad_values;         // [N, k] <grad_n, W_dec[index]>
+  // [E] or null: the row of each entry, for a code with row offsets; then N = E and k = 1.
+  const int32_t* row_of = nullptr;
+  bool grad_float = false;  // grad and grad_values are float32: a residual completed elsewhere
 };
 cudaError_t sparse_decode_backward_values(const DecodeBackwardValuesParams& p, cudaStream_t stream);
 
@@ -136,7 +143,8 @@ struct RowGroup {
   const void* coefficients;  // [N, k]
   const void* rows;          // [N, columns]
   int64_t k;
-  int64_t entries;  // N * k
+  int64_t entries;                  // N * k
+  const int32_t* row_of = nullptr;  // [entries] or null: instead of k entries a row
 };
 struct RowUpdateParams {
   int64_t F, d;
@@ -173,12 +181,13 @@ cudaError_t row_grad_sq(const RowUpdateParams& p, void* workspace, cudaStream_t 
 struct DecodeBackwardWeightParams {
   int64_t N, d, F, k;
   Dtype dtype;
-  const void* grad;        // [N, d]
-  const void* values;      // [N, k]
-  const int32_t* offsets;  // [F + 1]
-  const int32_t* order;    // [N * k]
-  void* grad_W;            // [F, d] sum of value * grad_n over the entries of a latent
-  void* value_sum;         // [F] sum of value
+  const void* grad;                 // [N, d]
+  const void* values;               // [N, k]
+  const int32_t* offsets;           // [F + 1]
+  const int32_t* order;             // [N * k]
+  void* grad_W;                     // [F, d] sum of value * grad_n over the entries of a latent
+  void* value_sum;                  // [F] sum of value
+  const int32_t* row_of = nullptr;  // as in DecodeBackwardValuesParams
 };
 size_t sparse_decode_backward_weight_workspace(const DecodeBackwardWeightParams& p);
 cudaError_t sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, void* workspace,

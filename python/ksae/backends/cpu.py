@@ -23,6 +23,8 @@ from torch import Tensor
 
 from .. import env
 from ..reference.dtypes import MODES
+from ..reference.encode import refuse_entries
+from ..reference.group import rows_of
 
 _ROUTES = ("auto", "dual", "pruned")  # of grad_topk_encode; as in ksae/cpu.h, as is MODES
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -217,12 +219,44 @@ def encode_product(x: Tensor, W_enc: Tensor, *, screen: bool | None = None) -> N
     topk_encode_counted(x, W_enc, bias, 1, screen=screen, product_only=True)
 
 
+def threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, b_dec: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    (N, d), F, theta = x.shape, W_enc.shape[0], theta.float()
+    above = torch.empty(N, (F + 31) // 32, dtype=torch.int32)  # a bit a pre-activation
+    row_offsets = torch.empty(N + 1, dtype=torch.int64)
+    of_all = (
+        N, d, F, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc), _pointer(b_dec),
+        _pointer(theta), _pointer(above), _pointer(row_offsets),
+    )  # fmt: skip
+    _cpu.threshold_encode_count(*of_all, _Workspace(), torch.get_num_threads())
+    refuse_entries(E := int(row_offsets[-1]))
+    values, latents = x.new_empty(E), x.new_empty(E, dtype=torch.int64)
+    _cpu.threshold_encode_fill(
+        *of_all, _pointer(values), _pointer(latents), _Workspace(), torch.get_num_threads()
+    )
+    return values, latents, row_offsets
+
+
+def _rows(indices: Tensor, row_offsets: Tensor | None) -> tuple[int, int | tuple[int]]:
+    """Tokens, and the entries of each as the native side takes them: k, or their row offsets."""
+    if row_offsets is None:
+        return indices.shape[0], indices.shape[1]
+    return row_offsets.numel() - 1, (_pointer(row_offsets),)
+
+
 def sparse_decode(
-    values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    row_offsets: Tensor | None = None,
+    partial: bool = False,
 ) -> Tensor:
-    (N, k), (F, d) = values.shape, W_dec.shape
-    out = values.new_empty(N, d)
-    _cpu.sparse_decode(
+    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    out = values.new_empty(N, d, dtype=torch.float32 if partial else values.dtype)
+    decode = _cpu.sparse_decode_partial if partial else _cpu.sparse_decode
+    decode(
         N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
         indices.element_size(),
         _pointer(W_dec), _pointer(b_dec), _pointer(out), torch.get_num_threads(),
@@ -237,11 +271,12 @@ def sparse_residual(
     b_dec: Tensor | None,
     target: Tensor,
     columns: int,
+    row_offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (N, k) = values.shape
-    sq_error = target.new_empty(N, dtype=torch.float64)
-    grad_values = target.new_empty(N, k, dtype=torch.float32)
-    residual = _residual(values, indices, W_dec, b_dec, target, 0, columns, sq_error, grad_values)
+    sq_error = target.new_empty(target.shape[0], dtype=torch.float64)
+    grad_values = target.new_empty(values.shape, dtype=torch.float32)
+    of = (target, 0, columns, row_offsets)
+    residual = _residual(values, indices, W_dec, b_dec, *of, sq_error, grad_values)
     return residual, sq_error, grad_values
 
 
@@ -253,8 +288,10 @@ def sparse_residual_slice(
     target: Tensor,
     start: int,
     stop: int,
+    row_offsets: Tensor | None = None,
 ) -> Tensor:
-    return _residual(values, indices, W_dec, b_dec, target, start, stop, None, None)
+    of = (target, start, stop, row_offsets)
+    return _residual(values, indices, W_dec, b_dec, *of, None, None)
 
 
 def _residual(
@@ -265,10 +302,11 @@ def _residual(
     target: Tensor,
     start: int,
     stop: int,
+    row_offsets: Tensor | None,
     sq_error: Tensor | None,
     grad_values: Tensor | None,
 ) -> Tensor:
-    (N, k), (F, d) = values.shape, W_dec.shape
+    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
     residual = target.new_empty(N, stop - start, dtype=torch.float32)
     _cpu.sparse_residual(
         N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
@@ -281,23 +319,29 @@ def _residual(
     return residual
 
 
-def sparse_decode_backward_values(grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-    (N, k), (F, d) = indices.shape, W_dec.shape
-    out = grad.new_empty(N, k)
-    _cpu.sparse_decode_backward_values(
-        N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(indices), indices.element_size(),
+def sparse_decode_backward_values(
+    grad: Tensor, indices: Tensor, W_dec: Tensor, row_offsets: Tensor | None = None
+) -> Tensor:
+    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    out = grad.new_empty(indices.shape)
+    wider = grad.dtype != W_dec.dtype
+    products = _cpu.residual_products if wider else _cpu.sparse_decode_backward_values
+    products(
+        N, d, F, k, _DTYPES[W_dec.dtype], _pointer(grad), _pointer(indices), indices.element_size(),
         _pointer(W_dec), _pointer(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def sparse_decode_backward_weight(
-    grad: Tensor, values: Tensor, indices: Tensor, F: int
+    grad: Tensor, values: Tensor, indices: Tensor, F: int, row_offsets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    (N, d), k = grad.shape, values.shape[1]
+    (N, k), d = values.shape, grad.shape[1]
+    row_of = None if row_offsets is None else rows_of(row_offsets, N)
+    of = k if row_of is None else (_pointer(row_of),)  # by latent, entries are tokens of one entry
     grad_W, value_sum = _large(F, d, grad.dtype), grad.new_empty(F)
     _cpu.sparse_decode_backward_weight(
-        N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values), _pointer(indices),
+        N, d, F, of, _DTYPES[grad.dtype], _pointer(grad), _pointer(values), _pointer(indices),
         indices.element_size(),
         _pointer(grad_W), _pointer(value_sum), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
@@ -337,10 +381,14 @@ def _groups(
     offsets: Sequence[Tensor],
     order: Sequence[Tensor],
     rows: Sequence[Tensor],
-) -> list[tuple[int, int, int, int, int]]:
+    row_of: Sequence[Tensor] | None = None,
+) -> list[tuple[int, int, int, int, int | tuple[int]]]:
+    each: list[Any] = [c.shape[1] for c in coefficients]
+    if row_of is not None:
+        each = [(_pointer(n),) for n in row_of]
     return [
-        (_pointer(f), _pointer(o), _pointer(c), _pointer(r), c.shape[1])
-        for c, f, o, r in zip(coefficients, offsets, order, rows, strict=True)
+        (_pointer(f), _pointer(o), _pointer(c), _pointer(r), k)
+        for c, f, o, r, k in zip(coefficients, offsets, order, rows, each, strict=True)
     ]
 
 
@@ -354,12 +402,13 @@ def row_grad_sq(
     grad_dot_w: Tensor | None,
     W: Tensor,
     start: int,
+    row_of: Sequence[Tensor] | None = None,
 ) -> Tensor:
     F, d = W.shape
     grad_sq = scales.new_empty(F, dtype=torch.float64)
     _cpu.row_grad_sq(
         F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
-        _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+        _groups(coefficients, offsets, order, rows, row_of), _pointer(scales), _pointer(centre),
         _pointer(grad_dot_w),
         _pointer(W), _pointer(grad_sq), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
@@ -383,11 +432,12 @@ def row_update(
     grad_b_dec: Tensor | None,
     start: int,
     normalize: bool,
+    row_of: Sequence[Tensor] | None = None,
 ) -> None:
     F, d = W.shape
     _cpu.row_update(
         F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
-        _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+        _groups(coefficients, offsets, order, rows, row_of), _pointer(scales), _pointer(centre),
         _pointer(grad_dot_w),
         _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W), _pointer(master), _pointer(m),
         _pointer(v),

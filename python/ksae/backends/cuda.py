@@ -22,6 +22,8 @@ from torch import Tensor
 
 from .. import env
 from ..reference.dtypes import MODES
+from ..reference.group import rows_of
+from .driver import why_not_by_version
 from .product import Encode
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -49,11 +51,18 @@ def _groups(
     offsets: Sequence[Tensor],
     order: Sequence[Tensor],
     rows: Sequence[Tensor],
-) -> list[tuple[int, int, int, int, int, int]]:
+    row_of: Sequence[Tensor] | None = None,
+) -> list[tuple[int, int, int, int, int | tuple[int], int]]:
+    of = [None] * len(rows) if row_of is None else row_of
     return [
-        (_pointer(f), _pointer(o), _pointer(c), _pointer(r), c.shape[1], c.numel())
-        for c, f, o, r in zip(coefficients, offsets, order, rows, strict=True)
+        (_pointer(f), _pointer(o), _pointer(c), _pointer(r), _entries(c, n), c.numel())
+        for c, f, o, r, n in zip(coefficients, offsets, order, rows, of, strict=True)
     ]
+
+
+def _entries(code: Tensor, table: Tensor | None) -> int | tuple[int]:
+    """Entries a row, or their row offsets or rows, as the native side takes them."""
+    return code.shape[1] if table is None else (_pointer(table),)
 
 
 def _guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -102,14 +111,21 @@ class Kernels(Encode):
         return columns
 
     def sparse_decode(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None = None,
+        row_offsets: Tensor | None = None,
+        partial: bool = False,
     ) -> Tensor:
-        (N, k), (F, d) = values.shape, W_dec.shape
-        out = values.new_empty(N, d)
+        N = len(values) if row_offsets is None else row_offsets.numel() - 1
+        (F, d), k = W_dec.shape, _entries(values, row_offsets)
+        out = values.new_empty(N, d, dtype=torch.float32 if partial else values.dtype)
         with _guard(values):
             self.module.sparse_decode(
                 N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
-                indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(out),
+                indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(out), partial,
                 _stream(values),
             )  # fmt: skip
         return out
@@ -123,11 +139,12 @@ class Kernels(Encode):
         target: Tensor,
         columns: int,
         column_sums: Tensor | None = None,
+        row_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        square = target.new_empty(values.shape[0], dtype=torch.float64)
+        square = target.new_empty(target.shape[0], dtype=torch.float64)
         grads = target.new_empty(values.shape, dtype=torch.float32)
         code = (values, indices, W_dec, b_dec, target)
-        residual = self._residual(*code, 0, columns, square, grads, column_sums)
+        residual = self._residual(*code, 0, columns, row_offsets, square, grads, column_sums)
         return residual, square, grads
 
     def sparse_residual_slice(
@@ -139,8 +156,10 @@ class Kernels(Encode):
         target: Tensor,
         start: int,
         stop: int,
+        row_offsets: Tensor | None = None,
     ) -> Tensor:
-        return self._residual(values, indices, W_dec, b_dec, target, start, stop, None, None, None)
+        code = (values, indices, W_dec, b_dec, target)
+        return self._residual(*code, start, stop, row_offsets, None, None, None)
 
     def _residual(
         self,
@@ -151,11 +170,12 @@ class Kernels(Encode):
         target: Tensor,
         start: int,
         stop: int,
+        row_offsets: Tensor | None,
         sq_error: Tensor | None,
         grad_values: Tensor | None,
         column_sums: Tensor | None,
     ) -> Tensor:
-        (N, k), (F, d) = values.shape, W_dec.shape
+        N, k, (F, d) = len(target), _entries(values, row_offsets), W_dec.shape
         residual = target.new_empty(N, stop - start, dtype=torch.float32)
         with _guard(values):
             self.module.sparse_residual(
@@ -168,13 +188,17 @@ class Kernels(Encode):
             )  # fmt: skip
         return residual
 
-    def sparse_decode_backward_values(self, grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
-        (N, k), (F, d) = indices.shape, W_dec.shape
-        out = grad.new_empty(N, k)
+    def sparse_decode_backward_values(
+        self, grad: Tensor, indices: Tensor, W_dec: Tensor, row_offsets: Tensor | None = None
+    ) -> Tensor:
+        N, (F, d) = len(indices), W_dec.shape
+        row_of = None if row_offsets is None else rows_of(row_offsets, N)
+        out = grad.new_empty(indices.shape)
         with _guard(grad):
             self.module.sparse_decode_backward_values(
-                N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(indices),
-                indices.element_size(), _pointer(W_dec), _pointer(out), _stream(grad),
+                N, d, F, _entries(indices, row_of), _DTYPES[W_dec.dtype], _pointer(grad),
+                _pointer(indices), indices.element_size(), _pointer(W_dec), _pointer(out),
+                grad.dtype != W_dec.dtype, _stream(grad),
             )  # fmt: skip
         return out
 
@@ -191,16 +215,22 @@ class Kernels(Encode):
         return offsets, order
 
     def sparse_decode_backward_weight(
-        self, grad: Tensor, values: Tensor, indices: Tensor, F: int
+        self,
+        grad: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        F: int,
+        row_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        (N, d), k = grad.shape, values.shape[1]
+        N, d = len(values), grad.shape[1]
+        row_of = None if row_offsets is None else rows_of(row_offsets, N)
         grad_W, value_sum = grad.new_empty(F, d), grad.new_empty(F)
         offsets, order = self.group_by_latent(values, indices, F)
         with _guard(grad):
             self.module.sparse_decode_backward_weight(
-                N, d, F, k, _DTYPES[grad.dtype], _pointer(grad), _pointer(values),
-                _pointer(offsets), _pointer(order), _pointer(grad_W), _pointer(value_sum),
-                _Workspace(grad.device), _stream(grad),
+                N, d, F, _entries(values, row_of), _DTYPES[grad.dtype], _pointer(grad),
+                _pointer(values), _pointer(offsets), _pointer(order), _pointer(grad_W),
+                _pointer(value_sum), _Workspace(grad.device), _stream(grad),
             )  # fmt: skip
         return grad_W, value_sum
 
@@ -233,13 +263,15 @@ class Kernels(Encode):
         grad_dot_w: Tensor | None,
         W: Tensor,
         start: int,
+        row_of: Sequence[Tensor] | None = None,
     ) -> Tensor:
         F, d = W.shape
         grad_sq = scales.new_empty(F, dtype=torch.float64)
         with _guard(W):
             self.module.row_grad_sq(
                 F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
-                _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+                _groups(coefficients, offsets, order, rows, row_of), _pointer(scales),
+                _pointer(centre),
                 _pointer(grad_dot_w), _pointer(W), _pointer(grad_sq), _Workspace(W.device),
                 _stream(W),
             )  # fmt: skip
@@ -266,12 +298,14 @@ class Kernels(Encode):
         W_bf16: Tensor | None = None,
         rng_state: Tensor | None = None,
         norms: Tensor | None = None,
+        row_of: Sequence[Tensor] | None = None,
     ) -> None:
         F, d = W.shape
         with _guard(W):
             self.module.row_update(
                 F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
-                _groups(coefficients, offsets, order, rows), _pointer(scales), _pointer(centre),
+                _groups(coefficients, offsets, order, rows, row_of), _pointer(scales),
+                _pointer(centre),
                 _pointer(grad_dot_w), _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W),
                 _pointer(master), _pointer(m), _pointer(v), _pointer(hyper), normalize,
                 _pointer(W_bf16), _pointer(rng_state), _pointer(norms), _Workspace(W.device),
@@ -343,37 +377,6 @@ class Kernels(Encode):
             )  # fmt: skip
 
 
-def _why_not_by_version(module: ModuleType) -> str:
-    """Why no driver here can run the kernels of `module`; empty if one can.
-
-    Asks for versions alone: once a process has asked the driver for its devices, the children that
-    it forks cannot use them.
-    """
-    driver, runtime = module.driver_version(), module.runtime_version()
-    if driver == 0:
-        return "no CUDA driver is installed"
-    if driver // 1000 < runtime // 1000:
-        newest, built = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
-        return (
-            f"the driver is too old: it runs CUDA up to {newest}, the kernels are built with"
-            f" {built}; update the driver"
-        )
-    return ""
-
-
-def why_not(module: ModuleType) -> str:
-    """Why the kernels of `module` cannot run here, in one line; empty if they can.
-
-    Asks the driver for a device, but opens none.
-    """
-    if reason := _why_not_by_version(module):
-        return reason
-    try:
-        return "" if module.device_count() else "no CUDA device"
-    except RuntimeError as error:
-        return str(error)
-
-
 def _require(op: str, arg: str, device: torch.device) -> None:
     """The GPU is one that the kernels are compiled for; asked once a device."""
     if device not in _known:
@@ -422,7 +425,7 @@ def _load() -> tuple[Kernels | None, str]:
         return None, f"not importable: {error}"
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is built without CUDA"
-    reason = _why_not_by_version(_cuda)
+    reason = why_not_by_version(_cuda)
     return (None if reason else Kernels(_cuda), reason)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import env
+from ..reference.encode import refuse_entries
 
 chunk_bytes = int(env.read("KSAE_CHUNK_BYTES"))
 _product_lock = threading.Lock()
@@ -190,3 +191,22 @@ class Encode(ABC):
         wanted = [(k, None), (k_aux, dead)]
         values, indices, *aux = self._encode(x, W_enc, b_enc, b_dec, wanted, downstream)
         return values, indices, aux[0], aux[1]
+
+    def threshold_encode(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, b_dec: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Waits for the device once a chunk of rows, whose number of entries it has to know."""
+        xc = x if b_dec is None else x - b_dec
+        bias, bar = b_enc.float(), theta.float()
+        counts = [torch.zeros(1, dtype=torch.int64, device=x.device)]
+        values, latents = [x.new_empty(0)], [counts[0][:0]]
+        rows = _rows_of_chunk(x.shape[0], W_enc.shape[0])
+        for n in range(0, x.shape[0], rows):
+            u = _scores(xc[n : n + rows], W_enc).add_(bias)
+            chosen = u > bar
+            at = chosen.nonzero(as_tuple=True)
+            counts.append(chosen.sum(1))
+            values.append(u[at].to(x.dtype))
+            latents.append(at[1])
+        refuse_entries(sum(map(len, latents)))
+        return torch.cat(values), torch.cat(latents), torch.cat(counts).cumsum(0)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import env
+from ..reference.group import rows_of
 from . import product as products
 from .cuda import _guard
 
@@ -133,14 +134,21 @@ class Kernels(products.Encode):
         return (*chosen, *self.fused_topk_encode(x, W_enc, b_enc, *of_dead))
 
     def sparse_decode(
-        self, values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor | None = None
+        self,
+        values: Tensor,
+        indices: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor | None = None,
+        row_offsets: Tensor | None = None,
+        partial: bool = False,
     ) -> Tensor:
         from ..kernels.sparse_decode import decode
 
         d = W_dec.shape[1]
-        out = values.new_empty(values.shape[0], d)
+        N = len(values) if row_offsets is None else row_offsets.numel() - 1
+        out = values.new_empty(N, d, dtype=torch.float32 if partial else values.dtype)
         with _guard(values):
-            decode(values, indices, W_dec, b_dec, None, 0, d, out)
+            decode(values, indices, W_dec, b_dec, None, 0, d, out, row_offsets)
         return out
 
     def sparse_residual(
@@ -152,6 +160,7 @@ class Kernels(products.Encode):
         target: Tensor,
         columns: int,
         column_sums: Tensor | None = None,
+        row_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ..kernels import sparse_decode as decode
 
@@ -162,13 +171,14 @@ class Kernels(products.Encode):
         chunk = max(products.chunk_bytes // (4 * max(d, 1)), 1)
         with _guard(values):
             decode.sparse_residual(
-                values, indices, W_dec, b_dec, target, residual, square, grads, chunk
-            )
+                values, indices, W_dec, b_dec, target, residual, square, grads, chunk,
+                row_offsets, _rows_of(row_offsets, values),
+            )  # fmt: skip
         if column_sums is not None:
             torch.sum(residual, 0, out=column_sums[:columns])
             if columns < d:
                 code = (values, indices, W_dec, b_dec, target)
-                rest = self.sparse_residual_slice(*code, columns, d)
+                rest = self.sparse_residual_slice(*code, columns, d, row_offsets)
                 torch.sum(rest, 0, out=column_sums[columns:])
         return residual, square, grads
 
@@ -181,20 +191,23 @@ class Kernels(products.Encode):
         target: Tensor,
         start: int,
         stop: int,
+        row_offsets: Tensor | None = None,
     ) -> Tensor:
         from ..kernels.sparse_decode import decode
 
-        residual = target.new_empty(values.shape[0], stop - start, dtype=torch.float32)
+        residual = target.new_empty(target.shape[0], stop - start, dtype=torch.float32)
         with _guard(values):
-            decode(values, indices, W_dec, b_dec, target, start, stop, residual)
+            decode(values, indices, W_dec, b_dec, target, start, stop, residual, row_offsets)
         return residual
 
-    def sparse_decode_backward_values(self, grad: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
+    def sparse_decode_backward_values(
+        self, grad: Tensor, indices: Tensor, W_dec: Tensor, row_offsets: Tensor | None = None
+    ) -> Tensor:
         from ..kernels.sparse_decode import value_products
 
         out = grad.new_empty(indices.shape)
         with _guard(grad):
-            value_products(grad, None, indices, W_dec, out)
+            value_products(grad, None, indices, W_dec, out, _rows_of(row_offsets, indices))
         return out
 
     def group_by_latent(self, values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
@@ -204,14 +217,21 @@ class Kernels(products.Encode):
             return group_by_latent(values, indices, F)
 
     def sparse_decode_backward_weight(
-        self, grad: Tensor, values: Tensor, indices: Tensor, F: int
+        self,
+        grad: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        F: int,
+        row_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         from ..kernels.row_update import Groups, weight_gradient
 
+        row_of = _rows_of(row_offsets, values)
         offsets, order = self.group_by_latent(values, indices, F)
         grad_W, value_sum = grad.new_empty(F, grad.shape[1]), grad.new_empty(F)
         with _guard(grad):
-            groups = Groups([values], [offsets], [order], [grad], None, None)
+            of = None if row_of is None else [row_of]
+            groups = Groups([values], [offsets], [order], [grad], None, None, of)
             weight_gradient(groups, grad_W, value_sum)
         return grad_W, value_sum
 
@@ -242,12 +262,13 @@ class Kernels(products.Encode):
         grad_dot_w: Tensor | None,
         W: Tensor,
         start: int,
+        row_of: Sequence[Tensor] | None = None,
     ) -> Tensor:
         from ..kernels.row_update import Groups, row_grad_sq
 
         grad_sq = scales.new_empty(W.shape[0], dtype=torch.float64)
         with _guard(W):
-            groups = Groups(coefficients, offsets, order, rows, scales, centre)
+            groups = Groups(coefficients, offsets, order, rows, scales, centre, row_of)
             row_grad_sq(groups, scales, centre, grad_dot_w, W, start, grad_sq)
         return grad_sq
 
@@ -271,11 +292,12 @@ class Kernels(products.Encode):
         normalize: bool,
         W_bf16: Tensor | None = None,
         norms: Tensor | None = None,
+        row_of: Sequence[Tensor] | None = None,
     ) -> None:
         from ..kernels.row_update import Groups, row_update
 
         with _guard(W):
-            groups = Groups(coefficients, offsets, order, rows, scales, centre)
+            groups = Groups(coefficients, offsets, order, rows, scales, centre, row_of)
             row_update(
                 groups, scales, centre, grad_dot_w, grad_b_enc, W, master, m, v, hyper, grad_b_dec,
                 start, normalize, W_bf16, norms,
@@ -326,6 +348,11 @@ class Kernels(products.Encode):
 
         with _guard(p):
             vector_update(grads, scales, minus, taken, hyper, p, master, m, v)
+
+
+def _rows_of(row_offsets: Tensor | None, code: Tensor) -> Tensor | None:
+    """The row of each entry of a code [E, 1]; None for one of k a row."""
+    return None if row_offsets is None else rows_of(row_offsets, len(code))
 
 
 def takes(k: int) -> bool:

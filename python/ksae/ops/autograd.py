@@ -57,6 +57,22 @@ def _topk_encode(ctx: Any, grad: Tensor | None, _: None) -> Gradients:
     return dx, dW_enc, db_enc, None, db_dec, None, None, None
 
 
+def _save_threshold_encode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    x, W_enc, _, _, b_dec = inputs
+    ctx.save_for_backward(x, W_enc, b_dec, *output)
+    ctx.has_b_dec = b_dec is not None
+
+
+def _threshold_encode(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
+    if grad is None:
+        return (None,) * 5
+    need_x, need_W, need_b = ctx.needs_input_grad[:3]
+    need_b_dec = ctx.has_b_dec and ctx.needs_input_grad[4]
+    dx, dW_enc, db_enc, db_dec = _encoder(ctx, grad, need_x, need_W, need_b, need_b_dec)
+    return dx, dW_enc, db_enc, None, db_dec  # nothing through the selection, so none of theta
+
+
 def _save_grad_topk_encode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     x, _, W_enc, *_, b_dec = inputs
@@ -77,15 +93,22 @@ def _grad_topk_encode(ctx: Any, grad: Tensor | None, _: None) -> Gradients:
 def _encoder(
     ctx: Any, grad: Tensor, need_x: bool, need_W: bool, need_b: bool, need_b_dec: bool
 ) -> Gradients:
-    """Gradients of x, W_enc, b_enc and b_dec where the selection is fixed."""
-    x, W_enc, b_dec, values, indices = ctx.saved_tensors
-    dv = torch.where(values > 0, grad, 0)  # [N, k]: a slot at zero passes nothing
+    """Gradients of x, W_enc, b_enc and b_dec where the selection is fixed: of k a row, or with row
+    offsets."""
+    x, W_enc, b_dec, values, indices, *rest = ctx.saved_tensors
+    (row_offsets,) = rest or (None,)
+    if row_offsets is None:
+        dv = torch.where(values > 0, grad, 0)  # [N, k]: a slot at zero passes nothing
+    else:
+        dv, indices = torch.where(values != 0, grad, 0)[:, None], indices[:, None]  # [E, 1]
     dx = dW_enc = db_enc = db_dec = None
     if need_x:
-        dx = _op.sparse_decode(dv, indices, W_enc)
+        dx = _op.sparse_decode(dv, indices, W_enc, None, row_offsets)
     if need_W or need_b or need_b_dec:
         xc = x if b_dec is None else x - b_dec  # [N, d]
-        dW_enc, db_enc = _op.sparse_decode_backward_weight(xc, dv, indices, W_enc.shape[0])
+        dW_enc, db_enc = _op.sparse_decode_backward_weight(
+            xc, dv, indices, W_enc.shape[0], row_offsets
+        )
     if need_b_dec:
         db_dec = -(W_enc.T @ db_enc)
     return dx, dW_enc, db_enc, db_dec
@@ -93,66 +116,84 @@ def _encoder(
 
 def _save_sparse_decode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3])
-    ctx.has_bias = inputs[3] is not None
+    values, indices, W_dec, b_dec, row_offsets, _ = inputs
+    ctx.save_for_backward(values, indices, W_dec, row_offsets)
+    ctx.b_dec_type = None if b_dec is None else b_dec.dtype
 
 
 def _sparse_decode(ctx: Any, grad: Tensor | None) -> Gradients:
     if grad is None:
-        return (None,) * 4
-    values, indices, W_dec = ctx.saved_tensors
+        return (None,) * 6
+    values, indices, W_dec, row_offsets = ctx.saved_tensors
     need_values, _, need_W = ctx.needs_input_grad[:3]
-    need_b = ctx.has_bias and ctx.needs_input_grad[3]
+    need_b = ctx.b_dec_type is not None and ctx.needs_input_grad[3]
+    db = grad.sum(0).to(ctx.b_dec_type) if need_b else None
+    grad = grad.to(W_dec.dtype)  # of partial sums it is wider
     dv = dW_dec = None
     if need_values:
-        dv = _op.sparse_decode_backward_values(grad, indices, W_dec)
+        dv = _op.sparse_decode_backward_values(grad, indices, W_dec, row_offsets)
     if need_W:
-        dW_dec, _ = _op.sparse_decode_backward_weight(grad, values, indices, W_dec.shape[0])
-    return dv, None, dW_dec, grad.sum(0) if need_b else None
+        dW_dec, _ = _op.sparse_decode_backward_weight(
+            grad, values, indices, W_dec.shape[0], row_offsets
+        )
+    return dv, None, dW_dec, db, None, None
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_backward_values(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3])
+    ctx.save_for_backward(*inputs)
 
 
 def _sparse_decode_backward_values(ctx: Any, grad: Tensor | None) -> Gradients:
     if grad is None:
-        return (None,) * 3
-    g, indices, W_dec = ctx.saved_tensors  # the op is <g[n], W_dec[indices[n, j]]>
-    need_g, _, need_W = ctx.needs_input_grad
+        return (None,) * 4
+    # the op is <g[n], W_dec[index]> for each entry; g may be wider than W_dec
+    g, indices, W_dec, row_offsets = ctx.saved_tensors
+    need_g, _, need_W = ctx.needs_input_grad[:3]
+    narrow = grad.to(W_dec.dtype)
     dg = dW_dec = None
     if need_g:
-        dg = _op.sparse_decode(grad, indices, W_dec)
+        dg = _op.sparse_decode(narrow, indices, W_dec, None, row_offsets).to(g.dtype)
     if need_W:
-        dW_dec, _ = _op.sparse_decode_backward_weight(g, grad, indices, W_dec.shape[0])
-    return dg, None, dW_dec
+        dW_dec, _ = _op.sparse_decode_backward_weight(
+            g.to(W_dec.dtype), narrow, indices, W_dec.shape[0], row_offsets
+        )
+    return dg, None, dW_dec, None
+
+
+def _save_backward_weight(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    g, values, indices, _, row_offsets = inputs
+    ctx.save_for_backward(g, values, indices, row_offsets)
 
 
 def _sparse_decode_backward_weight(
     ctx: Any, grad_W: Tensor | None, grad_sum: Tensor | None
 ) -> Gradients:
     if grad_W is None and grad_sum is None:
-        return (None,) * 4
-    g, values, indices = ctx.saved_tensors
+        return (None,) * 5
+    g, values, indices, row_offsets = ctx.saved_tensors
     dg = dv = None
     if grad_W is not None:
-        need_g, need_values, _, _ = ctx.needs_input_grad
-        dg = _op.sparse_decode(values, indices, grad_W) if need_g else None
-        dv = _op.sparse_decode_backward_values(g, indices, grad_W) if need_values else None
+        need_g, need_values = ctx.needs_input_grad[:2]
+        if need_g:
+            dg = _op.sparse_decode(values, indices, grad_W, None, row_offsets)
+        if need_values:
+            dv = _op.sparse_decode_backward_values(g, indices, grad_W, row_offsets)
     if grad_sum is not None:
-        from_sum = grad_sum[indices]  # [N, k]
+        from_sum = grad_sum[indices]  # [E, k]
         dv = from_sum if dv is None else dv + from_sum
-    return dg, dv, None, None
+    return dg, dv, None, None, None
 
 
 RULES = {
     "topk": Rule(_save_topk, _topk),
     "topk_encode": Rule(_save_topk_encode, _topk_encode),
+    "threshold_encode": Rule(_save_threshold_encode, _threshold_encode),
     "grad_topk_encode": Rule(_save_grad_topk_encode, _grad_topk_encode),
     "sparse_decode": Rule(_save_sparse_decode, _sparse_decode),
-    "sparse_decode_backward_values": Rule(_save_inputs, _sparse_decode_backward_values),
-    "sparse_decode_backward_weight": Rule(_save_inputs, _sparse_decode_backward_weight),
+    "sparse_decode_backward_values": Rule(_save_backward_values, _sparse_decode_backward_values),
+    "sparse_decode_backward_weight": Rule(_save_backward_weight, _sparse_decode_backward_weight),
 }
 
 

@@ -19,7 +19,7 @@ _ROWS = {
     "sparse_decode_backward_values": ("grad", "indices"),
 }
 # Ops whose floating inputs are cast under autocast.
-_CAST = frozenset({"topk_encode", "grad_topk_encode", "sparse_decode"})
+_CAST = frozenset({"topk_encode", "grad_topk_encode", "threshold_encode", "sparse_decode"})
 
 
 def vmap_rule(name: str, arguments: tuple[str, ...]) -> Callable[..., Any] | None:
@@ -53,13 +53,26 @@ def _unfold(t: Tensor, size: int) -> Tensor:
     return t.reshape(size, t.shape[0] // size, *t.shape[1:])
 
 
+def _fold_offsets(offsets: Tensor, dim: int | None, size: int) -> Tensor:
+    """Row offsets of each batch entry, [N+1], as those of all rows: [size * N + 1].
+
+    Each has as many code entries as the others, for these are a batch.
+    """
+    offsets = offsets.expand(size, *offsets.shape) if dim is None else offsets.movedim(dim, 0)
+    ends = offsets[:, -1].cumsum(0)
+    starts = (offsets[:, :-1] + (ends - offsets[:, -1])[:, None]).flatten()
+    return torch.cat([starts, ends[-1:]])
+
+
 def _by_row(name: str, arguments: tuple[str, ...]) -> Callable[..., Any]:
     rows = _ROWS[name]
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         size, folded = info.batch_size, []
         for argument, dim, arg in zip(arguments, in_dims, args, strict=False):
-            if argument in rows:
+            if argument == "row_offsets" and arg is not None:
+                arg = _fold_offsets(arg, dim, size)
+            elif argument in rows:
                 arg = _fold(arg, dim, size).contiguous()
             elif dim is not None:
                 raise ValueError(
@@ -83,7 +96,10 @@ def _sparse_decode_backward_weight(info: Any, in_dims: tuple[Any, ...], *args: A
     )
     own = F * torch.arange(size, device=indices.device)[:, None, None]
     folded = (t.flatten(0, 1).contiguous() for t in (grad, values, indices + own))
-    grad_W, value_sum = _op.sparse_decode_backward_weight(*folded, size * F)
+    offsets = args[4] if len(args) > 4 else None
+    if offsets is not None:
+        offsets = _fold_offsets(offsets, in_dims[4], size)
+    grad_W, value_sum = _op.sparse_decode_backward_weight(*folded, size * F, offsets)
     return (_unfold(grad_W, size), _unfold(value_sum, size)), (0, 0)
 
 

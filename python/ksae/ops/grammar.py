@@ -9,7 +9,10 @@ An argument is `name:type`, without spaces.
   one that says `d_out=`), numbers, sums, differences and products; `[...]` is any shape, the same
   everywhere. Their type is T (storage: the first argument of type T sets it), A (the accumulator of
   T), bool, i32, i64, f32, f64, bf16, `index(F)` (int64 or int32 in [0, F)), two of these (`T|A`),
-  the name of an argument (its type) or of a rule of the op.
+  the name of an argument (its type) or of a rule of the op. A size of an output that nothing says
+  depends on the data.
+- `row_offsets:offsets(E)[N+1]?` is int64, from 0 to E and nowhere falling: the E entries, whose
+  other size is 1 then, belong to N rows. Without it, E is N.
 - Numbers: `int`, `float`, `bool`; `1..F` a range, with `@x` the message names the shape of x;
   `0..inf` is a float. Words: `additive|signed`.
 - `name!` is written, so it must be contiguous; `*` after it is a list, G the length of each list,

@@ -30,6 +30,16 @@ def wrong_type(op: str, arg: str, expected: str, t: Tensor) -> TypeError:
     return TypeError(f"{op}: {arg} must be {expected}, got {t.dtype}")
 
 
+def offsets_range(op: str, name: str, offsets: Tensor, E: int) -> None:
+    """Row offsets begin with 0, end with E and do not fall; looked at as indices are."""
+    if offsets.device.type == "cpu" or _check_indices:
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first != 0 or last != E:
+            raise fail(op, name, f"from 0 to {E}", f"from {first} to {last}")
+        if bool((offsets.diff() < 0).any()):
+            raise fail(op, name, "in ascending order", "offsets that fall")
+
+
 def index_range(op: str, indices: Tensor, F: int) -> None:
     """Latent numbers lie in [0, F).
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.dtypes import FLOATS, accumulator
+from ..reference.dtypes import ENTRIES, FLOATS, accumulator
+from . import rows
 from .grammar import Argument, parse
 from .messages import fail, text, wrong_type
 from .numbers import is_number, number_check
@@ -87,7 +88,7 @@ class Spec:
         found: Values = {}
         for a in reversed(self.arguments):
             if a.default is not None:
-                found[a.name] = float(a.default) if ".." in a.type else a.default
+                found[a.name] = _default(a)
             elif a.optional and len(found) == len(self.arguments) - self.names.index(a.name) - 1:
                 found[a.name] = None
         return found
@@ -126,6 +127,8 @@ class Spec:
         lead: Tensor = value[0] if self.lead.many else value
         types = {"T": lead.dtype, "A": accumulator(lead.dtype)}
         self._checks[0][1](values[self.lead.name], values, dims, types, lead)
+        if self.offsets is not None:
+            rows.settle(op, self.offsets, values, dims)
         for name, partner in self.partners:
             if (values[name] is None) != (values[partner] is None):
                 raise fail(op, name, f"given with {partner}", "one without the other")
@@ -155,6 +158,8 @@ class Spec:
     def fake(self, *args: Any) -> Any:
         """The outputs with nothing in them."""
         lead, dims, types = self.check(self.bind(args))
+        for name in self._of_data:
+            dims[name] = torch.library.get_ctx().new_dynamic_size(max=ENTRIES)
         out = tuple(
             lead.new_empty([s(dims, 0) for s in sizes], dtype=FIXED.get(kind) or types[kind])
             for kind, sizes in self._made
@@ -168,7 +173,7 @@ class Spec:
             kind = "group" if own else "tensor"
             raise fail(self.name, first.name, f"at least one {kind}", "none")
         for name in self._lists:
-            if len(values[name]) != len(tensors):
+            if values[name] is not None and len(values[name]) != len(tensors):
                 number = f"{len(tensors)} tensors" if own else f"{len(tensors)}"
                 want = f"{number}, one for each of {first.name}"
                 raise fail(self.name, name, want, len(values[name]))
@@ -199,10 +204,17 @@ class Spec:
         self.order = ready
         known: dict[str, str] = {"G": ""}  # sizes and who set them
         self._checks: list[tuple[str, Callable[..., None]]] = []
+        self.offsets = of = rows.find(self.arguments)
         for a in ready:
+            if of is not None and a.name == of.name:
+                continue
             run = self._checker(a, known)
             if run is not None:
                 self._checks.append((a.name, run))
+            if of is not None and a is self.lead:
+                known[of.E] = known[of.N] = a.name
+        sizes = {n for a in self.outputs for d in a.dims or () for n in _names(d)}
+        self._of_data = sorted(sizes - known.keys())
         self._made = [(a.type, [_size(d) for d in a.dims or ()]) for a in self.outputs]
 
     def _checker(self, a: Argument, known: dict[str, str]) -> Callable[..., None] | None:
@@ -211,7 +223,7 @@ class Spec:
                 known[a.name] = a.name
             return number_check(self.name, a.name, a.type)
         dims = tuple(d.removesuffix("=") for d in a.dims)
-        sizes = {n for d in dims for n in re.findall(r"[A-Za-z_]\w*", d)}
+        sizes = {n for d in dims for n in _names(d)}
         settled = dims != ("...",) and sizes <= known.keys() and a is not self.lead
         expected, only, fixed = _shape(dims), a.type, FIXED.get(a.type)
         shape = self._shape_check(a, dims, known)
@@ -291,7 +303,7 @@ class Spec:
                     raise fail(op, label, f"of shape {text(sizes['...'])}", text(t.shape))
 
             return any_shape
-        names = [set(re.findall(r"[A-Za-z_]\w*", d)) for d in dims]
+        names = [_names(d) for d in dims]
         new = [i for i, used in enumerate(names) if not used <= known.keys()]
         owners = [known.get(n, "") for used in names for n in used if n in known]
         want = self._expected(a, dims, new, owners)
@@ -344,6 +356,17 @@ class Spec:
             return f"{of} [" + ", ".join(_or_star(s, known, g) for s in sizes) + "]"
 
         return words
+
+
+def _default(a: Argument) -> Any:
+    if a.type == "bool":
+        return a.default == "True"
+    return float(a.default or 0) if ".." in a.type else a.default
+
+
+def _names(dim: str) -> set[str]:
+    """The sizes that are named in a dimension."""
+    return set(re.findall(r"[A-Za-z_]\w*", dim))
 
 
 def _or_star(size: Size, known: Dims, g: int) -> str:

@@ -12,11 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference.dtypes import MODES
+from ..reference.dtypes import ENTRIES, MODES
 from .messages import fail, text, wrong_type
 from .spec import Spec
-
-ENTRIES = 2**31 - 1  # flat positions are int32
 
 
 def _bf16_of_float32(op: str, W_bf16: Tensor | None, T: torch.dtype) -> None:
@@ -25,8 +23,8 @@ def _bf16_of_float32(op: str, W_bf16: Tensor | None, T: torch.dtype) -> None:
         raise fail(op, "W_bf16", f"None for {T} weights", "a tensor")
 
 
-def _entries(op: str, N: int, k: int, values: Tensor) -> None:
-    if N * k > ENTRIES:
+def _entries(op: str, E: int, k: int, values: Tensor) -> None:
+    if E * k > ENTRIES:
         raise fail(op, "values", f"of at most {ENTRIES} entries", text(values.shape))
 
 
@@ -42,8 +40,10 @@ def _rows(
     W: Tensor,
     scales: Tensor,
     start: int,
+    N: int,
     d: int,
     columns: int,
+    row_of: Sequence[Tensor] | None,
 ) -> None:
     """Coefficients are wide where rows are stored, and the other way round; rows lie within W."""
     stored, wide, kind = W.dtype, scales.dtype, rows[0].dtype
@@ -54,6 +54,9 @@ def _rows(
     for g, t in enumerate(rows):
         if t.dtype != kind:
             raise wrong_type(op, f"rows[{g}]", str(kind), t)
+    for g, t in enumerate(coefficients):
+        if row_of is None and len(t) != N:
+            raise fail(op, f"coefficients[{g}]", f"of shape [{N}, {t.shape[1]}]", text(t.shape))
     if not 0 <= start <= d - columns:
         raise fail(op, "start", f"in [0, {d - columns}] for {columns} columns of {d}", start)
 
@@ -96,13 +99,15 @@ def _updated_rows(
     W: Tensor,
     scales: Tensor,
     start: int,
+    N: int,
     d: int,
     columns: int,
+    row_of: Sequence[Tensor] | None,
     rng_state: Tensor | None,
     norms: Tensor | None,
     grad_b_dec: Tensor | None,
 ) -> None:
-    _rows(op, coefficients, rows, W, scales, start, d, columns)
+    _rows(op, coefficients, rows, W, scales, start, N, d, columns, row_of)
     if rng_state is not None and start % 4:  # four columns share their random words
         raise fail(op, "start", "a multiple of 4 with rng_state", start)
     if columns != d:
@@ -114,11 +119,17 @@ def _updated_rows(
 _MODE = f"mode:{'|'.join(MODES)}=additive"
 _ENCODER = "x:T[N,d] W_enc:T[F,d] b_enc:T[F] k:1..F@W_enc"
 _BF16 = "W_bf16:bf16[F,d]?~ norms:f32[3,F]?W_bf16~"
-_CODE = "values:T[N,k] indices:index(F)[N,k]"
+# Products with a residual, which is float32, are of narrower weights too.
+_WEIGHT = (
+    "W_dec.dtype if W_dec.is_floating_point() and W_dec.itemsize * 2 == T.itemsize == 4 else T"
+)
+_CODE = "values:T[E,k] indices:index(F)[E,k]"
+_OFFSETS = "row_offsets:offsets(E)[N+1]?"
 _RESIDUAL = f"{_CODE} W_dec:T[F,d] b_dec:T[d]? target:T|A[N,d]"
-_GROUPED = "offsets:i32[F+1]* order:i32[N*k_g]*"
+_GROUPED = "offsets:i32[F+1]* order:i32[N_g*k_g]*"
+_ROW_OF = "row_of:i32[N_g*k_g]*?"
 _ROWS = (
-    f"coefficients:T|A[N,k_g]* {_GROUPED} rows:A|T[N,columns]* scales:A[G] centre:rows[columns]?"
+    f"coefficients:T|A[N_g,k_g]* {_GROUPED} rows:A|T[N,columns]* scales:A[G] centre:rows[columns]?"
 )
 
 SPECS = (
@@ -140,46 +151,57 @@ SPECS = (
         " -> values:T[N,k] indices:i64[N,k] aux_values:T[N,k_aux] aux_indices:i64[N,k_aux]",
         given=_bf16_of_float32,
     ),
-    Spec("sparse_decode", f"{_CODE} W_dec:T[F,d] b_dec:T[d]? -> recon:T[N,d]"),
+    Spec(
+        "threshold_encode",
+        "x:T[N,d] W_enc:T[F,d] b_enc:T[F] theta:T|A[F] b_dec:T[d]?"
+        " -> values:T[E] latents:i64[E] row_offsets:i64[N+1]",
+    ),
+    Spec(
+        "sparse_decode",
+        f"{_CODE} W_dec:T[F,d] b_dec:T[d]? {_OFFSETS} partial:bool=False -> recon:sum[N,d]",
+        types={"sum": "A if partial else T"},
+    ),
     Spec(
         "sparse_decode_backward_values",
-        "grad:T[N,d] indices:index(F)[N,k] W_dec:T[F,d] -> grad_values:T[N,k]",
+        f"grad:T[N,d] indices:index(F)[E,k] W_dec:weight[F,d] {_OFFSETS} -> grad_values:T[E,k]",
+        types={"weight": _WEIGHT},
     ),
     Spec(
         "sparse_decode_backward_weight",
-        f"grad:T[N,d] {_CODE} F:1..{ENTRIES} -> grad_W:T[F,d] value_sum:T[F]",
+        f"grad:T[N,d] {_CODE} F:1..{ENTRIES} {_OFFSETS} -> grad_W:T[F,d] value_sum:T[F]",
         relations=_entries,
     ),
     Spec(
         "group_by_latent",
-        f"{_CODE} F:1..{ENTRIES} -> offsets:i32[F+1] order:i32[N*k]",
+        f"{_CODE} F:1..{ENTRIES} -> offsets:i32[F+1] order:i32[E*k]",
         relations=_entries,
     ),
     Spec(
         "sparse_residual",
-        f"{_RESIDUAL} columns:0..d column_sums!:A[d]?"
-        " -> residual:A[N,columns] sq_error:f64[N] grad_values:A[N,k]",
+        f"{_RESIDUAL} columns:0..d column_sums!:A[d]? {_OFFSETS}"
+        " -> residual:A[N,columns] sq_error:f64[N] grad_values:A[E,k]",
     ),
     Spec(
         "sparse_residual_slice",
-        f"{_RESIDUAL} start:int stop:int -> residual:A[N,stop-start]",
+        f"{_RESIDUAL} start:int stop:int {_OFFSETS} -> residual:A[N,stop-start]",
         relations=_ordered,
     ),
     Spec(
         "latent_sums",
-        f"values:T[N,k_g]* grads:A[N,k_g]* {_GROUPED} scales:A[G]"
+        f"values:T[N_g,k_g]* grads:A[N_g,k_g]* {_GROUPED} scales:A[G]"
         " -> grad_b_enc:A[F] grad_dot_w:A[F]",
     ),
     Spec(
         "row_grad_sq",
-        f"{_ROWS} grad_dot_w:A[F]? W:T[F,d] start:int -> grad_sq:f64[F]",
+        f"{_ROWS} grad_dot_w:A[F]? W:T[F,d] start:int {_ROW_OF} -> grad_sq:f64[F]",
         relations=_rows,
     ),
     Spec(
         "row_update",
         f"{_ROWS} grad_dot_w!:A[F]? grad_b_enc:A[F]? W!:T[F,d] master!:A[F,d]? m!:moment[F,d]"
         " v!:moment[F,d] hyper:A[8] grad_b_dec!:A[d]?grad_b_enc start:int normalize:bool"
-        " W_bf16!:bf16[F,d]? rng_state:i64[2]? norms!:f32[3,F]? ->",
+        " W_bf16!:bf16[F,d]? rng_state:i64[2]? norms!:f32[3,F]?"
+        f" {_ROW_OF} ->",
         given=_update,
         relations=_updated_rows,
         types={"moment": "A if rng_state is None else T"},

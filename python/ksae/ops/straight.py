@@ -22,7 +22,8 @@ import torch
 
 from ..reference.dtypes import FLOATS, accumulator
 from .grammar import Argument
-from .messages import index_range
+from .messages import index_range, offsets_range
+from .rows import Offsets
 from .spec import FIXED, Spec
 
 _ACCUMULATORS = {T: accumulator(T) for T in FLOATS}
@@ -57,6 +58,7 @@ def kernel(
         "given": spec.given,
         "relations": spec.relations,
         "index_range": index_range,
+        "offsets_range": offsets_range,
         "increment_version": torch.autograd.graph.increment_version,
         "FLOATS": frozenset(FLOATS),
         "ACCUMULATORS": _ACCUMULATORS,
@@ -94,6 +96,9 @@ def _serving(spec: Spec, serve: Callable[..., Any], device: str | None) -> list[
     """The lines that call the kernel and say what it wrote."""
     every = ", ".join(f"{name}={name}" for name in spec.names)
     lines = [f"index_range({spec.name!r}, {name}, {_F(spec, F)})" for name, F in spec.indices]
+    if (of := spec.offsets) is not None:
+        look = f"offsets_range({spec.name!r}, {of.name!r}, {of.name}, {of.entries}.shape[0])"
+        lines.append(f"if {of.name} is not None: {look}")
     if device is None:
         lines.append(f"out = oracle({every})")
     else:
@@ -124,11 +129,8 @@ def _contiguous(spec: Spec, name: str) -> str:
     a = next(a for a in spec.arguments if a.name == name)
     if a.dims is None or a.written:
         return name
-    if a.many:
-        return f"[t.contiguous() for t in {name}]"
-    if a.optional:
-        return f"None if {name} is None else {name}.contiguous()"
-    return f"{name}.contiguous()"
+    packed = f"[t.contiguous() for t in {name}]" if a.many else f"{name}.contiguous()"
+    return f"None if {name} is None else {packed}" if a.optional else packed
 
 
 class _Lines:
@@ -149,7 +151,7 @@ class _Lines:
         lists = [a for a in spec.arguments if a.many]
         if lists:
             self.lines.append(f"G = len({spec.counted.name})")
-            self.unless("G", *(f"len({a.name}) == G" for a in lists))
+            self.unless("G", *(f"len({a.name}) == G" for a in lists if not a.optional))
         types = "T in FLOATS" if spec.lead.type == "T" else "T is dtype_f32 or T is dtype_f64"
         self.lines += [f"T = {self.lead}.dtype"]
         self.unless(types)
@@ -160,7 +162,10 @@ class _Lines:
         for name, rule in spec.rules.items():
             self.lines.append(f"type_{name} = {rule}")
         for a in spec.order:
-            self.argument(a)
+            if spec.offsets is None or a.name != spec.offsets.name:
+                self.argument(a)
+            if a is spec.lead and spec.offsets is not None:
+                self.row_offsets(spec.offsets)
         self.entries([a for a in lists if a.dims is not None])
         for hook, name in ((spec.given, "given"), (spec.relations, "relations")):
             if hook is not None:
@@ -174,6 +179,8 @@ class _Lines:
     def argument(self, a: Argument) -> None:
         if a.dims is None:
             self.number(a)
+        elif a.many and a.optional:
+            return  # in `entries`
         elif a.many:  # its sizes, from the first; the rest in `entries`
             self.sizes(a, f"{a.name}[0]", "")
             self.lines.append(f"type_{a.name} = {a.name}[0].dtype")
@@ -186,6 +193,21 @@ class _Lines:
             self.known -= new
         else:
             self.tensor(a, a.name, "")
+
+    def row_offsets(self, of: Offsets) -> None:
+        """The sizes that row offsets tie, one of which is known."""
+        E, N, t = of.E, of.N, of.name
+        known, other = (E, N) if E in self.known else (N, E)
+        self.lines += [f"if {t} is None:", f"    {other} = {known}", "else:"]
+        one_each = (f"len({of.entries}.shape) == 2", f"{of.entries}.shape[1] == 1")
+        look = (f"len({t}.shape) == 1", f"{t}.shape[0] > 0", f"{t}.dtype is dtype_i64")
+        self.unless(*look, f"{t}{self.device}", *one_each, indent="    ")
+        if known == N:
+            self.unless(f"{t}.shape[0] == {N} + 1", indent="    ")
+            self.lines.append(f"    {E} = {of.entries}.shape[0]")
+        else:
+            self.lines.append(f"    {N} = {t}.shape[0] - 1")
+        self.known |= {E, N}
 
     def number(self, a: Argument) -> None:
         if "|" in a.type:
@@ -228,21 +250,33 @@ class _Lines:
         return [*found, f"{t}.is_contiguous()"] if a.written else found
 
     def entries(self, lists: Sequence[Argument]) -> None:
-        """The entries of lists, one loop for all."""
-        if not lists:
-            return
+        """The entries of lists: one loop for all, and one for each that is optional."""
+        always = [a for a in lists if not a.optional]
+        if always:
+            self.loop(always, always, "")
+        for a in lists:
+            if a.optional:
+                self.lines.append(f"if {a.name} is not None:")
+                self.unless(f"len({a.name}) == G", indent="    ")
+                self.loop([*always, a], [a], "    ")
+
+    def loop(self, lists: Sequence[Argument], looked_at: Sequence[Argument], indent: str) -> None:
+        """A loop over the entries of `lists`, which set sizes."""
         entry = {a.name: f"{a.name}_g" for a in lists}
         names = ", ".join(entry.values())
-        self.lines.append(f"for {names}, in zip({', '.join(entry)}):")
+        self.lines.append(f"{indent}for {names}, in zip({', '.join(entry)}):")
         own: set[str] = set()
+        indent += "    "
         for a in lists:
             t, before = entry[a.name], set(self.known)
             for i, d in enumerate(_dims(a)):
                 if d.endswith("_g") and d not in own and d.isidentifier():
-                    self.unless(f"len({t}.shape) == {len(_dims(a))}", indent="    ")
-                    self.lines.append(f"    {d} = {t}.shape[{i}]")
+                    if a in looked_at:
+                        self.unless(f"len({t}.shape) == {len(_dims(a))}", indent=indent)
+                    self.lines.append(f"{indent}{d} = {t}.shape[{i}]")
                     own.add(d)
-            self.unless(*self.conditions(a, t), indent="    ")
+            if a in looked_at:
+                self.unless(*self.conditions(a, t), indent=indent)
             self.known = before
 
 

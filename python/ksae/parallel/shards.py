@@ -17,7 +17,6 @@ from torch import Tensor
 from .. import ops
 from ..coders.code import Code
 from ..ops import accumulator
-from ..reference import ragged
 from .keys import LEAST, keys_of
 from .ranks import Ranks
 
@@ -84,10 +83,7 @@ class Shards(Ranks):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Partial reconstructions go to the token's rank, which adds them in the order of ranks;
         its residual goes to all. The squares are one sum a rank: [R]."""
-        zero = torch.zeros(code.values.shape[0], W_dec.shape[1], dtype=W_dec.dtype).to(W_dec.device)
-        part = ops.sparse_residual_slice(
-            code.values, code.indices, W_dec, None, zero, 0, W_dec.shape[1]
-        )
+        part = ops.sparse_decode(code.values, code.indices, W_dec, partial=True)
         parts = self.scatter(part, "partial sums")  # [R, n, d]
         own = parts[0]
         for other in parts[1:]:
@@ -97,18 +93,6 @@ class Shards(Ranks):
         own -= target
         square = torch.linalg.vector_norm(own, dtype=torch.float64).square()
         residual = self.gather(own, "residuals")  # [N, d]
-        grads = _products(residual, code, W_dec)
+        grads = ops.sparse_decode_backward_values(residual, code.indices, W_dec)
+        grads = torch.where(code.values == 0, 0, grads)
         return residual, self.gather(square[None], "squares"), grads
-
-
-def _products(residual: Tensor, code: Code, W_dec: Tensor) -> Tensor:
-    """Of rows of the residual [N, d] with the chosen rows of W_dec; 0 where the value is 0."""
-    values, indices = code.values, code.indices
-    if W_dec.dtype == residual.dtype:
-        grads = ops.sparse_decode_backward_values(residual, indices, W_dec)
-    else:
-        k = indices.shape[1]
-        offsets = torch.arange(0, indices.numel() + 1, k, device=indices.device)
-        flat = ragged.sparse_decode_backward_values(residual, indices.reshape(-1), offsets, W_dec)
-        grads = flat.view(indices.shape)
-    return torch.where(values == 0, 0, grads)

@@ -18,8 +18,8 @@ from .decode import (
     sparse_residual_slice,
 )
 from .dtypes import accumulator
-from .encode import grad_topk_encode, topk_encode, topk_encode_aux
-from .group import group_by_latent, latent_sums
+from .encode import grad_topk_encode, threshold_encode, topk_encode, topk_encode_aux
+from .group import group_by_latent, latent_sums, rows_of
 from .rounding import stochastic_bfloat16
 from .rows import bf16_norms, row_grad_sq, row_update
 from .scalars import adam_scalars, loss_terms, total_variance, vector_update
@@ -35,12 +35,14 @@ __all__ = [
     "loss_terms",
     "row_grad_sq",
     "row_update",
+    "rows_of",
     "sparse_decode",
     "sparse_decode_backward_values",
     "sparse_decode_backward_weight",
     "sparse_residual",
     "sparse_residual_slice",
     "stochastic_bfloat16",
+    "threshold_encode",
     "topk",
     "topk_encode",
     "topk_encode_aux",

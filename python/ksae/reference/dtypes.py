@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage types, the types in which sums are kept, and the modes of a gradient-aware score."""
+"""Storage types, the types in which sums are kept, modes of a gradient-aware score, and the most
+entries of a code."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MODES = ("additive", "multiplicative", "signed")  # of the score of grad_topk_encode
+ENTRIES = 2**31 - 1  # flat positions are int32
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dtypes import accumulator
+from .dtypes import ENTRIES, accumulator
 from .topk import _largest
 
 
@@ -105,3 +105,35 @@ def topk_encode_aux(
     else:
         chosen = grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
     return (*chosen, *topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
+
+
+def threshold_encode(
+    x: Tensor,  # [N, d]
+    W_enc: Tensor,  # [F, d]
+    b_enc: Tensor,  # [F]
+    theta: Tensor,  # [F] T or the accumulator's type
+    b_dec: Tensor | None = None,  # [d]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pre-activations above their latent's threshold -> values [E] T, latents [E] int64, and
+    row_offsets [N+1] int64.
+
+    Token n has the entries row_offsets[n] to row_offsets[n+1] - 1, in the order of latents. The
+    pre-activation is compared before it is rounded to T. NaN is not above.
+    """
+    acc = accumulator(x.dtype)
+    xc = x if b_dec is None else x - b_dec  # rounded to T
+    u = xc.to(acc) @ W_enc.to(acc).T + b_enc.to(acc)  # [N, F]
+    chosen = u > theta.to(acc)
+    row_offsets = torch.zeros(x.shape[0] + 1, dtype=torch.int64, device=x.device)
+    row_offsets[1:] = chosen.sum(1).cumsum(0)
+    refuse_entries(int(row_offsets[-1]))
+    latents = torch.arange(W_enc.shape[0], device=x.device).expand_as(u)[chosen]
+    return u[chosen].to(x.dtype), latents, row_offsets
+
+
+def refuse_entries(E: int) -> None:
+    """Raises ValueError for more entries than flat positions can number."""
+    if E > ENTRIES:
+        raise ValueError(
+            f"threshold_encode: theta must be below at most {ENTRIES} pre-activations, got {E}"
+        )

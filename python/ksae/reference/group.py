@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A code grouped by latent, and sums over each latent's entries."""
+"""A code's entries by row and by latent, and sums over each latent's entries.
+
+What does not ask for an entry's row takes a code with row offsets as one of E tokens and k = 1.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def rows_of(row_offsets: Tensor, E: int) -> Tensor:
+    """The row of each entry of a code with row_offsets [N+1]: [E] int32."""
+    counts = row_offsets.diff()
+    rows = torch.arange(counts.numel(), dtype=torch.int32, device=row_offsets.device)
+    return torch.repeat_interleave(rows, counts, output_size=E)
 
 
 def group_by_latent(values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
@@ -34,10 +44,10 @@ def _ungroup(offsets: Tensor, order: Tensor, shape: torch.Size) -> Tensor:
 
 
 def latent_sums(
-    values: Sequence[Tensor],  # G of [N, k_g] T
-    grads: Sequence[Tensor],  # G of [N, k_g] float32, from sparse_residual
+    values: Sequence[Tensor],  # G of [N_g, k_g] T
+    grads: Sequence[Tensor],  # G of [N_g, k_g] float32, from sparse_residual
     offsets: Sequence[Tensor],  # G of [F+1] int32, from group_by_latent
-    order: Sequence[Tensor],  # G of [N*k_g] int32
+    order: Sequence[Tensor],  # G of [N_g*k_g] int32
     scales: Tensor,  # [G] float32
 ) -> tuple[Tensor, Tensor]:
     """Two sums over the groups and entries of a latent, [F] float32 each.

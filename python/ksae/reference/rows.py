@@ -23,12 +23,17 @@ def _row_gradient(
     along: Tensor | None,
     W: Tensor,
     start: int,
+    row_of: Sequence[Tensor] | None,
 ) -> Tensor:
     """Gradient of columns [start, start + columns) of W: [F, columns] in the accumulator's type."""
     acc, F = scales.dtype, W.shape[0]
     gradient = torch.zeros(F, rows[0].shape[1], dtype=acc, device=W.device)
-    for c, off, o, r, scale in zip(coefficients, offsets, order, rows, scales, strict=True):
-        row = r.to(acc) if centre is None else r.to(acc) - centre.to(acc)
+    for g, (c, off, o, r) in enumerate(zip(coefficients, offsets, order, rows, strict=True)):
+        row, scale = r.to(acc), scales[g]
+        if centre is not None:
+            row = row - centre.to(acc)
+        if row_of is not None:  # entries in flat order: each a token of one entry
+            c, row = c.reshape(-1, 1), row[row_of[g]]
         gradient += sparse_decode_backward_weight(
             row, scale * c.to(acc), _ungroup(off, o, c.shape), F
         )[0]
@@ -55,6 +60,7 @@ def row_grad_sq(
     grad_dot_w: Tensor | None,
     W: Tensor,
     start: int,
+    row_of: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Row sums of squares of the gradient of `row_update`, before grad_scale: [F] float64.
 
@@ -63,12 +69,14 @@ def row_grad_sq(
     if not bool(scales.isfinite().all()):
         return torch.zeros(W.shape[0], dtype=torch.float64, device=W.device)
     along = _along(grad_dot_w, W)
-    gradient = _row_gradient(coefficients, offsets, order, rows, scales, centre, along, W, start)
+    groups = (coefficients, offsets, order, rows)
+    gradient = _row_gradient(*groups, scales, centre, along, W, start, row_of)
     return gradient.double().square().sum(1)
 
 
 def row_update(
-    # G of [N, k_g]: for the encoder the values' gradients float32, for the decoder the values T
+    # G of [N, k_g], or [N_g, k_g] with row_of: for the encoder the values' gradients float32, for
+    # the decoder the values T
     coefficients: Sequence[Tensor],
     offsets: Sequence[Tensor],  # G of [F+1] int32, from group_by_latent
     order: Sequence[Tensor],  # G of [N*k_g] int32
@@ -92,6 +100,8 @@ def row_update(
     # [2] int64, seed and step: W (without a master), m and v are bfloat16, rounded stochastically
     rng_state: Tensor | None = None,
     norms: Tensor | None = None,  # [3, F] float32 of `bf16_norms`, written with a bf16 copy
+    # G of [N_g*k_g] int32: the row of each entry, where codes have row offsets (`rows_of`)
+    row_of: Sequence[Tensor] | None = None,
 ) -> None:
     """Gradient, projection and Adam of the rows of one matrix, in place; then, if asked, unit rows.
 
@@ -116,7 +126,8 @@ def row_update(
         and rows[0].shape[1] < W.shape[1]
     ):
         grad_dot_w.copy_(along)
-    g = _row_gradient(coefficients, offsets, order, rows, scales, centre, along, W, start)
+    groups = (coefficients, offsets, order, rows)
+    g = _row_gradient(*groups, scales, centre, along, W, start, row_of)
     if grad_b_dec is not None and grad_b_enc is not None:
         grad_b_dec.copy_(W.to(scales.dtype).T @ grad_b_enc)
     theta = W if master is None else master

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ksae
-from ksae.backends import cuda
+from ksae.backends import cuda, driver
 from ksae.backends import product as products
 from ksae.ops.specs import BY_NAME
 
@@ -49,13 +49,13 @@ def module(driver: int, devices: int | str = 1) -> Any:
     ids=["right", "newer", "no device", "no driver", "no start", "old driver"],
 )
 def test_why_the_kernels_cannot_run(native: Any, reason: str) -> None:
-    assert cuda.why_not(native) == reason
+    assert driver.why_not(native) == reason
 
 
 def test_an_import_asks_for_no_device() -> None:
     asks = module(13000)
     asks.device_count = lambda: pytest.fail("the driver was asked for its devices")
-    assert cuda._why_not_by_version(asks) == ""
+    assert driver.why_not_by_version(asks) == ""
 
 
 def test_an_old_gpu_is_refused_and_a_new_one_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
