@@ -24,6 +24,7 @@ OPS = {
     "topk_encode",
     "grad_topk_encode",
     "topk_encode_aux",
+    "scored_encode",
     "sparse_decode",
     "sparse_decode_backward_values",
     "sparse_decode_backward_weight",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from ksae.parallel.shards import Shards
 
 
 def make(case: str) -> SparseCoder:
+    if case == "gradient":
+        model = ksae.GradTopKSAE(17, 97, 5, beta=0.5, grad_norm="rms", k_aux=8)
+        model.tokens_since_fired[::4] = model.dead_after + 1
+        return model
     kind, settings, _ = CASES[case]
     settings = dict(settings)
     every = settings.pop("dead", None)
@@ -52,20 +57,46 @@ def train(group: Any, case: str, steps: int) -> tuple[list[dict[str, float]], di
     return metrics, {} if whole is None else dict(whole.state_dict())
 
 
+def train_by_gradient(
+    group: Any, steps: int
+) -> tuple[list[dict[str, float]], tuple[Tensor, Tensor]]:
+    """Metrics of each step, and the running norm of gradients."""
+    torch.manual_seed(0)
+    part = ksae.shard(make("gradient"), group)
+    step = ksae.TrainStep(part, LR, clip_norm=1.0)
+    metrics = []
+    for t in range(steps):
+        x = own(group, rows("plain", t)[0])
+        metrics.append({n: float(v) for n, v in step(x, grad=x.flip(1)).items()})
+    return metrics, (part.get_buffer("grad_rows"), part.get_buffer("grad_square"))
+
+
+def train_in(group: Any, kind: str, steps: int) -> list[float]:
+    """Losses of a coder with weights of 16 bits."""
+    part = ksae.shard(make("more dead than k_aux").to(getattr(torch, kind)), group)
+    step = ksae.TrainStep(part, LR)
+    return [float(step(own(group, rows("plain", t)[0]))["loss"]) for t in range(steps)]
+
+
 def select(
-    group: Any, F: int, k: int, x: Tensor, W: Tensor, b: Tensor, dtype: torch.dtype
+    group: Any, k: int, x: Tensor, W: Tensor, b: Tensor, beta: float | None
 ) -> list[tuple[int, int, float]]:
     """Token, latent and value of each entry of value other than 0 that this rank's latents have."""
     torch.manual_seed(0)
-    sae = ksae.TopKSAE(x.shape[1], F, k, dtype=dtype)
+    kind, options = ksae.TopKSAE, {} if beta is None else {"beta": beta}
+    if beta is not None:
+        kind = ksae.GradTopKSAE  # type: ignore[assignment]
+    sae = kind(x.shape[1], len(W), k, dtype=x.dtype, **options)
     with torch.no_grad():
         sae.W_enc.copy_(W)
+        sae.W_dec.copy_(W.flip(1))
         sae.b_enc.copy_(b)
     part = ksae.shard(sae, group)
     ranks = part.ranks
     assert isinstance(ranks, Shards)
-    every = ranks.gather(own(group, x).to(dtype))
-    chosen = part.select(every, min(k, len(part.W_enc)), None)
+    every = ranks.gather(own(group, x))
+    grad = None if beta is None else x.flip(0)
+    (chosen,) = ranks.select(part, every, min(k, len(part.W_enc)), 0, grad, ())
     (code,) = ranks.codes(*chosen, [k])
     n, j = (code.values != 0).nonzero(as_tuple=True)
     latents = code.indices[n, j] * ranks.size + ranks.rank
@@ -107,6 +138,11 @@ def differ(group: Any, how: str) -> None:
         ksae.parallel.shard.VERSION = ksae.__version__  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class OtherTopK(ksae.TopK):
+    """Whatever it selects."""
+
+
 def refused(group: Any, how: str) -> None:
     """All ranks ask for what there is not."""
     torch.manual_seed(0)
@@ -115,8 +151,8 @@ def refused(group: Any, how: str) -> None:
     match how:
         case "float64":
             sae.double()
-        case "gradient":
-            sae = ksae.GradTopKSAE(8, 40, 2)
+        case "activation":
+            sae.activation = OtherTopK(2)
         case "2-d":
             mesh = dist.init_device_mesh("cpu", (2, 2))
         case "type":

@@ -65,8 +65,8 @@ def test_what_one_rank_refuses_is_told_to_all(pool: Pool, how: str, says: str) -
     ("how", "says"),
     [
         ("few", "shard: sae must have at least 4 latents, one a rank, got 2"),
-        ("float64", "shard: sae must be torch.float32, got torch.float64"),
-        ("gradient", "shard: sae must have the activation TopK, got GradTopK"),
+        ("float64", "shard: sae must be float32, bfloat16 or float16, got torch.float64"),
+        ("activation", "shard: sae must have the activation TopK or GradTopK, got OtherTopK"),
         ("2-d", "shard: mesh must have 1 dimension, got 2 of sizes (2, 2)"),
         ("type", "shard: mesh must be a DeviceMesh, a ProcessGroup or None, got int"),
         ("twice", "shard: sae must be whole, got one that is spread over ranks"),

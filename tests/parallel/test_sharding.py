@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import rank_jobs
@@ -17,6 +17,9 @@ import ksae
 from ksae.parallel.keys import keys_of
 
 RANKS = (2, 3, 4)
+
+
+Data = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +63,39 @@ def one_sided() -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("R", RANKS)
 @pytest.mark.parametrize("data", [ties, nans, one_sided])
 @pytest.mark.parametrize("k", [1, 5, 20, 53])
-def test_selection_is_that_of_one_process(pool: Pool, R: int, data, k: int) -> None:  # type: ignore[no-untyped-def]
-    x, W, b = data()
-    values, indices = ksae.topk_encode(x, W, b, k)
-    n, j = (values != 0).nonzero(as_tuple=True)
-    want = list(zip(n.tolist(), indices[n, j].tolist(), values[n, j].tolist(), strict=True))
-    parts = pool.values(rank_jobs.select, R, 53, k, x, W, b, torch.float32)
-    got = [entry for part in parts for entry in part]
-    assert repr(sorted(got, key=repr)) == repr(sorted(want, key=repr))  # NaN too
+def test_selection_is_that_of_one_process(pool: Pool, R: int, data: Data, k: int) -> None:
+    args = data()
+    parts = compare(pool, R, k, *args, None)
     if data is one_sided and k <= 5:
         assert parts[0] and not any(parts[1:])
+
+
+@pytest.mark.parametrize("R", RANKS)
+@pytest.mark.parametrize("beta", [None, 0.7])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_selection_is_by_scores(pool: Pool, R: int, beta: float | None, kind: torch.dtype) -> None:
+    """Values are equal in 16 bits where scores are not, and not in the order of a gradient's."""
+    x, W = 1 + randn(12, 16, seed=8).to(kind) / 64, 1 + randn(301, 16, seed=9).to(kind) / 64
+    values, _ = ksae.topk_encode(x, W, torch.zeros(301, dtype=kind), 40)
+    if kind == torch.bfloat16:
+        assert len(values[0].unique()) < 20
+    compare(pool, R, 40, x, W, torch.zeros(301, dtype=kind), beta)
+
+
+def compare(
+    pool: Pool, R: int, k: int, x: Tensor, W: Tensor, b: Tensor, beta: float | None
+) -> list[list[tuple[int, int, float]]]:
+    """Entries of each rank, which together are those of one process."""
+    if beta is None:
+        values, indices = ksae.topk_encode(x, W, b, k)
+    else:
+        values, indices = ksae.grad_topk_encode(x, x.flip(0), W, b, W.flip(1), k, beta)
+    n, j = (values != 0).nonzero(as_tuple=True)
+    want = list(zip(n.tolist(), indices[n, j].tolist(), values[n, j].tolist(), strict=True))
+    parts = pool.values(rank_jobs.select, R, k, x, W, b, beta)
+    got = [entry for part in parts for entry in part]
+    assert repr(sorted(got, key=repr)) == repr(sorted(want, key=repr))  # NaN too
+    return parts
 
 
 # -------------------------------------------------------------------------------------------- steps
@@ -92,6 +118,36 @@ def test_twenty_steps_have_the_losses_of_one_process(pool: Pool, case: str) -> N
             # a first step of Adam is lr * sign: where a gradient is rounding, it may go either way
             torch.testing.assert_close(whole[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
         assert torch.equal(whole["tokens_since_fired"], model.tokens_since_fired)
+
+
+def test_a_gradient_chooses_as_in_one_process(pool: Pool) -> None:
+    torch.manual_seed(0)
+    model = rank_jobs.make("gradient")
+    step = ksae.TrainStep(model, LR, clip_norm=1.0)
+    want = []
+    for t in range(20):
+        (x,) = rank_jobs.rows("plain", t)
+        want.append({n: float(v) for n, v in step(x, grad=x.flip(1)).items()})
+    assert want[0]["dead"] > 0.2 and want[0]["auxk_loss"] > 0
+    for R in RANKS:
+        for metrics, buffers in pool.values(rank_jobs.train_by_gradient, R, 20):
+            for got, exact in zip(metrics, want, strict=True):
+                assert got == pytest.approx(exact, rel=1e-6)
+            assert torch.equal(buffers[0], model.get_buffer("grad_rows"))
+            torch.testing.assert_close(buffers[1], model.get_buffer("grad_square"))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_weights_of_16_bits(pool: Pool, kind: str) -> None:
+    """Sums are in float32: the first loss is that of one process, and later ones are near it."""
+    torch.manual_seed(0)
+    step = ksae.TrainStep(rank_jobs.make("more dead than k_aux").to(getattr(torch, kind)), LR)
+    batches = (rank_jobs.rows("plain", t) for t in range(10))
+    want = [float(step(x.to(getattr(torch, kind)))["loss"]) for (x,) in batches]
+    for R in RANKS:
+        for losses in pool.values(rank_jobs.train_in, R, kind, 10):
+            assert losses[0] == pytest.approx(want[0], rel=1e-6)
+            assert losses == pytest.approx(want, rel=2e-3)
 
 
 @pytest.mark.parametrize("R", RANKS)

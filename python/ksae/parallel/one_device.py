@@ -10,6 +10,10 @@ from torch import Tensor
 
 from .. import ops
 from ..coders.code import Code
+from ..coders.coder import SparseCoder
+
+# Values and indices [N, k], and by what they were chosen [N, k] float32; None: by the values
+Selected = tuple[Tensor, Tensor, Tensor | None]
 
 
 class OneDevice:
@@ -43,9 +47,26 @@ class OneDevice:
         """`total_variance` of the rows of all ranks: [], from this one's [n, d]."""
         return ops.total_variance(y)  # type: ignore[no-any-return]
 
-    def codes(self, values: Tensor, indices: Tensor, ks: Sequence[int]) -> list[Code]:
-        """From the best of this rank's latents, values and indices [N, at least k], those of the
-        best k of all ranks, for each k of ks; entries of value 0 fill the rows."""
+    def select(
+        self,
+        model: SparseCoder,
+        rows: Tensor,
+        k: int,
+        k_aux: int,
+        grad: Tensor | None,
+        W_bf16: tuple[Tensor, ...],
+    ) -> list[Selected]:
+        """The selection of this rank's latents, and for k_aux > 0 that of AuxK."""
+        if not k_aux:
+            return [(*model.select(rows, k, grad, W_bf16), None)]
+        values, indices, *aux = model.select_aux(rows, k, k_aux, grad, W_bf16)
+        return [(values, indices, None), (aux[0], aux[1], None)]
+
+    def codes(
+        self, values: Tensor, indices: Tensor, scores: Tensor | None, ks: Sequence[int]
+    ) -> list[Code]:
+        """From the best of this rank's latents, as `select` gives them [N, at least k], those of
+        the best k of all ranks, for each k of ks; entries of value 0 fill the rows."""
         wide = Code(values, indices)  # sorted: the best are a prefix
         return [wide.first(k).contiguous() for k in ks]
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..coders import registry
-from ..coders.activation import TopK
+from ..coders.activation import GradTopK, TopK
 from ..coders.coder import SparseCoder
 from ..version import VERSION
 from .ranks import ranks_of
@@ -30,8 +30,8 @@ def shard(sae: SparseCoder, mesh: Any = None) -> SparseCoder:
     Weights, gradients of weights and moments are never sent. With one rank the coder stays whole.
 
     Args:
-        sae: whole, float32, with `TopK`. On the meta device, where it takes no memory, each rank
-            draws the first weights of its own latents.
+        sae: whole, with `TopK` or `GradTopK`, float32, bfloat16 or float16. On the meta device,
+            where it takes no memory, each rank draws the first weights of its own latents.
         mesh: a DeviceMesh of one dimension, a process group, or None: all processes. An exchange
             takes no longer than the time-out of its process group.
 
@@ -122,11 +122,11 @@ def _check(sae: SparseCoder, R: int) -> None:
         raise TypeError(f"shard: sae must be a coder of ksae, got {type(sae).__name__}")
     if sae.ranks is not None:
         raise ValueError("shard: sae must be whole, got one that is spread over ranks")
-    if type(sae.activation) is not TopK:
+    if type(sae.activation) not in (TopK, GradTopK):
         got = type(sae.activation).__name__
-        raise TypeError(f"shard: sae must have the activation TopK, got {got}")
-    if sae.W_enc.dtype != torch.float32:  # else selection hangs on scores that no op returns
-        raise TypeError(f"shard: sae must be torch.float32, got {sae.W_enc.dtype}")
+        raise TypeError(f"shard: sae must have the activation TopK or GradTopK, got {got}")
+    if sae.W_enc.dtype == torch.float64:  # keys are of float32 scores
+        raise TypeError("shard: sae must be float32, bfloat16 or float16, got torch.float64")
     if sae.d_sae < R:
         raise ValueError(f"shard: sae must have at least {R} latents, one a rank, got {sae.d_sae}")
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .. import ops
 from ..coders.code import Code
+from ..coders.coder import SparseCoder
 from ..ops import accumulator
 from .keys import LEAST, keys_of
+from .one_device import OneDevice, Selected
 from .ranks import Ranks
 
 
@@ -43,12 +45,35 @@ class Shards(Ranks):
         variance: Tensor = within.sum() + between
         return variance.to(accumulator(y.dtype))
 
-    def codes(self, values: Tensor, indices: Tensor, ks: Sequence[int]) -> list[Code]:
+    def select(
+        self,
+        model: SparseCoder,
+        rows: Tensor,
+        k: int,
+        k_aux: int,
+        grad: Tensor | None,
+        W_bf16: tuple[Tensor, ...],
+    ) -> list[Selected]:
+        """With scores, where they are not the values: of 16-bit weights, and with a gradient."""
+        if grad is None and rows.dtype == torch.float32:
+            return OneDevice.select(self, model, rows, k, k_aux, grad, W_bf16)  # type: ignore[arg-type]
+        encoder = (rows, model.W_enc, model.b_enc)
+        b_dec = model.b_dec if model.centred else None
+        by = model.activation.score(model, grad)  # type: ignore[attr-defined]
+        chosen: list[Selected] = [ops.scored_encode(*encoder, k, b_dec, None, *by)]
+        if k_aux:
+            chosen.append(ops.scored_encode(*encoder, k_aux, b_dec, model.dead))
+        return chosen
+
+    def codes(
+        self, values: Tensor, indices: Tensor, scores: Tensor | None, ks: Sequence[int]
+    ) -> list[Code]:
         """Exact: of each rank's best k, of which there are enough, the token's rank finds the k-th.
 
         A candidate wins if its key is not below that of the k-th.
         """
-        keys = keys_of(values.float(), indices * self.size + self.rank)  # [N, best]
+        latents = indices * self.size + self.rank
+        keys = keys_of(values if scores is None else scores, latents)  # [N, best]
         last = self._last_keys(keys, ks)  # [N, len(ks)]
         codes = []
         for i in range(len(ks)):

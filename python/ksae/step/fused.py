@@ -119,12 +119,10 @@ class FusedStep:
         k, k_aux = min(max(ks), self.latents), min(k_aux, self.latents)
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
-        if not k_aux:
-            codes = communicator.codes(*model.select(batch.x, k, *how), ks)
-        else:
-            values, indices, *aux = model.select_aux(batch.x, k, k_aux, *how)
-            codes = communicator.codes(values, indices, ks)
-            codes += communicator.codes(aux[0], aux[1], [terms[-1].k])
+        chosen = communicator.select(model, batch.x, k, k_aux, *how)
+        codes = communicator.codes(*chosen[0], ks)
+        if k_aux:
+            codes += communicator.codes(*chosen[1], [terms[-1].k])
         return Selection(terms, codes, n_dead)
 
     # ------------------------------------------------------------------------------------ residual
