@@ -25,6 +25,7 @@ OPS = {
     "grad_topk_encode",
     "topk_encode_aux",
     "scored_encode",
+    "threshold_encode",
     "sparse_decode",
     "sparse_decode_backward_values",
     "sparse_decode_backward_weight",

@@ -72,6 +72,12 @@ class _Runner:
                 f"harvest: the {len(contexts)} contexts hold no token to use: nothing but padding "
                 "and special tokens"
             )
+        largest, vocabulary = int(contexts.ids.max()), _vocabulary(model)
+        if vocabulary is not None and largest >= vocabulary:
+            raise UserError(
+                f"harvest: token ids must be below the model's vocabulary of {vocabulary},"
+                f" got {largest}: these are another tokenizer's"
+            )
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if limit is not None and contexts.ids.shape[1] > limit:
             raise UserError(
@@ -138,6 +144,12 @@ class _Runner:
                 "store it in another dtype"
             )
         return rows
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many tokens the model knows, where it says so."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    return getattr(embeddings, "num_embeddings", None)
 
 
 def harvest(

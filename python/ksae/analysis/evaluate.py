@@ -248,8 +248,9 @@ def _spliced(
 
     with ExitStack() as stack:
         if target_hook is not None and isinstance(replacement, _Reconstruct):
-            stack.enter_context(splice(language_model, hook, replacement.read))
-        stack.enter_context(splice(language_model, target_hook or hook, replacement))
+            stack.enter_context(splice(language_model, hook, replacement.read, exclude=()))
+        target = target_hook or hook  # the replacement leaves out what is excluded
+        stack.enter_context(splice(language_model, target, replacement, exclude=()))
         yield
 
 

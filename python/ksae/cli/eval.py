@@ -37,7 +37,18 @@ def evaluate(
     text: Annotated[
         str | None, typer.Option(help=".txt, .jsonl or .parquet file, a folder of them, or pydoc")
     ] = None,
-    field: Annotated[str | None, typer.Option(help="Key or column of the text")] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Key or column of the text, or of its token ids")
+    ] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Tokens left out beside special ones: ids or names")
+    ] = None,
+    model_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the language model")
+    ] = None,
+    model_dtype: Annotated[
+        str | None, typer.Option(help="Of the language model: float32, bfloat16 or float16")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of a context", min=2)] = None,
     tokens: Annotated[int, typer.Option(help="Tokens for reconstruction", min=1)] = 65_536,
     ce_tokens: Annotated[
@@ -87,6 +98,7 @@ def evaluate(
     given = {
         "activations": activations, "targets": targets, "model": model, "hook": hook,
         "target_hook": target_hook, "text": text, "field": field, "context": context,
+        "exclude": exclude, "model_revision": model_revision, "model_dtype": model_dtype,
     }  # fmt: skip
     own = {key for key, value in given.items() if value is not None}
     if run is None and not own:

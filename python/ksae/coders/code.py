@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,13 @@ class Code:
         rows = self.indices.new_tensor(range(len(lengths))).repeat_interleave(lengths)
         dense = self.values.new_zeros(len(lengths), F)
         return dense.index_put((rows, self.indices), self.values)
+
+
+def has_numbers(t: Tensor) -> bool:
+    """Whether a number of t may be read: not where a graph is recorded or captured, which has no
+    branch on data, and not of tensors without data (fake and meta ones)."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return False
+    if t.is_meta or isinstance(t, FakeTensor):
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())

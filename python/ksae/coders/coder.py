@@ -10,12 +10,13 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from torch.utils._pytree import _register_namedtuple
 
 from .. import functional
 from ..ops import accumulator
 from . import registry
 from .activation import Activation
-from .code import Code
+from .code import Code, has_numbers
 from .config import Config, Options, floating
 from .terms import aux_width, squared_error, terms_of, total_variance
 
@@ -39,6 +40,10 @@ class Output(NamedTuple):
     def code(self) -> Code:
         """Values and indices as one."""
         return Code(self.values, self.indices)
+
+
+# So that an exported module can be saved.
+_register_namedtuple(Output, serialized_type_name="ksae.coders.coder.Output")
 
 
 def _setting(name: str, kind: type[_T]) -> _T:
@@ -233,7 +238,7 @@ class SparseCoder(nn.Module):
             raise TypeError(f"{name}: {arg} must be floating, got {t.dtype}")
         if t.device != self.W_enc.device:
             raise ValueError(f"{name}: {arg} must be on {self.W_enc.device}, got {t.device}")
-        return t.to(self.W_enc.dtype).reshape(t.shape[:-1].numel(), d)
+        return t.to(self.W_enc.dtype).reshape(-1, d)
 
     def targets(self, x: Tensor, rows: Tensor, y: Tensor | None) -> Tensor | None:
         """The target's rows [N, d_out], None if there is no target."""
@@ -308,7 +313,12 @@ class SparseCoder(nn.Module):
         multi = self.multi_topk and target is not None
         downstream = self.gradients(x, grad, self.training)  # [N, d_out]
         wide = Code(*self.select(rows, self.k_multi if multi else self.k, downstream))
-        code = wide.first(self.k)  # sorted: a prefix
+        code, lead = wide.first(self.k), x.shape[:-1]  # sorted: a prefix
+        values = code.values.reshape(*lead, self.k)  # what is returned has a gradient: so it stands
+        code = Code(values.reshape(-1, self.k), code.indices)  # between encoder and decoder
+        if multi:
+            rest = wide.values[:, self.k :]
+            wide = Code(torch.cat([code.values, rest], dim=1), wide.indices)
         recon = self.decode(code.values, code.indices, rows)
         loss = fvu = auxk_loss = multi_topk_loss = None
         if target is not None:
@@ -317,10 +327,9 @@ class SparseCoder(nn.Module):
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), parts.get("multi_topk", zero)
         if self.training:
             self._count(code)
-        lead = x.shape[:-1]
         return Output(
             recon.reshape(*lead, self.d_out),
-            code.values.reshape(*lead, self.k),
+            values,
             code.indices.reshape(*lead, self.k),
             loss,
             fvu,
@@ -333,9 +342,8 @@ class SparseCoder(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss, FVU and the terms by name; wide: the whole selection."""
         dead = self.dead
-        asks = not torch.compiler.is_compiling()  # what is recorded has no branch on data
-        asks &= not (dead.is_cuda and torch.cuda.is_current_stream_capturing())
-        terms = terms_of(self, aux_width(self, dead.sum() if asks else None))
+        n_dead = dead.sum() if has_numbers(dead) else None
+        terms = terms_of(self, aux_width(self, n_dead))
         variance = total_variance(target)
         loss, parts = torch.zeros_like(variance), {}
         for term in terms:
@@ -356,8 +364,8 @@ class SparseCoder(nn.Module):
             return loss, parts["reconstruction"].detach(), parts
         return loss, squared_error(recon.detach(), target) / variance, parts
 
-    @torch.no_grad()
     def _count(self, code: Code) -> None:
+        """Of integers: a block without gradients would keep an exported graph from being saved."""
         hits = torch.zeros_like(self.tokens_since_fired)
         hits.index_add_(0, code.indices.reshape(-1), (code.values > 0).reshape(-1).to(hits.dtype))
         since = self.tokens_since_fired + code.values.shape[0]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -22,6 +21,7 @@ def load(
     k: int | None = None,
     fold: bool = False,
     as_topk: bool = False,
+    revision: str | None = None,
 ) -> SparseCoder:
     """Read a model from a file of `save`, a training checkpoint, also of many ranks, a finished
     run's folder, or the files of another library (`ksae.interop.convert`), recognised by what they
@@ -33,10 +33,9 @@ def load(
         device: where to put the tensors; default the CPU.
         dtype: of the parameters; default the dtype they were saved in.
         k, fold, as_topk: for files of other libraries, see `ksae.interop.convert.load`.
+        revision: of a Hugging Face id: a branch, a tag or a commit; default the main branch.
     """
-    if hub.is_id(path):
-        path = hub.download(path)
-    file = Path(path)
+    path = file = hub.local(path, revision)
     if file.is_dir() and (file / "model.safetensors").is_file():
         file = file / "model.safetensors"
     if checkpoint.is_sharded(file):

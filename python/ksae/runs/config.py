@@ -75,11 +75,22 @@ class DataConfig:
         "labels", "with model.beta: the loss whose gradient is harvested"
     )
     text: str | None = setting(None, ".txt, .jsonl or .parquet file, a folder of them, or pydoc")
-    field: str = setting("text", "key or column of the text in .jsonl, .parquet and datasets")
+    field: str = setting(
+        "text", "key or column of the text, or of its token ids, in .jsonl, .parquet and datasets"
+    )
     separator: str | None = setting(None, "what divides a .txt file into documents")
     context: int = setting(128, "tokens of a context, special ones included")
     bos: Literal["auto", "always", "never"] = setting(
         "auto", "whether contexts start with a BOS token"
+    )
+    exclude: str | None = setting(
+        None, "tokens left out beside special ones: ids or names, as '<|im_end|> 198'"
+    )
+    model_revision: str | None = setting(
+        None, "branch, tag or commit of a Hugging Face name; default main"
+    )
+    model_dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "of the language model"
     )
     max_tokens: int | None = setting(None, "of the text that are used")
     cache: str | None = setting(

@@ -44,7 +44,7 @@ def open_data(config: DataConfig, *, gradient: bool = False, progress: bool = Tr
     `config.gradient` too; a file has them or has not.
     """
     if config.activations is not None:
-        for key in ("model", "hook", "text"):
+        for key in ("model", "hook", "text", "exclude", "model_revision"):
             if getattr(config, key) is not None:
                 raise UserError(
                     f"train: data.{key} must be left out where data.activations is given, "
@@ -77,13 +77,16 @@ def _open_files(config: DataConfig) -> RunData:
 def _harvest(config: DataConfig, gradient: bool, progress: bool) -> RunData:
     assert config.model is not None and config.hook is not None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = load_model(config.model, device=device)
+    lm = load_model(
+        config.model, device=device, dtype=config.model_dtype, revision=config.model_revision
+    )
     contexts = tokenize(
         documents(config.text, field=config.field, separator=config.separator),
         lm.tokenizer,
         length=config.context,
         bos=config.bos,
         max_tokens=config.max_tokens,
+        exclude=config.exclude or (),
     )
     held: Contexts | None = None
     if config.holdout > 0:

@@ -77,13 +77,19 @@ def open_eval_data(
                 f"eval: {key} must be given where there is no file of activations, got none"
             )
     assert config.model is not None and config.hook is not None
-    lm = load_model(config.model, device="cuda" if torch.cuda.is_available() else "cpu")
+    lm = load_model(
+        config.model,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=config.model_dtype,
+        revision=config.model_revision,
+    )
     contexts = tokenize(
         documents(config.text, field=config.field, separator=config.separator),
         lm.tokenizer,
         length=config.context,
         bos=config.bos,
         max_tokens=config.max_tokens,
+        exclude=config.exclude or (),
     )
     if held_out and config.holdout > 0:
         contexts = contexts.split(config.holdout)[1]

@@ -42,6 +42,8 @@ def read(source: Source) -> Coder:
             f"load: activation of {source.path} must be topk or groupmax, "
             f"got {fields['activation']!r}"
         )
+    if fields.get("signed"):  # of early releases: without the ReLU
+        raise UserError(f"load: signed of {source.path} must be False, got {fields['signed']!r}")
     if bool(fields["skip_connection"]) != ("W_skip" in tensors):
         raise UserError(
             f"load: {source.path} has skip_connection = {fields['skip_connection']} and "
