@@ -12,6 +12,7 @@ from .coders import (
     TopKSAE,
     Transcoder,
 )
+from .coders.unit_rows import UnitRows
 from .functional import grad_topk_encode, sparse_decode, threshold_encode, topk, topk_encode
 from .parallel.shard import shard, unshard
 from .step.train_step import TrainStep
@@ -27,6 +28,7 @@ __all__ = [
     "TopKSAE",
     "TrainStep",
     "Transcoder",
+    "UnitRows",
     "grad_topk_encode",
     "shard",
     "sparse_decode",

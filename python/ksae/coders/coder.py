@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse coders as plain modules: any torch optimizer trains them."""
+"""Sparse coders as plain modules: any torch optimizer trains them.
+
+What `TrainStep` does besides Adam, one's own loop has to: unit_rows.py has two ways.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from .activation import Activation
 from .code import Code, has_numbers
 from .config import Config, Options, floating
 from .terms import aux_width, squared_error, terms_of, total_variance
+from .unit_rows import unit_rows, without_parallel
 
 _T = TypeVar("_T")
 
@@ -74,6 +78,10 @@ class SparseCoder(nn.Module):
     batch of one token (or of equal tokens) has no variance: its FVU is infinite or not a number.
     In training mode `forward` counts, in `tokens_since_fired` [F], the tokens since each latent
     last fired. Buffers keep their dtype when the module is cast.
+
+    normalize_decoder is for `TrainStep`. In a loop with an optimizer of torch the decoder's norms
+    drift, unless `remove_gradient_parallel_to_decoder_directions` is called before its step and
+    `set_decoder_norm_to_unit_norm` after it, or W_dec is parametrised by `ksae.UnitRows`.
     """
 
     topology: str  # what is read and predicted, by name
@@ -363,6 +371,29 @@ class SparseCoder(nn.Module):
         if self.loss == "fvu":
             return loss, parts["reconstruction"].detach(), parts
         return loss, squared_error(recon.detach(), target) / variance, parts
+
+    # ------------------------------------------------------------------------- one's own optimizer
+
+    @torch.no_grad()
+    def remove_gradient_parallel_to_decoder_directions(self) -> None:
+        """Take out of W_dec.grad [F, d_out] its component along each decoder row: what an update
+        along it would do, `set_decoder_norm_to_unit_norm` undoes. After backward, before the step.
+
+        Raises:
+            ValueError: W_dec has no gradient.
+        """
+        if self.W_dec.grad is None:
+            raise ValueError(
+                f"{type(self).__name__}: W_dec must have a gradient to project, got none: call it "
+                "after backward()"
+            )
+        self.W_dec.grad.copy_(without_parallel(self.W_dec.grad, self.W_dec))
+
+    @torch.no_grad()
+    def set_decoder_norm_to_unit_norm(self) -> None:
+        """Give the decoder rows [F, d_out] length 1, after the step of a torch optimizer; rows of
+        zeros stay. Norms in float32 (float64). `ksae.UnitRows` is the same as a parametrisation."""
+        self.W_dec.copy_(unit_rows(self.W_dec))
 
     def _count(self, code: Code) -> None:
         """Of integers: a block without gradients would keep an exported graph from being saved."""

@@ -44,7 +44,7 @@ class Config:
         dead_after: a latent is dead once it has not fired (value > 0) for more than this many
             tokens.
         normalize_decoder: unit decoder rows, kept by `TrainStep`, which also removes the gradient
-            along them.
+            along them. With an optimizer of torch two methods do, or `ksae.UnitRows`.
         multi_topk: add the loss with 4k latents, divided by 8, so that the code also works at other
             k.
 

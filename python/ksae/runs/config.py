@@ -8,6 +8,7 @@ them for the command line.
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,9 @@ def setting(default: T, help: str) -> T:
 
 @dataclass
 class ModelConfig:
+    start: str | None = setting(
+        None, "model to start from: file, run folder or Hugging Face id; its sizes are taken"
+    )
     kind: Literal["sae", "transcoder"] = setting("sae", "a transcoder predicts outputs from inputs")
     d_sae: int = setting(4096, "latents")
     k: int = setting(32, "active latents per token")
@@ -61,7 +65,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     activations: str | None = setting(
-        None, ".npy, .safetensors or .pt file, or a cache folder; or else:"
+        None, ".npy, .safetensors or .pt file, or the folder of a cache; or else:"
     )
     targets: str | None = setting(
         None, "transcoder: file of the outputs, row for row with activations"
@@ -78,7 +82,9 @@ class DataConfig:
     field: str = setting(
         "text", "key or column of the text, or of its token ids, in .jsonl, .parquet and datasets"
     )
-    separator: str | None = setting(None, "what divides a .txt file into documents")
+    separator: str | None = setting(
+        None, r"what divides a .txt file into documents, as \n\n; default nothing"
+    )
     context: int = setting(128, "tokens of a context, special ones included")
     bos: Literal["auto", "always", "never"] = setting(
         "auto", "whether contexts start with a BOS token"
@@ -94,10 +100,16 @@ class DataConfig:
     )
     max_tokens: int | None = setting(None, "of the text that are used")
     cache: str | None = setting(
-        None, "folder to keep the activations in, larger than memory if need be"
+        None, "folder to keep the activations in, which another run takes as activations"
     )
     stream: bool = setting(False, "make the activations while training, and keep none")
     holdout: float = setting(0.05, "share of the documents (rows of a file) kept for evaluation")
+    unquoted: bool = setting(False, "hold out no context that quotes the training text")
+
+    def __post_init__(self) -> None:
+        if self.separator is not None:  # a shell or a quoted YAML text hands over \n as it is typed
+            for typed, meant in ((r"\n", "\n"), (r"\t", "\t"), (r"\r", "\r")):
+                self.separator = self.separator.replace(typed, meant)
 
 
 @dataclass
@@ -221,11 +233,36 @@ def dead_after(config: RunConfig) -> int:
 
 
 def fitted(config: RunConfig) -> RunConfig:
-    """A copy with what was left to the length of the run filled in."""
+    """A copy with what was left to the length of the run filled in, and with absolute paths, so
+    that the run can be gone on with and evaluated from any folder."""
+    from ksae.activations import PYDOC, SMOLLM2  # with torch, which help does without
+
     check(config)
+
+    def absolute(name: str | None) -> str | None:
+        """If it is a path: it may be a name on a hub."""
+        if name is None or name in (PYDOC, SMOLLM2) or not os.path.exists(name):
+            return name
+        return os.path.abspath(name)
+
+    def path(name: str | None) -> str | None:
+        return None if name is None else os.path.abspath(name)
+
+    data = config.data
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, dead_after=dead_after(config)),
+        out=os.path.abspath(config.out),
+        model=dataclasses.replace(
+            config.model, dead_after=dead_after(config), start=absolute(config.model.start)
+        ),
+        data=dataclasses.replace(
+            data,
+            activations=path(data.activations),
+            targets=path(data.targets),
+            cache=path(data.cache),
+            model=absolute(data.model),
+            text=absolute(data.text),
+        ),
         train=dataclasses.replace(config.train, warmup=warmup_steps(config.train)),
     )
 
@@ -269,7 +306,11 @@ def check(config: RunConfig, where: str = "config") -> None:
         )
     if config.data.stream and config.data.cache is not None:
         raise UserError(f"{where}: data.cache must be null where data.stream is true")
-    if model.skip and model.kind != "transcoder":
+    if config.data.separator == "":
+        raise UserError(f"{where}: data.separator must be null or some text, got an empty one")
+    if config.data.unquoted and config.data.activations is not None:
+        raise UserError(f"{where}: data.unquoted must be false where data.activations is given")
+    if model.skip and model.kind != "transcoder" and model.start is None:
         raise UserError(
             f"{where}: model.skip must be false for model.kind = {model.kind}, got true"
         )
