@@ -58,16 +58,21 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def assert_same_losses(one: Path, other: Path, rel: float) -> None:
+def assert_same_losses(one: Path, other: Path, exact: bool) -> None:
+    """The same bits; or 20 steps by rounding, and later ones but for a token whose k-th latent is
+    another by rounding."""
     lines = [runlog.read(folder / "metrics.jsonl") for folder in (one, other)]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     losses = [[line["loss"] for line in run] for run in lines]
-    assert losses[0] == pytest.approx(losses[1], rel=rel)
+    if exact:
+        assert losses[0] == losses[1]
+    assert losses[0][:20] == pytest.approx(losses[1][:20], rel=2e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 def test_two_processes_do_the_run_of_one(data: Path, two: Path, tmp_path: Path) -> None:
     assert run(1, data, tmp_path / "one").returncode == 0
-    assert_same_losses(two, tmp_path / "one", 1e-5)  # 60 steps of Adam
+    assert_same_losses(two, tmp_path / "one", exact=False)
     a, b = (ksae.load(folder) for folder in (two, tmp_path / "one"))
     assert a.config() == b.config() and len(a.W_enc) == 131
     newest = ksae.load(two / "checkpoints" / "step_00000060")
@@ -97,7 +102,7 @@ def test_a_killed_rank_ends_all_and_the_run_goes_on(data: Path, two: Path, tmp_p
         done = run(R, data, copy, "--resume")
         assert done.returncode == 0, done.stderr
         assert "going on after step" in done.stderr
-        assert_same_losses(two, copy, 0 if R == 2 else 1e-5)
+        assert_same_losses(two, copy, exact=R == 2)
         if R == 2:
             assert torch.equal(ksae.load(copy).W_enc, ksae.load(two).W_enc)
 
