@@ -104,7 +104,7 @@ def select(
 
 
 def count_bytes(group: Any, sizes: tuple[int, ...], dtype: str) -> tuple[dict[str, int], int]:
-    """What each exchange of one step has sent, and of how many tokens a rank."""
+    """What each exchange of one step has sent, and bytes of parameters, counters and state."""
     n, d, F, k = sizes
     torch.manual_seed(0)
     part = ksae.shard(ksae.TopKSAE(d, F, k, dtype=dtype), group)
@@ -112,7 +112,8 @@ def count_bytes(group: Any, sizes: tuple[int, ...], dtype: str) -> tuple[dict[st
     part.ranks.bytes.clear()
     torch.manual_seed(dist.get_rank(group))
     step(torch.randn(n, d))
-    return dict(part.ranks.bytes), n
+    tensors = [*part.state_dict().values(), *step.state_dict().values()]
+    return dict(part.ranks.bytes), sum(t.numel() * t.element_size() for t in tensors)
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import rank_jobs
@@ -14,6 +15,7 @@ from torch import Tensor
 from training import CASES, LR
 
 import ksae
+from ksae.parallel import cost
 from ksae.parallel.keys import keys_of
 
 RANKS = (2, 3, 4)
@@ -176,18 +178,24 @@ def test_one_rank_has_the_bits_of_one_device(pool: Pool) -> None:
 # -------------------------------------------------------------------------------------------- bytes
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 @pytest.mark.parametrize("R", RANKS)
-def test_bytes_sent_are_those_of_the_formula(pool: Pool, R: int) -> None:
+def test_a_step_sends_and_holds_what_the_formula_says(pool: Pool, R: int, kind: str) -> None:
     n, d, F, k = 96, 64, 1024, 8
-    for counts, _ in pool.values(rank_jobs.count_bytes, R, (n, d, F, k), "float32"):
-        tokens = (R - 1) * n
-        want = {
-            "rows": tokens * d * 4,
-            "candidates": tokens * k * 8,
-            "last keys": tokens * 8,
-            "partial sums": tokens * d * 4,
-            "residuals": tokens * d * 4,
-        }
-        assert {name: counts[name] for name in want} == want
-        total = sum(want.values()) + (R - 1) * d * (8 + 4 + 4)  # variance, b_dec, centring
-        assert sum(counts.values()) == pytest.approx(total, rel=0.02)
+    sizes = cost.Sizes(R, n, d, F, k, getattr(torch, kind).itemsize)
+    want = cost.bytes_sent(sizes)
+    for sent, held in pool.values(rank_jobs.count_bytes, R, (n, d, F, k), kind):
+        assert sent.keys() == want.keys()
+        for name in ("rows", "candidates", "last keys", "partial sums", "residuals"):
+            assert sent[name] == want[name], name
+        assert sum(sent.values()) == pytest.approx(sum(want.values()), rel=0.02)
+        assert held == pytest.approx(cost.state_bytes(sizes), rel=0.01)
+        whole = cost.state_bytes(cost.Sizes(1, R * n, d, F, k, sizes.itemsize))
+        assert held <= 1.1 * whole / R
+
+
+def test_the_page_is_what_the_script_writes() -> None:
+    from ksae.bench.studies import scale
+
+    page = Path(__file__).parents[2] / "docs" / "scale.md"
+    assert page.read_text(encoding="utf-8") == scale.page()
