@@ -262,11 +262,9 @@ def threshold_encode(
     return values, latents, row_offsets
 
 
-def _rows(indices: Tensor, row_offsets: Tensor | None) -> tuple[int, int | tuple[int]]:
-    """Tokens, and the entries of each as the native side takes them: k, or their row offsets."""
-    if row_offsets is None:
-        return indices.shape[0], indices.shape[1]
-    return row_offsets.numel() - 1, (_pointer(row_offsets),)
+def _rows(row_offsets: Tensor) -> tuple[int, tuple[int]]:
+    """Tokens, and their row offsets as the native side takes them instead of k."""
+    return row_offsets.shape[0] - 1, (row_offsets.data_ptr(),)
 
 
 def sparse_decode(
@@ -277,7 +275,8 @@ def sparse_decode(
     row_offsets: Tensor | None = None,
     partial: bool = False,
 ) -> Tensor:
-    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    N, k = indices.shape if row_offsets is None else _rows(row_offsets)
+    F, d = W_dec.shape
     out = values.new_empty(N, d, dtype=torch.float32 if partial else values.dtype)
     decode = _cpu.sparse_decode_partial if partial else _cpu.sparse_decode
     decode(
@@ -330,7 +329,8 @@ def _residual(
     sq_error: Tensor | None,
     grad_values: Tensor | None,
 ) -> Tensor:
-    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    N, k = indices.shape if row_offsets is None else _rows(row_offsets)
+    F, d = W_dec.shape
     residual = target.new_empty(N, stop - start, dtype=torch.float32)
     _cpu.sparse_residual(
         N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
@@ -346,7 +346,8 @@ def _residual(
 def sparse_decode_backward_values(
     grad: Tensor, indices: Tensor, W_dec: Tensor, row_offsets: Tensor | None = None
 ) -> Tensor:
-    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    N, k = indices.shape if row_offsets is None else _rows(row_offsets)
+    F, d = W_dec.shape
     out = grad.new_empty(indices.shape)
     wider = grad.dtype != W_dec.dtype
     products = _cpu.residual_products if wider else _cpu.sparse_decode_backward_values

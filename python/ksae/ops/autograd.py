@@ -118,7 +118,7 @@ def _save_sparse_decode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     values, indices, W_dec, b_dec, row_offsets, _ = inputs
     ctx.save_for_backward(values, indices, W_dec, row_offsets)
-    ctx.b_dec_type = None if b_dec is None else b_dec.dtype
+    ctx.has_bias = b_dec is not None
 
 
 def _sparse_decode(ctx: Any, grad: Tensor | None) -> Gradients:
@@ -126,9 +126,10 @@ def _sparse_decode(ctx: Any, grad: Tensor | None) -> Gradients:
         return (None,) * 6
     values, indices, W_dec, row_offsets = ctx.saved_tensors
     need_values, _, need_W = ctx.needs_input_grad[:3]
-    need_b = ctx.b_dec_type is not None and ctx.needs_input_grad[3]
-    db = grad.sum(0).to(ctx.b_dec_type) if need_b else None
-    grad = grad.to(W_dec.dtype)  # of partial sums it is wider
+    need_b = ctx.has_bias and ctx.needs_input_grad[3]
+    db = grad.sum(0) if need_b else None
+    if grad.dtype != W_dec.dtype:  # of partial sums
+        grad, db = grad.to(W_dec.dtype), None if db is None else db.to(W_dec.dtype)
     dv = dW_dec = None
     if need_values:
         dv = _op.sparse_decode_backward_values(grad, indices, W_dec, row_offsets)

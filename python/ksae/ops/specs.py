@@ -126,7 +126,8 @@ _ENCODER = "x:T[N,d] W_enc:T[F,d] b_enc:T[F] k:1..F@W_enc"
 _BF16 = "W_bf16:bf16[F,d]?~ norms:f32[3,F]?W_bf16~"
 # Products with a residual, which is float32, are of narrower weights too.
 _WEIGHT = (
-    "W_dec.dtype if W_dec.is_floating_point() and W_dec.itemsize * 2 == T.itemsize == 4 else T"
+    "T if W_dec.dtype is T or T is not A or not W_dec.is_floating_point()"
+    " or W_dec.itemsize != 2 or T.itemsize != 4 else W_dec.dtype"
 )
 _CODE = "values:T[E,k] indices:index(F)[E,k]"
 _OFFSETS = "row_offsets:offsets(E)[N+1]?"
