@@ -80,7 +80,8 @@ def table(F: int) -> str:
     lines = [
         f"### {F:,} latents",
         "",
-        f"d = {D}, k = {K}, bfloat16 weights with float32 masters, N = {TOKENS * 8:,} tokens a step.",
+        f"d = {D}, k = {K}, bfloat16 weights with float32 masters,"
+        f" N = {TOKENS * 8:,} tokens a step.",
         "",
         "| ranks | state, GB | temporaries, GB | product, TFLOP | sent, GB |"
         " product, ms | optimizer, ms | exchange, ms |",
