@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SAE",
+    "BatchTopK",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
@@ -29,6 +30,7 @@ __all__ = [
     "TrainStep",
     "Transcoder",
     "__version__",
+    "batch_topk_encode",
     "config",
     "grad_topk_encode",
     "load",

@@ -3,6 +3,7 @@
 
 from .coders import (
     SAE,
+    BatchTopK,
     GradTopK,
     GradTopKSAE,
     GradTopKTranscoder,
@@ -13,12 +14,20 @@ from .coders import (
     Transcoder,
 )
 from .coders.unit_rows import UnitRows
-from .functional import grad_topk_encode, sparse_decode, threshold_encode, topk, topk_encode
+from .functional import (
+    batch_topk_encode,
+    grad_topk_encode,
+    sparse_decode,
+    threshold_encode,
+    topk,
+    topk_encode,
+)
 from .parallel.shard import shard, unshard
 from .step.train_step import TrainStep
 
 __all__ = [
     "SAE",
+    "BatchTopK",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
@@ -29,6 +38,7 @@ __all__ = [
     "TrainStep",
     "Transcoder",
     "UnitRows",
+    "batch_topk_encode",
     "grad_topk_encode",
     "shard",
     "sparse_decode",

@@ -114,7 +114,8 @@ void pack_x(const EncodeChunk& c, int64_t tile0, int64_t tile1, void* scratch) {
         centred_row<typename decltype(tag)::type>(c, row_of(c, i), row);
       });
       c.count[i] = 0;
-      c.tau[i] = __builtin_nanf("");
+      c.tau[i] = c.gate;
+      if (c.fixed) c.redo[i] = 0;
       if (c.scoring == Scoring::kFloat) {
         for (int64_t s = 0; s < d; ++s) out[s * kTileRows + r] = row[s];
         continue;

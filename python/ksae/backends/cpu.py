@@ -144,6 +144,44 @@ def topk_encode_counted(
     return values, indices, counts
 
 
+def batch_topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, indices, row_offsets, _ = batch_topk_encode_counted(x, W_enc, b_enc, k, b_dec)
+    return values, indices, row_offsets
+
+
+def batch_topk_encode_counted(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    *,
+    screen: bool | None = None,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
+    """batch_topk_encode, and rows screened, survivors, rows scored in full.
+
+    For tests, `slack` scales the bound.
+    """
+    (N, d), F = x.shape, W_enc.shape[0]
+    if screen is None:
+        screen = screening and 100 * k <= F
+    values, indices = x.new_empty(N * k), x.new_empty(N * k, dtype=torch.int64)
+    row_offsets = x.new_empty(N + 1, dtype=torch.int64)
+    counts = _cpu.batch_topk_encode(
+        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
+        _pointer(b_dec), _pointer(values), _pointer(indices), _pointer(row_offsets), screen, slack,
+        _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return values, indices, row_offsets, counts
+
+
 def grad_topk_encode(
     x: Tensor,
     grad: Tensor,
@@ -338,6 +376,66 @@ def _residual(
         _pointer(W_dec), _pointer(b_dec), _pointer(target), target.dtype == torch.float32, start,
         stop - start,
         _pointer(residual), _pointer(sq_error), _pointer(grad_values), _Workspace(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return residual
+
+
+def prefix_residual(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    widths: Tensor,
+    shares: Tensor,
+    columns: int,
+    row_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sq_errors = target.new_empty(len(widths), len(target), dtype=torch.float64)
+    grad_values = torch.empty(values.shape, dtype=torch.float32)
+    of = (values, indices, W_dec, b_dec, target, widths, shares)
+    residual = _prefix_residual(*of, 0, columns, row_offsets, sq_errors, grad_values)
+    return residual, sq_errors, grad_values
+
+
+def prefix_residual_slice(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    widths: Tensor,
+    shares: Tensor,
+    start: int,
+    stop: int,
+    row_offsets: Tensor | None = None,
+) -> Tensor:
+    of = (values, indices, W_dec, b_dec, target, widths, shares)
+    return _prefix_residual(*of, start, stop, row_offsets, None, None)
+
+
+def _prefix_residual(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    widths: Tensor,
+    shares: Tensor,
+    start: int,
+    stop: int,
+    row_offsets: Tensor | None,
+    sq_errors: Tensor | None,
+    grad_values: Tensor | None,
+) -> Tensor:
+    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    residual = torch.empty(len(widths), N, stop - start, dtype=torch.float32)
+    _cpu.prefix_residual(
+        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+        indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(target),
+        target.dtype == torch.float32, _pointer(widths), _pointer(shares), len(widths), start,
+        stop - start, _pointer(residual), _pointer(sq_errors), _pointer(grad_values), _Workspace(),
         torch.get_num_threads(),
     )  # fmt: skip
     return residual

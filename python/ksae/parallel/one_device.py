@@ -12,7 +12,8 @@ from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 
-# Values and indices [N, k], and by what they were chosen [N, k] float32; None: by the values
+# Values and indices [N, k] and, on one device, row offsets; of shards, by what was chosen: scores
+# [N, k] float32, None being the values
 Selected = tuple[Tensor, Tensor, Tensor | None]
 
 
@@ -58,16 +59,19 @@ class OneDevice:
     ) -> list[Selected]:
         """The selection of this rank's latents, and for k_aux > 0 that of AuxK."""
         if not k_aux:
-            return [(*model.select(rows, k, grad, W_bf16), None)]
-        values, indices, *aux = model.select_aux(rows, k, k_aux, grad, W_bf16)
-        return [(values, indices, None), (aux[0], aux[1], None)]
+            values, indices, *offsets = model.select(rows, k, grad, W_bf16)
+            return [(values, indices, offsets[0] if offsets else None)]
+        chosen = model.select_aux(rows, k, k_aux, grad, W_bf16)
+        values, indices, *offsets = chosen[:-2]
+        main = (values, indices, offsets[0] if offsets else None)
+        return [main, (chosen[-2], chosen[-1], None)]
 
     def codes(
-        self, values: Tensor, indices: Tensor, scores: Tensor | None, ks: Sequence[int]
+        self, values: Tensor, indices: Tensor, offsets: Tensor | None, ks: Sequence[int]
     ) -> list[Code]:
         """From the best of this rank's latents, as `select` gives them [N, at least k], those of
         the best k of all ranks, for each k of ks; entries of value 0 fill the rows."""
-        wide = Code(values, indices)  # sorted: the best are a prefix
+        wide = Code(values, indices, offsets)  # sorted: the best are a prefix
         return [wide.first(k).contiguous() for k in ks]
 
     def residual(
@@ -85,5 +89,5 @@ class OneDevice:
         with this rank's chosen rows of W_dec [N, k].
         """
         return ops.sparse_residual(  # type: ignore[no-any-return]
-            code.values, code.indices, W_dec, bias, target, columns, sums
+            *code.matrices(), W_dec, bias, target, columns, sums, code.offsets
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..coders import registry
 from ..coders.activation import GradTopK, TopK
 from ..coders.coder import SparseCoder
+from ..coders.terms import Term, terms_of
 from ..version import VERSION
 from .ranks import ranks_of
 from .shards import Shards
@@ -125,10 +126,17 @@ def _check(sae: SparseCoder, R: int) -> None:
     if type(sae.activation) not in (TopK, GradTopK):
         got = type(sae.activation).__name__
         raise TypeError(f"shard: sae must have the activation TopK or GradTopK, got {got}")
+    if sae.prefixes or any(term.aux and not _plain(term) for term in terms_of(sae, 1)):
+        raise TypeError("shard: sae must have no prefixes and the AuxK of TopK, got another loss")
     if sae.W_enc.dtype == torch.float64:  # keys are of float32 scores
         raise TypeError("shard: sae must be float32, bfloat16 or float16, got torch.float64")
     if sae.d_sae < R:
         raise ValueError(f"shard: sae must have at least {R} latents, one a rank, got {sae.d_sae}")
+
+
+def _plain(term: Term) -> bool:
+    """Whether a term for dead latents is that of arXiv 2406.04093."""
+    return term.aux is not None and term.of_residual and not term.aux.signed
 
 
 def _facts(sae: SparseCoder) -> dict[str, Any]:

@@ -8,6 +8,7 @@ them for the command line.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import types
 import typing
@@ -41,6 +42,9 @@ class ModelConfig:
     auxk_alpha: float = setting(
         1 / 32, "weight of the loss that revives dead latents; 0 turns it off"
     )
+    auxk: Literal["dictionary_learning", "openai", "sparsify", "saelens", "batch_topk"] = setting(
+        "dictionary_learning", "the library whose form of that loss it is"
+    )
     k_aux: int | None = setting(
         None, "dead latents in that loss; default half the width of the output"
     )
@@ -50,6 +54,13 @@ class ModelConfig:
     )
     normalize_decoder: bool | None = setting(None, "unit decoder rows; default true only for sae")
     multi_topk: bool = setting(False, "add the loss with 4k latents, at 1/8")
+    multi_k: tuple[int, ...] | None = setting(None, "add the losses with these k, each at 1/8")
+    prefixes: tuple[int, ...] | None = setting(
+        None, "rising numbers of latents, the last d_sae: each reconstructs by itself (Matryoshka)"
+    )
+    prefix_weights: Literal["mean", "sum", "dictionary_learning"] = setting(
+        "mean", "of prefixes: what each one's loss counts, 1/P, 1 or 1/P^2"
+    )
     skip: bool = setting(False, "transcoder only: a linear path beside the latents")
     beta: float | None = setting(
         None, "weight of a downstream gradient in selection; null: plain TopK"
@@ -300,6 +311,7 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(
             f"{where}: model.k must be at most model.d_sae = {model.d_sae}, got {model.k}"
         )
+    _check_lists(model, where)
     if warmup_steps(train) > total_steps(train):
         raise UserError(
             f"{where}: train.warmup must be at most the {total_steps(train)} steps of the run, "
@@ -315,6 +327,21 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(
             f"{where}: model.skip must be false for model.kind = {model.kind}, got true"
         )
+
+
+def _check_lists(model: ModelConfig, where: str) -> None:
+    """Of numbers of latents."""
+    widths, ks, F = model.prefixes, model.multi_k, model.d_sae
+    if widths is not None and (
+        widths[-1:] != (F,) or any(a >= b for a, b in itertools.pairwise((-1, *widths)))
+    ):
+        want = f"rise from 0 or more to model.d_sae = {F}"
+        raise UserError(f"{where}: model.prefixes must {want}, got {list(widths)}")
+    if ks is not None and (len(set(ks)) < len(ks) or not all(1 <= k <= F for k in ks)):
+        want = f"different numbers in [1, {F}]"
+        raise UserError(f"{where}: model.multi_k must be {want}, got {list(ks)}")
+    if ks and model.multi_topk:
+        raise UserError(f"{where}: model.multi_k must be null with multi_topk, got {list(ks)}")
 
 
 def _get(config: RunConfig, key: str) -> Any:
@@ -351,6 +378,10 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     if typing.get_origin(hint) is Literal:
         if value in hint.__args__:
             return value
+    elif typing.get_origin(hint) is tuple:
+        each = value.strip("[]").split(",") if isinstance(value, str) else value
+        if isinstance(each, list | tuple):
+            return tuple(_convert(hint.__args__[0], part, place) for part in each)
     elif hint is float and not isinstance(value, bool):
         try:
             number = float(value)  # YAML 1.1 reads 1e-4, which has no point, as text
@@ -377,6 +408,8 @@ def _whole(text: str) -> bool:
 def _say(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in hint.__args__)
+    if typing.get_origin(hint) is tuple:
+        return f"{_say(hint.__args__[0])}, or several in a list"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return names[hint]
 
@@ -391,4 +424,6 @@ def _describe(kind: Any, prefix: str) -> Iterator[tuple[str, str, Any, str]]:
         arms = [arm for arm in getattr(hint, "__args__", [hint]) if arm is not types.NoneType]
         literal = typing.get_origin(hint) is Literal
         name = "|".join(arms) if literal else arms[0].__name__
+        if typing.get_origin(arms[0]) is tuple:
+            name = f"{arms[0].__args__[0].__name__},..."
         yield f"{prefix}{key.name}", name, key.default, key.metadata["help"]

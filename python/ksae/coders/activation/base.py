@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,7 +19,8 @@ class Activation:
     A value without state: what it has to remember are buffers that the coder holds for it.
     """
 
-    k: int  # entries a token
+    k: int  # entries a token, on average or at most; 0: as many as there are
+    ragged: ClassVar[bool] = False  # codes have row offsets: a number of entries of each row's own
     needs_gradient: ClassVar[bool] = False  # selects by the gradient of a downstream loss too
 
     def check(self, owner: str, F: int) -> None:
@@ -28,6 +30,10 @@ class Activation:
             ValueError: one is; the message names `owner`.
         """
         raise NotImplementedError
+
+    def fields(self) -> dict[str, Any]:
+        """Name and constructor arguments, plain values only: what `from_fields` takes."""
+        return {"name": type(self).__name__, **asdict(self)}  # type: ignore[call-overload]
 
     def options(self) -> dict[str, Any]:
         """Constructor arguments besides k, plain values only."""
@@ -54,10 +60,17 @@ class Activation:
         k: int,
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor]:
-        """Values and indices [N, k] of the k latents that rows [N, d_in] choose; W_bf16: that of
-        W_enc and its norms, where they are kept."""
+    ) -> tuple[Tensor, ...]:
+        """The fields of the `Code` that rows [N, d_in] get in training, of k latents a row; W_bf16:
+        that of W_enc and its norms, where they are kept."""
         raise NotImplementedError
+
+    def infer(self, coder: SparseCoder, rows: Tensor, grad: Tensor | None) -> tuple[Tensor, ...]:
+        """The same for use: a row's code depends on that row alone."""
+        return self.select(coder, rows, self.k, grad)
+
+    def observe(self, coder: SparseCoder, values: Tensor) -> None:
+        """Note the values of a training batch's code."""
 
     def select_aux(
         self,
@@ -67,6 +80,6 @@ class Activation:
         k_aux: int,
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `select` returns, then the code [N, k_aux] of AuxK, of dead latents alone."""
+    ) -> tuple[Tensor, ...]:
+        """What `select` returns, then values and indices [N, k_aux] of dead latents, for AuxK."""
         raise NotImplementedError

@@ -54,7 +54,7 @@ class TopK(Activation):
         k: int,
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         b_dec = coder.b_dec if coder.centred else None
         if not W_bf16:
             return functional.topk_encode(rows, coder.W_enc, coder.b_enc, k, b_dec)
@@ -69,7 +69,7 @@ class TopK(Activation):
         k_aux: int,
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         b_dec = coder.b_dec if coder.centred else None
         dead_and_score = (coder.dead, b_dec, *self.score(coder, grad))
         chosen: tuple[Tensor, Tensor, Tensor, Tensor] = ops.topk_encode_aux(
