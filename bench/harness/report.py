@@ -389,8 +389,8 @@ def race_table(run: Record) -> tuple[list[str], Cells]:
 
 def tables_section(run: Record, path: str = RESULT) -> str:
     """What stands between the site's markers: the whole step, and where ksae loses."""
-    folder = Path(path).parent
-    lines = [conditions(run), f"From [`{path}`]({path}); all of it, with losing rows and the"]
+    folder = Path("..", path).parent  # the page stands in docs/
+    lines = [conditions(run), f"From [`{path}`](../{path}); all of it, with losing rows and the"]
     lines[-1] += f" other plots: [report]({folder / 'report.md'}). Reproduce:"
     lines += ["", "```sh", reproduce(run), "```", ""]
     rows = [r for r in run.rows if r.suite == "step"]

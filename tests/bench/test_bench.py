@@ -321,7 +321,7 @@ def test_section_is_that_of_the_committed_result_that_it_names(file, begin, end)
     assert timed and all(
         f"{r.times.median * 1e3:.4g}" in section for r in timed if r.way in section
     )
-    for picture in re.findall(r"\]\((bench/results/[\w./-]+\.png)\)", section):
+    for picture in re.findall(r"\]\((?:\.\./)?(bench/results/[\w./-]+\.png)\)", section):
         assert (ROOT / picture).is_file()
 
 

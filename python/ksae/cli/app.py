@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand
 
 from ksae import env
-from ksae.cli import bench, config, convert, demo, eval, train
+from ksae.cli import bench, config, convert, demo, eval, hooks, train
 from ksae.errors import UserError
 from ksae.version import VERSION
 
@@ -56,6 +56,7 @@ app = typer.Typer(
 app.command("train", cls=Command)(train.command)
 app.command("eval", cls=Command)(eval.evaluate)
 app.command("convert", cls=Command)(convert.convert)
+app.command("hooks", cls=Command)(hooks.hooks)
 app.command("config", cls=Command)(config.config)
 app.command("demo", cls=Command)(demo.demo)
 app.command("bench", cls=Command)(bench.bench)
