@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,9 @@ from ksae.activations import (
     resolve_hook,
     splice,
 )
+from ksae.activations.hooks import special_ids
 from ksae.errors import UserError
+from ksae.files import lock
 
 VOCABULARY, LAYERS, D = 100, 3, 16
 PARTS = ["resid_pre", "resid_post", "attn_z", "attn_out", "mlp_in", "mlp_out"]
@@ -172,7 +175,8 @@ def test_splice(part: str, family: str, model: nn.Module) -> None:
     with splice(model, hook, lambda x: x):
         assert torch.equal(output(model), clean)
     seen: list[torch.Tensor] = []
-    with splice(model, hook, lambda x: seen.append(x) or torch.zeros_like(x)):  # type: ignore
+    zero = lambda x: seen.append(x) or torch.zeros_like(x)  # type: ignore[func-returns-value]
+    with splice(model, hook, zero, exclude=()):
         assert not torch.equal(output(model), clean)
         with ThreadPoolExecutor(1) as other:
             assert torch.equal(other.submit(output, model).result(), clean)
@@ -182,6 +186,64 @@ def test_splice(part: str, family: str, model: nn.Module) -> None:
     with pytest.raises(UserError, match="the replacement must have shape"), short:
         output(model)
     assert hooks_left(model) == 0
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_splice_leaves_what_training_left_out(part: str, family: str, model: nn.Module) -> None:
+    """BOS and padding keep their activations; ones that are replaced in place too."""
+    hook, tokens = f"layers.1.{part}", ids()["input_ids"]
+    mask = torch.ones_like(tokens)
+    excluded = {int(tokens[0, 0]), int(tokens[1, 2])}
+    mask[1, -2:] = 0
+    kept = torch.isin(tokens, torch.tensor(sorted(excluded))) | (mask == 0)
+    found: list[torch.Tensor] = []
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    clean = capture(model, [hook], inputs)[hook].reshape(*tokens.shape, -1)
+    change = lambda x: x.mul_(0).add_(7)
+    handle = splice(model, hook, change, exclude=excluded)
+    look = lambda x: found.append(x.reshape(*tokens.shape, -1).clone()) or x  # type: ignore[func-returns-value]
+    with torch.no_grad(), handle, splice(model, hook, look, exclude=()):
+        model(**inputs)
+        model(tokens, attention_mask=mask)  # by position too
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0][kept], clean[kept]) and (found[0][~kept] == 7).all()
+    assert hooks_left(model) == 0
+
+
+def test_splice_excludes_by_default_what_the_configuration_names() -> None:
+    model = build("llama")
+    model.config.bos_token_id, model.config.eos_token_id = 5, [6, 7]
+    model.config.pad_token_id = -1  # none
+    assert special_ids(model) == {5, 6, 7} and special_ids(nn.Linear(2, 2)) == set()
+    tokens, found = torch.tensor([[5, 1, 2, 6]]), []
+    look = lambda x: found.append(x.clone()) or x  # type: ignore[func-returns-value]
+    hook = "layers.0.resid_post"
+    with splice(model, hook, torch.zeros_like), splice(model, hook, look, exclude=()):
+        model(tokens)
+        with pytest.raises(UserError, match=r"must be given input_ids .* exclude=\(\) replaces"):
+            model(inputs_embeds=torch.zeros(1, 3, D))
+    clean = capture(model, [hook], {"input_ids": tokens})[hook]
+    assert torch.equal(found[0][0, [0, 3]], clean[0, [0, 3]]) and not found[0][0, 1:3].any()
+    with (
+        splice(model, hook, torch.zeros_like),
+        pytest.raises(UserError, match="got a part of the model called alone"),
+    ):
+        model.model(tokens)
+    with splice(model, hook, torch.zeros_like, exclude=()):
+        model(inputs_embeds=torch.zeros(1, 3, D))
+
+
+def test_splice_with_a_cache_sees_the_new_tokens() -> None:
+    model = build("llama")
+    tokens, found = torch.tensor([[5, 1, 2, 5]]), []
+    look = lambda x: found.append(x.clone()) or x  # type: ignore[func-returns-value]
+    zeroed = splice(model, "layers.0.mlp_out", torch.zeros_like, exclude=[5])
+    with torch.no_grad(), zeroed, splice(model, "layers.0.mlp_out", look, exclude=()):
+        cache = model(tokens[:, :3], use_cache=True).past_key_values
+        mask = torch.ones(1, 4, dtype=torch.int64)
+        model(tokens[:, 3:], past_key_values=cache, attention_mask=mask)
+    assert [x.shape[1] for x in found] == [3, 1]
+    assert found[0][0, 0].any() and not found[0][0, 1:].any() and found[1].any()
 
 
 def test_bad_hooks_are_one_line_errors() -> None:
@@ -291,6 +353,27 @@ def test_an_interrupted_harvest_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     with torch.no_grad():
         model.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] += 1e-3
     assert model_fingerprint(model) != fingerprint
+
+
+def test_two_processes_do_not_write_to_one_cache(tmp_path: Path) -> None:
+    """A second file of the same lock is as good as a second process. A finished cache is shared."""
+    model, folder, options = build("gpt2"), tmp_path / "c", {"batch_size": 3, "progress": False}
+    folder.mkdir()
+    (folder / ".tmp-shard_00000.safetensors").write_text("what the other writes now")
+    with (folder / lock.NAME).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"harvest: .*c is in use by another process"):
+            harvest(model, contexts(), "layers.1.attn_out", folder, **options)
+        assert {path.name for path in folder.iterdir()} == {
+            ".tmp-shard_00000.safetensors",
+            lock.NAME,
+        }
+    first = harvest(model, contexts(), "layers.1.attn_out", folder, **options)
+    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "shard_00000.safetensors"]
+    with (folder / lock.NAME).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        again = harvest(model, contexts(), "layers.1.attn_out", folder, **options)
+    assert again.num_tokens == first.num_tokens
 
 
 def test_harvest_refuses_what_it_cannot_do() -> None:

@@ -64,6 +64,26 @@ def test_a_saved_model_is_loaded_by_its_folder(tmp_path: Path) -> None:
         assert (source.num_tokens, source.dtype) == (6, torch.float64)
 
 
+def test_dtype_and_revision_of_a_language_model(tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def pretend(where: str, **options: Any) -> Any:
+        asked.append(options)
+        raise OSError("seen")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.AutoConfig, "from_pretrained", pretend)
+        with pytest.raises(UserError, match="no folder here, and cannot be loaded: seen"):
+            load_model("nobody/such-a-model", revision="v2")
+    assert asked[0]["revision"] == "v2"
+    with pytest.raises(UserError, match=r"revision must be None .* got 'v2'"):
+        load_model(tmp_path, revision="v2")
+    with pytest.raises(
+        UserError, match="dtype must be one of float32, bfloat16, float16, got 'f8'"
+    ):
+        load_model(tmp_path, dtype="f8")
+
+
 def test_unknown_models_are_one_line_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

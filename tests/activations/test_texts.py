@@ -90,7 +90,7 @@ def test_bad_texts_are_one_line_errors(tmp_path: Path) -> None:
         "blank.txt": "holds no text",
         "bad.jsonl": "line 2: is not JSON",
         "field.jsonl": "line 1: has no field 'text', only body, id",
-        "kind.jsonl": "field 'text' must be text, got int",
+        "kind.jsonl": "field 'text' must be text or a list of token ids, got int",
         "list.jsonl": "must be a string or a mapping",
         "a.csv": "must be one of .txt",
         "none": "holds no .txt",
@@ -139,6 +139,78 @@ def test_bos_policies() -> None:
         tokenize(["aa"], encoder, length=3)
     with pytest.raises(UserError, match="no tokens"):
         tokenize([""], bare)
+
+
+@pytest.mark.parametrize("bos", ["auto", "always", "never"])
+def test_a_text_with_its_own_special_tokens_gets_no_second_ones(bos: str) -> None:
+    """Chat templates write BOS into the text; the tokenizer reads it there as one token."""
+    a, own = ord("a"), "\x01"
+    contexts = tokenize([own + "abc", "abc", own + own + "a"], Tokenizer(), length=3, bos=bos)
+    if bos == "never":  # as it stands
+        assert contexts.ids.tolist()[:2] == [[1, a, a + 1], [a + 2, 0, 0]]
+        return
+    starts = [[1, a, a + 1], [1, a + 2, 0]]
+    assert contexts.ids.tolist() == [*starts, *starts, [1, 1, a]]  # one of two was meant
+    encoder = Tokenizer((3,), (4, 5))
+    both = tokenize(["\x03aa\x04\x05", "aa"], encoder, length=5)
+    assert both.ids.tolist() == 2 * [[3, a, a, 4, 5]]
+
+
+def test_token_ids_are_documents_too(tmp_path: Path) -> None:
+    rows = [[1, 97, 98, 99], [98, 97]]
+    expected = tokenize(["abc", "ba"], Tokenizer(), length=3)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"input_ids": r}) + "\n" for r in rows))
+    for spec in (
+        rows,
+        [torch.tensor(r) for r in rows],
+        [{"input_ids": tuple(r)} for r in rows],
+        tmp_path / "a.jsonl",
+    ):
+        contexts = tokenize(documents(spec, field="input_ids"), Tokenizer(), length=3)
+        assert torch.equal(contexts.ids, expected.ids)
+        assert torch.equal(contexts.documents, expected.documents)
+    mixed = tokenize([*documents([rows[0]]), "ba", [98, 97]], Tokenizer(), length=3)
+    assert mixed.documents.tolist() == [0, 0, 1, 2] and len(set(mixed.document_keys)) == 3
+    train, held = tokenize(documents([rows[0], rows[1], rows[1]]), Tokenizer()).split(0.5)
+    assert {len(train), len(held)} == {1, 2}  # copies stay together
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ([1, "a"], "token ids must be whole numbers in a row"),
+        ([1.5], "token ids must be whole numbers in a row"),
+        ([[1, 2]], "token ids must be whole numbers in a row"),
+        ([3, -1], "token ids must be at least 0, got -1"),
+        ({"ids": [0.5]}, "item 0: field 'ids': token ids must be whole numbers"),
+    ],
+    ids=str,
+)
+def test_bad_token_ids_are_refused(item: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(documents([item], field="ids"))
+    with pytest.raises(UserError, match="holds no text"):
+        list(documents([[], ()]))
+
+
+class Named(Tokenizer):
+    """With names for tokens."""
+
+    unk_token, unk_token_id = "<unk>", 2
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return ord(token) if len(token) == 1 else 2
+
+
+def test_tokens_to_exclude_are_left_out_by_id_or_name() -> None:
+    for exclude in ("97, c", "c 97", [97, "c"]):
+        contexts = tokenize(["abcab"], Named(), length=8, exclude=exclude)
+        assert contexts.ids[contexts.mask()].tolist() == [98, 98]
+        assert contexts.special_ids == (0, 1, 2, 97, 99)
+    assert tokenize(["a"], Named(), exclude="").special_ids == (0, 1, 2)
+    assert tokenize(["a"], Named(), exclude="<unk>").special_ids == (0, 1, 2)
+    with pytest.raises(UserError, match=r"exclude must name tokens of the tokenizer.* got 'cat'"):
+        tokenize(["a"], Named(), exclude="c cat")
 
 
 def test_max_tokens_stops_reading() -> None:

@@ -144,13 +144,13 @@ def start(*args: str | Path, **options) -> subprocess.Popen:
 # --- what it says
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["config"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["dashboard"], ["config"]])
 def test_help(capfd, command: list[str]):
     assert cli.run([*command, "--help"]) == 0
     out = capfd.readouterr().out
     assert "Usage: ksae" in out
     if not command:
-        assert all(name in out for name in ("demo", "train", "eval", "config"))
+        assert all(name in out for name in ("demo", "train", "eval", "dashboard", "config"))
 
 
 def test_train_has_every_setting_as_an_option_with_help_and_default(capfd, monkeypatch):
@@ -159,7 +159,7 @@ def test_train_has_every_setting_as_an_option_with_help_and_default(capfd, monke
     out = re.sub(r"\s+", " ", capfd.readouterr().out)
     assert len(set(train.OPTIONS.values())) == len(train.OPTIONS)
     for key, _, default, text in runconfig.describe():
-        flag = "--" + train.OPTIONS[key].replace("_", "-")
+        flag = train.flag_of(key)
         assert flag in out, key
         assert text, f"{key} has no help"
         assert text[1:] in out, key
@@ -273,6 +273,38 @@ def count(out: Path) -> int:
     """Steps of the newest checkpoint."""
     names = [p.name for p in (out / "checkpoints").glob("step_*.safetensors")]
     return max((int(re.findall(r"\d+", name)[0]) for name in names), default=0)
+
+
+def test_token_ids_excluded_tokens_and_the_models_dtype(lm_folder: Path, tmp_path, capfd):
+    rng = np.random.default_rng(1)
+    rows = [[0, *map(int, rng.integers(2, 11, 120))] for _ in range(8)]  # each begins with BOS
+    text, cache, out = tmp_path / "ids.jsonl", tmp_path / "cache", tmp_path / "run"
+    text.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    data = {"model": lm_folder, "hook": "layers.0.resid_post", "text": text, "cache": cache}
+    data |= {"field": "input_ids", "exclude": "the 3", "model-dtype": "bfloat16", "out": out}
+
+    def options(**changes: Path) -> list[str]:
+        return [str(w) for key, value in (data | changes).items() for w in (f"--{key}", value)]
+
+    assert cli.run(["train", *options(), *RUN]) == 0, capfd.readouterr().err
+    meta = json.loads((cache / "train" / "meta.json").read_text())["identity"]
+    kept = [[token for token in row if token > 3] for row in rows]
+    assert meta["dtype"] == "bfloat16"
+    assert meta["tokens"] in [sum(map(len, kept)) - len(row) for row in kept]  # one is held out
+    capfd.readouterr()
+    assert cli.run(["eval", str(out), "--json", "--no-progress"]) == 0
+    assert json.loads(capfd.readouterr().out)["tokens"] in map(len, kept)
+    for name, value, said in [
+        ("exclude", "giraffe", "exclude must name tokens of the tokenizer"),
+        ("model-revision", "v2", "revision must be None"),
+        ("model-dtype", "int8", "dtype must be"),
+    ]:
+        assert said in fails(capfd, "eval", out, f"--{name}", value)
+    ids = [{"input_ids": [11, *row]} for row in rows]
+    text.write_text("".join(json.dumps(row) + "\n" for row in ids))
+    elsewhere = options(out=tmp_path / "other", cache=tmp_path / "new")
+    said = fails(capfd, "train", *elsewhere, *RUN)
+    assert "token ids must be below the model's vocabulary of 11, got 11" in said
 
 
 def test_language_model_from_training_to_cross_entropy(lm_folder: Path, tmp_path, capfd):

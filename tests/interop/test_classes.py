@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import assert_close, randn
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as nnf
 
 from ksae.errors import UserError
@@ -129,6 +130,20 @@ def test_a_version_outside_the_tested_range_warns_once(monkeypatch):
         warnings.simplefilter("error")
         assert libraries.installed("torch")
     assert not libraries.installed("no_such_library")
+
+
+def test_an_import_leaves_torchs_fake_tensors_alone(tmp_path, monkeypatch):
+    """nnsight 0.3 changes them, and compiling then fails with today's torch."""
+    (tmp_path / "meddler.py").write_text(
+        "from torch._subclasses.fake_tensor import FakeTensor\n"
+        "FakeTensor.__new__ = lambda cls, fake_mode, elem, device, constant=None: elem\n"
+        "FakeTensor.__bool__ = lambda self: True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before = dict(vars(FakeTensor))
+    assert libraries.module("meddler").FakeTensor is FakeTensor
+    assert dict(vars(FakeTensor)) == before
+    monkeypatch.delitem(sys.modules, "meddler")
 
 
 # ----------------------------------------------------------------------------------------- SAELens

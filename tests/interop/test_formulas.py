@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import assert_close, randn
+from torch.nn import functional as nnf
 
 from ksae.errors import UserError
 from ksae.interop import circuit_tracer, convert, nvidia, overcomplete
@@ -143,10 +144,45 @@ def test_nvidia_starts_at_the_geometric_median():
     assert (away / away.norm(dim=1, keepdim=True)).sum(0).norm() < 0.05  # where forces balance
 
 
-@pytest.mark.parametrize("name", ["top_k", "auxk"])
-def test_nvidia_refuses(name):
-    with pytest.raises(ValueError, match=rf"TopKSAE: {name} must be in \[1, 64\]"):
-        nvidia.TopKSAE(**{"input_dim": D, "hidden_dim": F, "top_k": K, name: F + 1})
+def test_nvidia_auxk_above_the_latents_takes_what_is_dead():
+    torch.manual_seed(0)
+    sae = nvidia.TopKSAE(D, F, K, auxk=F + 1)
+    same = nvidia.TopKSAE(D, F, K, auxk=7)
+    sae.stats_last_nonzero[:7] = 2 * sae.dead_tokens_threshold
+    sae.latent_bias.data[:7] = -100  # they stay dead
+    same.load_state_dict(sae.state_dict())
+    x = randn(N, D, seed=1)
+    assert torch.equal(sae.loss(x)["aux"], same.loss(x)["aux"])
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["standardised", "plain"])
+def test_nvidia_shows_the_parts_of_its_forward_pass(normalize):
+    torch.manual_seed(0)
+    sae = nvidia.TopKSAE(D, F, K, normalize_input=normalize)
+    sae.pre_bias.data = randn(D, seed=2)
+    x = randn(N, D, seed=1)
+    out = sae.forward_with_aux(x)
+    z = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-8) if normalize else x
+    u = nnf.linear(z - sae.pre_bias, sae.encoder.weight, sae.latent_bias)
+    values, indices = u.topk(K)
+    codes = torch.zeros_like(u).scatter(1, indices, values.relu())
+    assert torch.equal(out["top_k_indices"], indices)
+    torch.testing.assert_close(out["pre_act"].dense(), u)
+    pre_act, info = sae.encode_pre_act(x)
+    torch.testing.assert_close(pre_act.dense(), u)
+    assert info.keys() == out["norm_info"].keys() == ({"mu", "std"} if normalize else set())
+    product = nnf.linear(codes, sae.decoder.weight)
+    torch.testing.assert_close(sae.decode_without_bias(out["codes"]), product)
+    torch.testing.assert_close(sae.decode_without_bias(codes), product)
+    torch.testing.assert_close(sae.decode(codes, info), out["recon"])
+    torch.testing.assert_close(out["codes"].dense(), codes)
+
+
+def test_nvidia_refuses():
+    with pytest.raises(ValueError, match=r"TopKSAE: top_k must be in \[1, 64\], .* got 65"):
+        nvidia.TopKSAE(D, F, F + 1)
+    with pytest.raises(ValueError, match="TopKSAE: auxk must be at least 1, got 0"):
+        nvidia.TopKSAE(D, F, K, auxk=0)
     with pytest.raises(ValueError, match="decoder_impl must be 'dense' or 'triton', got 'cuda'"):
         nvidia.TopKSAE(D, F, K, decoder_impl="cuda")
 

@@ -218,3 +218,32 @@ def test_saelens_transcoders_survive(skip: bool, tmp_path: Path) -> None:
     convert.convert(tmp_path / "a", tmp_path / "b", "circuit-tracer")
     convert.convert(tmp_path / "b", tmp_path / "c", "saelens")
     assert torch.equal(read_saelens(tmp_path / "c")(X), original(X))
+
+
+OLD_SAELENS = {
+    "topk": {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}},
+    "null": {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}, "hook_name": "a.b"}
+    | {"normalize_activations": None},
+    "topk in kwargs": {"architecture": "topk", "activation_fn_kwargs": {"k": K}},
+    "standard": {"architecture": "standard", "normalize_activations": False},
+    "no bias": {"activation_fn_str": "relu", "apply_b_dec_to_input": False},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OLD_SAELENS)
+def test_old_folders_are_read_as_saelens_reads_them(name: str, tmp_path: Path) -> None:
+    config = OLD_SAELENS[name]
+    write_saelens(tmp_path / "a")
+    sizes = {"d_in": D, "d_sae": F, "dtype": "float32", "sae_lens_version": "4.1.0"}
+    (tmp_path / "a" / "cfg.json").write_text(json.dumps(sizes | config))
+    theirs = read_saelens(tmp_path / "a")
+    coder = convert.read(tmp_path / "a")[1]
+    convert.convert(tmp_path / "a", tmp_path / "b", "saelens")
+    assert torch.equal(read_saelens(tmp_path / "b")(X), theirs(X))
+    assert coder.activation == {"topk": "topk"}.get(theirs.cfg.architecture(), "relu")
+    assert coder.centred == theirs.cfg.apply_b_dec_to_input
+    if coder.activation == "topk":
+        torch.testing.assert_close(
+            ksae.load(tmp_path / "a")(X).recon, theirs(X), rtol=1e-5, atol=1e-5
+        )

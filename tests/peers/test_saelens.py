@@ -65,6 +65,18 @@ def test_nothing_dense_is_built_in_a_step():
     assert isinstance(out.hidden_pre, lazy.PreActivations) and not out.hidden_pre.built
 
 
+@pytest.mark.parametrize("rescale", [True, False], ids=["rescaled", "plain"])
+def test_the_gradients_for_codes_and_pre_activations_are_the_originals(rescale):
+    runs = []
+    for model in models(rescale_acts_by_decoder_norm=rescale):
+        step_input = TrainStepInput(data(N, D).to(model.dtype), {}, DEAD, 0, False)
+        out = model.training_forward_pass(step_input)
+        grads = torch.autograd.grad(out.loss, [out.feature_acts, out.hidden_pre])
+        runs.append(dict(zip(("acts", "hidden"), grads, strict=True)))
+        assert not isinstance(out.feature_acts, lazy.Code) or not out.feature_acts.built
+    assert_agree("gradient", *runs)
+
+
 HOOKS = ["hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons"]
 
 

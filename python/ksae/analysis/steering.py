@@ -68,7 +68,7 @@ def logit_shift(
             clean = _logits(language_model, ids, mask, keep)  # [M, vocabulary]
             for i, row in enumerate(rows):
                 step = c * row.to(device) * keep.unsqueeze(-1)  # [B, T, d]
-                with splice(language_model, hook, _Add(step)):
+                with splice(language_model, hook, _Add(step), exclude=()):
                     change = _logits(language_model, ids, mask, keep) - clean
                 change -= change.mean(1, keepdim=True)
                 shifts[i] += change.double().square().mean(1).sqrt().sum().cpu()

@@ -18,8 +18,8 @@ import typer
 from typer.core import TyperCommand
 
 from ksae import env
-from ksae.cli import bench, config, convert, demo, eval, hooks, train
-from ksae.errors import UserError
+from ksae.cli import bench, config, convert, dashboard, demo, eval, help, hooks, train
+from ksae.errors import RankError, UserError
 from ksae.version import VERSION
 
 TRAIN_USAGE = (
@@ -29,7 +29,8 @@ TRAIN_USAGE = (
 
 
 class Command(TyperCommand):
-    """A command that refuses an option given twice, of which the first would be lost."""
+    """A command that refuses an option given twice, of which the first would be lost, and whose
+    help fits in 80 columns."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args and self.name == "train":
@@ -40,6 +41,9 @@ class Command(TyperCommand):
             if option in options[:number]:
                 ctx.fail(f"Option {option.opts[0]} is given twice")
         return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(help.text(self, ctx) + "\n")
 
 
 class _Usage(Exception):
@@ -55,6 +59,7 @@ app = typer.Typer(
 )
 app.command("train", cls=Command)(train.command)
 app.command("eval", cls=Command)(eval.evaluate)
+app.command("dashboard", cls=Command)(dashboard.dashboard)
 app.command("convert", cls=Command)(convert.convert)
 app.command("hooks", cls=Command)(hooks.hooks)
 app.command("config", cls=Command)(config.config)
@@ -132,7 +137,7 @@ def _explain(error: Exception) -> tuple[int, str | None]:
         context = getattr(error, "ctx", None)
         command = "ksae" if context is None else context.command_path
         return 2, f"{_one_line(usage())} (see {command} --help)"
-    if isinstance(error, UserError | ValueError | OSError):
+    if isinstance(error, UserError | RankError | ValueError | OSError):
         return 1, _one_line(str(error)) or type(error).__name__
     if (
         isinstance(error, MemoryError)

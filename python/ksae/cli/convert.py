@@ -27,6 +27,9 @@ def convert(
     as_topk: Annotated[
         bool, typer.Option("--as-topk", help="Take BatchTopK or Matryoshka as TopK")
     ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit, where SRC is a Hugging Face id")
+    ] = None,
 ) -> None:
     """Convert a model between ksae's files and those of other libraries.
 
@@ -37,8 +40,7 @@ def convert(
     from ksae.interop import convert as conversion
     from ksae.interop import hub
 
-    source = hub.download(src) if hub.is_id(src) else Path(src)
-    done = conversion.convert(source, dst, to, k=k, fold=fold, as_topk=as_topk)
+    done = conversion.convert(hub.local(src, revision), dst, to, k=k, fold=fold, as_topk=as_topk)
     c = done.coder
     shape = f"{c.d_in} -> {c.d_sae} -> {c.d_out}, {c.activation}, k = {c.k}, {c.dtype}"
     print(f"{done.source} to {done.target}: {shape}; written: {done.path}")

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..errors import UserError, first_line
 from . import libraries, sparse
 from .formats.circuit_tracer import KEYS, THRESHOLD
 from .formats.files import pick
@@ -31,6 +32,12 @@ else:
     _Base = libraries.base(f"{_PATH}.single_layer_transcoder", "SingleLayerTranscoder", nn.Module)
     _TopK = libraries.base(f"{_PATH}.activation_functions", "TopK", nn.Module)
     _JumpReLU = libraries.base(f"{_PATH}.activation_functions", "JumpReLU", nn.Module)
+
+
+def default_device() -> torch.device:
+    """Where the library puts what names no device: on a GPU, if there is one."""
+    kinds = (("cuda", torch.cuda), ("mps", torch.backends.mps))
+    return torch.device(next((name for name, kind in kinds if kind.is_available()), "cpu"))
 
 
 class TopK(_TopK):
@@ -87,7 +94,7 @@ class SingleLayerTranscoder(_Base):
         skip_connection: add x @ W_skip.T to the output.
         transcoder_path: the file of lazy weights.
         lazy_encoder, lazy_decoder: read W_enc, W_dec from the file at each use.
-        device, dtype: of the parameters.
+        device: of the parameters; None: a GPU if there is one, as there. dtype: theirs too.
 
     Raises:
         ValueError: lazy weights without a file, or k out of range.
@@ -117,6 +124,7 @@ class SingleLayerTranscoder(_Base):
                 f"SingleLayerTranscoder: k must be in [1, {d_transcoder}], the number of latents,"
                 f" got {k}"
             )
+        device = default_device() if device is None else device
         self.d_model, self.d_transcoder, self.layer_idx = d_model, d_transcoder, layer_idx
         self.transcoder_path = transcoder_path
         self.lazy_encoder, self.lazy_decoder = lazy_encoder, lazy_decoder
@@ -277,20 +285,27 @@ def load_transcoder(
     Args:
         path: a safetensors file. layer: its index.
         activation_fn: None: JumpReLU for a file with thresholds, TopK for one with k, else ReLU.
-        device, dtype: of the parameters.
+        device: of the parameters; None: a GPU if there is one, as there. dtype: theirs too.
         lazy_encoder, lazy_decoder: leave W_enc, W_dec in the file.
 
     Raises:
-        UserError: a tensor is missing or unknown. RuntimeError: one is of the wrong shape.
+        UserError: the file or a tensor of it is missing, damaged or unknown.
+        RuntimeError: a tensor is of the wrong shape.
     """
+    device = default_device() if device is None else device
+    if not os.path.isfile(path):
+        raise UserError(f"load: no such file: {os.fspath(path)}")
     lazy = {
         name
         for name, is_lazy in zip(("W_enc", "W_dec"), (lazy_encoder, lazy_decoder), strict=True)
         if is_lazy
     }
-    with safe_open(path, framework="pt", device=str(device or "cpu")) as file:
-        names = set(file.keys())
-        state = {name: file.get_tensor(name) for name in names - lazy}
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            names = set(file.keys())
+            state = {name: file.get_tensor(name) for name in names - lazy}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"load: cannot read {os.fspath(path)}: {first_line(error)}") from None
     pick(state, KEYS - lazy, {"W_skip", THRESHOLD, "k"}, str(path))
     k = state.pop("k", None)
     if activation_fn is None:

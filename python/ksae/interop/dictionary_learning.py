@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..coders import TopKSAE
+from ..errors import UserError
 from ..step.train_step import TrainStep
 from . import lazy, libraries, sparse
 from .formats.dictionary_learning import KEYS
@@ -51,7 +52,8 @@ class Decoder(nn.Linear):
         """The same plus `bias` [d]."""
         code = lazy.known(f)
         if code is not None:
-            return sparse.decode(*code, sparse.latent_rows(self.weight), bias)
+            rows = sparse.latent_rows(self.weight)
+            return lazy.decoded(f, sparse.decode(*code, rows, bias), rows)
         out = nn.functional.linear(f, self.weight)
         return out if bias is None else out + bias
 
@@ -115,10 +117,9 @@ class AutoEncoderTopK(_Base):
         values, indices = self._topk(x)
         if not return_topk:
             return sparse.scatter(values, indices, self.dict_size)
-        if torch.compiler.is_compiling():
-            post_relu = nn.functional.linear(x - self.b_dec, encoder.weight, encoder.bias).relu()
-        else:
-            post_relu = lazy.PreActivations(x, encoder.weight, encoder.bias, self.b_dec, relu=True)
+        weights = encoder.weight, encoder.bias, self.b_dec
+        post_relu = lazy.pre_activations(x, *weights, relu=True)
+        lazy.selected(post_relu, values, indices)
         return lazy.code(values, indices, self.dict_size), values, indices, post_relu
 
     def decode(self, x: Tensor) -> Tensor:
@@ -151,9 +152,14 @@ class AutoEncoderTopK(_Base):
 
         Raises:
             ValueError: k is given and is not that of the file.
-            UserError: a tensor that is missing, or that the format does not have.
+            UserError: the file or a tensor is missing, or the format does not have it.
         """
+        if not os.path.isfile(path):
+            raise UserError(f"load: no such file: {os.fspath(path)}")
         state = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(state, dict):
+            got = type(state).__name__
+            raise UserError(f"load: {os.fspath(path)} must hold a dict, got {got}")
         state = pick(state, KEYS - {"k"}, {"k", "threshold"}, os.fspath(path))
         F, d = state["encoder.weight"].shape
         stored = int(state["k"]) if "k" in state else k

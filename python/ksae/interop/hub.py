@@ -21,7 +21,8 @@ _KINDS = (".safetensors", ".pt", ".pth", ".json", ".yaml")
 def is_id(path: str | os.PathLike[str]) -> bool:
     """Whether `path` reads as `owner/name[/folder]` (or `hf://...`) and is no local path.
 
-    A name that ends as a weights file does, such as runs/x.safetensors, is a local path.
+    A name that ends as a weights file does, such as runs/x.safetensors, is a local path, and so is
+    one of which the first folder is here.
     """
     if not isinstance(path, str) or not _ID.fullmatch(path):
         return False
@@ -29,6 +30,23 @@ def is_id(path: str | os.PathLike[str]) -> bool:
         return True
     first = Path(path.split("/")[0])
     return not first.exists() and not (path.count("/") == 1 and path.endswith(_KINDS))
+
+
+def local(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """A path as it is; a name on the Hub once it is fetched -> its place on this machine.
+
+    Raises:
+        UserError: as `download`; a revision of a local path, or a path that is not there and whose
+            first folder is.
+    """
+    if is_id(path):
+        return download(path, revision)
+    place = Path(path)
+    if not place.exists() and isinstance(path, str) and _ID.fullmatch(path):
+        raise UserError(f"load: no such file: {path} (on the Hub it would be hf://{path})")
+    if revision is not None:
+        raise UserError(f"load: revision must be None for the local path {path}, got {revision!r}")
+    return place
 
 
 def split(name: str) -> tuple[str, str]:
@@ -51,11 +69,12 @@ def download(name: str | os.PathLike[str], revision: str | None = None) -> Path:
             would be written outside of its folder.
     """
     repo, inner = split(str(name))
-    hub = _hub()
+    here = "" if str(name).startswith("hf://") else f"no file or folder {name} is here, and "
+    hub = _hub(here)
     try:
         files = hub.HfApi().list_repo_files(repo, revision=revision)
     except Exception as error:  # its errors are of many classes, of several libraries
-        raise UserError(f"load: cannot list {repo} on the Hub: {first_line(error)}") from None
+        raise UserError(f"load: {here}cannot list {repo} on the Hub: {first_line(error)}") from None
     for file in files:
         _check_inside(file)
     folder = inner if inner not in files else str(PurePosixPath(inner).parent)
@@ -145,11 +164,11 @@ def _check_inside(name: str) -> None:
         raise UserError(f"hub: a file name must stay inside its repository, got {name!r}")
 
 
-def _hub() -> Any:
+def _hub(before: str = "") -> Any:
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            "hub: the Hugging Face Hub needs huggingface_hub: pip install huggingface_hub"
+            f"hub: {before}the Hugging Face Hub needs huggingface_hub: pip install huggingface_hub"
         ) from None
     return huggingface_hub

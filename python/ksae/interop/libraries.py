@@ -8,9 +8,13 @@ import importlib.util
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from types import ModuleType
 from typing import Any, NamedTuple
+
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Library(NamedTuple):
@@ -58,9 +62,28 @@ def _check_version(name: str, library: Library) -> None:
         )
 
 
+@contextmanager
+def _own_fake_tensors() -> Iterator[None]:
+    """What torch compiles with stays as it was: nnsight 0.3, which dictionary_learning imports,
+    gives fake tensors a constructor that torch calls otherwise today, and compiling then fails in
+    the whole process."""
+    before = dict(vars(FakeTensor))
+    try:
+        yield
+    finally:
+        for name, value in dict(vars(FakeTensor)).items():
+            if name not in before:
+                delattr(FakeTensor, name)
+            elif value is not before[name]:
+                setattr(FakeTensor, name, before[name])
+
+
 def module(path: str) -> ModuleType | None:
     """The module `path` of an installed library, None without the library."""
-    return importlib.import_module(path) if installed(path.split(".")[0]) else None
+    if not installed(path.split(".")[0]):
+        return None
+    with _own_fake_tensors():
+        return importlib.import_module(path)
 
 
 def base(path: str, name: str, otherwise: type) -> Any:

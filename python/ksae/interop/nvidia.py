@@ -28,7 +28,8 @@ class TopKSAE(nn.Module):
     Args:
         input_dim: d. hidden_dim: F. top_k: active latents a token.
         normalize_input: standardise each token and undo it on the output.
-        auxk: dead latents that predict the residual, None for none. auxk_coef: the loss's weight.
+        auxk: dead latents that predict the residual, all that are dead where these are fewer; None
+            for none. auxk_coef: the loss's weight.
         dead_tokens_threshold: a latent is dead once it was silent (value <= 1e-3) for more tokens.
         aggregate_loss: losses are ratios of the batch instead of the mean of the tokens' ratios.
         dead_count_global: count the tokens of all ranks of torch.distributed.
@@ -61,12 +62,12 @@ class TopKSAE(nn.Module):
         compat: bool = False,
     ) -> None:
         super().__init__()
-        for name, count in (("top_k", top_k), ("auxk", auxk)):
-            if count is not None and not 1 <= count <= hidden_dim:
-                raise ValueError(
-                    f"TopKSAE: {name} must be in [1, {hidden_dim}], the number of latents, got"
-                    f" {count}"
-                )
+        if not 1 <= top_k <= hidden_dim:
+            raise ValueError(
+                f"TopKSAE: top_k must be in [1, {hidden_dim}], the number of latents, got {top_k}"
+            )
+        if auxk is not None and auxk < 1:
+            raise ValueError(f"TopKSAE: auxk must be at least 1, got {auxk}")
         if decoder_impl not in _IMPLS:
             names = " or ".join(map(repr, _IMPLS))
             raise ValueError(f"TopKSAE: decoder_impl must be {names}, got {decoder_impl!r}")
@@ -99,24 +100,55 @@ class TopKSAE(nn.Module):
     def _decode(self, code: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         return sparse.decode(*code, sparse.latent_rows(self.decoder.weight), bias)
 
+    def _pre_act(self, prepared: Tensor) -> Tensor:
+        weights = self.encoder.weight, self.latent_bias, self.pre_bias
+        return lazy.pre_activations(prepared, *weights, relu=False)
+
+    def encode_pre_act(self, x: Tensor) -> tuple[Tensor, Info]:
+        """Pre-activations [..., F] of x [..., d], computed when read, and what undoes the
+        standardisation."""
+        prepared, info = self._prepare(x)
+        return self._pre_act(prepared), info
+
     def encode(self, x: Tensor) -> Tensor:
         """The dense code [..., F] of x [..., d]."""
         return sparse.scatter(*self._code(self._prepare(x)[0], self.top_k), self.hidden_dim)
 
     def decode(self, codes: Tensor, info: Info | None = None) -> Tensor:
         """Reconstruction [..., d] of a code [..., F], standardised unless `info` undoes it."""
-        code = lazy.known(codes)
-        if code is None:
-            recon = nn.functional.linear(codes, self.decoder.weight, self.pre_bias)
-        else:
-            recon = self._decode(code, self.pre_bias)
+        recon = self._linear(codes, self.pre_bias)
         return recon * info["std"] + info["mu"] if info else recon
+
+    def decode_without_bias(self, codes: Tensor) -> Tensor:
+        """The decoder's product [..., d] of a code [..., F], without pre_bias."""
+        return self._linear(codes, None)
+
+    def _linear(self, codes: Tensor, bias: Tensor | None) -> Tensor:
+        code, rows = lazy.known(codes), sparse.latent_rows(self.decoder.weight)
+        if code is None:
+            return nn.functional.linear(codes, self.decoder.weight, bias)
+        return lazy.decoded(codes, self._decode(code, bias), rows)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstruction [..., d] and code [..., F], which is lazy, of x [..., d]."""
+        out = self.forward_with_aux(x)
+        return out["recon"], out["codes"]
+
+    def forward_with_aux(self, x: Tensor) -> dict[str, Any]:
+        """recon [..., d]; codes and pre_act [..., F], lazy; top_k_indices [..., k]; norm_info, what
+        undoes the standardisation of x [..., d]."""
         prepared, info = self._prepare(x)
-        codes = lazy.code(*self._code(prepared, self.top_k), self.hidden_dim)
-        return self.decode(codes, info), codes
+        values, indices = self._code(prepared, self.top_k)
+        codes = lazy.code(values, indices, self.hidden_dim)
+        pre_act = self._pre_act(prepared)
+        lazy.selected(pre_act, values, indices)
+        return {
+            "recon": self.decode(codes, info),
+            "codes": codes,
+            "pre_act": pre_act,
+            "top_k_indices": indices,
+            "norm_info": info,
+        }
 
     def loss(self, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         """Losses and statistics of x [N, d]; counts who fired.
@@ -131,17 +163,16 @@ class TopKSAE(nn.Module):
         recon = inner * info["std"] + info["mu"] if info else inner
         self._count(values.detach(), indices)
         total = self._ratio(recon - x, x - self.pre_bias)
-        with torch.no_grad():
-            e = recon - x
-            unexplained = torch.var(e, dim=0).sum() / (torch.var(x, dim=0).sum() + _EPS)
-            dead = self.stats_last_nonzero > self.dead_tokens_threshold
-            result = {
-                "fvu": unexplained,
-                "sparsity": (values != 0).sum(-1).float().mean(),
-                "mse": e.pow(2).mean(),
-                "variance_explained": 1 - unexplained,
-                "dead_pct": dead.float().mean() * 100,
-            }
+        seen, e = x.detach(), (recon - x).detach()
+        unexplained = torch.var(e, dim=0).sum() / (torch.var(seen, dim=0).sum() + _EPS)
+        dead = self.stats_last_nonzero > self.dead_tokens_threshold
+        result = {
+            "fvu": unexplained,
+            "sparsity": (values != 0).sum(-1).float().mean(),
+            "mse": e.pow(2).mean(),
+            "variance_explained": 1 - unexplained,
+            "dead_pct": dead.float().mean() * 100,
+        }
         if self.auxk is not None:
             result["aux"] = self._auxk(prepared, prepared.detach() - inner.detach(), dead)
             total = total + self.auxk_coef * result["aux"]
@@ -164,7 +195,6 @@ class TopKSAE(nn.Module):
         code = self._code(prepared, min(self.auxk, count), dead)
         return self._ratio(self._decode(code, None) - residual, residual)
 
-    @torch.no_grad()
     def _count(self, values: Tensor, indices: Tensor) -> None:
         """Tokens since each latent fired."""
         ranks, group = 1, torch.distributed

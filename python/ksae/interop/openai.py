@@ -92,9 +92,8 @@ class Autoencoder(nn.Module):
 
     def encode_pre_act(self, x: Tensor) -> Tensor:
         """Pre-activations [..., F] of a preprocessed x [..., d]; computed when read."""
-        return lazy.PreActivations(
-            x, self.encoder.weight, self.latent_bias, self.pre_bias, relu=False
-        )
+        weights = self.encoder.weight, self.latent_bias, self.pre_bias
+        return lazy.pre_activations(x, *weights, relu=False)
 
     def encode(self, x: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The dense code [..., F], and what `decode` needs to undo the preprocessing."""
@@ -108,7 +107,7 @@ class Autoencoder(nn.Module):
         if code is None:
             out = nn.functional.linear(latents, self.decoder.weight, self.pre_bias)
         else:
-            out = sparse.decode(*code, rows, self.pre_bias)
+            out = lazy.decoded(latents, sparse.decode(*code, rows, self.pre_bias), rows)
         if not self.normalize:
             return out
         if info is None:
@@ -122,11 +121,12 @@ class Autoencoder(nn.Module):
         values, indices = self._code(x)
         latents = lazy.code(values, indices, self.latent_bias.shape[0])
         recons = self.decode(latents, info)
-        with torch.no_grad():
-            fired = torch.zeros_like(self.stats_last_nonzero)
-            fired.index_add_(0, indices.flatten(), (values > 0).flatten().long())
-            self.stats_last_nonzero.mul_(fired == 0).add_(1)
-        return self.encode_pre_act(x), latents, recons
+        fired = torch.zeros_like(self.stats_last_nonzero)
+        fired.index_add_(0, indices.flatten(), (values > 0).flatten().long())
+        self.stats_last_nonzero.mul_(fired == 0).add_(1)
+        latents_pre_act = self.encode_pre_act(x)
+        lazy.selected(latents_pre_act, values, indices)
+        return latents_pre_act, latents, recons
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, Any], strict: bool = True) -> Autoencoder:
@@ -202,10 +202,10 @@ class FastAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """recons [..., d], {"auxk_inds", "auxk_vals"} [..., auxk] (None without auxk)."""
         values, indices = self._encode(x, self.k)
-        with torch.no_grad():  # at value 1e-3 and below a latent counts as silent
-            fired = torch.zeros_like(self.stats_last_nonzero)
-            fired.index_add_(0, indices.flatten(), (values > 1e-3).flatten().long())
-            self.stats_last_nonzero.mul_(fired == 0).add_(1)
+        fired = torch.zeros_like(self.stats_last_nonzero)
+        silent = 1e-3  # at this value and below
+        fired.index_add_(0, indices.flatten(), (values > silent).flatten().long())
+        self.stats_last_nonzero.mul_(fired == 0).add_(1)
         auxk_vals = auxk_inds = None
         if self.auxk is not None:
             dead = self.stats_last_nonzero > self.dead_steps_threshold

@@ -139,11 +139,18 @@ class DictionaryLayer(_Dictionary):
         else:
             self._weights.data = self.normalization(self._weights)
 
+    def _rows(self) -> Tensor:
+        """The normalised rows [F, d]: normalised in place, but for a graph that is exported, which
+        changes no parameter."""
+        if torch.compiler.is_exporting():
+            return self.normalization(self._weights)
+        self._normalize()
+        return self._weights
+
     def get_dictionary(self) -> Tensor:
         """The dictionary [F, d]; in eval mode the one of the moment the mode was entered."""
         if self.training:
-            self._normalize()
-            return self._weights * torch.exp(self.multiplier)
+            return self._rows() * torch.exp(self.multiplier)
         if self._fused_dictionary is None:
             raise ValueError(
                 "DictionaryLayer: eval() must come before evaluation, got no such call"
@@ -156,10 +163,12 @@ class DictionaryLayer(_Dictionary):
         if code is None:
             return torch.matmul(z, self.get_dictionary())
         if not self.training:
-            return sparse.decode(*code, self.get_dictionary())
-        self._normalize()
+            rows = self.get_dictionary()
+            return lazy.decoded(z, sparse.decode(*code, rows), rows)
+        rows, scale = self._rows(), torch.exp(self.multiplier)
         values, indices = code  # scaled here, k numbers a token instead of F rows
-        return sparse.decode(values * torch.exp(self.multiplier), indices, self._weights)
+        out = sparse.decode(values * scale, indices, rows)
+        return lazy.decoded(z, out, rows, 1 / scale.detach())
 
     def train(self, mode: bool = True) -> DictionaryLayer:
         """Entering eval mode keeps the dictionary of that moment."""
@@ -185,8 +194,8 @@ class LinearEncoder(_Linear):
         self.hidden_activation, self.output_activation = nn.ReLU, nn.ReLU
         self.norm_layer = nn.Identity
         self.mlp_blocks = nn.ModuleList()
-        linear = nn.Linear(input_shape, n_components)
-        self.final_block = nn.Sequential(linear, nn.Identity()).to(device)
+        linear = nn.Linear(input_shape, n_components, device=device)
+        self.final_block = nn.Sequential(linear, nn.Identity())
         self.final_activation = nn.ReLU()
 
     def forward(self, x: Tensor) -> Code:
@@ -295,12 +304,14 @@ class TopKSAE(_Base):
 
     def _code(self, x: Tensor) -> tuple[Tensor, Code]:
         """Pre-codes [N, F], lazy where the encoder is linear, and the code."""
-        weights = None if torch.compiler.is_compiling() else _linear(self.encoder)
+        weights = None if lazy.plain() else _linear(self.encoder)
         if weights is None:
             pre_codes, codes = self.encoder(x)
             return pre_codes, functional.topk(codes, self.top_k)
-        pre_codes = lazy.PreActivations(x, *weights, relu=False)
-        return pre_codes, functional.topk_encode(x, *weights, self.top_k)
+        pre_codes = lazy.pre_activations(x, *weights, relu=False)
+        code = functional.topk_encode(x, *weights, self.top_k)
+        lazy.selected(pre_codes, *code)
+        return pre_codes, code
 
     def encode(self, x: Tensor) -> Code:
         """Pre-codes and codes [N, F] of x [N, d]; the pre-codes are computed when read."""

@@ -8,12 +8,18 @@ gradients.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional, ops
+
+
+def plain() -> bool:
+    """Whether tensors are dense from the start, for a graph is being recorded."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def flat(x: Tensor) -> Tensor:
@@ -33,9 +39,8 @@ def latent_rows(p: Tensor) -> Tensor:
     something gave the parameter other storage (load_state_dict with assign, .to, .data), it is laid
     out again, once; it stays the same Parameter, and optimizers keep theirs.
     """
-    with torch.no_grad():
-        if not p.T.is_contiguous() and p.is_leaf and not torch.compiler.is_compiling():
-            p.data = p.data.T.contiguous().T
+    if not plain() and p.is_leaf and not p.T.is_contiguous():
+        p.data = p.data.T.contiguous().T
     return p.T
 
 
@@ -80,13 +85,31 @@ class _At(torch.autograd.Function):
         return dx, dW, db, db_dec, None, None, None
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast makes of floats on a kind of device; None where it is off or has no meaning, as
+    for meta tensors."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if known and torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(device: str) -> Any:
+    """A block without it; no block where it is off, which a recorded graph would keep."""
+    return (
+        nullcontext() if autocast_dtype(device) is None else torch.autocast(device, enabled=False)
+    )
+
+
 def _cast(*tensors: Tensor | None) -> list[Any]:
     """Floating tensors as autocast wants them."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(next(t.device.type for t in tensors if t is not None))
+    if dtype is None:
         return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _detached(*tensors: Tensor | None) -> list[Any]:
+    """Without gradients; a block without them would keep a recorded graph from being saved."""
+    return [None if t is None else t.detach() for t in tensors]
 
 
 def at(
@@ -105,10 +128,11 @@ def at(
     is False.
     """
     x, W_enc, b_enc, b_dec = _cast(x, W_enc, b_enc, b_dec)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if values is None:
-            xc = x if b_dec is None else x - b_dec
-            values = ops.sparse_decode_backward_values(xc, indices, W_enc) + b_enc[indices]
+    if values is None:
+        with without_autocast(x.device.type):
+            plain_x, W, b, c = _detached(x, W_enc, b_enc, b_dec)
+            centred = plain_x if c is None else plain_x - c
+            values = ops.sparse_decode_backward_values(centred, indices, W) + b[indices]
     out: Tensor = _At.apply(x, W_enc, b_enc, b_dec, values, indices, gate)  # type: ignore[no-untyped-call]
     return out
 
@@ -128,9 +152,10 @@ def scaled_topk(
     gradient, so that no gradient goes through the scale.
     """
     x, W_enc, b_enc, scale, b_dec = _cast(x, W_enc, b_enc, scale, b_dec)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        score, indices = ops.topk_encode(x, W_enc * scale[:, None], b_enc * scale, k, b_dec, mask)
-        values = torch.where(score == 0, 0, score / scale[indices])  # NaN stays
+    with without_autocast(x.device.type):
+        plain_x, W, b, n, c = _detached(x, W_enc, b_enc, scale, b_dec)
+        score, indices = ops.topk_encode(plain_x, W * n[:, None], b * n, k, c, mask)
+        values = torch.where(score == 0, 0, score / n[indices])  # NaN stays
     return at(x, W_enc, b_enc, b_dec, indices, values=values, gate=score > 0), indices
 
 
@@ -144,11 +169,11 @@ def signed_topk(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k largest u (or u * scale) without an activation: values u, indices [N, k]."""
-    with torch.no_grad():
-        if scale is None:
-            _, indices = ops.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
-        else:
-            _, indices = scaled_topk(x, W_enc, b_enc, scale, k, b_dec, mask)
+    plain_x, W, b, c = _detached(x, W_enc, b_enc, b_dec)
+    if scale is None:
+        _, indices = ops.topk_encode(plain_x, W, b, k, c, mask)
+    else:
+        _, indices = scaled_topk(plain_x, W, b, scale.detach(), k, c, mask)
     return at(x, W_enc, b_enc, b_dec, indices), indices
 
 

@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import SUPPORTED_NODES, _register_namedtuple
 
 from .. import functional
+from ..errors import UserError
 from . import lazy, libraries, sparse
-from .formats.files import pick
+from .formats.files import integer, pick, read_json, read_tensors
 
+FILES = ("cfg.json", "sae.safetensors")
 ACTIVATIONS = ("topk", "groupmax")
 
 
@@ -76,6 +79,9 @@ else:
     ForwardOutput = libraries.base("sparsify.sparse_coder", "ForwardOutput", _ForwardOutput)
     SparseCoderConfig = libraries.base("sparsify.config", "SparseCoderConfig", _SparseCoderConfig)
 SaeConfig = SparseCoderConfig
+for _kind in (EncoderOutput, ForwardOutput):  # so that an exported module can be saved
+    if _kind not in SUPPORTED_NODES:
+        _register_namedtuple(_kind, serialized_type_name=f"sparsify.{_kind.__name__}")
 TranscoderConfig = partial(SparseCoderConfig, transcode=True)
 
 
@@ -115,25 +121,29 @@ def fused_encoder(
     if activation not in ACTIVATIONS:
         names = " or ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"fused_encoder: activation must be {names}, got {activation!r}")
-    pre_acts: Tensor
-    if torch.compiler.is_compiling():
-        pre_acts = nn.functional.linear(_centre(input, b_dec), weight, bias).relu()
-    else:
-        pre_acts = lazy.PreActivations(input, weight, bias, b_dec, relu=True)
+    pre_acts = lazy.pre_activations(input, weight, bias, b_dec, relu=True)
     if compat:
         pre_acts = pre_acts.detach()
     if activation == "topk" and not compat:
         values, indices = functional.topk_encode(input, weight, bias, k, b_dec)
+        lazy.selected(pre_acts, values, indices)
         return EncoderOutput(values, indices, pre_acts)
-    with torch.no_grad():
-        if activation == "groupmax":
-            values, indices = _groupmax(lazy.dense(pre_acts.detach()), k)
-        else:
-            values, indices = functional.topk_encode(input, weight, bias, k, b_dec)
+    if activation == "groupmax":
+        values, indices = _groupmax(lazy.dense(pre_acts.detach()), k)
+    else:
+        values, indices = functional.topk_encode(
+            input.detach(),
+            weight.detach(),
+            bias.detach(),
+            k,
+            None if b_dec is None else b_dec.detach(),
+        )
     rows, flat = sparse.flat(indices), sparse.flat(values)
     gate = None if compat else flat > 0
     out = sparse.at(sparse.flat(input), weight, bias, b_dec, rows, values=flat, gate=gate)
-    return EncoderOutput(out.reshape(values.shape), indices, pre_acts)
+    out = out.reshape(values.shape)
+    lazy.selected(pre_acts, out, indices)  # with compat detached: none, as there
+    return EncoderOutput(out, indices, pre_acts)
 
 
 def _centre(x: Tensor, b_dec: Tensor | None) -> Tensor:
@@ -210,12 +220,21 @@ class SparseCoder(_Base):
         pattern: str | None = None,
     ) -> dict[str, SparseCoder]:
         """The coders of a folder (local) or of a hub repository, by hookpoint, sorted as people
-        count."""
+        count; without layers those of all its folders that hold one.
+
+        Raises:
+            UserError: no such folder, none in it that holds a coder, or a file that cannot be read.
+        """
         pattern = None if pattern is None else pattern + "/*"
         root = Path(name) if local else _snapshot(name, pattern)
         if layers is None:
-            folders = [f.name for f in root.iterdir() if f.is_dir()]
+            folders = [f.name for f in _inside(root) if any((f / file).exists() for file in FILES)]
             layers = [f for f in folders if pattern is None or fnmatch(f + "/", pattern)]
+            if not layers:
+                kind = "" if pattern is None else f" named {pattern.removesuffix('/*')}"
+                raise UserError(
+                    f"load: {root} must have folders{kind} with {' and '.join(FILES)}, got none"
+                )
         return {
             layer: cls.load_from_disk(root / layer, device=device, decoder=decoder)
             for layer in sorted(layers, key=_natural)
@@ -245,14 +264,14 @@ class SparseCoder(_Base):
         """Read cfg.json and sae.safetensors; the dtype is the file's.
 
         Raises:
-            UserError: a tensor that is missing, or that the format does not have.
+            UserError: a file that is missing or damaged; a tensor that is missing, or that the
+                format does not have.
         """
-        from safetensors.torch import load_file
-
         path = Path(path)
-        config = json.loads((path / "cfg.json").read_text())
-        d_in = config.pop("d_in")
-        tensors = load_file(path / "sae.safetensors", device=str(device))
+        config = read_json(path / FILES[0])
+        d_in = integer(config, "d_in", path / FILES[0])
+        del config["d_in"]
+        tensors = read_tensors(path / FILES[1], str(device))
         if not decoder:
             tensors.pop("W_dec", None)
         cfg = SparseCoderConfig.from_dict(config, drop_extra_fields=True)
@@ -295,7 +314,7 @@ class SparseCoder(_Base):
     def _encode(self, x: Tensor, k: int) -> EncoderOutput:
         x = x.to(torch.promote_types(x.dtype, self.dtype))
         b_dec = None if self.cfg.transcode else self.b_dec
-        if x.requires_grad or torch.is_autocast_enabled(x.device.type):
+        if x.requires_grad or sparse.autocast_dtype(x.device.type):
             # Autocast would round x before it is centred; a gradient of x is b_dec's as well.
             x, b_dec = _centre(x, b_dec), None
         weights = self.encoder.weight, self.encoder.bias
@@ -375,6 +394,13 @@ class SparseCoder(_Base):
 
 
 Sae = SparseCoder
+
+
+def _inside(root: Path) -> list[Path]:
+    """The folders of a folder, without hidden ones, such as .git and .cache."""
+    if not root.is_dir():
+        raise UserError(f"load: no such folder: {root}")
+    return [f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")]
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:

@@ -104,7 +104,7 @@ def accelerated(library: str) -> Iterator[None]:
         raise ValueError(f"accelerated: library must be one of {names}, got {library!r}")
     if not libraries.installed(library):
         raise ImportError(f"accelerated: {library} must be installed, got no such package")
-    importlib.import_module(library)
+    libraries.module(library)
     pairs = _pairs(library, CLASSES[library][1]) + _pairs(library, FUNCTIONS.get(library, {}))
     undo: list[Callable[[], None]] = []
     try:

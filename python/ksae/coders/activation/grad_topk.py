@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ... import functional, ops
 from ...ops import accumulator
+from ..code import has_numbers
 from .topk import TopK
 
 if TYPE_CHECKING:
@@ -107,7 +108,6 @@ class GradTopK(TopK):
             grad = self._scaled(coder, grad.reshape(-1, coder.d_out), training)
         return coder.rows("grad", grad.reshape(want), coder.d_out)
 
-    @torch.no_grad()
     def _scaled(self, coder: SparseCoder, grad: Tensor, training: bool) -> Tensor:
         """The rows of grad [N, d_out] over their norms, or over the running norm; zero rows stay.
 
@@ -136,7 +136,7 @@ class GradTopK(TopK):
         k: int,
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         if grad is None:
             return super().select(coder, rows, k, grad, W_bf16)
         b_dec = coder.b_dec if coder.centred else None
@@ -151,7 +151,7 @@ class GradTopK(TopK):
 
 def _warn_of_zeros(coder: SparseCoder, grad: Tensor) -> None:
     """Once, for the first batch: later ones are not looked at, for that would stop a stream."""
-    if coder.seen_gradient or torch.compiler.is_compiling():
+    if coder.seen_gradient or not has_numbers(grad):
         return
     coder.seen_gradient = True
     if grad.numel() and not bool(grad.any()):

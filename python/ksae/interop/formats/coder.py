@@ -88,6 +88,14 @@ def check(coder: Coder, owner: str) -> Coder:
         tensor = getattr(coder, name)
         if tensor is not None and not tensor.is_floating_point():
             raise UserError(f"load: {name} of {owner} must be floating, got {tensor.dtype}")
+    if (
+        coder.activation == "jumprelu"
+        and coder.threshold is not None
+        and (coder.threshold < 0).any()
+    ):
+        raise UserError(  # below 0 some libraries have a ReLU as well, others not
+            f"load: threshold of {owner} must be at least 0, got {float(coder.threshold.min())}"
+        )
     if coder.centred and d != d_out:
         raise UserError(
             f"load: {owner} subtracts a decoder bias of width {d_out} from inputs of width {d}"

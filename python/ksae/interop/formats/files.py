@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load_file as from_file
 from torch import Tensor
 
 from ksae.errors import UserError, first_line
 from ksae.files.atomic import write_atomic
+from ksae.files.container import write_tensors
 
 BESIDE = "ksae.safetensors"
 _EXTRA = "ksae_extra"
@@ -60,7 +61,7 @@ def sources(path: Path) -> list[Source]:
     """The weights files at `path`: itself, or those directly in the folder."""
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
-        files = [p for p in files if not p.name.endswith(BESIDE)]
+        files = [p for p in files if not p.name.endswith(BESIDE) and not p.name.startswith(".")]
     else:
         files = [path]
     found = []
@@ -93,6 +94,29 @@ def read(path: Path) -> Source:
     return source
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The keys and values of a JSON file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"load: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"load: {path} must be JSON, got: {first_line(error)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"load: {path} must hold keys with values, got {type(value).__name__}")
+    return value
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    if not path.is_file():
+        raise UserError(f"load: no such file: {path}")
+    try:
+        return from_file(path, device=device)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"load: cannot read {path}: {first_line(error)}") from None
+
+
 def _unpickle(path: Path) -> dict[str, Any]:
     try:
         # Never without weights_only: a pickle can run any code.
@@ -110,7 +134,9 @@ def _unpickle(path: Path) -> dict[str, Any]:
 def _configs(folder: Path) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".yaml") or path.stat().st_size > 1 << 20:
+        if path.suffix not in (".json", ".yaml") or path.name.startswith("."):
+            continue
+        if not path.is_file() or path.stat().st_size > 1 << 20:
             continue
         try:
             text = path.read_text()
@@ -131,11 +157,6 @@ def integer(config: dict[str, Any], name: str, owner: Path) -> int:
 
 
 # ------------------------------------------------------------------------------------------ writing
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, lambda file: file.write(to_bytes(whole)))
 
 
 def write_pickle(path: Path, value: Any) -> None:
@@ -162,8 +183,7 @@ def write_extra(path: Path, extra: dict[str, Any]) -> None:
         return
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(extra, tensors, "extra"))
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomic(beside(path), lambda file: file.write(to_bytes(tensors, {_EXTRA: text})))
+    write_tensors(beside(path), tensors, {_EXTRA: text})
 
 
 def read_extra(path: Path) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from .coder import Coder, check, require, transposed
 from .files import Source, pick, write_pickle
 
 KEYS = {"pre_bias", "latent_bias", "encoder.weight", "decoder.weight"}
+# What a TopK does not read: counters, and buffers of options that later releases have.
+BESIDE = {"stats_last_nonzero", "batchtopk_threshold", "protein_dir", "protein_thresh"}
 FOLDER = False
 STANDARDIZE = "standardize per token, eps 1e-8"
 OPTIONS = {
@@ -29,13 +31,14 @@ def read(source: Source) -> Coder:
     owner = str(source.path)
     whole = source.state
     state = {n.removeprefix("module."): t for n, t in whole["model_state_dict"].items()}
-    state = pick(state, KEYS, {"stats_last_nonzero"}, owner)
+    state = pick(state, KEYS, BESIDE, owner)
     config = whole.get("model_config")
     if not isinstance(config, dict) or "top_k" not in config:
         raise UserError(f"load: {owner} must hold a model_config with top_k")
+    if config.get("batch_topk"):
+        raise UserError(f"load: batch_topk of {owner} must be False, got {config['batch_topk']!r}")
     rest = {name: value for name, value in whole.items() if name != "model_state_dict"}
-    if "stats_last_nonzero" in state:
-        rest["stats_last_nonzero"] = state["stats_last_nonzero"]
+    rest |= {name: state[name] for name in BESIDE & state.keys()}
     rest.pop("optimizer_state_dict", None)  # of another optimizer's parameters: no use to ksae's
     coder = Coder(
         W_enc=state["encoder.weight"],
@@ -56,11 +59,12 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
         coder, "NVIDIA's format", centred=True, normalization=("none", STANDARDIZE), fold=fold
     )
     kept = dict(coder.extra.get("nvidia", {}))
-    fired = kept.pop("stats_last_nonzero", torch.zeros(coder.d_sae, dtype=torch.int64))
+    never = {"stats_last_nonzero": torch.zeros(coder.d_sae, dtype=torch.int64)}
+    buffers = never | {name: kept.pop(name) for name in BESIDE & kept.keys()}
     state = {
         "pre_bias": coder.b_dec,
         "latent_bias": coder.b_enc,
-        "stats_last_nonzero": fired,
+        **buffers,
         "encoder.weight": coder.W_enc,
         "decoder.weight": coder.W_dec.T.contiguous(),
     }

@@ -8,13 +8,17 @@ importing `ksae.interop.saelens` registers.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ksae.errors import UserError
+from ksae.files.container import write_tensors
 
 from .coder import Coder, check, require, transposed
-from .files import Source, integer, write_json, write_tensors
+from .files import Source, integer, write_json
 
 KEYS = {"W_enc", "b_enc", "W_dec", "b_dec"}
 FOLDER = True
@@ -36,30 +40,38 @@ ACTIVATIONS = {
 }
 
 
+# What releases before 6 called some fields.
+RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+NORMALIZATIONS = (
+    "none", "expected_average_only_in", "constant_norm_rescale", "layer_norm",
+    "covariance_whitening",
+)  # fmt: skip
+
+
 def matches(source: Source) -> bool:
-    return "W_enc" in source.state and source.config("architecture", "d_sae") is not None
+    return "W_enc" in source.state and source.config("d_in", "d_sae") is not None
 
 
 def read(source: Source) -> Coder:
-    config = source.config("architecture", "d_sae") or {}
-    architecture = config["architecture"]
-    if architecture not in ACTIVATIONS:
-        raise UserError(
-            f"load: architecture of {source.path} must be one of {', '.join(ACTIVATIONS)}, "
-            f"got {architecture!r}"
-        )
-    activation = ACTIVATIONS[architecture]
-    needed = KEYS | ({"threshold"} if activation == "jumprelu" else set())
-    needed |= {"W_skip"} if "skip" in architecture else set()
-    tensors = source.tensors(needed)
-    if config.get("reshape_activations", "none") != "none":
-        raise UserError(
-            f"load: reshape_activations of {source.path} must be none, "
-            f"got {config['reshape_activations']!r}"
-        )
+    original = source.config("d_in", "d_sae") or {}
+    config, owner = _current(original), str(source.path)
+    architecture = config.get("architecture")
+    activation = _activation(config, owner)
     transcoder = architecture in TRANSCODERS
+    normalization = config.get("normalize_activations", "none")
+    _one_of("normalize_activations", normalization, NORMALIZATIONS, owner)
+    _one_of("reshape_activations", config.get("reshape_activations", "none"), ("none",), owner)
+    centred = bool(config.get("apply_b_dec_to_input", not transcoder))
+    if transcoder:
+        _one_of("apply_b_dec_to_input", centred, (False,), owner)
+    needed = KEYS | ({"threshold"} if activation == "jumprelu" else set())
+    needed |= {"W_skip"} if "skip" in str(architecture) else set()
+    tensors = source.tensors(needed, {"scaling_factor"})
+    ones = tensors.get("scaling_factor")  # beside the weights for a while, never with another value
+    if ones is not None and not torch.allclose(ones, torch.ones_like(ones)):
+        raise UserError(f"load: scaling_factor of {owner} must be 1 everywhere, got other values")
     coder = Coder(
-        W_enc=transposed(tensors["W_enc"], str(source.path)),
+        W_enc=transposed(tensors["W_enc"], owner),
         b_enc=tensors["b_enc"],
         W_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
@@ -67,18 +79,54 @@ def read(source: Source) -> Coder:
         threshold=tensors.get("threshold"),
         activation=activation,
         k=integer(config, "k", source.path) if activation == "topk" else None,
-        centred=bool(config.get("apply_b_dec_to_input", not transcoder)),
-        scaled=bool(config.get("rescale_acts_by_decoder_norm", False)),
-        normalization=config.get("normalize_activations", "none"),
-        extra={"saelens": dict(config)},
+        centred=centred,
+        scaled=activation == "topk" and bool(config.get("rescale_acts_by_decoder_norm", False)),
+        normalization=normalization,
+        extra={"saelens": dict(original)},
     )
-    if (coder.d_in, coder.d_sae) != (config.get("d_in"), config["d_sae"]):
+    if (coder.d_in, coder.d_sae) != (config["d_in"], config["d_sae"]):
         raise UserError(
-            f"load: W_enc of {source.path} must have the shape "
-            f"{[config.get('d_in'), config['d_sae']]} that its config gives, "
-            f"got {list(tensors['W_enc'].shape)}"
+            f"load: W_enc of {owner} must have the shape {[config['d_in'], config['d_sae']]} that "
+            f"its config gives, got {list(tensors['W_enc'].shape)}"
         )
-    return check(coder, str(source.path))
+    return check(coder, owner)
+
+
+def _current(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration in the fields of SAELens 6, which takes older ones to mean this."""
+    metadata = config.get("metadata") or {}
+    version = str(config.get("sae_lens_version") or metadata.get("sae_lens_version") or "0")
+    if not re.match(r"[0-5]\b", version):
+        return config
+    new = {**config, **{RENAMED[name]: v for name, v in config.items() if name in RENAMED}}
+    new.setdefault("architecture", "standard")
+    k = (new.get("activation_fn_kwargs") or {}).get("k")
+    if k is not None and "topk" in (new.get("activation_fn"), new["architecture"]):
+        new |= {"architecture": "topk", "k": k}
+    normalize = new.get("normalize_activations")
+    if normalize is None or isinstance(normalize, bool):
+        new["normalize_activations"] = "expected_average_only_in" if normalize else "none"
+    if "hook_z" in str(new.get("hook_name")):
+        new.setdefault("reshape_activations", "hook_z")
+    return new
+
+
+def _activation(config: dict[str, Any], owner: str) -> str:
+    """The activation of an architecture; another one beside it is an error."""
+    architecture = config.get("architecture")
+    _one_of("architecture", architecture, tuple(ACTIVATIONS), owner)
+    activation = ACTIVATIONS[str(architecture)]
+    allowed = ("relu", "topk") if activation == "topk" else ("relu",)
+    for name in ("activation_fn_str", "activation_fn"):
+        _one_of(name, config.get(name, "relu"), allowed, owner)
+    return activation
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...], owner: str) -> None:
+    if value not in allowed:
+        names = ", ".join(map(str, allowed))
+        names = names if len(allowed) == 1 else f"one of {names}"
+        raise UserError(f"load: {name} of {owner} must be {names}, got {value!r}")
 
 
 def write(coder: Coder, path: Path, fold: bool) -> Path:
@@ -90,11 +138,9 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
         skip=True,
         square=False,
         scaled=True,
-        normalization=(
-            "none", "expected_average_only_in", "constant_norm_rescale", "layer_norm",
-        ),
+        normalization=NORMALIZATIONS,
         fold=fold,
-    )  # fmt: skip
+    )
     threshold = coder.threshold
     activation = "jumprelu" if coder.activation == "batchtopk" else coder.activation
     if coder.activation == "batchtopk":

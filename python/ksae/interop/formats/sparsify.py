@@ -6,9 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ksae.errors import UserError
+from ksae.files.container import write_tensors
 
 from .coder import Coder, check, require
-from .files import Source, integer, write_json, write_tensors
+from .files import Source, integer, write_json
 
 KEYS = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
 FOLDER = True
@@ -42,6 +43,8 @@ def read(source: Source) -> Coder:
             f"load: activation of {source.path} must be topk or groupmax, "
             f"got {fields['activation']!r}"
         )
+    if fields.get("signed"):  # of early releases: without the ReLU
+        raise UserError(f"load: signed of {source.path} must be False, got {fields['signed']!r}")
     if bool(fields["skip_connection"]) != ("W_skip" in tensors):
         raise UserError(
             f"load: {source.path} has skip_connection = {fields['skip_connection']} and "

@@ -81,7 +81,7 @@ class TopK:
         sae_in = self.process_sae_in(x)
         W_enc, F = sparse.latent_rows(self.W_enc), self.cfg.d_sae
         norm = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
-        if _watched(self.hook_sae_acts_pre) or torch.compiler.is_compiling():
+        if _watched(self.hook_sae_acts_pre) or lazy.plain():
             hidden = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
             hidden = hidden if norm is None else hidden * norm
             return self.hook_sae_acts_post(self.activation_fn(hidden)), hidden
@@ -101,7 +101,9 @@ class TopK:
         if (known := lazy.known(code)) is not None:
             values, indices = known
             values = code.unscaled if hasattr(code, "unscaled") else self._unscaled(values, indices)
-            return self._decoded(sparse.decode(values, indices, self.W_dec, self.b_dec))
+            out = sparse.decode(values, indices, self.W_dec, self.b_dec)
+            scale = self._norm().detach() if self.cfg.rescale_acts_by_decoder_norm else None
+            return self._decoded(lazy.decoded(code, out, self.W_dec, scale))
         acts = lazy.dense(feature_acts.to_dense() if feature_acts.is_sparse else feature_acts)
         return self._decoded(self._unscaled(acts) @ self.W_dec + self.b_dec)
 
@@ -109,9 +111,13 @@ class TopK:
         """The dense code [..., F], or its entries [..., k] at indices, as the decoder takes it."""
         if not self.cfg.rescale_acts_by_decoder_norm:
             return acts
-        norm: Tensor = self.W_dec.norm(dim=-1)  # [F]
-        norm = norm.clamp(min=torch.finfo(norm.dtype).tiny)  # 0 / 0 is 0
+        norm = self._norm()
         return acts / (norm if indices is None else norm[indices])
+
+    def _norm(self) -> Tensor:
+        """Norms [F] of the decoder's rows, none of them 0: 0 / 0 is 0."""
+        norm: Tensor = self.W_dec.norm(dim=-1)
+        return norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
     def _decoded(self, out: Tensor) -> Tensor:
         """What follows the decoder's product: hook, the input's normalization undone, heads."""

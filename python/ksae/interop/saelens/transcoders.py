@@ -159,6 +159,13 @@ class TopKTranscoding(TopK):
 class TopKTranscoder(TopKTranscoding, _Transcoder):
     """SAELens' Transcoder with a TopK activation, for inference."""
 
+    config_class: Any = TopKTranscoderConfig
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> TopKTranscoder:
+        """An untrained one of what `cfg.to_dict()` returned."""
+        return cls(cls.config_class.from_dict(config_dict))
+
     def get_activation_fn(self) -> Any:
         return Activation(self.cfg.k, use_sparse_activations=False)
 
@@ -178,6 +185,8 @@ class TopKTranscoder(TopKTranscoding, _Transcoder):
 
 class TopKSkipTranscoder(TopKTranscoder, _SkipTranscoder):
     """The same with a skip connection, as SAELens' SkipTranscoder."""
+
+    config_class = TopKSkipTranscoderConfig
 
 
 class TopKTrainingTranscoder(TopKTranscoding, TopKTrainingSAE):
