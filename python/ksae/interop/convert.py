@@ -89,6 +89,8 @@ def read(
     extra = read_extra(source.path)
     fields = extra.pop("fields", {})
     coder.extra = {**extra, **coder.extra}
+    if name == "ksae":
+        coder = own.exact(coder, fields.get("threshold"))
     if not coder.b_dec.any():
         coder.centred = fields.get("centred", coder.centred)
     if coder.k is None and coder.activation == "topk":
