@@ -288,8 +288,11 @@ def test_as_topk_of_ksae_coders(to: str, tmp_path: Path) -> None:
         model.b_dec.zero_()
     convert.convert(_saved(model, tmp_path), tmp_path / "t", to, as_topk=True)
     again = ksae.load(tmp_path / "t")
-    assert again.activation == ksae.TopK(K)
-    assert again.prefixes == (2, 5, F)
+    directly = ksae.load(tmp_path / "saved", as_topk=True)
+    for topk in (again, directly):
+        assert topk.activation == ksae.TopK(K)
+        assert topk.prefixes == (2, 5, F)
+        assert torch.equal(topk.W_enc, model.W_enc)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -158,6 +158,6 @@ def load(
 ) -> modules.SparseCoder:
     """A ksae module from a file or folder of any known format; arguments as `read`, `convert`."""
     name, coder = read(path, k=k, as_topk=as_topk)
-    if name == "ksae":
+    if name == "ksae" and not as_topk:
         return load_own(path, device, dtype)
     return own.build(coder, fold).to(device=device, dtype=dtype)
