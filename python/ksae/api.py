@@ -29,6 +29,7 @@ from .functional import (
     topk,
     topk_encode,
 )
+from .parallel.shard import shard, unshard
 from .step.train_step import TrainStep
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ __all__ = [
     "UnitRows",
     "batch_topk_encode",
     "grad_topk_encode",
+    "shard",
     "sparse_decode",
     "threshold_encode",
     "topk",
     "topk_encode",
+    "unshard",
 ]
 
 

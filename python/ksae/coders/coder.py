@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
-from torch.utils._pytree import _register_namedtuple
 
 from .. import functional
 from ..ops import accumulator
@@ -21,34 +20,12 @@ from . import registry
 from .activation import Activation, from_fields
 from .code import Code, has_numbers
 from .config import Config, Options, floating
+from .output import Output
 from .predictions import auxk_prediction, prefix_recons
 from .terms import aux_width, multi_loss, squared_error, terms_of, total_variance
 from .unit_rows import unit_rows, without_parallel
 
 _T = TypeVar("_T")
-
-
-class Output(NamedTuple):
-    """What a forward pass returns. Losses are 0-d float32 (float64), None without a target."""
-
-    recon: Tensor  # [..., d_out]
-    values: Tensor  # [..., k], or [E] with row_offsets
-    indices: Tensor  # of the shape of values, int64
-    loss: Tensor | None  # to be minimised: the weighted sum of all terms
-    fvu: Tensor | None  # share of the target's variance that is not explained
-    auxk_loss: Tensor | None  # 0 if no latent is dead
-    multi_topk_loss: Tensor | None  # with other k, weighted mean; 0 without multi_topk or multi_k
-    prefix_fvu: Tensor | None = None  # [P], by the latents of each prefix; None without prefixes
-    row_offsets: Tensor | None = None  # [N+1] int64, of codes with a number of entries of each row
-
-    @property
-    def code(self) -> Code:
-        """Values and indices as one."""
-        return Code(self.values, self.indices, self.row_offsets)
-
-
-# So that an exported module can be saved.
-_register_namedtuple(Output, serialized_type_name="ksae.coders.coder.Output")
 
 
 def _setting(name: str, kind: type[_T]) -> _T:
@@ -88,6 +65,7 @@ class SparseCoder(nn.Module):
     topology: str  # what is read and predicted, by name
     centred: bool  # whether b_dec is subtracted from the input
     shares_memory = False  # with parameters of others, whose writes do not show in these
+    ranks: Any = None  # of `ksae.shard`, where the tensors hold the latents of one rank only
 
     W_enc: nn.Parameter  # [F, d_in]
     b_enc: nn.Parameter  # [F]
@@ -234,6 +212,7 @@ class SparseCoder(nn.Module):
         """Write the module to one file; `ksae.load(path)` reads it."""
         from .file import save
 
+        self.require_whole("save")
         save(self, path)
 
     @property
@@ -242,6 +221,19 @@ class SparseCoder(nn.Module):
         return self.tokens_since_fired > self.dead_after
 
     # ------------------------------------------------------------------------------------- the code
+
+    def require_whole(self, method: str) -> None:
+        """Refuse what the latents of one rank alone cannot do.
+
+        Raises:
+            ValueError: the coder is spread over ranks.
+        """
+        if self.ranks is not None:
+            got = f"the part of rank {self.ranks.rank} of {self.ranks.size}"
+            raise ValueError(
+                f"{type(self).__name__}: {method} must be called on a whole coder, got {got}:"
+                " ksae.unshard makes it whole"
+            )
 
     def require_tensor(self, arg: str, t: object) -> None:
         """Refuse an argument that is no tensor.
@@ -316,6 +308,7 @@ class SparseCoder(nn.Module):
         As in use, not in training: selected by u, which needs no labels, or with grad [..., d_out]
         by the score.
         """
+        self.require_whole("encode")
         scaled = self.gradients(x, grad, training=False)
         values, indices, *offsets = self.activation.infer(
             self, self.rows("x", x, self.d_in), scaled
@@ -337,6 +330,7 @@ class SparseCoder(nn.Module):
         row_offsets: Tensor | None = None,
     ) -> Tensor:
         """Reconstruction [..., d_out] of a code; x [..., d_in] is needed with a skip connection."""
+        self.require_whole("decode")
         recon = functional.sparse_decode(values, indices, self.W_dec, self.b_dec, row_offsets)
         if self.W_skip is None:
             return recon
@@ -350,6 +344,7 @@ class SparseCoder(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None) -> Output:
         """Reconstruct x [..., d_in] or predict y [..., d_out]; losses if there is a target."""
+        self.require_whole("forward")
         rows = self.rows("x", x, self.d_in)  # [N, d_in]
         target = self.targets(x, rows, y)  # [N, d_out]
         ks = [self.k] if target is None else [self.k, *(k for k, _ in self.multi_k)]
@@ -398,7 +393,8 @@ class SparseCoder(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss, FVU of each prefix [P] and the terms by name; wide: the whole selection."""
         dead = self.dead
-        terms = terms_of(self, aux_width(self, dead, may_ask=has_numbers(dead)))
+        n_dead = dead.sum() if has_numbers(dead) else None
+        terms = terms_of(self, aux_width(self, n_dead))
         variance = total_variance(target)
         loss, parts = torch.zeros_like(variance), {}
         nested = prefix_recons(self, rows, recon, wide.first(self.k))
