@@ -267,7 +267,7 @@ def test_dictionary_learning_files_without_ksae_beside(kind: str, tmp_path: Path
         assert state["group_sizes"].tolist() == [2, 3, 5]
     assert torch.equal(again(X).recon, model(X).recon)
     again.train()(X)  # goes on from there
-    assert abs(float(again.threshold) - 0.3) < 0.01
+    assert 0 < abs(float(again.threshold) - 0.3) < 0.01
 
 
 def test_an_unset_threshold_of_dictionary_learning_is_refused(tmp_path: Path) -> None:
@@ -305,3 +305,23 @@ def test_thresholds_are_as_fine_as_their_logarithm(dtype: torch.dtype, tmp_path:
     again = ksae.load(tmp_path / "s")
     assert again.W_enc.dtype == dtype
     torch.testing.assert_close(again.activation.thresholds(again), theta, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loaded_jumprelu_trains_on(fused: bool, tmp_path: Path) -> None:
+    """A threshold of 0, whose logarithm is not finite, stays what it is."""
+    path = tmp_path / "params.npz"
+    convert.convert(_saved(make("jumprelu"), tmp_path), path, "gemma-scope")
+    with np.load(path) as arrays:
+        changed = dict(arrays)
+    changed["threshold"][2] = 0
+    np.savez(path, **changed)
+    (tmp_path / "params.npz.ksae.safetensors").unlink()
+    model = ksae.load(path).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = ksae.TrainStep(model, lr=1e-2, fused=fused)
+    losses = [float(step(X, X)["loss"]) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    for name, p in model.named_parameters():
+        assert not p.isnan().any() and not torch.equal(p, before[name]), name
+    assert model.activation.thresholds(model)[2] == 0
