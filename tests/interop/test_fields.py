@@ -129,7 +129,9 @@ def test_a_threshold_below_zero_is_refused(name: str, tmp_path: Path) -> None:
     """There one library has a ReLU and the other has none."""
     low = make(activation="jumprelu", k=None, centred=False, threshold=torch.full((F,), -0.1))
     convert.write(low, tmp_path / "s", name)
-    with pytest.raises(UserError, match=r"threshold of .* must be at least 0, got -0\.1"):
+    with pytest.raises(
+        UserError, match=r"threshold of .* must be at least 0 and finite, got -0\.1"
+    ):
         convert.read(tmp_path / "s")
 
 

@@ -69,6 +69,17 @@ def test_save_and_load(fake: FakeHub, to: str, folder: str) -> None:
         assert torch.equal(loaded.state_dict()[key], tensor), key
 
 
+def test_save_and_load_of_arrays(fake: FakeHub) -> None:
+    model = ksae.Transcoder(6, 6, 10, activation=ksae.JumpReLU())
+    name = hub.save(model, "someone/coder", to="gemma-scope", folder="layer_20/width_16k")
+    assert "someone/coder/layer_20/width_16k/params.npz" in map(
+        str, (p.relative_to(fake.root) for p in fake.root.rglob("*.npz"))
+    )
+    loaded = ksae.load(name)
+    assert loaded.config() == model.config()
+    assert torch.equal(loaded.log_threshold, model.log_threshold)
+
+
 def test_only_what_is_needed_is_fetched(fake: FakeHub) -> None:
     model = ksae.TopKSAE(6, 10, 3)
     for folder in ("layers.1", "layers.2"):

@@ -56,6 +56,8 @@ def test_gathered_into_one_file(saved: tuple[Path, list[float]], tmp_path: Path)
     assert one.config() == whole.config() == rank_jobs.make(CASE).config()
     for name, tensor in whole.state_dict().items():
         assert torch.equal(one.state_dict()[name], tensor), name
+    with pytest.raises(UserError, match=r"as_topk must be False for .*: ksae convert --as-topk"):
+        ksae.load(saved[0], as_topk=True)
     assert not torch.equal(one.W_enc, rank_jobs.make(CASE).W_enc)
 
 

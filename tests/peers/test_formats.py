@@ -5,15 +5,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import dictionary_learning.utils
+import numpy as np
 import pytest
 import sae_lens
 import sparsify
 import torch
+from dictionary_learning.dictionary import JumpReluAutoEncoder
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
+from sae_lens.loading import pretrained_sae_loaders as loaders
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
 
 import ksae
 from ksae.errors import UserError
@@ -176,11 +185,17 @@ def test_batchtopk_state_dicts(kind: type, tmp_path: Path) -> None:
     randomize(original)
     original.threshold.fill_(0.3)
     save_dl(tmp_path / "a", original)
-    with pytest.raises(UserError, match="--as-topk"):
-        ksae.load(tmp_path / "a")
-    convert.convert(tmp_path / "a", tmp_path / "b", "dictionary-learning")
-    back = read_dl(tmp_path / "b")
-    assert torch.equal(back(X), original(X))
+    sae = ksae.load(tmp_path / "a").eval()
+    assert sae.activation == ksae.BatchTopK(K, "dictionary_learning")
+    assert sae.prefixes == ((10, 40) if groups else ())
+    torch.testing.assert_close(sae(X).recon, original(X), rtol=1e-5, atol=1e-5)
+    sae.save(tmp_path / "own")
+    for source in ("a", "own"):
+        convert.convert(tmp_path / source, tmp_path / f"{source}.b", "dictionary-learning")
+        back = read_dl(tmp_path / f"{source}.b")
+        assert torch.equal(back(X), original(X))
+        for key, tensor in original.state_dict().items():
+            assert torch.equal(back.state_dict()[key], tensor), key
     model = ksae.load(tmp_path / "a", as_topk=True)
     dense = torch.relu(original.encode(X, use_threshold=False, return_active=True)[2])
     kept = torch.zeros_like(dense).scatter(1, dense.topk(K).indices, 1) * dense
@@ -195,6 +210,92 @@ def test_batchtopk_becomes_the_jumprelu_of_saelens(tmp_path: Path) -> None:
     save_dl(tmp_path / "a", original)
     convert.convert(tmp_path / "a", tmp_path / "b", "saelens")
     torch.testing.assert_close(read_saelens(tmp_path / "b")(X), original(X), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
+def test_batchtopk_of_saelens_is_read_as_the_jumprelu_it_saves(kind: str, tmp_path: Path) -> None:
+    sizes = {"d_in": D, "d_sae": F, "k": K}
+    if kind == "batchtopk":
+        original: Any = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**sizes))
+    else:
+        config = MatryoshkaBatchTopKTrainingSAEConfig(**sizes, matryoshka_widths=[10, F])
+        original = MatryoshkaBatchTopKTrainingSAE(config)
+    randomize(original)
+    original.topk_threshold.fill_(0.3)
+    original.save_inference_model(tmp_path / "a")
+    theirs, model = read_saelens(tmp_path / "a"), ksae.load(tmp_path / "a").eval()
+    assert isinstance(model, ksae.SAE) and isinstance(model.activation, ksae.JumpReLU)
+    assert torch.equal(model.encode_dense(X) > 0, theirs.encode(X) > 0)
+    torch.testing.assert_close(model(X).recon, theirs(X), rtol=1e-5, atol=1e-5)
+    model.save(tmp_path / "own")
+    convert.convert(tmp_path / "own", tmp_path / "b", "saelens")
+    torch.testing.assert_close(read_saelens(tmp_path / "b")(X), theirs(X), rtol=1e-5, atol=1e-5)
+    convert.convert(tmp_path / "a", tmp_path / "n", "ksae")
+    convert.convert(tmp_path / "n", tmp_path / "c", "saelens")
+    assert torch.equal(read_saelens(tmp_path / "c")(X), theirs(X))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("topology", ["sae", "transcoder"])
+@pytest.mark.parametrize("prefixes", [None, [10, F]], ids=["batchtopk", "matryoshka"])
+def test_batchtopk_of_ksae_in_saelens(
+    prefixes: list[int] | None, topology: str, tmp_path: Path
+) -> None:
+    activation = ksae.BatchTopK(K)
+    if topology == "sae":
+        model: Any = ksae.SAE(D, F, activation, prefixes=prefixes)
+    else:
+        model = ksae.Transcoder(D, D, F, activation=activation, prefixes=prefixes)
+    randomize(model)
+    model.threshold.fill_(0.3)
+    model.eval().save(tmp_path / "a")
+    convert.convert(tmp_path / "a", tmp_path / "b", "saelens")
+    theirs = read_saelens(tmp_path / "b")
+    assert theirs.cfg.architecture() == "jumprelu"
+    assert torch.equal(theirs.encode(X) > 0, model.encode_dense(X) > 0)
+    torch.testing.assert_close(theirs(X), model(X).recon, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_jumprelu_of_dictionary_learning(tmp_path: Path) -> None:
+    original = JumpReluAutoEncoder(D, F)
+    randomize(original)
+    original.threshold.abs_()
+    save_dl(tmp_path / "a", original)
+    model = ksae.load(tmp_path / "a").eval()
+    assert isinstance(model, ksae.Transcoder) and isinstance(model.activation, ksae.JumpReLU)
+    assert torch.equal(model.encode_dense(X) > 0, original.encode(X) > 0)
+    torch.testing.assert_close(model(X).recon, original(X), rtol=1e-5, atol=1e-5)
+    convert.convert(tmp_path / "a", tmp_path / "n", "ksae")
+    convert.convert(tmp_path / "n", tmp_path / "s", "saelens")
+    convert.convert(tmp_path / "s", tmp_path / "b", "dictionary-learning")
+    assert torch.equal(read_dl(tmp_path / "b")(X), original(X))
+    assert torch.equal(read_saelens(tmp_path / "s")(X), original(X))
+
+
+@torch.no_grad()
+def test_gemma_scope_files_as_saelens_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = np.random.default_rng(0)
+    sizes = {"W_enc": (D, F), "W_dec": (F, D), "b_enc": (F,), "b_dec": (D,), "threshold": (F,)}
+    arrays = {n: g.standard_normal(s).astype(np.float32) / 4 for n, s in sizes.items()}
+    arrays["threshold"] = np.abs(arrays["threshold"])
+    np.savez(tmp_path / "params.npz", **arrays)
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda **_: str(tmp_path / "params.npz"))
+    folder = "layer_20/width_16k/average_l0_71"
+    config, state, _ = loaders.gemma_2_sae_huggingface_loader(
+        "google/gemma-scope-2b-pt-res", folder
+    )
+    own = sae_lens.JumpReLUSAEConfig(
+        d_in=D, d_sae=F, apply_b_dec_to_input=config["apply_b_dec_to_input"]
+    )
+    theirs = sae_lens.JumpReLUSAE(own)
+    theirs.load_state_dict(state)
+    model = ksae.load(tmp_path).eval()
+    assert torch.equal(model.encode_dense(X) > 0, theirs.encode(X) > 0)
+    torch.testing.assert_close(model(X).recon, theirs(X), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ def convert(
     to: Annotated[
         str,
         typer.Option(
-            help="ksae, sparsify, saelens, dictionary-learning, openai, nvidia or circuit-tracer"
+            help="ksae, sparsify, saelens, dictionary-learning, gemma-scope, openai, nvidia or "
+            "circuit-tracer"
         ),
     ],
     k: Annotated[
@@ -42,5 +43,6 @@ def convert(
 
     done = conversion.convert(hub.local(src, revision), dst, to, k=k, fold=fold, as_topk=as_topk)
     c = done.coder
-    shape = f"{c.d_in} -> {c.d_sae} -> {c.d_out}, {c.activation}, k = {c.k}, {c.dtype}"
+    k_of = "" if c.k is None else f", k = {c.k}"
+    shape = f"{c.d_in} -> {c.d_sae} -> {c.d_out}, {c.activation}{k_of}, {c.dtype}"
     print(f"{done.source} to {done.target}: {shape}; written: {done.path}")

@@ -91,6 +91,8 @@ def read(
     extra = read_extra(source.path)
     fields = extra.pop("fields", {})
     coder.extra = {**extra, **coder.extra}
+    if name == "ksae":
+        coder = own.exact(coder, fields.get("threshold"))
     if not coder.b_dec.any():
         coder.centred = fields.get("centred", coder.centred)
     if coder.k is None and coder.activation == "topk":
@@ -163,6 +165,6 @@ def load(
 ) -> modules.SparseCoder:
     """A ksae module from a file or folder of any known format; arguments as `read`, `convert`."""
     name, coder = read(path, k=k, as_topk=as_topk)
-    if name == "ksae":
+    if name == "ksae" and not as_topk:
         return load_own(path, device, dtype)
     return own.build(coder, fold).to(device=device, dtype=dtype)

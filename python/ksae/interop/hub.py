@@ -13,9 +13,13 @@ from ksae.coders import coder as modules
 from ksae.coders import file as model_file
 from ksae.errors import UserError, first_line
 
+from .formats.files import WEIGHTS
+
+# Names of files by the formats that are no folders.
+_SINGLE = {"openai": "autoencoder.pt", "nvidia": "checkpoint.pt", "gemma-scope": "params.npz"}
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _ID = re.compile(rf"(hf://)?{_PART}/{_PART}(/.*)?")
-_KINDS = (".safetensors", ".pt", ".pth", ".json", ".yaml")
+_KINDS = (*WEIGHTS, ".json", ".yaml")
 
 
 def is_id(path: str | os.PathLike[str]) -> bool:
@@ -82,7 +86,7 @@ def download(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     wanted = [f for f in files if f.endswith(_KINDS) and _parent(f) == folder]
     if inner in files:
         wanted = [f for f in wanted if f == inner or f.endswith((".json", ".yaml"))]
-    if not any(f.endswith(_KINDS[:3]) for f in wanted):
+    if not any(f.endswith(WEIGHTS) for f in wanted):
         raise UserError(f"load: {repo} has no weights file in {folder or 'its top folder'}")
     local = {}
     for file in wanted:
@@ -131,9 +135,8 @@ def save(
         if to == "ksae":
             out = own.parent
         else:
-            single = {"openai": "autoencoder.pt", "nvidia": "checkpoint.pt"}
             out.mkdir()
-            convert.convert(own, out / single[to] if to in single else out, to)
+            convert.convert(own, out / _SINGLE[to] if to in _SINGLE else out, to)
         try:
             api = hub.HfApi()
             api.create_repo(repo, private=private, exist_ok=True)

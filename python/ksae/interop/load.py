@@ -9,6 +9,7 @@ import torch
 
 from ksae.coders.coder import SparseCoder
 from ksae.coders.file import load_own
+from ksae.errors import UserError
 from ksae.interop import convert, hub
 from ksae.parallel import checkpoint
 
@@ -32,14 +33,20 @@ def load(
             folder, or a Hugging Face id, `owner/name` or `owner/name/folder`.
         device: where to put the tensors; default the CPU.
         dtype: of the parameters; default the dtype they were saved in.
-        k, fold, as_topk: for files of other libraries, see `ksae.interop.convert.load`.
+        k, fold: for files of other libraries, see `ksae.interop.convert.load`.
+        as_topk: read BatchTopK, Matryoshka or not, as the k largest of each token.
         revision: of a Hugging Face id: a branch, a tag or a commit; default the main branch.
     """
     path = file = hub.local(path, revision)
     if file.is_dir() and (file / "model.safetensors").is_file():
         file = file / "model.safetensors"
     if checkpoint.is_sharded(file):
+        if as_topk:
+            raise UserError(
+                f"load: as_topk must be False for {path}, a checkpoint of many ranks, got True: "
+                "ksae convert --as-topk makes one file of it"
+            )
         return checkpoint.load_whole(file, device).to(dtype=dtype)
-    if not convert.is_foreign(file):
+    if not as_topk and not convert.is_foreign(file):
         return load_own(path, device, dtype)
     return convert.load(path, device, dtype, k=k, fold=fold, as_topk=as_topk)

@@ -6,12 +6,22 @@ A format is recognised by what a file holds, never by its name. `FOLDER`: its fi
 
 from types import ModuleType
 
-from . import circuit_tracer, dictionary_learning, nvidia, openai, own, saelens, sparsify
+from . import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope,
+    nvidia,
+    openai,
+    own,
+    saelens,
+    sparsify,
+)
 from .coder import Coder
 
 # The first that matches is the one.
 FORMATS: dict[str, ModuleType] = {
     "ksae": own,
+    "gemma-scope": gemma_scope,
     "nvidia": nvidia,
     "openai": openai,
     "sparsify": sparsify,

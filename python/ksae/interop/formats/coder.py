@@ -51,6 +51,18 @@ class Coder:
     def dtype(self) -> torch.dtype:
         return self.W_enc.dtype
 
+    def jumps(self, target: str) -> Tensor:
+        """The thresholds [F] of a JumpReLU that is the same function for use; `target` cannot hold
+        one that is not set."""
+        theta = self.threshold
+        if self.activation == "jumprelu" and theta is not None:
+            return theta.expand(self.d_sae)
+        if theta is None or not float(theta) >= 0:
+            raise UserError(
+                f"convert: {target} cannot hold {self.activation} with threshold = -1 (not set)"
+            )
+        return theta.to(self.dtype).expand(self.d_sae)
+
 
 def transposed(weight: Tensor, owner: str) -> Tensor:
     """A matrix of the other orientation; else an error."""
@@ -88,14 +100,13 @@ def check(coder: Coder, owner: str) -> Coder:
         tensor = getattr(coder, name)
         if tensor is not None and not tensor.is_floating_point():
             raise UserError(f"load: {name} of {owner} must be floating, got {tensor.dtype}")
-    if (
-        coder.activation == "jumprelu"
-        and coder.threshold is not None
-        and (coder.threshold < 0).any()
-    ):
-        raise UserError(  # below 0 some libraries have a ReLU as well, others not
-            f"load: threshold of {owner} must be at least 0, got {float(coder.threshold.min())}"
-        )
+    if coder.activation == "jumprelu" and coder.threshold is not None:
+        theta = coder.threshold
+        wrong = theta[~((theta >= 0) & theta.isfinite())]
+        if wrong.numel():  # below 0 some libraries have a ReLU as well, others not
+            raise UserError(
+                f"load: threshold of {owner} must be at least 0 and finite, got {float(wrong[0])}"
+            )
     if coder.centred and d != d_out:
         raise UserError(
             f"load: {owner} subtracts a decoder bias of width {d_out} from inputs of width {d}"

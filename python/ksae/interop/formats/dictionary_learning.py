@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dictionary_learning: `ae.pt` and `config.json` in a folder; the decoder is [d, F]."""
+"""dictionary_learning: `ae.pt` and `config.json` in a folder; the decoder is [d, F], of Matryoshka
+and JumpReLU [F, d]. JumpReLU subtracts no b_dec. That a file is JumpReLU's only its config tells.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ksae.errors import UserError
 
@@ -15,50 +18,61 @@ from .files import Source, write_json, write_pickle
 
 KEYS = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k"}
 MATRYOSHKA = {"W_enc", "b_enc", "W_dec", "b_dec", "group_sizes", "k"}
+JUMPRELU = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
 FOLDER = True
 CLASSES = {
     "AutoEncoderTopK": "topk",
     "BatchTopKSAE": "batchtopk",
     "MatryoshkaBatchTopKSAE": "matryoshka",
+    "JumpReluAutoEncoder": "jumprelu",
 }
+BY_LATENT = {"matryoshka": MATRYOSHKA, "jumprelu": JUMPRELU}
 
 
 def matches(source: Source) -> bool:
     names = set(source.state)
-    return {"encoder.weight", "decoder.weight", "b_dec"} <= names or "group_sizes" in names
+    if {"encoder.weight", "decoder.weight", "b_dec"} <= names or "group_sizes" in names:
+        return True
+    return "W_enc" in names and _dict_class(source) == "JumpReluAutoEncoder"
 
 
-def read(source: Source) -> Coder:
-    matryoshka = "group_sizes" in source.state
-    tensors = source.tensors(MATRYOSHKA if matryoshka else KEYS, {"threshold"})
-    owner, config = str(source.path), source.config("trainer") or {}
-    trainer = config.get("trainer", {})
-    name = trainer.get("dict_class") if isinstance(trainer, dict) else None
-    if matryoshka:
-        activation = "matryoshka"
-    elif name is None or name in CLASSES:
-        activation = CLASSES.get(name or "AutoEncoderTopK", "topk")
-    else:
+def _dict_class(source: Source) -> Any:
+    trainer = (source.config("trainer") or {}).get("trainer", {})
+    return trainer.get("dict_class") if isinstance(trainer, dict) else None
+
+
+def _activation(source: Source) -> str:
+    name = _dict_class(source)
+    if "group_sizes" in source.state:
+        return "matryoshka"
+    if name is not None and name not in CLASSES:
         raise UserError(
             f"load: dict_class of {source.path} must be one of {', '.join(CLASSES)}, got {name!r}"
         )
+    return CLASSES[name or "AutoEncoderTopK"]
+
+
+def read(source: Source) -> Coder:
+    activation, owner = _activation(source), str(source.path)
+    tensors = source.tensors(BY_LATENT.get(activation, KEYS), {"threshold"})
     parts: dict[str, Any] = (
         {
             "W_enc": transposed(tensors["W_enc"], owner),
             "b_enc": tensors["b_enc"],
             "W_dec": tensors["W_dec"],
         }
-        if matryoshka
+        if activation in BY_LATENT
         else {
             "W_enc": tensors["encoder.weight"],
             "b_enc": tensors["encoder.bias"],
             "W_dec": transposed(tensors["decoder.weight"], owner),
         }
     )
-    if tensors["k"].numel() != 1:
-        raise UserError(f"load: k of {source.path} must be one number, got {tensors['k'].shape}")
+    k = tensors.get("k")
+    if k is not None and k.numel() != 1:
+        raise UserError(f"load: k of {source.path} must be one number, got {k.shape}")
     threshold = tensors.get("threshold")
-    extra: dict[str, Any] = {"config": config}
+    extra: dict[str, Any] = {"config": source.config("trainer") or {}}
     if activation == "topk" and threshold is not None:
         extra["threshold"] = threshold  # beside the k largest, TopK does not need it
         threshold = None
@@ -66,40 +80,24 @@ def read(source: Source) -> Coder:
         **parts,
         b_dec=tensors["b_dec"],
         activation=activation,
-        k=int(tensors["k"]),
-        centred=True,
+        k=None if k is None else int(k),
+        centred=activation != "jumprelu",
         threshold=threshold,
         group_sizes=tensors.get("group_sizes"),
         extra={"dictionary_learning": extra},
     )
-    return check(coder, str(source.path))
+    return check(coder, owner)
 
 
 def write(coder: Coder, path: Path, fold: bool) -> Path:
     coder = require(
         coder,
         "dictionary_learning",
-        activations=("topk", "batchtopk", "matryoshka"),
-        centred=True,
+        activations=("topk", "batchtopk", "matryoshka", "jumprelu"),
+        centred=coder.activation != "jumprelu",
         fold=fold,
     )
     kept = coder.extra.get("dictionary_learning", {})
-    unset = torch.tensor(-1.0)
-    threshold = kept.get("threshold") if coder.activation == "topk" else coder.threshold
-    state = {
-        "k": torch.tensor(coder.k, dtype=torch.int32),
-        "threshold": unset if threshold is None else threshold,
-        "b_dec": coder.b_dec,
-    }
-    if coder.activation == "matryoshka":
-        state |= {"W_enc": coder.W_enc.T.contiguous(), "b_enc": coder.b_enc, "W_dec": coder.W_dec}
-        state["group_sizes"] = coder.group_sizes
-    else:
-        state |= {
-            "decoder.weight": coder.W_dec.T.contiguous(),
-            "encoder.weight": coder.W_enc,
-            "encoder.bias": coder.b_enc,
-        }
     name = next(key for key, value in CLASSES.items() if value == coder.activation)
     config = dict(kept.get("config", {}))
     config["trainer"] = {
@@ -107,9 +105,35 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
         "dict_class": name,
         "activation_dim": coder.d_in,
         "dict_size": coder.d_sae,
-        "k": coder.k,
     }
+    if coder.k is not None:
+        config["trainer"]["k"] = coder.k
     config.setdefault("buffer", {})
+    state = _state(coder, kept.get("threshold"))
     write_pickle(path / "ae.pt", {key: t.contiguous() for key, t in state.items()})
     write_json(path / "config.json", config)
     return path / "ae.pt"
+
+
+def _state(coder: Coder, beside: Tensor | None) -> dict[str, Tensor]:
+    """Tensors by their names there; beside: the threshold that a TopK carries along."""
+    threshold = beside if coder.activation == "topk" else coder.threshold
+    if threshold is None and coder.activation != "topk":  # it takes all positive latents then
+        coder.jumps("dictionary_learning")
+    state = {"b_dec": coder.b_dec}
+    state["threshold"] = torch.tensor(-1.0) if threshold is None else threshold
+    if coder.k is not None and coder.activation != "jumprelu":
+        state["k"] = torch.tensor(coder.k, dtype=torch.int32)
+    if coder.activation in BY_LATENT:
+        state |= {"W_enc": coder.W_enc.T, "b_enc": coder.b_enc, "W_dec": coder.W_dec}
+    else:
+        state |= {
+            "decoder.weight": coder.W_dec.T,
+            "encoder.weight": coder.W_enc,
+            "encoder.bias": coder.b_enc,
+        }
+    if coder.group_sizes is not None:
+        state["group_sizes"] = coder.group_sizes
+    elif coder.activation == "jumprelu":
+        state["threshold"] = coder.jumps("dictionary_learning")
+    return state

@@ -8,10 +8,13 @@ counters, metadata), goes to a second file beside them, so that converting back 
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -22,6 +25,7 @@ from ksae.errors import UserError, first_line
 from ksae.files.atomic import write_atomic
 from ksae.files.container import write_tensors
 
+WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 BESIDE = "ksae.safetensors"
 _EXTRA = "ksae_extra"
 
@@ -34,6 +38,7 @@ class Source:
     state: dict[str, Any]  # tensors; of a pickle, also what else it holds
     metadata: dict[str, str] = field(default_factory=dict)
     configs: list[dict[str, Any]] = field(default_factory=list)
+    arrays: bool = False  # of NumPy: an .npz
 
     def config(self, *keys: str) -> dict[str, Any] | None:
         """The configuration that has all of `keys`."""
@@ -60,7 +65,7 @@ def pick(state: dict[str, Any], needed: set[str], allowed: set[str], owner: str)
 def sources(path: Path) -> list[Source]:
     """The weights files at `path`: itself, or those directly in the folder."""
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
+        files = sorted(p for p in path.iterdir() if p.suffix in WEIGHTS)
         files = [p for p in files if not p.name.endswith(BESIDE) and not p.name.startswith(".")]
     else:
         files = [path]
@@ -75,13 +80,18 @@ def sources(path: Path) -> list[Source]:
 
 
 def read(path: Path) -> Source:
-    """One weights file, safetensors or a pickle that holds only tensors and plain values."""
+    """One weights file: safetensors, NumPy's .npz, or a pickle that holds only tensors and plain
+    values."""
     try:
         with path.open("rb") as file:
             start = file.read(9)
     except OSError as error:
         raise UserError(f"load: cannot read {path}: {error.strerror}") from None
-    source = Source(path, {}) if start[8:9] == b"{" else Source(path, _unpickle(path))
+    arrays = _arrays(path)
+    if arrays is not None:
+        source = Source(path, arrays, arrays=True)
+    else:
+        source = Source(path, {}) if start[8:9] == b"{" else Source(path, _unpickle(path))
     if start[8:9] == b"{":
         try:
             with safe_open(path, framework="pt") as tensors:
@@ -114,6 +124,23 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     try:
         return from_file(path, device=device)
     except (SafetensorError, OSError) as error:
+        raise UserError(f"load: cannot read {path}: {first_line(error)}") from None
+
+
+def _arrays(path: Path) -> dict[str, Any] | None:
+    """The arrays of an .npz as tensors; None: it is no such file."""
+    try:
+        with zipfile.ZipFile(path) as zipped:
+            if not all(name.endswith(".npy") for name in zipped.namelist()):
+                return None
+        # Never with allow_pickle: a pickle can run any code.
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    except zipfile.BadZipFile as error:
+        if path.suffix != ".npz":
+            return None
+        raise UserError(f"load: cannot read {path}: {first_line(error)}") from None
+    except (ValueError, TypeError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"load: cannot read {path}: {first_line(error)}") from None
 
 
@@ -161,6 +188,17 @@ def integer(config: dict[str, Any], name: str, owner: Path) -> int:
 
 def write_pickle(path: Path, value: Any) -> None:
     write_atomic(path, lambda file: torch.save(value, file))
+
+
+def write_arrays(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write NumPy's .npz; of bfloat16, which NumPy lacks, an error."""
+    for name, t in tensors.items():
+        if t.dtype == torch.bfloat16:
+            raise UserError(
+                f"convert: {path} cannot hold {name} of {t.dtype}: NumPy has no such type"
+            )
+    arrays: dict[str, Any] = {name: t.contiguous().numpy() for name, t in tensors.items()}
+    write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

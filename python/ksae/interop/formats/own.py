@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ksae.coders import SAE, Transcoder, registry
 from ksae.coders import coder as modules
-from ksae.coders import registry
-from ksae.coders.activation import GradTopK, TopK
+from ksae.coders.activation import Activation, BatchTopK, GradTopK, JumpReLU, TopK
 from ksae.coders.file import load_own, save
 from ksae.errors import UserError
 from ksae.files.container import read_header
+from ksae.ops import accumulator
 
 from .coder import Coder, check, require
 from .files import Source
@@ -24,6 +27,9 @@ TRAINING = (
     "loss", "auxk_alpha", "k_aux", "dead_after", "normalize_decoder", "multi_topk", "auxk",
     "multi_k", "multi_weights", "prefixes", "prefix_weights",
 )  # fmt: skip
+ACTIVATIONS: dict[type[Activation], str] = {
+    TopK: "topk", GradTopK: "topk", BatchTopK: "batchtopk", JumpReLU: "jumprelu",
+}  # fmt: skip
 
 
 def matches(source: Source) -> bool:
@@ -33,61 +39,139 @@ def matches(source: Source) -> bool:
 def read(source: Source) -> Coder:
     header = read_header(source.path)
     model = load_own(source.path)
+    kind = type(model.activation)
+    if kind not in ACTIVATIONS:
+        wanted = ", ".join(known.__name__ for known in ACTIVATIONS)
+        raise UserError(
+            f"load: activation of {source.path} must be one of {wanted} to be converted, got "
+            f"{kind.__name__}"
+        )
     weights: dict[str, Any] = {
         name: parameter.detach() for name, parameter in model.named_parameters()
     }
-    names = [name for name in (*TRAINING, *GRADIENT) if name in header["config"]]
-    config = {name: header["config"][name] for name in names}
+    buffers = dict(model.named_buffers())
+    if isinstance(model.activation, JumpReLU):
+        buffers["log_threshold"] = weights.pop("log_threshold")
+        weights["threshold"] = model.activation.thresholds(model).detach()
+    activation = ACTIVATIONS[kind]
+    if isinstance(model.activation, BatchTopK):
+        theta = buffers["threshold"]  # kernels take it in the accumulators' type
+        weights["threshold"] = theta.to(accumulator(model.W_enc.dtype)) if theta >= 0 else None
+        if model.prefixes and model.prefixes[0] > 0:
+            activation = "matryoshka"
+            weights["group_sizes"] = torch.tensor(model.prefixes).diff(prepend=torch.tensor([0]))
+    names = [name for name in (*TRAINING, *GRADIENT, "activation") if name in header["config"]]
     coder = Coder(
         **weights,
-        activation="topk",
-        k=model.k,
+        activation=activation,
+        k=model.k or None,
         centred=model.centred,
         extra={
             **header["extra"].pop("interop", {}),
             "ksae": {
-                "config": config,
+                "config": {name: header["config"][name] for name in names},
                 "extra": header["extra"],
-                "buffers": dict(model.named_buffers()),
+                "buffers": buffers,
             },
         },
     )
     return check(coder, str(source.path))
 
 
+def exact(coder: Coder, threshold: Tensor | None) -> Coder:
+    """`coder`, read from ksae's file, with the JumpReLU `threshold` that it had in another format,
+    of which the file holds the logarithm, if that is still so."""
+    kept = coder.extra["ksae"]["buffers"].get("log_threshold")
+    if threshold is None or kept is None or not torch.equal(_log(threshold, coder), kept):
+        return coder
+    return replace(coder, threshold=threshold)
+
+
+def _log(threshold: Tensor, coder: Coder) -> Tensor:
+    """JumpReLU's parameter [F]. Of accumulators' type: in 16 bits the logarithm is too coarse."""
+    return threshold.to(accumulator(coder.dtype)).log().expand(coder.d_sae).contiguous()
+
+
+def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[str, Tensor]]:
+    """The activation, and what the module holds for it: as it was before a detour, if it was one
+    of ksae's."""
+    assert coder.k is not None or coder.activation == "jumprelu"
+    fields = dict(kept.get("config", {}).get("activation", {}))
+    name, before = fields.pop("name", None), kept.get("buffers", {})
+    if coder.activation == "jumprelu":
+        assert coder.threshold is not None
+        log = before.get("log_threshold")
+        same = log is not None and torch.equal(
+            log.to(accumulator(log.dtype)).exp(), coder.threshold
+        )
+        if not same:
+            log = _log(coder.threshold, coder)
+        return JumpReLU(**(fields if name == "JumpReLU" else {})), {"log_threshold": log}
+    if coder.activation == "topk":
+        return TopK(coder.k or 0), {}
+    if coder.threshold is not None and not coder.threshold >= 0:
+        raise UserError(
+            f"convert: ksae cannot hold {coder.activation} with threshold = "
+            f"{float(coder.threshold)} (not set): its coders take the k largest of the batch then, "
+            "others all that are positive"
+        )
+    of_library = "dictionary_learning" in coder.extra
+    estimator = "dictionary_learning" if of_library else "running"
+    made = BatchTopK(coder.k or 0, fields["threshold"] if name == "BatchTopK" else estimator)
+    theta, old = coder.threshold, before.get("threshold")
+    same = old is not None and (theta is None or bool(old.to(theta.dtype) == theta))
+    if name == "BatchTopK" and same:
+        return made, {n: before[n] for n in ("threshold", "threshold_batches")}
+    held = made.buffers(torch.float32, torch.device("cpu"))
+    if theta is not None:  # from here an average goes on, whatever the estimator
+        held = {"threshold": theta.double(), "threshold_batches": torch.tensor(1002)}
+    return made, held
+
+
 def build(coder: Coder, fold: bool) -> modules.SparseCoder:
-    """The coder as a `ksae.TopKSAE` or `ksae.Transcoder`, or with GradTopK what it was."""
-    coder = require(coder, "ksae", skip=True, square=False, fold=fold)
+    """The coder as a `ksae.SAE` or `ksae.Transcoder`, of the class that it was."""
+    kinds = ("topk", "batchtopk", "matryoshka", "jumprelu")
+    coder = require(coder, "ksae", activations=kinds, skip=True, square=False, fold=fold)
     if coder.centred and coder.W_skip is not None:
         raise UserError("convert: ksae cannot hold W_skip with b_dec subtracted from the input")
-    kinds = {t.dtype for t in (coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec)}
-    if len(kinds) > 1:
-        raise UserError(f"convert: ksae needs one dtype, got {', '.join(sorted(map(str, kinds)))}")
+    dtypes = {t.dtype for t in (coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec)}
+    if len(dtypes) > 1:
+        raise UserError(f"convert: ksae needs one dtype, got {', '.join(sorted(map(str, dtypes)))}")
     kept = coder.extra.get("ksae", {})
     settings: dict[str, Any] = dict(kept.get("config", {}))
+    settings.pop("activation", None)
     settings |= {"dtype": coder.dtype, "device": "meta"}
-    assert coder.k is not None
-    by_gradient = set(GRADIENT) <= settings.keys()
+    if coder.group_sizes is not None:
+        settings["prefixes"] = coder.group_sizes.cumsum(0).tolist()
+        settings.setdefault("prefix_weights", "dictionary_learning")
+    if not coder.centred:
+        settings |= {"d_out": coder.d_out, "skip": coder.W_skip is not None}
+    sizes = {"d_in": coder.d_in, "d_sae": coder.d_sae}
     model: modules.SparseCoder
     try:
-        kind: Any = registry.of(
-            "sae" if coder.centred else "transcoder", GradTopK if by_gradient else TopK
-        )
-        if not coder.centred:
-            settings |= {"d_out": coder.d_out, "skip": coder.W_skip is not None}
-        model = kind(d_in=coder.d_in, d_sae=coder.d_sae, k=coder.k, **settings)
-    except TypeError as error:
+        activation, held = _activation(coder, kept)
+        if isinstance(activation, TopK) and not activation.ragged:
+            by_gradient = set(GRADIENT) <= settings.keys()
+            topology = "sae" if coder.centred else "transcoder"
+            kind: Any = registry.of(topology, GradTopK if by_gradient else TopK)
+            model = kind(**sizes, k=coder.k, **settings)
+        else:
+            kind = SAE if coder.centred else Transcoder
+            model = kind(**sizes, activation=activation, **settings)
+    except (TypeError, ValueError) as error:
         raise UserError(f"load: {error}") from None
     names = ["W_enc", "b_enc", "W_dec", "b_dec"] + (["W_skip"] if coder.W_skip is not None else [])
     state = {name: getattr(coder, name).contiguous() for name in names}
     for name, buffer in model.named_buffers():
         counted = kept.get("buffers", {}).get(name)
         state[name] = torch.zeros_like(buffer, device="cpu") if counted is None else counted
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({**state, **held}, assign=True)
     return model
 
 
 def write(coder: Coder, path: Path, fold: bool) -> Path:
     model = build(coder, fold)
+    if coder.activation == "jumprelu":
+        coder.extra.setdefault("fields", {})["threshold"] = coder.threshold
     save(model, path, coder.extra.get("ksae", {}).get("extra"))
     return path

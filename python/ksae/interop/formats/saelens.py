@@ -134,19 +134,16 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
     coder = require(
         coder,
         "SAELens",
-        activations=("topk", "jumprelu", "relu", "batchtopk"),
+        activations=("topk", "jumprelu", "relu", "batchtopk", "matryoshka"),
         skip=True,
         square=False,
         scaled=True,
         normalization=NORMALIZATIONS,
         fold=fold,
     )
-    threshold = coder.threshold
-    activation = "jumprelu" if coder.activation == "batchtopk" else coder.activation
-    if coder.activation == "batchtopk":
-        if threshold is None or not float(threshold) >= 0:
-            raise UserError("convert: SAELens cannot hold batchtopk with threshold = -1 (not set)")
-        threshold = threshold.to(coder.dtype).expand(coder.d_sae)
+    jumps = coder.activation in ("jumprelu", "batchtopk", "matryoshka")
+    activation = "jumprelu" if jumps else coder.activation
+    threshold = coder.jumps("SAELens") if jumps else None
     skip = "skip_" if coder.W_skip is not None else ""
     if not coder.centred and (
         coder.W_skip is not None
