@@ -23,6 +23,9 @@ FREE = frozenset(
     ]
 )
 
+# What runs did before there was the setting.
+BEFORE = {"train.clip": "above"}
+
 
 def open_directory(out: Path, resume: bool) -> None:
     """Make the directory of a run, or refuse one that is not as `resume` asks."""
@@ -42,7 +45,7 @@ def open_directory(out: Path, resume: bool) -> None:
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """Refuse to resume with settings that would give another result."""
-    old, new = _flat(before), _flat(now)
+    old, new = BEFORE | _flat(before), BEFORE | _flat(now)
     free = set(FREE)
     if old.get("train.decay") == 0 and new.get("train.decay") == 0:
         free |= {"train.steps", "train.tokens"}  # then the length of the run changes no step

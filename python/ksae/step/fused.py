@@ -18,7 +18,9 @@ from ..coders.coder import SparseCoder
 from ..coders.terms import Term, aux_width, terms_of
 from .communicator import OneDevice
 from .state import State
-from .unfused import Metrics
+from .unfused import Metrics, scale_to
+
+GRAD_SCALE = 5  # where Adam's numbers have the factor of all gradients
 
 
 class Batch(NamedTuple):
@@ -70,6 +72,7 @@ class FusedStep:
     Args:
         model, state: what is updated.
         clip_norm: largest global gradient norm; None: no clipping.
+        clip: "above" or "always", as of TrainStep.
         communicator: between the shards of the model's latents.
     """
 
@@ -79,8 +82,9 @@ class FusedStep:
         state: State,
         clip_norm: float | None,
         communicator: OneDevice | None = None,
+        clip: str = "above",
     ) -> None:
-        self.model, self.state, self.clip_norm = model, state, clip_norm
+        self.model, self.state, self.clip_norm, self.clip = model, state, clip_norm, clip
         self.communicator = communicator or OneDevice()
         self.sums_in_decode = model.W_enc.is_cuda  # one reading of the residual less
         self.asks_for_dead = not model.W_enc.is_cuda  # on CUDA only the device knows how many
@@ -208,6 +212,8 @@ class FusedStep:
         hyper, finite, scales = ops.adam_scalars(
             sums.loss, norm, self.clip_norm, sums.scales, state.lr, state.t, state.constants
         )
+        if norm is not None and self.clip_norm is not None and self.clip == "always":
+            hyper[GRAD_SCALE] = scale_to(self.clip_norm, norm)
         return hyper, finite, scales
 
     def _gradient_norm(self, batch: Batch, g: Groups, sums: Sums) -> Tensor:
