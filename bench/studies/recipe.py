@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksae.activations import PYDOC, SMOLLM2
+from ksae.activations import PYDOC, SMOLLM2, open_source
 from ksae.coders import TopKSAE
+from ksae.errors import UserError
 from ksae.files.atomic import write_atomic
 from ksae.runs.config import DataConfig
 from ksae.runs.data import open_data
@@ -147,18 +148,22 @@ def run(cell: Cell, train: Tensor, held: Tensor, batch: int) -> dict[str, Any]:
 
 def rows_of(site: str, cache: Path, tokens: int | None) -> tuple[Tensor, Tensor]:
     """Rows to train on and held-out rows [rows, d], harvested into `cache` if not there."""
-    hook, folder = SITES[site], str(cache / site)
-    data = open_data(
-        DataConfig(
-            model=SMOLLM2, hook=hook, text=PYDOC, max_tokens=tokens, holdout=HELD_OUT, cache=folder
-        ),
-        progress=False,
-    )
-    assert data.holdout is not None
-    train, held = (
-        torch.cat([x for x, _ in source.sweep(CHUNK)]).float()
-        for source in (data.train, data.holdout)
-    )
+    folder = cache / site
+    parts = [folder / "train", folder / "holdout"]
+    try:  # what an earlier study left needs no language model
+        sources = [open_source(part) for part in parts]
+    except UserError:  # not there, or not whole
+        harvested = DataConfig(
+            model=SMOLLM2,
+            hook=SITES[site],
+            text=PYDOC,
+            max_tokens=tokens,
+            holdout=HELD_OUT,
+            cache=str(folder),
+        )
+        open_data(harvested, progress=False)
+        sources = [open_source(part) for part in parts]
+    train, held = (torch.cat([x for x, _ in source.sweep(CHUNK)]).float() for source in sources)
     return train, held
 
 
