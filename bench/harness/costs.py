@@ -72,6 +72,19 @@ def residual_slice(N: int, d: int, F: int, k: int, columns: int, s: int = F32) -
     return Cost(read + N * columns * F32, 2 * N * k * columns + N * columns)
 
 
+def prefix_residual(N: int, d: int, F: int, k: int, prefixes: int, s: int = F32) -> Cost:
+    """The residuals of all prefixes, their row sums of squares, and the gradient of the values."""
+    plain = sparse_residual(N, d, F, k, s)
+    more = (prefixes - 1) * N
+    return plain + Cost(more * (d * F32 + 8), 4 * more * d)
+
+
+def prefix_slice(N: int, d: int, F: int, k: int, prefixes: int, columns: int, s: int = F32) -> Cost:
+    """`columns` of d columns of the residuals of all prefixes."""
+    more = (prefixes - 1) * N * columns
+    return residual_slice(N, d, F, k, columns, s) + Cost(more * F32, 2 * more)
+
+
 def topk_backward(N: int, F: int, k: int, s: int = F32) -> Cost:
     """The gradient of the scores is a matrix of zeros with k entries a row."""
     return Cost(N * k * (s + I64) + N * F * s)

@@ -228,6 +228,22 @@ def _step_ops(case: Case) -> Iterator[Problem]:
         costs.residual_slice(N, d, F, k, d // 2, s),
         lambda impl: partial(impl.sparse_residual_slice, *code, 0, d // 2),
     )
+    widths = torch.tensor([max(F >> m, 1) for m in (4, 3, 2, 1, 0)], device=case.x.device)
+    shares = torch.ones(len(widths), dtype=torch.float32, device=case.x.device)
+    nested = (*code, widths, shares)
+    yield Problem(
+        "prefix_residual",
+        "forward",
+        costs.prefix_residual(N, d, F, k, len(widths), s),
+        lambda impl: partial(impl.prefix_residual, *nested, d),
+        check=list,
+    )
+    yield Problem(
+        "prefix_residual_slice",
+        "forward",
+        costs.prefix_slice(N, d, F, k, len(widths), d // 5, s),
+        lambda impl: partial(impl.prefix_residual_slice, *nested, 0, d // 5),
+    )
     yield Problem(
         "latent_sums",
         "forward",

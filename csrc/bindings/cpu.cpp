@@ -141,9 +141,23 @@ PYBIND11_MODULE(_cpu, m) {
     return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows,
                            stats.candidates);
   });
+  m.def("batch_topk_encode",
+        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x, Pointer W_enc,
+           Pointer b_enc, Pointer b_dec, Pointer values, Pointer indices, Pointer row_offsets,
+           bool screen, float slack, const py::function& allocate, int threads) {
+          EncodeStats stats{};
+          const BatchEncodeParams p{
+              {N, d, F, k, Dtype(dtype), as<const void>(x), as<const void>(W_enc),
+               as<const void>(b_enc), as<const void>(b_dec), nullptr, as<void>(values),
+               as<int64_t>(indices), screen, slack, &stats, false},
+              as<int64_t>(row_offsets)};
+          with_workspace(p, allocate, threads, batch_topk_encode_workspace, batch_topk_encode);
+          return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows);
+        });
   const auto threshold = [](int64_t N, int64_t d, int64_t F, int dtype, Pointer x, Pointer W_enc,
                             Pointer b_enc, Pointer b_dec, Pointer theta, Pointer above,
-                            Pointer row_offsets, Pointer values, Pointer latents) {
+                            Pointer row_offsets, Pointer values, Pointer latents,
+                            bool screen = false, float slack = 1) {
     return ThresholdEncodeParams{N,
                                  d,
                                  F,
@@ -156,14 +170,16 @@ PYBIND11_MODULE(_cpu, m) {
                                  as<uint32_t>(above),
                                  as<int64_t>(row_offsets),
                                  as<void>(values),
-                                 as<int64_t>(latents)};
+                                 as<int64_t>(latents),
+                                 screen,
+                                 slack};
   };
   m.def("threshold_encode_count",
         [threshold](int64_t N, int64_t d, int64_t F, int dtype, Pointer x, Pointer W_enc,
                     Pointer b_enc, Pointer b_dec, Pointer theta, Pointer above, Pointer row_offsets,
-                    const py::function& allocate, int threads) {
-          const auto p =
-              threshold(N, d, F, dtype, x, W_enc, b_enc, b_dec, theta, above, row_offsets, 0, 0);
+                    bool screen, float slack, const py::function& allocate, int threads) {
+          const auto p = threshold(N, d, F, dtype, x, W_enc, b_enc, b_dec, theta, above,
+                                   row_offsets, 0, 0, screen, slack);
           with_workspace(p, allocate, threads, threshold_encode_workspace, threshold_encode_count);
         });
   m.def("threshold_encode_fill",
@@ -225,6 +241,21 @@ PYBIND11_MODULE(_cpu, m) {
               as<double>(sq_error),
               as<float>(grad_values)};
           with_workspace(p, allocate, threads, sparse_residual_workspace, sparse_residual);
+        });
+  m.def("prefix_residual",
+        [decode](int64_t N, int64_t d, int64_t F, const Rows::From& code, int dtype, Pointer values,
+                 Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec, Pointer target,
+                 bool target_float, Pointer widths, Pointer shares, int n_prefixes, int64_t start,
+                 int64_t columns, Pointer residual, Pointer sq_error, Pointer grad_values,
+                 const py::function& allocate, int threads) {
+          const PrefixResidualParams p{
+              {decode(N, d, F, code, dtype, values, indices, index_bytes, W_dec, b_dec, 0, false),
+               as<const void>(target), target_float, start, columns, as<float>(residual),
+               as<double>(sq_error), as<float>(grad_values)},
+              as<const int64_t>(widths),
+              as<const float>(shares),
+              n_prefixes};
+          with_workspace(p, allocate, threads, prefix_residual_workspace, prefix_residual);
         });
   const auto backward_values = [](int64_t N, int64_t d, int64_t F, const Rows::From& code,
                                   int dtype, Pointer grad, Pointer indices, int index_bytes,

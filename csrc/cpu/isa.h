@@ -17,6 +17,17 @@ enum class Scoring : int {
 
 struct GradChunk;
 
+// Where rows with many candidates of a chunk put them, a block of `room` at a time.
+struct Spill {
+  int32_t* used;  // blocks asked for
+  int32_t blocks;
+  int64_t room;
+  int32_t* row;    // [blocks] of the chunk
+  int32_t* count;  // [blocks]
+  float* score;    // [blocks][room]
+  int32_t* index;  // [blocks][room]
+};
+
 // One chunk of rows on its way through topk_encode. "Candidate" m is the m-th latent that may be
 // chosen: latent m itself, or ids[m] under a mask. Candidates come in panels of the level's width.
 struct EncodeChunk {
@@ -38,11 +49,16 @@ struct EncodeChunk {
   int32_t* count;       // [R]
   float* tau;           // [R] the gate: a proven lower bound of the k-th score; NaN passes all
   float* margin;        // [R] kScreen: the largest bound that the row has met
-  uint8_t* redo;        // [R] kScreen: set when the row must be scored in full
+  uint8_t* redo;        // [R] set when the row must be scored again with more room
   uint32_t* pairs;      // [R][pair_stride] certified: survivors in the order of rescoring
   int64_t pair_stride;  // capacity, or a packed row's numbers where pairs lie over x_pack
   int64_t capacity;
   const GradChunk* grad;  // grad_topk_encode: what else it needs; null for topk_encode
+  float gate;             // where tau starts: NaN, or the threshold of the batch
+  bool fixed;             // batch_topk_encode: tau stays; a row without room spills, or is marked
+  const float* theta;     // [F] threshold_encode: scores are those above theta; else null
+  Spill spill;            // with `fixed`
+  bool unfinished;        // the candidates are the result
 };
 
 // The gradient's half of a chunk. `a` is the product grad @ W_dec.T over the same rows, latents and
@@ -68,18 +84,53 @@ struct EncodeSteps {
                  EncodeStats* stats);
 };
 
+// What batch_topk_encode has found so far: candidates of all rows, by row and latent.
+struct BatchList {
+  int64_t n, capacity;
+  float* score;     // [capacity] screened, or float32
+  int32_t* latent;  // [capacity]
+  int32_t* row;     // [capacity] of x
+  uint32_t* keys;   // [capacity] for a moment; the order of rescoring at the end
+  float* bound_x;   // [N][2] kScreen
+  uint8_t* exact;   // [N] kScreen: rows whose scores are float32 already
+};
+
+// The steps of batch_topk_encode after a chunk was scored. Proofs: isa/batch_topk_encode.cpp.
+struct BatchSteps {
+  // Appends lower bounds of the scores of row r of a sample.
+  void (*sample)(const EncodeChunk& c, int64_t r, BatchList& list);
+  // Appends n scores of row r of the chunk, but what is <= tau.
+  void (*collect)(const EncodeChunk& c, int64_t r, const float* score, const int32_t* index,
+                  int64_t n, float tau, BatchList& list);
+  // The wanted-th largest score.
+  float (*threshold)(const BatchList& list, int64_t wanted);
+  // kScreen: drops what cannot be among the `wanted` best; returns a proven bound of the last one.
+  float (*prune)(const EncodeChunk& c, BatchList& list, int64_t wanted);
+  // Keeps the `wanted` best, equal ones in order; returns what a later one must exceed.
+  float (*keep)(BatchList& list, int64_t wanted);
+  // kScreen: float32 scores of the entries at places [from, to) of the order of rescoring.
+  void (*rescore)(const EncodeChunk& c, BatchList& list, int64_t from, int64_t to);
+  void (*write)(const BatchList& list, const BatchEncodeParams& p);
+};
+
 struct Kernels {
   int tile_rows, panel_width;
   bool has_dot;
   EncodeSteps encode, grad_encode;
+  BatchSteps batch_encode;
   // The rest, over rows [row0, row1) or latents [i0, i1).
   void (*topk)(const TopkParams& p, int64_t row0, int64_t row1, void* scratch);
   void (*threshold_count)(const ThresholdEncodeParams& p, int64_t row0, int64_t row1,
                           float* scratch);
+  // Marks and counts rows [r0, r1) of a screened chunk, whose candidates may be above.
+  void (*threshold_decide)(const ThresholdEncodeParams& p, const EncodeChunk& c, int64_t r0,
+                           int64_t r1, float* scratch);
   void (*threshold_fill)(const ThresholdEncodeParams& p, int64_t row0, int64_t row1,
                          float* scratch);
   void (*decode)(const DecodeParams& p, int64_t row0, int64_t row1);
   void (*residual)(const ResidualParams& p, int64_t row0, int64_t row1, float* scratch);
+  void (*prefix_residual)(const PrefixResidualParams& p, int64_t row0, int64_t row1,
+                          float* scratch);
   void (*backward_values)(const DecodeBackwardValuesParams& p, int64_t row0, int64_t row1);
   void (*backward_weight)(const DecodeBackwardWeightParams& p, const int32_t* offsets,
                           const int32_t* order, int64_t i0, int64_t i1, float* scratch);

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SAE",
+    "BatchTopK",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
+    "JumpReLU",
     "Output",
     "SparseCoder",
     "TopK",
@@ -29,6 +31,7 @@ __all__ = [
     "TrainStep",
     "Transcoder",
     "__version__",
+    "batch_topk_encode",
     "config",
     "grad_topk_encode",
     "load",

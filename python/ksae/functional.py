@@ -173,6 +173,55 @@ def grad_topk_encode(
     return values.reshape(shape), indices.reshape(shape)
 
 
+def batch_topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ReLU of the N*k largest pre-activations u = (x - b_dec) @ W_enc.T + b_enc of all N rows
+    together, without the N x F matrix: k a row on average, and no limit for any row.
+
+    The encoder of a BatchTopK sparse autoencoder in training (arXiv 2412.06410).
+
+    Args:
+        x: [..., d] float32, bfloat16, float16 or float64; the other floating arguments are of the
+            same dtype. Leading dimensions are rows, N in all.
+        W_enc: [F, d], one row a latent.
+        b_enc: [F].
+        k: in [1, F].
+        b_dec: [d], subtracted from x first (the difference is rounded to x's dtype).
+
+    Returns:
+        values [N*k] >= 0; indices [N*k] int64, ascending in each row; row_offsets [N + 1] int64:
+        row n has the entries row_offsets[n] to row_offsets[n + 1] - 1. An entry whose u is <= 0 has
+        value 0 and keeps its index. `sparse_decode` takes the three.
+
+    Raises:
+        ValueError: shapes that do not fit, k outside [1, F], or 2^31 entries and more. TypeError:
+            dtypes that differ.
+
+    Numerics: as `topk_encode`; of equal u the earlier row wins, then the smaller index; NaN before
+    everything. Gradients for x, W_enc, b_enc and b_dec flow through the entries with value > 0,
+    none through the selection. Under autocast the floating inputs are cast to the autocast dtype.
+
+    Example:
+        >>> import torch, ksae
+        >>> x = torch.tensor([[1.0, 3.0], [0.5, 2.0]])
+        >>> ksae.batch_topk_encode(x, torch.eye(2), torch.zeros(2), 1)
+        (tensor([3., 2.]), tensor([1, 1]), tensor([0, 1, 2]))
+    """
+    encoded: tuple[Tensor, Tensor, Tensor] = ops.batch_topk_encode(
+        _rows(x),
+        W_enc.contiguous(),
+        b_enc.contiguous(),
+        k,
+        None if b_dec is None else b_dec.contiguous(),
+    )
+    return encoded
+
+
 def threshold_encode(
     x: Tensor,
     W_enc: Tensor,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from ksae.activations import CacheWriter, cache, open_cache, open_source
+from ksae.activations import ArraySource, CacheWriter, cache, open_cache, open_source
 from ksae.errors import UserError
+from ksae.files import checksum
 
 IDENTITY = {"model": "m", "hook": "h", "dtype": "float32"}
 PER_CONTEXT = 5
@@ -120,6 +122,65 @@ def test_damage_is_a_one_line_error(damage: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         open_cache(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+READS: dict[str, Callable[[ArraySource], object]] = {
+    "sweep": lambda source: list(source.sweep(1000)),
+    "batches": lambda source: list(islice(source.batches(100), 5)),
+    "gather": lambda source: source.gather(torch.tensor([0, source.num_tokens - 1])),
+    "tokens": lambda source: source.tokens_of(torch.tensor([source.num_tokens - 1])),
+    "context": lambda source: source.context(source.num_tokens - 1),
+    "held out": lambda source: list(source.part(600, source.num_tokens).sweep(100)),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_200_kb_of_zeros_in_a_shard_are_noticed(
+    read: Callable[[ArraySource], object], tmp_path: Path
+) -> None:
+    """Whatever reads rows of the shard; what reads others goes on."""
+    writer = CacheWriter(tmp_path, IDENTITY, shard_tokens=100 * PER_CONTEXT)
+    for context in range(200):
+        writer.append(rows(context, d=200), context + 1)
+    writer.finish()
+    read(open_cache(tmp_path))
+    shard = tmp_path / "shard_00001.safetensors"
+    with shard.open("r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        file.write(bytes(200_000))
+    source = open_cache(tmp_path)  # in which only headers are read
+    source.gather(torch.tensor([0]))
+    list(source.part(0, 500).sweep(100))
+    for _ in range(2):  # and again
+        with pytest.raises(UserError, match=r"shard_00001.safetensors: is damaged") as caught:
+            read(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path).finish()
+    compared = []
+    original = checksum.of_file
+    monkeypatch.setattr(checksum, "of_file", lambda p: compared.append(p.name) or original(p))
+    source = open_cache(tmp_path)
+    assert compared == []
+    for _ in range(3):
+        list(source.sweep(7))
+        list(islice(source.batches(20), 9))
+    assert sorted(compared) == [f"shard_{n:05d}.safetensors" for n in range(5)]
+
+
+def test_a_cache_without_checksums_still_opens(tmp_path: Path) -> None:
+    """As earlier versions wrote it, also half of it."""
+    writer = fill(tmp_path, contexts=5)
+    for shard in writer.meta["shards"]:
+        del shard["crc32"]
+    (tmp_path / "meta.json").write_text(json.dumps(writer.meta))
+    fill(tmp_path).finish()
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert ["crc32" in shard for shard in meta["shards"]] == [False, False, True, True, True]
+    source = open_cache(tmp_path)
+    assert torch.equal(torch.cat([x for x, _ in source.sweep(7)])[:, 0], torch.arange(50.0))
 
 
 @pytest.mark.parametrize("target", ["shard_00001.safetensors", "meta.json"])

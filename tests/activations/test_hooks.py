@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from ksae.activations import (
 )
 from ksae.activations.hooks import special_ids
 from ksae.errors import UserError
+from ksae.files import lock
 
 VOCABULARY, LAYERS, D = 100, 3, 16
 PARTS = ["resid_pre", "resid_post", "attn_z", "attn_out", "mlp_in", "mlp_out"]
@@ -351,6 +353,27 @@ def test_an_interrupted_harvest_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     with torch.no_grad():
         model.get_submodule("model.layers.0.mlp.up_proj").weight[0, 0] += 1e-3
     assert model_fingerprint(model) != fingerprint
+
+
+def test_two_processes_do_not_write_to_one_cache(tmp_path: Path) -> None:
+    """A second file of the same lock is as good as a second process. A finished cache is shared."""
+    model, folder, options = build("gpt2"), tmp_path / "c", {"batch_size": 3, "progress": False}
+    folder.mkdir()
+    (folder / ".tmp-shard_00000.safetensors").write_text("what the other writes now")
+    with (folder / lock.NAME).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"harvest: .*c is in use by another process"):
+            harvest(model, contexts(), "layers.1.attn_out", folder, **options)
+        assert {path.name for path in folder.iterdir()} == {
+            ".tmp-shard_00000.safetensors",
+            lock.NAME,
+        }
+    first = harvest(model, contexts(), "layers.1.attn_out", folder, **options)
+    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "shard_00000.safetensors"]
+    with (folder / lock.NAME).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        again = harvest(model, contexts(), "layers.1.attn_out", folder, **options)
+    assert again.num_tokens == first.num_tokens
 
 
 def test_harvest_refuses_what_it_cannot_do() -> None:

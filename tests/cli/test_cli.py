@@ -159,7 +159,7 @@ def test_train_has_every_setting_as_an_option_with_help_and_default(capfd, monke
     out = re.sub(r"\s+", " ", capfd.readouterr().out)
     assert len(set(train.OPTIONS.values())) == len(train.OPTIONS)
     for key, _, default, text in runconfig.describe():
-        flag = "--" + train.OPTIONS[key].replace("_", "-")
+        flag = train.flag_of(key)
         assert flag in out, key
         assert text, f"{key} has no help"
         assert text[1:] in out, key

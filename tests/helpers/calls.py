@@ -38,10 +38,13 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
         rounded = W.detach().bfloat16()
         W_bf16 = rounded, reference.bf16_norms(W.detach(), rounded)
     residual = (values.detach(), indices, W.detach(), b_dec.detach(), x.detach())
+    acc = reference.accumulator(dtype)
+    prefixes = torch.tensor([2, F // 2, F]), torch.tensor([0.5, 2.0, 1.0], dtype=acc)
     return {
         "topk": (W, k),
         "topk_encode": (x, W, b, k, b_dec, torch.arange(F) % 2 == 0, *W_bf16),
         "grad_topk_encode": (x, x.detach().flip(0), W, b, W.detach(), k, 0.5, "signed", b_dec),
+        "batch_topk_encode": (x, W, b, k, b_dec),
         "threshold_encode": (x, W, b, 0.1 + b.detach().abs(), b_dec),
         "topk_encode_aux": tuple(
             t.detach() if isinstance(t, Tensor) else t
@@ -54,6 +57,8 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
         "group_by_latent": (values.detach(), indices, F),
         "sparse_residual": (*residual, 3),
         "sparse_residual_slice": (*residual, 1, 4),
+        "prefix_residual": (*residual, *prefixes, 3),
+        "prefix_residual_slice": (*residual, *prefixes, 1, 4),
         "latent_sums": tuple(sums_arguments(dtype, N=N, F=F).values()),
         "row_grad_sq": tuple(norm_arguments(update)),
         "row_update": tuple(update.values()),

@@ -35,6 +35,10 @@ def call(name: str) -> tuple[Callable[..., Any], list[Tensor]]:
             ),
             [x, W, b, b_dec],
         ),
+        "batch_topk_encode": (
+            lambda x, W, b, b_dec: ops.batch_topk_encode(x, W, b, k, b_dec),
+            [x, W, b, b_dec],
+        ),
         "threshold_encode": (
             lambda x, W, b, b_dec: ops.threshold_encode(x, W, b, W.detach()[:, 0].abs(), b_dec),
             [x, W, b, b_dec],

@@ -7,8 +7,10 @@ namespace KSAE_ISA {
 void topk_table(Kernels& t);
 void topk_encode_table(Kernels& t);
 void grad_topk_encode_table(Kernels& t);
+void batch_topk_encode_table(Kernels& t);
 void threshold_encode_table(Kernels& t);
 void sparse_decode_table(Kernels& t);
+void prefix_residual_table(Kernels& t);
 void backward_weight_table(Kernels& t);
 void latent_sums_table(Kernels& t);
 void row_update_table(Kernels& t);
@@ -23,8 +25,10 @@ const Kernels& KSAE_JOIN(KSAE_ISA, _kernels)() {
     KSAE_ISA::topk_table(table);
     KSAE_ISA::topk_encode_table(table);
     KSAE_ISA::grad_topk_encode_table(table);
+    KSAE_ISA::batch_topk_encode_table(table);
     KSAE_ISA::threshold_encode_table(table);
     KSAE_ISA::sparse_decode_table(table);
+    KSAE_ISA::prefix_residual_table(table);
     KSAE_ISA::backward_weight_table(table);
     KSAE_ISA::latent_sums_table(table);
     KSAE_ISA::row_update_table(table);

@@ -52,12 +52,32 @@ float coarse_refine(const EncodeChunk& c, int64_t r, uint32_t* keys) {
   return tau;
 }
 
+// Empties the buffer of row r into a block of the chunk's spill; false: none is left.
+bool spill(const EncodeChunk& c, int64_t r) {
+  if (c.spill.blocks == 0) return false;
+  const int32_t block = __atomic_fetch_add(c.spill.used, 1, __ATOMIC_RELAXED);
+  if (block >= c.spill.blocks) return false;
+  const int64_t n = c.count[r], at = block * c.spill.room;
+  __builtin_memcpy(c.spill.score + at, c.score + r * c.capacity, size_t(n) * 4);
+  __builtin_memcpy(c.spill.index + at, c.index + r * c.capacity, size_t(n) * 4);
+  c.spill.row[block] = int32_t(r);
+  c.spill.count[block] = int32_t(n);
+  c.count[r] = 0;
+  return true;
+}
+
 template <Scoring kScoring>
 void append(const EncodeChunk& c, int64_t r, int64_t m0, uint32_t hits, const float* tile,
             uint32_t* keys) {
   const int64_t full = c.capacity - kPanel - kWidth;  // room for a panel and a whole-vector store
   if (c.count[r] > full) {
-    if constexpr (kScoring == Scoring::kScreen) {
+    if (c.fixed && !spill(c, r)) {
+      c.redo[r] = 1;
+      c.tau[r] = __builtin_inff();
+      return;
+    }
+    if (c.fixed) {
+    } else if constexpr (kScoring == Scoring::kScreen) {
       c.tau[r] = coarse_refine(c, r, keys);
       if (c.count[r] > full - c.p->k / 2) c.tau[r] = screen_refine(c, r, keys);
       if (c.count[r] > full - c.p->k / 2) c.redo[r] = 1;

@@ -180,28 +180,22 @@ KSAE_INLINE void rescore_columns(const Pairs& p, const float* b_dec, int64_t j, 
   for (int s = 0; s < lanes; ++s) acc = fma(load(x[s]), load(w[s]), acc);
 }
 
-// Float32 scores of the survivors of rows [row0, row1), by the chain of score_tile<kFloat>, kWidth
+// Float32 scores of n (row, latent) pairs, by the chain of score_tile<kFloat>, kWidth
 // pairs at a time: both sides are transposed so that a pair is a lane. Pairs are taken in the order
 // of their latents, so that W comes from memory once and x, the smaller table, from cache.
 // Tried: row by row, W gathered from memory: no slower on one busy core (216 against 229 ms a call
 // at F=24576, k=32); two groups at a time against the latency of the chain: 1.2 times slower;
 // fetching the whole of the next group, which is larger than L1: slower.
-inline void rescore(const EncodeChunk& c, int64_t row0, int64_t row1) {
+// place(i, w, x) says where pair i lies, put(i, score) takes its score without the bias.
+template <class Place, class Put>
+inline void rescore_pairs(const EncodeChunk& c, int64_t n, Place place, Put put) {
   constexpr int64_t kFetch =
       6 * kWidth;  // columns between the fetch and the use (3 to 8: the same)
-  const int64_t d = c.p->d, capacity = c.capacity, whole = d / kWidth * kWidth;
-  const auto* W = static_cast<const float*>(c.p->W_enc);
-  const auto* X = static_cast<const float*>(c.p->x);
+  const int64_t d = c.p->d, whole = d / kWidth * kWidth;
   const auto* b_dec = static_cast<const float*>(c.p->b_dec);
-  const int64_t n = by_latent(c, row0, row1, 1);
-  const uint32_t* pairs = pairs_of(c, row0);
   Pairs groups[2];
   const auto point = [&](Pairs& p, int64_t i) {
-    for (int l = 0; l < kWidth; ++l) {
-      const int64_t at = row0 * capacity + pairs[i + l < n ? i + l : n - 1];
-      p.w[l] = W + latent_of(c, c.index[at]) * d;
-      p.x[l] = X + row_of(c, at / capacity) * d;
-    }
+    for (int l = 0; l < kWidth; ++l) place(i + l < n ? i + l : n - 1, p.w[l], p.x[l]);
   };
   if (n) point(groups[0], 0);
   for (int64_t i = 0, side = 0; i < n; i += kWidth, side ^= 1) {
@@ -217,11 +211,26 @@ inline void rescore(const EncodeChunk& c, int64_t row0, int64_t row1) {
     if (whole < d) rescore_columns<false>(p, b_dec, whole, int(d - whole), next, 0, acc);
     float scores[kWidth];
     store(scores, acc);
-    for (int l = 0; l < kWidth && i + l < n; ++l) {
-      const int64_t at = row0 * capacity + pairs[i + l];
-      c.score[at] = scores[l] + c.bias[c.index[at]];
-    }
+    for (int l = 0; l < kWidth && i + l < n; ++l) put(i + l, scores[l]);
   }
+}
+
+// Float32 scores of the survivors of rows [row0, row1).
+inline void rescore(const EncodeChunk& c, int64_t row0, int64_t row1) {
+  const int64_t d = c.p->d, capacity = c.capacity;
+  const auto* W = static_cast<const float*>(c.p->W_enc);
+  const auto* X = static_cast<const float*>(c.p->x);
+  const int64_t n = by_latent(c, row0, row1, 1);
+  const uint32_t* pairs = pairs_of(c, row0);
+  const auto place = [&](int64_t i, const float*& w, const float*& x) {
+    const int64_t at = row0 * capacity + pairs[i];
+    w = W + latent_of(c, c.index[at]) * d;
+    x = X + row_of(c, at / capacity) * d;
+  };
+  rescore_pairs(c, n, place, [&](int64_t i, float score) {
+    const int64_t at = row0 * capacity + pairs[i];
+    c.score[at] = score + c.bias[c.index[at]];
+  });
 }
 
 }  // namespace ksae::cpu::KSAE_ISA

@@ -114,7 +114,8 @@ void pack_x(const EncodeChunk& c, int64_t tile0, int64_t tile1, void* scratch) {
         centred_row<typename decltype(tag)::type>(c, row_of(c, i), row);
       });
       c.count[i] = 0;
-      c.tau[i] = __builtin_nanf("");
+      c.tau[i] = c.gate;
+      if (c.fixed) c.redo[i] = 0;
       if (c.scoring == Scoring::kFloat) {
         for (int64_t s = 0; s < d; ++s) out[s * kTileRows + r] = row[s];
         continue;
@@ -152,6 +153,7 @@ void pack_w(const EncodeChunk& c, int64_t group, int64_t panel) {
   if (m0 >= c.M) return;
   float* out = packed_group(c, group) + panel * steps(c) * kPanel;
   float* bias = c.bias + m0;
+  float sizes[kPanel];             // of what a bias is made of
   float squares[2 * kPanel] = {};  // |w - w^|^2, |w^|^2
   with_dtype(c.p->dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -161,6 +163,11 @@ void pack_w(const EncodeChunk& c, int64_t group, int64_t panel) {
       const int64_t i = valid ? latent_of(c, m0 + l) : 0;
       w[l] = valid ? static_cast<const T*>(c.p->W_enc) + i * d : nullptr;
       bias[l] = valid && c.p->b_enc ? to_float(static_cast<const T*>(c.p->b_enc)[i]) : 0;
+      sizes[l] = __builtin_fabsf(bias[l]);
+      if (valid && c.theta) {
+        bias[l] -= c.theta[i];
+        sizes[l] += __builtin_fabsf(c.theta[i]);
+      }
     }
     for (int half = 0; half < 2; ++half)
       pack_rows(c, w + half * kWidth, out + half * kWidth, squares + half * 2 * kWidth);
@@ -173,8 +180,7 @@ void pack_w(const EncodeChunk& c, int64_t group, int64_t panel) {
     const double lost = norm_bound(squares[2 * l], d), rounded = norm_bound(squares[2 * l + 1], d);
     bound[l] = rounded_up(lost);
     bound[kPanel + l] = rounded_up(rounded);
-    bound[2 * kPanel + l] =
-        (__builtin_fabsf(bias[l]) * 0x1p-20f + float(d) * 0x1p-124f) * c.p->slack;
+    bound[2 * kPanel + l] = (sizes[l] * 0x1p-20f + float(d) * 0x1p-124f) * c.p->slack;
     const float row[4] = {bound[l], bound[kPanel + l], bound[2 * kPanel + l],
                           rounded_up(lost + rounded)};
     for (int j = 0; j < 4; ++j)  // NaN comes in and stays

@@ -82,6 +82,16 @@ struct GradEncodeParams {
 size_t grad_topk_encode_workspace(const GradEncodeParams& p, int threads);
 void grad_topk_encode(const GradEncodeParams& p, void* workspace, int threads);
 
+// ---- batch_topk_encode: relu of the N k largest of a batch's pre-activations --------------------
+// No limit a row. Equal: the earlier row, then the smaller index; NaN first. Entries by row, then
+// latent. mask null; values and indices are [N k].
+struct BatchEncodeParams {
+  EncodeParams encode;
+  int64_t* row_offsets;  // [N + 1]
+};
+size_t batch_topk_encode_workspace(const BatchEncodeParams& p, int threads);
+void batch_topk_encode(const BatchEncodeParams& p, void* workspace, int threads);
+
 // ---- threshold_encode: pre-activations above their latent's threshold, a variable number a row --
 // Entries of a row are in the order of latents. Two calls: `count` marks what is above and writes
 // row_offsets, from which the caller knows E; `fill` writes the entries.
@@ -97,6 +107,8 @@ struct ThresholdEncodeParams {
   int64_t* row_offsets;  // [N + 1]
   void* values;          // [E] fill only
   int64_t* latents;      // [E] fill only
+  bool screen = false;   // as in EncodeParams; the result is the same
+  float slack = 1;
 };
 size_t threshold_encode_workspace(const ThresholdEncodeParams& p, int threads);
 void threshold_encode_count(const ThresholdEncodeParams& p, void* workspace, int threads);
@@ -139,6 +151,19 @@ struct ResidualParams {
 };
 size_t sparse_residual_workspace(const ResidualParams& p, int threads);
 void sparse_residual(const ResidualParams& p, void* workspace, int threads);
+
+// Residuals e_g of the reconstructions by latents below widths[g] alone, and their suffix sums
+// r_g = sum over h >= g of shares[h] e_h: what the residual is to entries of the latents in
+// [widths[g-1], widths[g]). `residual` holds r [P, N, columns], sq_error those of e [P, N];
+// grad_values <r_g, W_dec[index]>.
+struct PrefixResidualParams {
+  ResidualParams residual;
+  const int64_t* widths;  // [P] ascending, the last F
+  const float* shares;    // [P]
+  int n_prefixes;         // P
+};
+size_t prefix_residual_workspace(const PrefixResidualParams& p, int threads);
+void prefix_residual(const PrefixResidualParams& p, void* workspace, int threads);
 
 struct DecodeBackwardValuesParams {
   int64_t N, d, F, k;

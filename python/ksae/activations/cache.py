@@ -6,14 +6,19 @@ x [rows, d_in], y [rows, d_out] for a transcoder, g with gradients (of the shape
 x; see gradients.py), and the origin of each row (tokens, contexts,
 positions, int32). A file is written under a temporary name, synced and renamed, the shard before
 the meta.json that counts it, so whatever meta.json names is complete. A writer killed at any point
-goes on after its last shard.
+goes on after its last shard. For each shard meta.json has the size and the CRC-32 of the file,
+which is compared before the first read of its rows; caches of earlier versions have no CRC-32, and
+their content is not checked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from torch import Tensor
 from ksae.activations.files import open_tensors
 from ksae.activations.sources import BUFFER_TOKENS, ArraySource, RowOrigin
 from ksae.errors import UserError, first_line
+from ksae.files import checksum, lock
 from ksae.version import VERSION
 
 FORMAT = "ksae-activations"
@@ -85,6 +91,30 @@ def _check_shards(folder: Path, meta: dict[str, Any]) -> None:
             raise UserError(f"{path}: {what}; delete the folder {folder} and harvest again")
 
 
+class _Contents:
+    """Compares each shard with its checksum, once, when it is first asked for."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self._folder, self._shards = folder, meta["shards"]
+        self._waiting = {n for n, shard in enumerate(self._shards) if "crc32" in shard}
+
+    def __call__(self, number: int) -> None:
+        if number not in self._waiting:
+            return
+        shard = self._shards[number]
+        path = self._folder / shard["file"]
+        try:
+            found = checksum.of_file(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot read: {first_line(error)}") from None
+        if found != shard["crc32"]:
+            raise UserError(
+                f"{path}: is damaged, its content is not what was written; delete the folder "
+                f"{self._folder} and harvest again"
+            )
+        self._waiting.discard(number)
+
+
 class CacheWriter:
     """Writes a cache folder, or goes on with an unfinished one of the same identity.
 
@@ -105,7 +135,8 @@ class CacheWriter:
         self._pending_contexts = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            present = [p for p in self.folder.iterdir() if not p.name.startswith(".tmp-")]
+            names = {path.name for path in self.folder.iterdir()} - {lock.NAME}
+            present = [name for name in names if not name.startswith(".tmp-")]
         except OSError as error:
             raise UserError(f"{folder}: cannot use this folder: {first_line(error)}") from None
         if not present:
@@ -171,6 +202,7 @@ class CacheWriter:
                 "file": name,
                 "rows": self._pending_rows,
                 "bytes": len(data),
+                "crc32": zlib.crc32(data),
                 "contexts_done": self._pending_contexts,
             }
         )
@@ -181,6 +213,16 @@ class CacheWriter:
         _write_file(self.folder / META, json.dumps(self.meta, indent=1).encode())
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a cache folder; a finished one is only read."""
+    if (folder / META).is_file() and _read_meta(folder)["complete"]:
+        yield
+        return
+    with lock.locked(folder, "harvest"):
+        yield
+
+
 class CacheSource(ArraySource):
     """The rows of a finished cache folder, memory-mapped. `meta` is its meta.json."""
 
@@ -188,7 +230,8 @@ class CacheSource(ArraySource):
 
 
 def open_cache(folder: str | Path, *, buffer_tokens: int = BUFFER_TOKENS) -> CacheSource:
-    """Open a finished cache folder; nothing is read but the headers."""
+    """Open a finished cache folder; nothing is read but the headers. A shard is compared with its
+    checksum when rows of it are first read."""
     folder = Path(folder)
     meta = _read_meta(folder)
     if not meta["complete"]:
@@ -215,6 +258,8 @@ def open_cache(folder: str | Path, *, buffer_tokens: int = BUFFER_TOKENS) -> Cac
             [tensors["contexts"] for tensors in shards],
             [tensors["positions"] for tensors in shards],
         ),
+        verify=_Contents(folder, meta),
+        identity=meta["identity"],
     )
     source.meta = meta
     return source

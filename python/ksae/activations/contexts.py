@@ -65,14 +65,18 @@ class Contexts:
     def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[Contexts, Contexts]:
         """(train, held-out), divided by document: equal documents stay together. Documents are
         ranked by a hash of (seed, text), and the first `held_out` share of them, at least one, is
-        held out."""
+        held out. Of a text that is one document, the last `held_out` share of its contexts is."""
         if not 0 < held_out < 1:
             raise UserError(f"split: held_out must be between 0 and 1, got {held_out}")
         present = {self.document_keys[i] for i in set(self.documents.tolist())}
+        if len(present) == 1 and len(self) >= 2 and len(set(self.documents.tolist())) == 1:
+            last = min(max(1, round(held_out * len(self))), len(self) - 1)
+            places = torch.arange(len(self))
+            return self.select(places[:-last]), self.select(places[-last:])
         if len(present) < 2:
             raise UserError(
-                f"split: needs at least 2 different documents, got {len(present)}; give more "
-                "text, or a separator that divides it into documents"
+                f"split: needs at least 2 different documents, got {len(present)}, or one of at "
+                "least 2 contexts; give more text, or a separator that divides it into documents"
             )
         salt = str(seed).encode() + b"/"
         ranked = sorted(present, key=lambda key: hashlib.blake2b(salt + key).digest())

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ksae.activations.cache import SHARD_TOKENS, CacheWriter, open_cache
+from ksae.activations.cache import SHARD_TOKENS, CacheWriter, open_cache, writing
 from ksae.activations.contexts import Contexts
+from ksae.activations.fingerprint import of_identity
 from ksae.activations.gradients import LOSSES, capture_gradient, gradient_dtype
 from ksae.activations.hooks import capture, resolve_hook
 from ksae.activations.models import model_fingerprint
+from ksae.activations.progress import Progress
 from ksae.activations.rows import FLOATS, Rows, all_finite
 from ksae.activations.shuffle import Loaded, shuffled
 from ksae.activations.sources import ActivationSource, ArraySource, RowOrigin
@@ -49,6 +51,7 @@ class _Runner:
                 resolve_hook(model, name)
         self.model, self.contexts, self.dtype = model, contexts, dtype
         self.hook, self.target_hook = hook, target_hook
+        self.exclude_special = exclude_special
         self.batch_size = batch_size
         if gradient is not None and gradient not in LOSSES:
             raise UserError(
@@ -84,6 +87,27 @@ class _Runner:
                 f"harvest: contexts must have at most the model's {limit} positions, "
                 f"got {contexts.ids.shape[1]}"
             )
+
+    def identity(self, model_name: str | None = None) -> dict[str, Any]:
+        """All that the activations follow from, as JSON values."""
+        model = self.model
+        config = getattr(model, "config", None)
+        identity = {
+            "model": model_name or str(getattr(config, "name_or_path", type(model).__name__)),
+            "model_fingerprint": model_fingerprint(model),
+            "hook": self.hook,
+            "target_hook": self.target_hook,
+            "dtype": str(self.dtype or next(model.parameters()).dtype).removeprefix("torch."),
+            "dataset_fingerprint": self.contexts.fingerprint(),
+            "exclude_special": self.exclude_special,
+            "tokens": int(self.counts.sum()),
+        }
+        if self.gradient is not None:
+            identity["gradient"] = self.gradient
+            identity["predictions"] = hashlib.blake2b(
+                self.predicted.contiguous().numpy().data, digest_size=16
+            ).hexdigest()
+        return identity
 
     def batches(self, numbers: Tensor) -> Iterator[tuple[dict[str, Tensor], int]]:
         """The rows of some contexts, a batch of contexts at a time, with the count of contexts."""
@@ -183,7 +207,7 @@ def harvest(
             the rows are stored in the dtype of x, in bfloat16 where x is in float16.
         loss_mask: [contexts, length] bool: the tokens whose prediction is part of that loss; by
             default, and at most, those whose activations are kept.
-        progress: show a bar.
+        progress: show a bar on a terminal, a line at each tenth elsewhere.
         model_name: for the cache's description; by default the model's own.
     """
     runner = _Runner(
@@ -199,41 +223,29 @@ def harvest(
     )
     if out_dir is None:
         return _in_memory(runner, progress)
-    config = getattr(model, "config", None)
-    identity = {
-        "model": model_name or str(getattr(config, "name_or_path", type(model).__name__)),
-        "model_fingerprint": model_fingerprint(model),
-        "hook": hook,
-        "target_hook": target_hook,
-        "dtype": str(dtype or next(model.parameters()).dtype).removeprefix("torch."),
-        "dataset_fingerprint": contexts.fingerprint(),
-        "exclude_special": exclude_special,
-        "tokens": int(runner.counts.sum()),
-    }
-    if gradient is not None:
-        identity["gradient"] = gradient
-        identity["predictions"] = hashlib.blake2b(
-            runner.predicted.contiguous().numpy().data, digest_size=16
-        ).hexdigest()
-    writer = CacheWriter(out_dir, identity, shard_tokens)
+    with writing(Path(out_dir)):
+        writer = CacheWriter(out_dir, runner.identity(model_name), shard_tokens)
+        _to_cache(runner, writer, progress)
+    return open_cache(out_dir)
+
+
+def _to_cache(runner: _Runner, writer: CacheWriter, progress: bool) -> None:
+    """The rows that are not there yet."""
     if not writer.complete:
         done = writer.contexts_done
-        bar = _bar(runner, done, progress)
-        with bar:
-            for rows, count in runner.batches(torch.arange(done, len(contexts))):
+        with _progress(runner, done, progress) as bar:
+            for rows, count in runner.batches(torch.arange(done, len(runner.contexts))):
                 done += count
                 writer.append(rows, done)
                 bar.update(len(rows["x"]))
         writer.finish()
-    return open_cache(out_dir)
 
 
 def _in_memory(runner: _Runner, progress: bool) -> ArraySource:
     total, done = int(runner.counts.sum()), 0
     # Filled in place: collecting parts and joining them would need the memory twice.
     columns: dict[str, Tensor] = {}
-    bar = _bar(runner, 0, progress)
-    with bar:
+    with _progress(runner, 0, progress) as bar:
         for rows, _ in runner.batches(torch.arange(len(runner.contexts))):
             for name, part in rows.items():
                 if name not in columns:
@@ -247,19 +259,16 @@ def _in_memory(runner: _Runner, progress: bool) -> ArraySource:
         [columns["g"]] if "g" in columns else None,
         name=f"activations of {runner.hook}",
         origin=RowOrigin([columns["tokens"]], [columns["contexts"]], [columns["positions"]]),
+        identity=runner.identity(),
     )
 
 
-def _bar(runner: _Runner, contexts_done: int, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(
-        total=int(runner.counts.sum()),
-        initial=int(runner.counts[:contexts_done].sum()),
-        desc=f"harvest {runner.hook}",
-        unit="tok",
-        unit_scale=True,
-        disable=not progress,
+def _progress(runner: _Runner, contexts_done: int, shown: bool) -> Progress:
+    return Progress(
+        int(runner.counts.sum()),
+        f"harvest {runner.hook}",
+        done=int(runner.counts[:contexts_done].sum()),
+        shown=shown,
     )
 
 
@@ -314,6 +323,10 @@ class StreamSource(ActivationSource):
         self.d_out = None if y is None else y.shape[1]
         self.dtype = x.dtype
         self.num_tokens: int = int(self._runner.counts.sum())
+
+    def fingerprint(self) -> str:
+        """A hash of what the rows are made from."""
+        return of_identity(self._runner.identity())
 
     def _load(self, units: Rows) -> Loaded:
         numbers = self._contexts[units]

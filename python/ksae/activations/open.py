@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ksae.activations.cache import open_cache
+from ksae.activations.cache import META, open_cache
 from ksae.activations.files import open_tensors
 from ksae.activations.sources import BUFFER_TOKENS, ActivationSource, ArraySource
 from ksae.errors import UserError
@@ -36,6 +36,8 @@ def open_source(
     if isinstance(spec, str | Path) and Path(spec).is_dir():
         if target is not None:
             raise UserError(f"{spec}: target must be None, a cache folder holds its own targets")
+        if not (Path(spec) / META).is_file() and (Path(spec) / "train" / META).is_file():
+            raise UserError(f"{spec}: holds caches of a run: open its folder train or holdout")
         return open_cache(spec, buffer_tokens=buffer_tokens)
     x, y, g, mapped, name = _open_one(spec, "activations")
     if target is not None:

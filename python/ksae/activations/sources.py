@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ksae.activations import fingerprint
 from ksae.activations.rows import FLOATS, Rows, check_finite, take
 from ksae.activations.shuffle import Loaded, check_stream, shuffled
 from ksae.errors import UserError
@@ -66,6 +68,11 @@ class ActivationSource(ABC):
         for part in self._ordered(batch_size):
             yield *self._checked(part, ""), self._gradient(part)
 
+    def fingerprint(self) -> str | None:
+        """A hash that is another one for other data, so that a run does not resume on them; None
+        for a source that cannot tell."""
+        return None
+
     def _checked(self, part: Loaded, where: str) -> Batch:
         check_finite(part.x, part.rows, f"{self.name}{where}")
         if part.y is not None:
@@ -108,6 +115,9 @@ class ArraySource(ActivationSource):
             None.
         mapped: the shards are memory-mapped files.
         origin: the token of each row, if known.
+        verify: called with the number of a shard before each read of its rows; raises if they are
+            not what they should be.
+        identity: what the rows are made from, as a cache says it, if known.
     """
 
     def __init__(
@@ -121,11 +131,14 @@ class ArraySource(ActivationSource):
         buffer_tokens: int = BUFFER_TOKENS,
         block_tokens: int = BLOCK_TOKENS,
         origin: RowOrigin | None = None,
+        verify: Callable[[int], None] = lambda shard: None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         if buffer_tokens < 1 or block_tokens < 1:
             raise UserError(f"{name}: buffer_tokens and block_tokens must be at least 1")
         self.name = name
         self.origin = origin
+        self._verify, self._identity = verify, identity
         self._x = _shards(x, name)
         self._y = None if y is None else _shards(y, f"{name} target")
         self._g = None if g is None else _shards(g, f"{name} gradient")
@@ -163,6 +176,18 @@ class ArraySource(ActivationSource):
         y = None if self._y is None else self._gather(self._y, wanted)
         return self._gather(self._x, wanted), y
 
+    def fingerprint(self) -> str:
+        """A hash of what the rows are made from, if that is known; else of up to 1024 rows of x, y
+        and g, of their dtypes and sizes."""
+        if self._identity is not None:
+            return fingerprint.of_identity(self._identity)
+        wanted = fingerprint.sampled(self.num_tokens).numpy()
+        parts = (self._x, self._y, self._g)
+        return fingerprint.of_rows(
+            self.num_tokens,
+            [None if part is None else self._gather(part, wanted) for part in parts],
+        )
+
     def tokens_of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, context numbers and positions of some rows, all int32 like `rows`."""
         origin, wanted = self._origin(), rows.cpu().numpy().astype(np.int64)
@@ -179,6 +204,7 @@ class ArraySource(ActivationSource):
         shard = int(np.searchsorted(self._starts, row, side="right")) - 1
         if not 0 <= row < self.num_tokens:
             raise UserError(f"{self.name}: row must be in [0, {self.num_tokens}), got {row}")
+        self._verify(shard)
         local = row - int(self._starts[shard])
         contexts = origin.contexts[shard].numpy()  # a context never spans shards, and they rise
         begin = int(np.searchsorted(contexts, contexts[local], side="left"))
@@ -195,29 +221,38 @@ class ArraySource(ActivationSource):
 
     def _gather(self, shards: Sequence[Tensor], rows: Rows) -> Tensor:
         if len(shards) == 1:
+            self._verify(0)
             return take(shards[0], rows)
         out = torch.empty(len(rows), *shards[0].shape[1:], dtype=shards[0].dtype)
         shard_of = np.searchsorted(self._starts, rows, side="right") - 1
         for shard in np.unique(shard_of):
+            self._verify(int(shard))
             here = np.flatnonzero(shard_of == shard)
             out[torch.from_numpy(here)] = take(shards[shard], rows[here] - self._starts[shard])
         return out
 
+    def _within(self, begin: int, end: int) -> list[int]:
+        """The shards that hold the rows begin to end."""
+        spans = enumerate(self._spans())
+        return [shard for shard, (start, stop) in spans if begin < stop and end > start]
+
     def _slice(self, shards: Sequence[Tensor], begin: int, end: int) -> list[Tensor]:
         """Rows begin to end, as views."""
+        starts = self._starts.tolist()
         return [
-            shard[max(begin - start, 0) : end - start]
-            for shard, (start, stop) in zip(shards, self._spans(), strict=True)
-            if begin < stop and end > start
+            shards[shard][max(begin - starts[shard], 0) : end - starts[shard]]
+            for shard in self._within(begin, end)
         ]
 
     def _load_blocks(self, blocks: Rows) -> Loaded:
         begins, ends = self._blocks[blocks], self._blocks[blocks] + self._block_rows[blocks]
         spans = list(zip(begins.tolist(), ends.tolist(), strict=True))
         rows = np.concatenate([np.arange(begin, end) for begin, end in spans])
+        shard_of = (np.searchsorted(self._starts, begins, side="right") - 1).tolist()
+        for shard in sorted(set(shard_of)):
+            self._verify(shard)
 
         def read(shards: Sequence[Tensor]) -> Tensor:
-            shard_of = (np.searchsorted(self._starts, begins, side="right") - 1).tolist()
             return torch.cat(
                 [
                     shards[shard][begin - self._starts[shard] : end - self._starts[shard]]
@@ -252,6 +287,8 @@ class ArraySource(ActivationSource):
     def _ordered(self, batch_size: int) -> Iterator[Loaded]:
         for begin in range(0, self.num_tokens, batch_size):
             end = min(begin + batch_size, self.num_tokens)
+            for shard in self._within(begin, end):
+                self._verify(shard)
             y, g = (
                 None if shards is None else torch.cat(self._slice(shards, begin, end))
                 for shards in (self._y, self._g)
@@ -266,7 +303,17 @@ class ArraySource(ActivationSource):
             for shards in (self._y, self._g)
         )
         x, mapped = self._slice(self._x, begin, end), not self._in_one_piece
-        return ArraySource(x, y, g, name=self.name, mapped=mapped)
+        first, verify = int(np.searchsorted(self._starts, begin, side="right")) - 1, self._verify
+        whole = self._identity
+        return ArraySource(
+            x,
+            y,
+            g,
+            name=self.name,
+            mapped=mapped,
+            verify=lambda shard: verify(first + shard),
+            identity=None if whole is None else {**whole, "rows": [begin, end]},
+        )
 
 
 def _shards(shards: Sequence[Tensor], name: str) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch.nn import functional as nnf
 
 from ksae.analysis.metrics import Accumulator
 from ksae.coders.coder import SparseCoder
+from ksae.coders.predictions import prefix_recons
 
 # x [N, d], or (x, y) for a transcoder, or (x, y or None, g) to select with gradients
 Batch = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor | None, Tensor]
@@ -20,7 +21,10 @@ Batch = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor | None, Tensor]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured: `metrics.DEFINITIONS` by name, and each latent's frequency."""
+    """What `evaluate` measured: `metrics.DEFINITIONS` by name, and each latent's frequency.
+
+    Metrics have fvu_m too for each prefix of m latents but the last (Matryoshka).
+    """
 
     metrics: dict[str, float]
     frequency: Tensor  # [F] float64, share of tokens on which the latent fired
@@ -43,15 +47,21 @@ def evaluate(
     Numerics: sums in float64, so the result does not depend on how the stream is split.
     """
     accumulator: Accumulator | None = None
+    squares = [0.0] * max(len(model.prefixes), 1)
     with eval_mode(model):
         for x, y, g in _triples(model, batches, max_tokens):
             output = model(x) if g is None else model(x, grad=g)
             if accumulator is None:
                 accumulator = Accumulator(model.d_out, model.d_sae)
             accumulator.update(y, output.recon, output.values, output.indices)
+            for m, recon in enumerate(prefix_recons(model, x, output.recon, output.code)):
+                squares[m] += float((y.double() - recon.double()).square().sum())
     if accumulator is None:
         raise ValueError("eval: the stream must have at least one token, got none")
-    return Evaluation(accumulator.results(), accumulator.frequency(), accumulator.tokens)
+    metrics = accumulator.results()
+    for width, square in zip(model.prefixes[:-1], squares, strict=False):
+        metrics[f"fvu_{width}"] = metrics["fvu"] * square / squares[-1]
+    return Evaluation(metrics, accumulator.frequency(), accumulator.tokens)
 
 
 # name -> definition. Nats a token, over every next token that is neither padding nor excluded.

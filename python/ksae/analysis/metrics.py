@@ -68,7 +68,7 @@ class Accumulator:
         Args:
             x: the target, [N, d].
             recon: the reconstruction, [N, d].
-            values, indices: the code, [N, k].
+            values, indices: the code, [N, k], or its entries [E].
 
         Raises:
             ValueError: the shapes disagree, or x or recon has a non-finite entry; nothing is added.
@@ -79,7 +79,8 @@ class Accumulator:
             raise ValueError(
                 f"metrics: recon must have the shape of x {list(x.shape)}, got {list(recon.shape)}"
             )
-        if values.shape != indices.shape or values.shape[:1] != x.shape[:1]:
+        rows = values.shape[:1] if values.ndim == 2 else x.shape[:1]
+        if values.shape != indices.shape or rows != x.shape[:1]:
             raise ValueError(
                 f"metrics: values and indices must both be of shape [{x.shape[0]}, k], "
                 f"got {list(values.shape)} and {list(indices.shape)}"

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ksae.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -25,6 +27,23 @@ def available() -> bool:
     from importlib.util import find_spec
 
     return find_spec("matplotlib") is not None
+
+
+def check_picture(path: str | Path) -> None:
+    """Refuse a picture that cannot be drawn to `path`, before what it shows is measured.
+
+    Raises:
+        UserError: matplotlib is missing or knows no such kind of file, or the folder is none.
+    """
+    if not available():
+        raise UserError('pictures need matplotlib: pip install "ksae[plots]"')
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    path, kinds = Path(path), FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise UserError(f"{path}: must be a picture, as .png, got {path.suffix or 'no suffix'}")
+    if path.is_dir() or any(p.exists() and not p.is_dir() for p in path.parents):
+        raise UserError(f"{path}: must be a file in a folder, which it is not")
 
 
 def training_curve(metrics_path: str | Path, png_path: str | Path) -> None:
@@ -51,7 +70,7 @@ def training_curve(metrics_path: str | Path, png_path: str | Path) -> None:
     top.set_yscale("log")
     _plain_log_ticks(top, wide=max(fvu) > 20 * min(fvu))
     top.set_ylabel("FVU (unexplained variance)")
-    top.set_title(f"Training: FVU {sum(fvu[-10:]) / len(fvu[-10:]):.3f} at the end")
+    top.set_title(f"Training: FVU {fvu[-1]:.3f} in the last batch logged")
 
     lines = []
     dead = [(s, 100 * float(row["dead"])) for s, row in zip(t, rows, strict=True) if "dead" in row]

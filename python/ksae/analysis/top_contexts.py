@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ksae.coders.code import Code
 from ksae.coders.coder import SparseCoder
 
 
@@ -32,11 +34,15 @@ class Context:
 
 @torch.no_grad()
 def encode_rows(model: SparseCoder, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Codes of a stream of activations, in order: values, indices [N, k] on the CPU."""
-    codes = [[t.cpu() for t in model.encode(x)] for x in batches]
+    """Codes of a stream of activations, in order: values, indices [N, k] on the CPU; where tokens
+    differ in their number of entries, zeros up to the largest."""
+    codes = [[t.cpu() for t in Code(*model.encode(x)).padded()] for x in batches]
     if not codes:
         raise ValueError("contexts: the stream must have at least one token, got none")
-    values, indices = zip(*codes, strict=True)
+    width = max(values.shape[1] for values, _ in codes)
+    values, indices = zip(
+        *([pad(t, (0, width - t.shape[1])) for t in code] for code in codes), strict=True
+    )
     return torch.cat(values), torch.cat(indices)
 
 

@@ -144,6 +144,44 @@ def topk_encode_counted(
     return values, indices, counts
 
 
+def batch_topk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, indices, row_offsets, _ = batch_topk_encode_counted(x, W_enc, b_enc, k, b_dec)
+    return values, indices, row_offsets
+
+
+def batch_topk_encode_counted(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    *,
+    screen: bool | None = None,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
+    """batch_topk_encode, and rows screened, survivors, rows scored in full.
+
+    For tests, `slack` scales the bound.
+    """
+    (N, d), F = x.shape, W_enc.shape[0]
+    if screen is None:
+        screen = screening and 100 * k <= F
+    values, indices = x.new_empty(N * k), x.new_empty(N * k, dtype=torch.int64)
+    row_offsets = x.new_empty(N + 1, dtype=torch.int64)
+    counts = _cpu.batch_topk_encode(
+        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
+        _pointer(b_dec), _pointer(values), _pointer(indices), _pointer(row_offsets), screen, slack,
+        _Workspace(), torch.get_num_threads(),
+    )  # fmt: skip
+    return values, indices, row_offsets, counts
+
+
 def grad_topk_encode(
     x: Tensor,
     grad: Tensor,
@@ -222,6 +260,21 @@ def encode_product(x: Tensor, W_enc: Tensor, *, screen: bool | None = None) -> N
 def threshold_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, b_dec: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return threshold_encode_by(x, W_enc, b_enc, theta, b_dec, screen=screening)
+
+
+def threshold_encode_by(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    theta: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    screen: bool,
+    slack: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """threshold_encode, screened or not, which gives the same bits; for tests, `slack` scales the
+    bound."""
     (N, d), F, theta = x.shape, W_enc.shape[0], theta.float()
     above = torch.empty(N, (F + 31) // 32, dtype=torch.int32)  # a bit a pre-activation
     row_offsets = torch.empty(N + 1, dtype=torch.int64)
@@ -229,7 +282,7 @@ def threshold_encode(
         N, d, F, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc), _pointer(b_dec),
         _pointer(theta), _pointer(above), _pointer(row_offsets),
     )  # fmt: skip
-    _cpu.threshold_encode_count(*of_all, _Workspace(), torch.get_num_threads())
+    _cpu.threshold_encode_count(*of_all, screen, slack, _Workspace(), torch.get_num_threads())
     refuse_entries(E := int(row_offsets[-1]))
     values, latents = x.new_empty(E), x.new_empty(E, dtype=torch.int64)
     _cpu.threshold_encode_fill(
@@ -238,11 +291,9 @@ def threshold_encode(
     return values, latents, row_offsets
 
 
-def _rows(indices: Tensor, row_offsets: Tensor | None) -> tuple[int, int | tuple[int]]:
-    """Tokens, and the entries of each as the native side takes them: k, or their row offsets."""
-    if row_offsets is None:
-        return indices.shape[0], indices.shape[1]
-    return row_offsets.numel() - 1, (_pointer(row_offsets),)
+def _rows(row_offsets: Tensor) -> tuple[int, tuple[int]]:
+    """Tokens, and their row offsets as the native side takes them instead of k."""
+    return row_offsets.shape[0] - 1, (row_offsets.data_ptr(),)
 
 
 def sparse_decode(
@@ -253,7 +304,8 @@ def sparse_decode(
     row_offsets: Tensor | None = None,
     partial: bool = False,
 ) -> Tensor:
-    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    N, k = indices.shape if row_offsets is None else _rows(row_offsets)
+    F, d = W_dec.shape
     out = values.new_empty(N, d, dtype=torch.float32 if partial else values.dtype)
     decode = _cpu.sparse_decode_partial if partial else _cpu.sparse_decode
     decode(
@@ -306,7 +358,8 @@ def _residual(
     sq_error: Tensor | None,
     grad_values: Tensor | None,
 ) -> Tensor:
-    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    N, k = indices.shape if row_offsets is None else _rows(row_offsets)
+    F, d = W_dec.shape
     residual = target.new_empty(N, stop - start, dtype=torch.float32)
     _cpu.sparse_residual(
         N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
@@ -319,10 +372,72 @@ def _residual(
     return residual
 
 
+def prefix_residual(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    widths: Tensor,
+    shares: Tensor,
+    columns: int,
+    row_offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sq_errors = target.new_empty(len(widths), len(target), dtype=torch.float64)
+    grad_values = torch.empty(values.shape, dtype=torch.float32)
+    of = (values, indices, W_dec, b_dec, target, widths, shares)
+    residual = _prefix_residual(*of, 0, columns, row_offsets, sq_errors, grad_values)
+    return residual, sq_errors, grad_values
+
+
+def prefix_residual_slice(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    widths: Tensor,
+    shares: Tensor,
+    start: int,
+    stop: int,
+    row_offsets: Tensor | None = None,
+) -> Tensor:
+    of = (values, indices, W_dec, b_dec, target, widths, shares)
+    return _prefix_residual(*of, start, stop, row_offsets, None, None)
+
+
+def _prefix_residual(
+    values: Tensor,
+    indices: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    widths: Tensor,
+    shares: Tensor,
+    start: int,
+    stop: int,
+    row_offsets: Tensor | None,
+    sq_errors: Tensor | None,
+    grad_values: Tensor | None,
+) -> Tensor:
+    N, k = indices.shape if row_offsets is None else _rows(row_offsets)
+    F, d = W_dec.shape
+    residual = torch.empty(len(widths), N, stop - start, dtype=torch.float32)
+    _cpu.prefix_residual(
+        N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+        indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(target),
+        target.dtype == torch.float32, _pointer(widths), _pointer(shares), len(widths), start,
+        stop - start, _pointer(residual), _pointer(sq_errors), _pointer(grad_values), _Workspace(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return residual
+
+
 def sparse_decode_backward_values(
     grad: Tensor, indices: Tensor, W_dec: Tensor, row_offsets: Tensor | None = None
 ) -> Tensor:
-    (N, k), (F, d) = _rows(indices, row_offsets), W_dec.shape
+    N, k = indices.shape if row_offsets is None else _rows(row_offsets)
+    F, d = W_dec.shape
     out = grad.new_empty(indices.shape)
     wider = grad.dtype != W_dec.dtype
     products = _cpu.residual_products if wider else _cpu.sparse_decode_backward_values

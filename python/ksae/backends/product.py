@@ -53,6 +53,17 @@ def _scores(x: Tensor, W: Tensor) -> Tensor:
         return torch.mm(x.float(), W.float().T)
 
 
+def _largest_places(u: Tensor, E: int) -> Tensor:
+    """Ascending places of the E largest of u [M], of equal ones the first; all if M <= E."""
+    if len(u) <= E:
+        return torch.arange(len(u), device=u.device)
+    bar = u.topk(E).values[-1]  # NaN is largest
+    level = (u == bar) | (u.isnan() & bar.isnan())
+    above = ~(u <= bar) & ~bar.isnan()
+    chosen = above | (level & (level.cumsum(0) <= E - above.sum()))
+    return chosen.nonzero()[:, 0]
+
+
 def _rows_of_chunk(N: int, F: int) -> int:
     """Rows whose scores are held at once. Chunks are about equally long: a last one of two rows
     would cost the launches of a whole one. Full tiles of the product, where there is room."""
@@ -191,6 +202,25 @@ class Encode(ABC):
         wanted = [(k, None), (k_aux, dead)]
         values, indices, *aux = self._encode(x, W_enc, b_enc, b_dec, wanted, downstream)
         return values, indices, aux[0], aux[1]
+
+    def batch_topk_encode(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, b_dec: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The best so far of one chunk of rows after the other; waits for the device at each."""
+        (N, _), F = x.shape, W_enc.shape[0]
+        xc, bias = x if b_dec is None else x - b_dec, b_enc.float()
+        best = torch.empty(0, device=x.device)
+        places = torch.empty(0, dtype=torch.int64, device=x.device)  # n * F + i, ascending
+        rows = _rows_of_chunk(N, F)
+        for n in range(0, N, rows):
+            u = _scores(xc[n : n + rows], W_enc).add_(bias).reshape(-1)
+            at = _largest_places(u, N * k)
+            u, at = torch.cat([best, u[at]]), torch.cat([places, n * F + at])
+            kept = _largest_places(u, N * k)
+            best, places = u[kept], at[kept]
+        row_offsets = torch.zeros(N + 1, dtype=torch.int64, device=x.device)
+        row_offsets[1:] = torch.searchsorted(places, F * torch.arange(1, N + 1, device=x.device))
+        return torch.where(best <= 0, 0, best).to(x.dtype), places % F, row_offsets
 
     def threshold_encode(
         self, x: Tensor, W_enc: Tensor, b_enc: Tensor, theta: Tensor, b_dec: Tensor | None = None

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand
 
 from ksae import env
-from ksae.cli import bench, config, convert, demo, eval, train
+from ksae.cli import bench, config, convert, demo, eval, help, train
 from ksae.errors import UserError
 from ksae.version import VERSION
 
@@ -29,7 +29,8 @@ TRAIN_USAGE = (
 
 
 class Command(TyperCommand):
-    """A command that refuses an option given twice, of which the first would be lost."""
+    """A command that refuses an option given twice, of which the first would be lost, and whose
+    help fits in 80 columns."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args and self.name == "train":
@@ -40,6 +41,9 @@ class Command(TyperCommand):
             if option in options[:number]:
                 ctx.fail(f"Option {option.opts[0]} is given twice")
         return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(help.text(self, ctx) + "\n")
 
 
 class _Usage(Exception):

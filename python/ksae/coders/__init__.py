@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse coders: activation, topology and objective."""
 
-from .activation import Activation, GradTopK, TopK
+from .activation import Activation, BatchTopK, GradTopK, JumpReLU, TopK
 from .coder import Output, SparseCoder
 from .topology import SAE, GradTopKSAE, GradTopKTranscoder, TopKSAE, Transcoder
 
 __all__ = [
     "SAE",
     "Activation",
+    "BatchTopK",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
+    "JumpReLU",
     "Output",
     "SparseCoder",
     "TopK",

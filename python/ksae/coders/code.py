@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..reference import rows_of
+
 
 @dataclass(frozen=True)
 class Code:
@@ -16,7 +18,8 @@ class Code:
 
     Args:
         values: [N, k], or [E] with offsets.
-        indices: int64, of the shape of values: latents in [0, F), sorted by value in each row.
+        indices: int64, of the shape of values: latents in [0, F); sorted by value in each row, or
+            with offsets by latent.
         offsets: [N+1] int64; row n has the entries offsets[n] to offsets[n+1] - 1. None: k a row.
     """
 
@@ -44,8 +47,24 @@ class Code:
         return self.values.shape[-1]
 
     def first(self, k: int) -> Code:
-        """The first k entries of each row, its largest; a view."""
-        return self if k == self.k else Code(self.values[..., :k], self.indices[..., :k])
+        """The first k entries of each row, its largest; a view. With offsets all entries: rows have
+        as many as they have."""
+        if self.offsets is not None or k == self.k:
+            return self
+        return Code(self.values[..., :k], self.indices[..., :k])
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Values and indices as the ops take them: [N, k], or [E, 1] with offsets."""
+        if self.offsets is None:
+            return self.values, self.indices
+        return self.values[:, None], self.indices[:, None]
+
+    def rows(self) -> Tensor:
+        """The row of each entry: int64, of the shape of values."""
+        if self.offsets is not None:
+            return rows_of(self.offsets, len(self.values)).long()
+        N, k = self.values.shape
+        return torch.arange(N, device=self.values.device)[:, None].expand(N, k)
 
     def contiguous(self) -> Code:
         """The same, packed in memory."""
@@ -53,15 +72,24 @@ class Code:
             return self
         return Code(self.values.contiguous(), self.indices.contiguous(), self.offsets)
 
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Values and indices [N, k], k the largest number of entries of a row; the others of
+        smaller rows are 0."""
+        if self.offsets is None:
+            return self.values, self.indices
+        lengths, rows = self.offsets.diff(), self.rows()
+        k = int(lengths.max()) if len(lengths) else 0
+        at = (rows, torch.arange(len(rows), device=rows.device) - self.offsets[rows])
+        values, indices = (t.new_zeros(len(lengths), k) for t in (self.values, self.indices))
+        return values.index_put(at, self.values), indices.index_put(at, self.indices)
+
     def dense(self, F: int) -> Tensor:
         """With its zeros [N, F]."""
         if self.offsets is None:
             dense = self.values.new_zeros(*self.values.shape[:-1], F)
             return dense.scatter(-1, self.indices, self.values)
-        lengths = self.offsets.diff()
-        rows = self.indices.new_tensor(range(len(lengths))).repeat_interleave(lengths)
-        dense = self.values.new_zeros(len(lengths), F)
-        return dense.index_put((rows, self.indices), self.values)
+        dense = self.values.new_zeros(len(self.offsets) - 1, F)
+        return dense.index_put((self.rows(), self.indices), self.values)
 
 
 def has_numbers(t: Tensor) -> bool:

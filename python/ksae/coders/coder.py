@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse coders as plain modules: any torch optimizer trains them."""
+"""Sparse coders as plain modules: any torch optimizer trains them.
+
+What `TrainStep` does besides Adam, one's own loop has to: unit_rows.py has two ways.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -15,10 +18,12 @@ from torch.utils._pytree import _register_namedtuple
 from .. import functional
 from ..ops import accumulator
 from . import registry
-from .activation import Activation
+from .activation import Activation, from_fields
 from .code import Code, has_numbers
 from .config import Config, Options, floating
-from .terms import aux_width, squared_error, terms_of, total_variance
+from .predictions import auxk_prediction, prefix_recons
+from .terms import aux_width, multi_loss, squared_error, terms_of, total_variance
+from .unit_rows import unit_rows, without_parallel
 
 _T = TypeVar("_T")
 
@@ -27,19 +32,19 @@ class Output(NamedTuple):
     """What a forward pass returns. Losses are 0-d float32 (float64), None without a target."""
 
     recon: Tensor  # [..., d_out]
-    values: Tensor  # [..., k]
-    indices: Tensor  # [..., k] int64
-    loss: (
-        Tensor | None
-    )  # to be minimised: reconstruction + auxk_alpha * auxk_loss + multi_topk_loss / 8
+    values: Tensor  # [..., k], or [E] with row_offsets
+    indices: Tensor  # of the shape of values, int64
+    loss: Tensor | None  # to be minimised: the weighted sum of all terms
     fvu: Tensor | None  # share of the target's variance that is not explained
     auxk_loss: Tensor | None  # 0 if no latent is dead
-    multi_topk_loss: Tensor | None  # reconstruction loss with 4k latents; 0 without multi_topk
+    multi_topk_loss: Tensor | None  # with other k, weighted mean; 0 without multi_topk or multi_k
+    prefix_fvu: Tensor | None = None  # [P], by the latents of each prefix; None without prefixes
+    row_offsets: Tensor | None = None  # [N+1] int64, of codes with a number of entries of each row
 
     @property
     def code(self) -> Code:
         """Values and indices as one."""
-        return Code(self.values, self.indices)
+        return Code(self.values, self.indices, self.row_offsets)
 
 
 # So that an exported module can be saved.
@@ -74,6 +79,10 @@ class SparseCoder(nn.Module):
     batch of one token (or of equal tokens) has no variance: its FVU is infinite or not a number.
     In training mode `forward` counts, in `tokens_since_fired` [F], the tokens since each latent
     last fired. Buffers keep their dtype when the module is cast.
+
+    normalize_decoder is for `TrainStep`. In a loop with an optimizer of torch the decoder's norms
+    drift, unless `remove_gradient_parallel_to_decoder_directions` is called before its step and
+    `set_decoder_norm_to_unit_norm` after it, or W_dec is parametrised by `ksae.UnitRows`.
     """
 
     topology: str  # what is read and predicted, by name
@@ -92,7 +101,7 @@ class SparseCoder(nn.Module):
         d_in: int,
         d_out: int,
         d_sae: int,
-        activation: Activation,
+        activation: Activation | Mapping[str, Any],
         *,
         skip: bool = False,
         dtype: torch.dtype | str | None = None,
@@ -101,6 +110,8 @@ class SparseCoder(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        if isinstance(activation, Mapping):
+            activation = from_fields(activation)
         if not isinstance(activation, Activation):
             got = type(activation).__name__
             raise TypeError(f"{name}: activation must be an Activation, as ksae.TopK(k), got {got}")
@@ -110,6 +121,10 @@ class SparseCoder(nn.Module):
         self.settings = Config(name, d_in, d_out, d_sae, skip, **options)
         self.activation = activation
         activation.check(name, self.d_sae)
+        if activation.ragged and self.multi_k:
+            kind, ks = type(activation).__name__, self.settings.multi_k
+            got = f"multi_k must be None with {kind}, got {list(ks)}" if ks else ""
+            raise ValueError(f"{name}: {got or f'multi_topk must be False with {kind}, got True'}")
         self.seen_gradient = False  # by the activation, which warns once
         F, d_in, d_out = self.d_sae, self.d_in, self.d_out
 
@@ -125,6 +140,9 @@ class SparseCoder(nn.Module):
         self.W_skip = nn.Parameter(torch.zeros(d_out, d_in, **like)) if skip else None
         counts = torch.zeros(F, dtype=torch.int64, device=device)
         self.register_buffer("tokens_since_fired", counts)
+        more = activation.parameters(F, acc, self.W_enc.device)
+        for parameter, start in more.items():
+            self.register_parameter(parameter, nn.Parameter(start.to(dtype)))
         for buffer, start in activation.buffers(acc, self.W_enc.device).items():
             self.register_buffer(buffer, start)
 
@@ -137,9 +155,20 @@ class SparseCoder(nn.Module):
     loss = _setting("loss", str)
     auxk_alpha = _setting("auxk_alpha", float)
     k_aux = _setting("k_aux", int)
+    auxk = _setting("auxk", str)
     dead_after = _setting("dead_after", int)
     normalize_decoder = _setting("normalize_decoder", bool)
     multi_topk = _setting("multi_topk", bool)
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Widths of the Matryoshka prefixes; empty: none."""
+        return tuple(self.settings.prefixes or ())
+
+    @property
+    def prefix_weights(self) -> str | Sequence[float]:
+        """By name, or one a prefix."""
+        return self.settings.prefix_weights
 
     @property
     def k(self) -> int:
@@ -147,9 +176,12 @@ class SparseCoder(nn.Module):
         return self.activation.k
 
     @property
-    def k_multi(self) -> int:
-        """Latents a token of the wider code of multi_topk."""
-        return min(4 * self.k, self.d_sae)
+    def multi_k(self) -> tuple[tuple[int, float], ...]:
+        """The other k whose losses count, and their weights."""
+        if self.multi_topk:
+            return ((min(4 * self.k, self.d_sae), 1 / 8),)
+        weights: Any = self.settings.multi_weights
+        return tuple(zip(self.settings.multi_k or (), weights, strict=True))
 
     @property
     def needs_gradient(self) -> bool:
@@ -162,16 +194,23 @@ class SparseCoder(nn.Module):
             "class": registry.name_of(self),
             "d_in": self.d_in,
             "d_sae": self.d_sae,
-            "k": self.k,
+            **self._activation_options(),
             "loss": self.loss,
             "auxk_alpha": self.auxk_alpha,
             "k_aux": self.k_aux,
             "dead_after": self.dead_after,
             "normalize_decoder": self.normalize_decoder,
             "multi_topk": self.multi_topk,
+            **self.settings.rarer(),
             "dtype": str(self.W_enc.dtype).removeprefix("torch."),
-            **self.activation.options(),
+            **(self.activation.options() if registry.is_named(self) else {}),
         }
+
+    def _activation_options(self) -> dict[str, Any]:
+        """By its own fields, or for those with a class of their own the class's arguments."""
+        if registry.is_named(self):
+            return {"k": self.k}
+        return {"activation": self.activation.fields()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseCoder:
         """As torch's, but accumulators, which are the buffers, keep their dtype."""
@@ -239,15 +278,20 @@ class SparseCoder(nn.Module):
         b_dec = self.b_dec if self.centred else None
         return functional.topk_encode(x, self.W_enc, self.b_enc, k, b_dec, mask)
 
+    def encode_dead(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Values and indices [N, k] of the k largest dead pre-activations of each of x's rows
+        [N, d_in]: the code of AuxK."""
+        return self._encode(rows, k, self.dead)
+
     def gradients(self, x: Tensor, grad: Tensor | None, training: bool) -> Tensor | None:
         """The rows [N, d_out] of a downstream gradient [..., d_out], as `select` takes it."""
         return self.activation.gradients(self, x, grad, training)
 
     def select(
         self, rows: Tensor, k: int, grad: Tensor | None, W_bf16: tuple[Tensor, ...] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Values and indices [N, k] of the k latents that x's rows [N, d_in] choose; W_bf16: that
-        of W_enc and its norms, where they are kept."""
+    ) -> tuple[Tensor, ...]:
+        """The fields of the `Code` that x's rows [N, d_in] get in training, of k latents a row;
+        W_bf16: that of W_enc and its norms, where they are kept."""
         return self.activation.select(self, rows, k, grad, W_bf16)
 
     def select_aux(
@@ -257,27 +301,39 @@ class SparseCoder(nn.Module):
         k_aux: int,
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `select` returns, then the code [N, k_aux] of AuxK, of dead latents alone."""
+    ) -> tuple[Tensor, ...]:
+        """What `select` returns, then values and indices [N, k_aux] of AuxK, of dead latents."""
         return self.activation.select_aux(self, rows, k, k_aux, grad, W_bf16)
 
-    def encode(self, x: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64.
+    def encode(self, x: Tensor, grad: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The sparse code of x [..., d_in] -> values [..., k], indices [..., k] int64; for an
+        activation without a fixed k values [E], indices [E], row_offsets [N+1].
 
-        Selected by u, which needs no labels, or with grad [..., d_out] by the score.
+        As in use, not in training: selected by u, which needs no labels, or with grad [..., d_out]
+        by the score.
         """
         scaled = self.gradients(x, grad, training=False)
-        values, indices = self.select(self.rows("x", x, self.d_in), self.k, scaled)
+        values, indices, *offsets = self.activation.infer(
+            self, self.rows("x", x, self.d_in), scaled
+        )
+        if offsets:
+            return values, indices, *offsets
         shape = (*x.shape[:-1], self.k)
         return values.reshape(shape), indices.reshape(shape)
 
     def encode_dense(self, x: Tensor) -> Tensor:
         """The code of x [..., d_in] with its zeros -> [..., F]."""
-        return Code(*self.encode(x)).dense(self.d_sae)
+        return Code(*self.encode(x)).dense(self.d_sae).reshape(*x.shape[:-1], self.d_sae)
 
-    def decode(self, values: Tensor, indices: Tensor, x: Tensor | None = None) -> Tensor:
+    def decode(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        x: Tensor | None = None,
+        row_offsets: Tensor | None = None,
+    ) -> Tensor:
         """Reconstruction [..., d_out] of a code; x [..., d_in] is needed with a skip connection."""
-        recon = functional.sparse_decode(values, indices, self.W_dec, self.b_dec)
+        recon = functional.sparse_decode(values, indices, self.W_dec, self.b_dec, row_offsets)
         if self.W_skip is None:
             return recon
         if x is None:
@@ -292,62 +348,97 @@ class SparseCoder(nn.Module):
         """Reconstruct x [..., d_in] or predict y [..., d_out]; losses if there is a target."""
         rows = self.rows("x", x, self.d_in)  # [N, d_in]
         target = self.targets(x, rows, y)  # [N, d_out]
-        multi = self.multi_topk and target is not None
+        ks = [self.k] if target is None else [self.k, *(k for k, _ in self.multi_k)]
         downstream = self.gradients(x, grad, self.training)  # [N, d_out]
-        wide = Code(*self.select(rows, self.k_multi if multi else self.k, downstream))
+        if self.training or len(ks) > 1:
+            wide = Code(*self.select(rows, max(ks), downstream))
+        else:
+            wide = Code(*self.activation.infer(self, rows, downstream))
         code, lead = wide.first(self.k), x.shape[:-1]  # sorted: a prefix
-        values = code.values.reshape(*lead, self.k)  # what is returned has a gradient: so it stands
-        code = Code(values.reshape(-1, self.k), code.indices)  # between encoder and decoder
-        if multi:
+        values = code.values  # what is returned has a gradient: so it stands between encoder and
+        if code.offsets is None:  # decoder
+            values = values.reshape(*lead, self.k)
+            code = Code(values.reshape(-1, self.k), code.indices)
             rest = wide.values[:, self.k :]
-            wide = Code(torch.cat([code.values, rest], dim=1), wide.indices)
-        recon = self.decode(code.values, code.indices, rows)
-        loss = fvu = auxk_loss = multi_topk_loss = None
+            wide = (
+                Code(torch.cat([code.values, rest], dim=1), wide.indices) if len(ks) > 1 else code
+            )
+        recon = self.decode(code.values, code.indices, rows, code.offsets)
+        loss = fvu = auxk_loss = multi_topk_loss = prefix_fvu = None
         if target is not None:
-            loss, fvu, parts = self._losses(rows, target, recon, wide)
+            loss, fvus, parts = self._losses(rows, target, recon, wide)
+            fvu = fvus[-1]
+            prefix_fvu = fvus if self.prefixes else None
             zero = torch.zeros_like(fvu)
-            auxk_loss, multi_topk_loss = parts.get("auxk", zero), parts.get("multi_topk", zero)
+            auxk_loss, multi_topk_loss = parts.get("auxk", zero), multi_loss(self, parts)
+            multi_topk_loss = zero if multi_topk_loss is None else multi_topk_loss
+            penalty = self.activation.penalty_of(self, rows, code) if self.training else None
+            loss = loss if penalty is None else loss + penalty
         if self.training:
-            self._count(code)
+            self._count(code, rows.shape[0])
+            self.activation.observe(self, code.values.detach())
         return Output(
             recon.reshape(*lead, self.d_out),
             values,
-            code.indices.reshape(*lead, self.k),
+            code.indices.reshape(values.shape),
             loss,
             fvu,
             auxk_loss,
             multi_topk_loss,
+            prefix_fvu,
+            code.offsets,
         )
 
     def _losses(
         self, rows: Tensor, target: Tensor, recon: Tensor, wide: Code
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss, FVU and the terms by name; wide: the whole selection."""
+        """Loss, FVU of each prefix [P] and the terms by name; wide: the whole selection."""
         dead = self.dead
         terms = terms_of(self, aux_width(self, dead, may_ask=has_numbers(dead)))
         variance = total_variance(target)
         loss, parts = torch.zeros_like(variance), {}
+        nested = prefix_recons(self, rows, recon, wide.first(self.k))
         for term in terms:
-            prediction, goal, spread = recon, target, variance
-            if term.of_residual:
-                values, indices = self._encode(rows, term.k, dead)
-                prediction = functional.sparse_decode(values, indices, self.W_dec)
-                acc = accumulator(self.W_dec.dtype)
-                goal = (target.to(acc) - recon.to(acc)).detach()  # [N, d_out]
-                spread = total_variance(goal)
+            predictions, goal, spread = nested, target, variance
+            if term.aux is not None:
+                predictions, goal, spread = auxk_prediction(self, rows, target, recon, term, dead)
             elif term.name != "reconstruction":
                 code = wide.first(term.k)
-                prediction = self.decode(code.values, code.indices, rows)
-            denominator = term.denominator(goal, spread, dead.any())
-            parts[term.name] = term.value(prediction, goal, denominator)
+                predictions = [self.decode(code.values, code.indices, rows)]
+            denominator = term.denominator(target, variance, spread, dead.sum())
+            parts[term.name] = term.value(predictions, goal, denominator)
             loss = loss + term.weight * parts[term.name]
-        if self.loss == "fvu":
-            return loss, parts["reconstruction"].detach(), parts
-        return loss, squared_error(recon.detach(), target) / variance, parts
+        if self.loss == "fvu" and not self.prefixes:
+            return loss, parts["reconstruction"].detach()[None], parts
+        fvus = [squared_error(p.detach(), target) / variance for p in nested]
+        return loss, torch.stack(fvus).detach(), parts
 
-    def _count(self, code: Code) -> None:
+    # ------------------------------------------------------------------------- one's own optimizer
+
+    @torch.no_grad()
+    def remove_gradient_parallel_to_decoder_directions(self) -> None:
+        """Take out of W_dec.grad [F, d_out] its component along each decoder row: what an update
+        along it would do, `set_decoder_norm_to_unit_norm` undoes. After backward, before the step.
+
+        Raises:
+            ValueError: W_dec has no gradient.
+        """
+        if self.W_dec.grad is None:
+            raise ValueError(
+                f"{type(self).__name__}: W_dec must have a gradient to project, got none: call it "
+                "after backward()"
+            )
+        self.W_dec.grad.copy_(without_parallel(self.W_dec.grad, self.W_dec))
+
+    @torch.no_grad()
+    def set_decoder_norm_to_unit_norm(self) -> None:
+        """Give the decoder rows [F, d_out] length 1, after the step of a torch optimizer; rows of
+        zeros stay. Norms in float32 (float64). `ksae.UnitRows` is the same as a parametrisation."""
+        self.W_dec.copy_(unit_rows(self.W_dec))
+
+    def _count(self, code: Code, N: int) -> None:
         """Of integers: a block without gradients would keep an exported graph from being saved."""
         hits = torch.zeros_like(self.tokens_since_fired)
         hits.index_add_(0, code.indices.reshape(-1), (code.values > 0).reshape(-1).to(hits.dtype))
-        since = self.tokens_since_fired + code.values.shape[0]
+        since = self.tokens_since_fired + N
         self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))

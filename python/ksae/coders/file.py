@@ -24,7 +24,18 @@ def save(
     model: SparseCoder, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None
 ) -> None:
     """Write `model` to the file `path`; extra: any dict that JSON can hold."""
-    container.write(Path(path), dict(model.state_dict()), describe(model, "model", extra))
+    container.write(Path(path), plain_state(model), describe(model, "model", extra))
+
+
+def plain_state(model: SparseCoder) -> dict[str, Tensor]:
+    """The tensors of a model by the names that its class gives them: of a parametrised matrix its
+    value, which is what the model computes with."""
+    state = dict(model.state_dict())
+    for name in getattr(model, "parametrizations", {}):
+        for key in [key for key in state if key.startswith(f"parametrizations.{name}.")]:
+            del state[key]
+        state[name] = getattr(model, name).detach()
+    return state
 
 
 def load_own(
@@ -77,13 +88,12 @@ def _build(path: Path, header: dict[str, Any]) -> SparseCoder:
 def model_tensors(path: Path, model: SparseCoder) -> dict[str, Tensor]:
     expected = model.state_dict()
     with container.open_tensors(path) as file:
-        names = set(file.keys())
         for name, tensor in expected.items():
-            if name not in names:
+            if name not in file.names:
                 raise UserError(f"load: {path} must hold the tensor {name}, got none of that name")
-            shape = list(file.get_slice(name).get_shape())
+            shape = file.shape(name)
             if shape != list(tensor.shape):
                 raise UserError(
                     f"load: {name} of {path} must have the shape {list(tensor.shape)}, got {shape}"
                 )
-        return {name: file.get_tensor(name).clone() for name in expected}
+        return {name: file.read(name) for name in expected}

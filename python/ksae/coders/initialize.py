@@ -50,6 +50,18 @@ def geometric_median(x: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tenso
 
 
 @torch.no_grad()
+def is_new(model: SparseCoder) -> bool:
+    """Whether the parameters are as the constructor left them: biases 0, and a decoder that is that
+    of an SAE's encoder or a transcoder's 0. A loaded or trained model is not, nor one whose weights
+    somebody has set."""
+    if model.b_enc.any() or model.b_dec.any():
+        return False
+    if model.centred:
+        return torch.equal(model.W_dec, model.W_enc)
+    return not (model.W_dec.any() or (model.W_skip is not None and model.W_skip.any()))
+
+
+@torch.no_grad()
 def initialize_from(model: SparseCoder, x: Tensor, y: Tensor | None = None) -> None:
     """Set the biases from a sample x [..., d_in] (and y [..., d_out]), before training.
 

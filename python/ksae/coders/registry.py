@@ -33,6 +33,11 @@ def name_of(model: SparseCoder) -> str:
     return _NAMES.get((model.topology, type(model.activation)), type(model).__name__)
 
 
+def is_named(model: SparseCoder) -> bool:
+    """Whether the model's class in files stands for its activation too."""
+    return (model.topology, type(model.activation)) in _NAMES
+
+
 def find(name: str) -> type[SparseCoder] | None:
     """The class of that name, None if there is none."""
     return _CLASSES.get(name)

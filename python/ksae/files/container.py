@@ -2,40 +2,32 @@
 """The container of models and checkpoints: one safetensors file, read and written.
 
 It holds the tensors under their own names and, in the metadata, one JSON text `ksae` with format
-and library version, kind, class, constructor arguments and an `extra` dict.
+and library version, kind, class, constructor arguments, an `extra` dict and `checksums`, the CRC-32
+of each tensor's bytes by name. Files of earlier versions have no checksums; their content is not
+checked.
 
-A file appears under its name only when it is whole and on disk: it is written to a temporary name
-in the same directory, fsynced and renamed, and the directory is fsynced. `kill -9` or a full disk
-at any moment leaves the files that were there before.
+A file appears under its name only when it is whole and on disk (see `atomic`): `kill -9` or a full
+disk at any moment leaves the files that were there before.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ksae.errors import UserError
-from ksae.files.atomic import write_atomic
+from ksae.errors import UserError, first_line
+from ksae.files import checksum
+from ksae.files.atomic import replacing
 
 FORMAT = 1
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -87,37 +79,80 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    # Not safetensors' own save_file: it renames inside, without fsync, and leaves temporaries when
-    # killed.
-    description = {"__metadata__": {"ksae": json.dumps(header)}}
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # keeps all aligned
-    entries: dict[str, Any] = dict(description)
-    end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-
-    def body(file: IO[bytes]) -> None:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for _, tensor in ordered:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
-
-    write_atomic(path, body)
+    """Write tensors and description to `path`, with a checksum of each tensor."""
+    whole = _on_host(tensors)
+    checksums = {name: checksum.of_tensor(tensor) for name, tensor in whole.items()}
+    write_tensors(path, whole, {"ksae": json.dumps({**header, "checksums": checksums})})
 
 
-def open_tensors(path: Path) -> Any:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file. A tensor that is contiguous and on the CPU is written from where it
+    is; of any other, a copy is held until the file is written."""
+    with replacing(path) as new:
+        try:
+            save_file(_on_host(tensors), new, metadata=metadata)
+        except SafetensorError as error:
+            reason = first_line(error).removeprefix("Error while serializing: ")
+            raise UserError(f"save: cannot write {path}: {reason}") from None
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory; these are read apart
+        whole[name] = value.clone() if storage in seen else value
+        seen.add(whole[name].untyped_storage().data_ptr())
+    return whole
+
+
+class TensorFile:
+    """The tensors of an open ksae file. Each is compared with its checksum as it is read.
+
+    Raises:
+        UserError: a tensor is not what was written.
+    """
+
+    def __init__(self, path: Path, file: Any, checksums: dict[str, int] | None) -> None:
+        self._path, self._file, self._checksums = path, file, checksums
+        self.names: frozenset[str] = frozenset(file.keys())
+
+    def shape(self, name: str) -> list[int]:
+        shape: list[int] = self._file.get_slice(name).get_shape()
+        return shape
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of `names`, in memory of its own."""
+        tensor: Tensor = self._file.get_tensor(name).clone()
+        self._compare(name, tensor)
+        return tensor
+
+    def verify(self) -> None:
+        """Compare every tensor with its checksum."""
+        for name in sorted(self.names):
+            self._compare(name, self._file.get_tensor(name))
+
+    def _compare(self, name: str, tensor: Tensor) -> None:
+        if self._checksums is not None and checksum.of_tensor(tensor) != self._checksums.get(name):
+            raise UserError(
+                f"load: {self._path} is damaged: the content of {name} is not what was saved"
+            )
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """Open the tensors of a ksae file, which are mapped and read when asked for."""
+    checksums = read_header(path).get("checksums")
     try:
-        return safe_open(path, framework="pt")
+        handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"load: cannot read {path}: {error}") from None
+    with handle as file:
+        yield TensorFile(path, file, checksums)
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
@@ -135,12 +170,13 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     raise TypeError(f"save: {name} must be a tensor or a plain value, got {type(value).__name__}")
 
 
-def unpack(value: Any, file: Any) -> Any:
+def unpack(value: Any, file: TensorFile) -> Any:
+    """The state whose JSON form `pack` gave."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
-        return file.get_tensor(content).clone()
+        return file.read(content)
     if kind == "dict":
         return {key: unpack(v, file) for key, v in content}
     items = [unpack(v, file) for v in content]

@@ -57,20 +57,20 @@ def _topk_encode(ctx: Any, grad: Tensor | None, _: None) -> Gradients:
     return dx, dW_enc, db_enc, None, db_dec, None, None, None
 
 
-def _save_threshold_encode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save_encode_rows(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
-    x, W_enc, _, _, b_dec = inputs
+    x, W_enc, _, _, b_dec = inputs  # the fourth is theta, or k
     ctx.save_for_backward(x, W_enc, b_dec, *output)
     ctx.has_b_dec = b_dec is not None
 
 
-def _threshold_encode(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
+def _encode_rows(ctx: Any, grad: Tensor | None, *_: None) -> Gradients:
     if grad is None:
         return (None,) * 5
     need_x, need_W, need_b = ctx.needs_input_grad[:3]
     need_b_dec = ctx.has_b_dec and ctx.needs_input_grad[4]
     dx, dW_enc, db_enc, db_dec = _encoder(ctx, grad, need_x, need_W, need_b, need_b_dec)
-    return dx, dW_enc, db_enc, None, db_dec  # nothing through the selection, so none of theta
+    return dx, dW_enc, db_enc, None, db_dec  # nothing through the selection
 
 
 def _save_grad_topk_encode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -118,7 +118,7 @@ def _save_sparse_decode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     values, indices, W_dec, b_dec, row_offsets, _ = inputs
     ctx.save_for_backward(values, indices, W_dec, row_offsets)
-    ctx.b_dec_type = None if b_dec is None else b_dec.dtype
+    ctx.has_bias = b_dec is not None
 
 
 def _sparse_decode(ctx: Any, grad: Tensor | None) -> Gradients:
@@ -126,9 +126,10 @@ def _sparse_decode(ctx: Any, grad: Tensor | None) -> Gradients:
         return (None,) * 6
     values, indices, W_dec, row_offsets = ctx.saved_tensors
     need_values, _, need_W = ctx.needs_input_grad[:3]
-    need_b = ctx.b_dec_type is not None and ctx.needs_input_grad[3]
-    db = grad.sum(0).to(ctx.b_dec_type) if need_b else None
-    grad = grad.to(W_dec.dtype)  # of partial sums it is wider
+    need_b = ctx.has_bias and ctx.needs_input_grad[3]
+    db = grad.sum(0) if need_b else None
+    if grad.dtype != W_dec.dtype:  # of partial sums
+        grad, db = grad.to(W_dec.dtype), None if db is None else db.to(W_dec.dtype)
     dv = dW_dec = None
     if need_values:
         dv = _op.sparse_decode_backward_values(grad, indices, W_dec, row_offsets)
@@ -189,7 +190,8 @@ def _sparse_decode_backward_weight(
 RULES = {
     "topk": Rule(_save_topk, _topk),
     "topk_encode": Rule(_save_topk_encode, _topk_encode),
-    "threshold_encode": Rule(_save_threshold_encode, _threshold_encode),
+    "threshold_encode": Rule(_save_encode_rows, _encode_rows),
+    "batch_topk_encode": Rule(_save_encode_rows, _encode_rows),
     "grad_topk_encode": Rule(_save_grad_topk_encode, _grad_topk_encode),
     "sparse_decode": Rule(_save_sparse_decode, _sparse_decode),
     "sparse_decode_backward_values": Rule(_save_backward_values, _sparse_decode_backward_values),

@@ -19,7 +19,15 @@ _ROWS = {
     "sparse_decode_backward_values": ("grad", "indices"),
 }
 # Ops whose floating inputs are cast under autocast.
-_CAST = frozenset({"topk_encode", "grad_topk_encode", "threshold_encode", "sparse_decode"})
+_CAST = frozenset(
+    {
+        "topk_encode",
+        "grad_topk_encode",
+        "batch_topk_encode",
+        "threshold_encode",
+        "sparse_decode",
+    }
+)
 
 
 def vmap_rule(name: str, arguments: tuple[str, ...]) -> Callable[..., Any] | None:

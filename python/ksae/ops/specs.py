@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op, stated once: a line each in the grammar of spec.py.
 
-N tokens, d width, F latents, k active latents per token, G terms of a loss. What the arguments mean
-is said where the meaning is, in `ksae.reference`.
+N tokens, d width, F latents, k active latents per token, G terms of a loss, P prefixes. What the
+arguments mean is said where the meaning is, in `ksae.reference`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ def _entries(op: str, E: int, k: int, values: Tensor) -> None:
         raise fail(op, "values", f"of at most {ENTRIES} entries", text(values.shape))
 
 
+def _batch(op: str, N: int, k: int) -> None:
+    if N * k > ENTRIES:
+        raise fail(op, "k", f"at most {ENTRIES // N} for {N} rows", k)
+
+
 def _ordered(op: str, start: int, stop: int, d: int) -> None:
     if not 0 <= start <= stop <= d:
         raise fail(op, "start and stop", f"ordered in [0, {d}]", f"{start} and {stop}")
@@ -40,7 +45,6 @@ def _rows(
     W: Tensor,
     scales: Tensor,
     start: int,
-    N: int,
     d: int,
     columns: int,
     row_of: Sequence[Tensor] | None,
@@ -55,8 +59,9 @@ def _rows(
         if t.dtype != kind:
             raise wrong_type(op, f"rows[{g}]", str(kind), t)
     for g, t in enumerate(coefficients):
-        if row_of is None and len(t) != N:
-            raise fail(op, f"coefficients[{g}]", f"of shape [{N}, {t.shape[1]}]", text(t.shape))
+        if row_of is None and len(t) != len(rows[g]):
+            shape = f"of shape [{len(rows[g])}, {t.shape[1]}]"
+            raise fail(op, f"coefficients[{g}]", shape, text(t.shape))
     if not 0 <= start <= d - columns:
         raise fail(op, "start", f"in [0, {d - columns}] for {columns} columns of {d}", start)
 
@@ -99,7 +104,6 @@ def _updated_rows(
     W: Tensor,
     scales: Tensor,
     start: int,
-    N: int,
     d: int,
     columns: int,
     row_of: Sequence[Tensor] | None,
@@ -107,7 +111,7 @@ def _updated_rows(
     norms: Tensor | None,
     grad_b_dec: Tensor | None,
 ) -> None:
-    _rows(op, coefficients, rows, W, scales, start, N, d, columns, row_of)
+    _rows(op, coefficients, rows, W, scales, start, d, columns, row_of)
     if rng_state is not None and start % 4:  # four columns share their random words
         raise fail(op, "start", "a multiple of 4 with rng_state", start)
     if columns != d:
@@ -121,15 +125,18 @@ _ENCODER = "x:T[N,d] W_enc:T[F,d] b_enc:T[F] k:1..F@W_enc"
 _BF16 = "W_bf16:bf16[F,d]?~ norms:f32[3,F]?W_bf16~"
 # Products with a residual, which is float32, are of narrower weights too.
 _WEIGHT = (
-    "W_dec.dtype if W_dec.is_floating_point() and W_dec.itemsize * 2 == T.itemsize == 4 else T"
+    "T if W_dec.dtype is T or T is not A or not W_dec.is_floating_point()"
+    " or W_dec.itemsize != 2 or T.itemsize != 4 else W_dec.dtype"
 )
 _CODE = "values:T[E,k] indices:index(F)[E,k]"
 _OFFSETS = "row_offsets:offsets(E)[N+1]?"
 _RESIDUAL = f"{_CODE} W_dec:T[F,d] b_dec:T[d]? target:T|A[N,d]"
+_PREFIXES = "widths:i64[P] shares:A[P]"
 _GROUPED = "offsets:i32[F+1]* order:i32[N_g*k_g]*"
 _ROW_OF = "row_of:i32[N_g*k_g]*?"
 _ROWS = (
-    f"coefficients:T|A[N_g,k_g]* {_GROUPED} rows:A|T[N,columns]* scales:A[G] centre:rows[columns]?"
+    f"coefficients:T|A[N_g,k_g]* {_GROUPED} rows:A|T[R_g,columns]* scales:A[G]"
+    " centre:rows[columns]?"
 )
 
 SPECS = (
@@ -150,6 +157,11 @@ SPECS = (
         f" W_dec:T[F,d_out=]? beta:0..inf=0 {_MODE} {_BF16}"
         " -> values:T[N,k] indices:i64[N,k] aux_values:T[N,k_aux] aux_indices:i64[N,k_aux]",
         given=_bf16_of_float32,
+    ),
+    Spec(
+        "batch_topk_encode",
+        f"{_ENCODER} b_dec:T[d]? -> values:T[N*k] indices:i64[N*k] row_offsets:i64[N+1]",
+        relations=_batch,
     ),
     Spec(
         "threshold_encode",
@@ -184,6 +196,16 @@ SPECS = (
     Spec(
         "sparse_residual_slice",
         f"{_RESIDUAL} start:int stop:int {_OFFSETS} -> residual:A[N,stop-start]",
+        relations=_ordered,
+    ),
+    Spec(
+        "prefix_residual",
+        f"{_RESIDUAL} {_PREFIXES} columns:0..d {_OFFSETS}"
+        " -> residual:A[P,N,columns] sq_errors:f64[P,N] grad_values:A[E,k]",
+    ),
+    Spec(
+        "prefix_residual_slice",
+        f"{_RESIDUAL} {_PREFIXES} start:int stop:int {_OFFSETS} -> residual:A[P,N,stop-start]",
         relations=_ordered,
     ),
     Spec(

@@ -10,6 +10,7 @@ Selection: larger first, equal scores by the smaller index, NaN before everythin
 An entry with value 0 contributes nothing to any product, even if the other factor is not finite.
 """
 
+from .batch_topk import batch_topk_encode
 from .decode import (
     sparse_decode,
     sparse_decode_backward_values,
@@ -20,6 +21,7 @@ from .decode import (
 from .dtypes import accumulator
 from .encode import grad_topk_encode, threshold_encode, topk_encode, topk_encode_aux
 from .group import group_by_latent, latent_sums, rows_of
+from .prefixes import prefix_residual, prefix_residual_slice
 from .rounding import stochastic_bfloat16
 from .rows import bf16_norms, row_grad_sq, row_update
 from .scalars import adam_scalars, loss_terms, total_variance, vector_update
@@ -28,11 +30,14 @@ from .topk import topk
 __all__ = [
     "accumulator",
     "adam_scalars",
+    "batch_topk_encode",
     "bf16_norms",
     "grad_topk_encode",
     "group_by_latent",
     "latent_sums",
     "loss_terms",
+    "prefix_residual",
+    "prefix_residual_slice",
     "row_grad_sq",
     "row_update",
     "rows_of",

@@ -62,10 +62,12 @@ def load_training(path: Path, model: SparseCoder, step: TrainStep) -> dict[str, 
 
 
 def latest(directory: Path) -> Path | None:
-    """The newest whole checkpoint, None without one; warns of each newer file it passes over."""
+    """The newest checkpoint that is whole and unchanged, None without one; reads it once, and warns
+    of each newer file it passes over."""
     for _, path in reversed(_list(directory)):
         try:
-            container.read_header(path)
+            with container.open_tensors(path) as file:
+                file.verify()
         except UserError as error:
             _log.warning("%s; trying the checkpoint before it", error)
             continue

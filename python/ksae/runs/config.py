@@ -8,6 +8,8 @@ them for the command line.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,12 +32,18 @@ def setting(default: T, help: str) -> T:
 
 @dataclass
 class ModelConfig:
+    start: str | None = setting(
+        None, "model to start from: file, run folder or Hugging Face id; its sizes are taken"
+    )
     kind: Literal["sae", "transcoder"] = setting("sae", "a transcoder predicts outputs from inputs")
     d_sae: int = setting(4096, "latents")
     k: int = setting(32, "active latents per token")
     loss: Literal["fvu", "mse"] = setting("fvu", "what is minimised")
     auxk_alpha: float = setting(
         1 / 32, "weight of the loss that revives dead latents; 0 turns it off"
+    )
+    auxk: Literal["dictionary_learning", "openai", "sparsify", "saelens", "batch_topk"] = setting(
+        "dictionary_learning", "the library whose form of that loss it is"
     )
     k_aux: int | None = setting(
         None, "dead latents in that loss; default half the width of the output"
@@ -46,6 +54,13 @@ class ModelConfig:
     )
     normalize_decoder: bool | None = setting(None, "unit decoder rows; default true only for sae")
     multi_topk: bool = setting(False, "add the loss with 4k latents, at 1/8")
+    multi_k: tuple[int, ...] | None = setting(None, "add the losses with these k, each at 1/8")
+    prefixes: tuple[int, ...] | None = setting(
+        None, "rising numbers of latents, the last d_sae: each reconstructs by itself (Matryoshka)"
+    )
+    prefix_weights: Literal["mean", "sum", "dictionary_learning"] = setting(
+        "mean", "of prefixes: what each one's loss counts, 1/P, 1 or 1/P^2"
+    )
     skip: bool = setting(False, "transcoder only: a linear path beside the latents")
     beta: float | None = setting(
         None, "weight of a downstream gradient in selection; null: plain TopK"
@@ -61,7 +76,7 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     activations: str | None = setting(
-        None, ".npy, .safetensors or .pt file, or a cache folder; or else:"
+        None, ".npy, .safetensors or .pt file, or the folder of a cache; or else:"
     )
     targets: str | None = setting(
         None, "transcoder: file of the outputs, row for row with activations"
@@ -78,7 +93,9 @@ class DataConfig:
     field: str = setting(
         "text", "key or column of the text, or of its token ids, in .jsonl, .parquet and datasets"
     )
-    separator: str | None = setting(None, "what divides a .txt file into documents")
+    separator: str | None = setting(
+        None, r"what divides a .txt file into documents, as \n\n; default nothing"
+    )
     context: int = setting(128, "tokens of a context, special ones included")
     bos: Literal["auto", "always", "never"] = setting(
         "auto", "whether contexts start with a BOS token"
@@ -94,10 +111,16 @@ class DataConfig:
     )
     max_tokens: int | None = setting(None, "of the text that are used")
     cache: str | None = setting(
-        None, "folder to keep the activations in, larger than memory if need be"
+        None, "folder to keep the activations in, which another run takes as activations"
     )
     stream: bool = setting(False, "make the activations while training, and keep none")
     holdout: float = setting(0.05, "share of the documents (rows of a file) kept for evaluation")
+    unquoted: bool = setting(False, "hold out no context that quotes the training text")
+
+    def __post_init__(self) -> None:
+        if self.separator is not None:  # a shell or a quoted YAML text hands over \n as it is typed
+            for typed, meant in ((r"\n", "\n"), (r"\t", "\t"), (r"\r", "\r")):
+                self.separator = self.separator.replace(typed, meant)
 
 
 @dataclass
@@ -224,11 +247,36 @@ def dead_after(config: RunConfig) -> int:
 
 
 def fitted(config: RunConfig) -> RunConfig:
-    """A copy with what was left to the length of the run filled in."""
+    """A copy with what was left to the length of the run filled in, and with absolute paths, so
+    that the run can be gone on with and evaluated from any folder."""
+    from ksae.activations import PYDOC, SMOLLM2  # with torch, which help does without
+
     check(config)
+
+    def absolute(name: str | None) -> str | None:
+        """If it is a path: it may be a name on a hub."""
+        if name is None or name in (PYDOC, SMOLLM2) or not os.path.exists(name):
+            return name
+        return os.path.abspath(name)
+
+    def path(name: str | None) -> str | None:
+        return None if name is None else os.path.abspath(name)
+
+    data = config.data
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, dead_after=dead_after(config)),
+        out=os.path.abspath(config.out),
+        model=dataclasses.replace(
+            config.model, dead_after=dead_after(config), start=absolute(config.model.start)
+        ),
+        data=dataclasses.replace(
+            data,
+            activations=path(data.activations),
+            targets=path(data.targets),
+            cache=path(data.cache),
+            model=absolute(data.model),
+            text=absolute(data.text),
+        ),
         train=dataclasses.replace(config.train, warmup=warmup_steps(config.train)),
     )
 
@@ -265,6 +313,7 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(
             f"{where}: model.k must be at most model.d_sae = {model.d_sae}, got {model.k}"
         )
+    _check_lists(model, where)
     if warmup_steps(train) > total_steps(train):
         raise UserError(
             f"{where}: train.warmup must be at most the {total_steps(train)} steps of the run, "
@@ -272,10 +321,29 @@ def check(config: RunConfig, where: str = "config") -> None:
         )
     if config.data.stream and config.data.cache is not None:
         raise UserError(f"{where}: data.cache must be null where data.stream is true")
-    if model.skip and model.kind != "transcoder":
+    if config.data.separator == "":
+        raise UserError(f"{where}: data.separator must be null or some text, got an empty one")
+    if config.data.unquoted and config.data.activations is not None:
+        raise UserError(f"{where}: data.unquoted must be false where data.activations is given")
+    if model.skip and model.kind != "transcoder" and model.start is None:
         raise UserError(
             f"{where}: model.skip must be false for model.kind = {model.kind}, got true"
         )
+
+
+def _check_lists(model: ModelConfig, where: str) -> None:
+    """Of numbers of latents."""
+    widths, ks, F = model.prefixes, model.multi_k, model.d_sae
+    if widths is not None and (
+        widths[-1:] != (F,) or any(a >= b for a, b in itertools.pairwise((-1, *widths)))
+    ):
+        want = f"rise from 0 or more to model.d_sae = {F}"
+        raise UserError(f"{where}: model.prefixes must {want}, got {list(widths)}")
+    if ks is not None and (len(set(ks)) < len(ks) or not all(1 <= k <= F for k in ks)):
+        want = f"different numbers in [1, {F}]"
+        raise UserError(f"{where}: model.multi_k must be {want}, got {list(ks)}")
+    if ks and model.multi_topk:
+        raise UserError(f"{where}: model.multi_k must be null with multi_topk, got {list(ks)}")
 
 
 def _get(config: RunConfig, key: str) -> Any:
@@ -312,6 +380,10 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     if typing.get_origin(hint) is Literal:
         if value in hint.__args__:
             return value
+    elif typing.get_origin(hint) is tuple:
+        each = value.strip("[]").split(",") if isinstance(value, str) else value
+        if isinstance(each, list | tuple):
+            return tuple(_convert(hint.__args__[0], part, place) for part in each)
     elif hint is float and not isinstance(value, bool):
         try:
             number = float(value)  # YAML 1.1 reads 1e-4, which has no point, as text
@@ -338,6 +410,8 @@ def _whole(text: str) -> bool:
 def _say(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(repr(choice) for choice in hint.__args__)
+    if typing.get_origin(hint) is tuple:
+        return f"{_say(hint.__args__[0])}, or several in a list"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return names[hint]
 
@@ -352,4 +426,6 @@ def _describe(kind: Any, prefix: str) -> Iterator[tuple[str, str, Any, str]]:
         arms = [arm for arm in getattr(hint, "__args__", [hint]) if arm is not types.NoneType]
         literal = typing.get_origin(hint) is Literal
         name = "|".join(arms) if literal else arms[0].__name__
+        if typing.get_origin(arms[0]) is tuple:
+            name = f"{arms[0].__args__[0].__name__},..."
         yield f"{prefix}{key.name}", name, key.default, key.metadata["help"]

@@ -16,17 +16,23 @@ from pathlib import Path
 
 import torch
 
-from ksae.activations import PYDOC, SMOLLM2, ActivationSource, ArraySource, Contexts, LanguageModel
+from ksae.activations import PYDOC, SMOLLM2, ActivationSource, ArraySource, LanguageModel
+from ksae.activations.progress import Progress
 from ksae.analysis import plots
-from ksae.analysis.top_contexts import encode_rows, repeats, telling_latents, top_contexts
+from ksae.analysis.top_contexts import encode_rows, telling_latents, top_contexts
 from ksae.coders.coder import SparseCoder
 from ksae.errors import UserError
 from ksae.files.atomic import write_atomic
+from ksae.runs import checkpoint
+from ksae.runs import config as runconfig
 from ksae.runs.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
-from ksae.runs.data import build_model, open_data
-from ksae.runs.evaluation import measure, measure_language_model, table
+from ksae.runs.data import RunData
+from ksae.runs.directory import open_directory
+from ksae.runs.evaluation import measure_language_model, table
+from ksae.runs.model import build_model
 from ksae.runs.signals import Interrupted
-from ksae.runs.trainer import Trainer
+from ksae.runs.start import compare_early, open_run_data
+from ksae.runs.trainer import Trainer, TrainResult
 
 HOOK = "layers.9.resid_post"
 CE_TOKENS = 4096
@@ -35,14 +41,24 @@ CE_TOKENS = 4096
 def configure(
     out: Path, *, tokens: int, d_sae: int, k: int, seed: int, threads: int | None
 ) -> RunConfig:
-    """The run of the demo; `out`/sae/run.yaml shows it and `ksae train` can do it too."""
+    """The run of the demo; `out`/sae/run.yaml shows it and `ksae train` can do it too.
+
+    Raises:
+        UserError: sizes that no run can have.
+    """
     batch_size = 1024
     steps = max(1, round(tokens / batch_size))
-    return RunConfig(
+    config = RunConfig(
         out=str(out / "sae"),
-        model=ModelConfig(d_sae=d_sae, k=k, dead_after=200_000),
+        model=ModelConfig(d_sae=d_sae, k=k, dead_after=min(200_000, steps * batch_size // 4)),
         data=DataConfig(
-            model=SMOLLM2, hook=HOOK, text=PYDOC, cache=str(out / "activations"), holdout=0.1
+            model=SMOLLM2,
+            hook=HOOK,
+            text=PYDOC,
+            cache=str(out / "activations"),
+            holdout=0.1,
+            # help topics repeat whole sections of each other
+            unquoted=True,
         ),
         train=TrainConfig(
             batch_size=batch_size,
@@ -56,6 +72,7 @@ def configure(
         ),
         log=LogConfig(every=5),
     )
+    return runconfig.fitted(config)
 
 
 def demo(
@@ -83,64 +100,75 @@ def demo(
     if threads is not None:
         torch.set_num_threads(threads)
 
+    folder = Path(config.out)
+    resume = folder.is_dir() and checkpoint.latest(folder / "checkpoints") is not None
+    restart = folder.is_dir() and not resume and any(folder.iterdir())  # stopped before the first
+    newest = open_directory(folder, resume, restart)
+    if newest is not None:
+        compare_early(config, newest)
+
     _stage(start, f"activations of {SMOLLM2} at {HOOK} over the help topics of Python, in {out}")
-    data = open_data(config.data, progress=sys.stderr.isatty())
+    data = open_run_data(config)
     lm, held = data.language_model, data.holdout_contexts
     assert lm is not None and held is not None and data.holdout is not None
-    assert isinstance(data.train, ArraySource) and isinstance(data.holdout, ArraySource)
+    assert isinstance(data.train, ArraySource)
 
     run = config.train
     epochs = run.steps * run.batch_size / len(_rows(data.train))
     _stage(start, f"training on {run.steps * run.batch_size:,} tokens, {epochs:.1f} epochs")
-    torch.manual_seed(seed)
-    model = build_model(config.model, data.train, dtype=run.dtype)
-    resume = (out / "sae").is_dir() and any((out / "sae").iterdir())
-    trainer = Trainer(
-        model,
-        data.train,
-        run,
-        out=config.out,
-        resume=resume,
-        log=config.log,
-        holdout=data.holdout,
-        run=config,
-    )
-    try:
-        result = trainer.run()
-    except Interrupted:
-        print("run the same command again to go on", file=sys.stderr)
-        raise
+    result = _train(config, data, resume, restart)
 
-    _stage(start, "evaluation on held-out topics")
-    fresh, rows, quoted = _fresh(data.train, data.holdout, held)
-    quality = measure(model, rows, tokens=len(_rows(rows)))
-    costs = measure_language_model(model, lm, fresh, config.data, tokens=CE_TOKENS)
+    _stage(start, "cross-entropy on held-out topics")
+    quality = result.evaluation
+    costs = measure_language_model(result.model, lm, held, config.data, tokens=CE_TOKENS)
 
     if latents > 0:
         _stage(start, "what some latents respond to, in the training text")
-        _show_contexts(model, data.train, lm, latents)
+        _show_contexts(result.model, data.train, lm, latents)
 
     seconds = time.perf_counter() - start
-    results = {**quality.metrics, **costs, "tokens": float(quality.tokens), "seconds": seconds}
-    results["left_out"] = quoted
+    results = {**quality, **costs, "tokens": float(result.held_out_tokens), "seconds": seconds}
+    results["left_out"] = data.left_out
     text = json.dumps(results, indent=1) + "\n"
     write_atomic(out / "results.json", lambda file: file.write(text.encode()))
 
     _stage(start, "results")
-    topics = len(set(fresh.documents.tolist()))
-    print(
-        f"reconstruction of {quality.tokens:,} tokens of {topics} held-out topics, "
-        f"F = {d_sae}, k = {k}"
+    topics = len(set(held.documents.tolist()))
+    _print(result, costs, f"{topics} held-out topics, F = {d_sae}, k = {k}", data.left_out)
+    print(f"all of it took {seconds:.0f} s with {torch.get_num_threads()} threads")
+    return results
+
+
+def _train(config: RunConfig, data: RunData, resume: bool, restart: bool) -> TrainResult:
+    torch.manual_seed(config.train.seed)
+    trainer = Trainer(
+        build_model(config.model, data.train, dtype=config.train.dtype),
+        data.train,
+        config.train,
+        out=config.out,
+        resume=resume,
+        restart=restart,
+        log=config.log,
+        holdout=data.holdout,
+        run=config,
+        origin=data.origin,
     )
-    print(f"({quoted:.0%} of the held-out tokens left out: their contexts quote training text)")
-    print(table(quality.metrics, RECONSTRUCTION))
+    try:
+        return trainer.run()
+    except Interrupted:
+        print("run the same command again to go on", file=sys.stderr)
+        raise
+
+
+def _print(result: TrainResult, costs: dict[str, float], of: str, left_out: float) -> None:
+    print(f"reconstruction of {result.held_out_tokens:,} tokens of {of}")
+    print(f"({left_out:.0%} of the held-out tokens left out: they quote training text)")
+    print(table(result.evaluation, RECONSTRUCTION))
     print(f"cross-entropy of {SMOLLM2} on {costs['ce_tokens']:,.0f} of them, nats a token")
     print(table(costs, COSTS))
     print(f"model     {result.model_path}")
     for path in result.plots:
         print(f"picture   {path}")
-    print(f"all of it took {seconds:.0f} s with {torch.get_num_threads()} threads")
-    return results
 
 
 RECONSTRUCTION = {
@@ -161,25 +189,10 @@ def _rows(source: ActivationSource) -> range:
     return range(source.num_tokens)
 
 
-def _fresh(
-    train: ArraySource, holdout: ArraySource, held: Contexts
-) -> tuple[Contexts, ArraySource, float]:
-    """The held-out contexts that quote no training text, their rows, and the share left out.
-
-    Help topics repeat whole sections of each other, which no split by topic can keep apart.
-    """
-    seen = train.tokens_of(torch.arange(len(_rows(train))))[0]
-    new = ~repeats(held.ids, held.mask(), seen)  # [contexts]
-    of_row = holdout.tokens_of(torch.arange(len(_rows(holdout))))[1].long()  # context of each row
-    kept = new[of_row].nonzero()[:, 0]
-    if len(kept) == 0:
-        raise UserError("demo: all held-out contexts quote the training text, nothing to measure")
-    rows = ArraySource([holdout.gather(kept)[0]], name="held-out activations")
-    return held.select(new), rows, 1 - len(kept) / len(of_row)
-
-
 def _show_contexts(model: SparseCoder, source: ArraySource, lm: LanguageModel, count: int) -> None:
-    values, indices = encode_rows(model, (x for x, _ in source.sweep(2048)))
+    with Progress(len(_rows(source)), "encode") as shown:
+        stream = shown.over(source.sweep(2048))
+        values, indices = encode_rows(model, (x for x, _ in stream))
     ids, sequence, _ = source.tokens_of(torch.arange(len(_rows(source))))
     chosen = telling_latents(values, indices, ids, model.d_sae, count)
     found = top_contexts(values, indices, ids, sequence, chosen, n=4, before=10, after=4)

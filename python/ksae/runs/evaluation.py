@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,30 +15,41 @@ from ksae.activations import (
     ActivationSource,
     Contexts,
     LanguageModel,
-    documents,
     harvest,
-    load_model,
-    open_source,
-    tokenize,
 )
+from ksae.activations.progress import Progress
 from ksae.analysis.evaluate import Evaluation, evaluate, evaluate_language_model
 from ksae.analysis.steering import latents_by_rate, logit_shift, matched_latents
 from ksae.coders.coder import SparseCoder
 from ksae.errors import UserError
 from ksae.runs import config as runconfig
+from ksae.runs.checks import check_widths
 from ksae.runs.config import DataConfig
-from ksae.runs.data import open_data
+from ksae.runs.data import (
+    hold_out,
+    load_lm,
+    open_data,
+    open_files,
+    origin_of,
+    origin_of_model,
+    probe,
+    read_text,
+)
 
+TRAINED_ON = "training tokens (the run held nothing out)"
 LOGITS_AT_ONCE = 2**25  # 128 MiB of float32; three such tensors live at once
 
 
 @dataclass(frozen=True)
 class EvalData:
-    """Held-out activations, and the language model and text they came from if there is one."""
+    """The activations of an evaluation, and the language model and text they came from if there is
+    one."""
 
     source: ActivationSource
     language_model: LanguageModel | None = None
     contexts: Contexts | None = None
+    origin: dict[str, str] = field(default_factory=dict)  # by the names of data.ORIGIN
+    what: str = "tokens"  # what its rows are: held-out, of the training data, or others
 
 
 def run_config(path: Path) -> runconfig.RunConfig | None:
@@ -55,54 +66,56 @@ def open_eval_data(
     tokens: int,
     gradient: bool = False,
     progress: bool = True,
+    fits: Callable[[ActivationSource], None] | None = None,
 ) -> EvalData:
     """What an evaluation reads.
 
     Args:
         config: where the activations, or the language model and the text, are.
-        held_out: take the share that a run of this config kept from training; otherwise everything.
+        held_out: take the share that a run of this config kept from training, or all of its data if
+            it kept none; otherwise everything.
         tokens: rows wanted; about as many are harvested.
         gradient: harvest the gradients on the text's labels too.
+        fits: as in `open_data`.
     """
+    what = "tokens"
+    if held_out:
+        what = "held-out tokens" if config.holdout > 0 else TRAINED_ON
     if config.activations is not None:
         if held_out and config.holdout > 0:
-            source = open_data(config).holdout
-            assert source is not None
+            data = open_data(config)
+            assert data.holdout is not None
+            source, origin = data.holdout, data.origin
         else:
-            source = open_source(config.activations, config.targets)
-        return EvalData(source)
+            whole, held = open_files(config.activations, config.targets)
+            source = whole if held is None or held_out else held
+            origin = origin_of(source)
+        if fits is not None:
+            fits(source)
+        return EvalData(source, origin=origin, what=what)
     for key in ("model", "hook", "text"):
         if getattr(config, key) is None:
             raise UserError(
                 f"eval: {key} must be given where there is no file of activations, got none"
             )
     assert config.model is not None and config.hook is not None
-    lm = load_model(
-        config.model,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        dtype=config.model_dtype,
-        revision=config.model_revision,
-    )
-    contexts = tokenize(
-        documents(config.text, field=config.field, separator=config.separator),
-        lm.tokenizer,
-        length=config.context,
-        bos=config.bos,
-        max_tokens=config.max_tokens,
-        exclude=config.exclude or (),
-    )
+    lm = load_lm(config)
+    contexts = read_text(config, lm, progress)
     if held_out and config.holdout > 0:
-        contexts = contexts.split(config.holdout)[1]
+        contexts = hold_out(config, contexts)[1]
     contexts = about(contexts, tokens)
+    loss = "labels" if gradient else None
+    if fits is not None:
+        fits(probe(lm, contexts, config, loss))
     rows = harvest(
         lm.model,
         contexts,
         config.hook,
         target_hook=config.target_hook,
-        gradient="labels" if gradient else None,
+        gradient=loss,
         progress=progress,
     )
-    return EvalData(rows, lm, contexts)
+    return EvalData(rows, lm, contexts, origin_of_model(config, lm), what)
 
 
 def about(contexts: Contexts, tokens: int) -> Contexts:
@@ -121,25 +134,17 @@ def measure(
     tokens: int,
     batch_size: int = 2048,
     oracle: bool = False,
+    progress: bool = False,
 ) -> Evaluation:
     """Reconstruction and sparsity on the first `tokens` rows of a source of the model's widths;
     `oracle`: where latents are selected with the source's gradients."""
-    if source.d_in != model.d_in:
-        raise UserError(
-            f"eval: {source.name} must have the model's width d_in = {model.d_in}, "
-            f"got {source.d_in}"
-        )
-    if not model.centred and source.d_out is None:
-        raise UserError(f"eval: {source.name} must have targets for a transcoder, got none")
-    if source.d_out is not None and source.d_out != model.d_out:
-        raise UserError(
-            f"eval: targets of {source.name} must have the model's width d_out = {model.d_out}, "
-            f"got {source.d_out}"
-        )
-    if oracle:
-        return evaluate(model, source.gradient_sweep(batch_size), max_tokens=tokens)
-    batches = (x if y is None else (x, y) for x, y in source.sweep(batch_size))
-    return evaluate(model, batches, max_tokens=tokens)
+    check_widths(model, source, "eval")
+    tokens = min(tokens, source.num_tokens or tokens)
+    with Progress(tokens, "evaluation", shown=progress) as shown:
+        if oracle:
+            return evaluate(model, shown.over(source.gradient_sweep(batch_size)), max_tokens=tokens)
+        stream = shown.over(source.sweep(batch_size))
+        return evaluate(model, (x if y is None else (x, y) for x, y in stream), max_tokens=tokens)
 
 
 def measure_language_model(
@@ -153,22 +158,14 @@ def measure_language_model(
 ) -> dict[str, float]:
     """`LM_DEFINITIONS` on about `tokens` tokens, for a model that can select with
     gradients ORACLE_DEFINITIONS too; {} for an encoder model."""
-    from tqdm import tqdm
-
     lm = language_model.model
-    head = getattr(lm, "get_output_embeddings", lambda: None)()
-    if head is None:
+    if not predicts(language_model):
         return {}
     assert config.hook is not None
     contexts = about(contexts, tokens)
+    head = lm.get_output_embeddings()  # type: ignore[operator]
     at_once = max(1, LOGITS_AT_ONCE // (contexts.ids.shape[1] * int(head.weight.shape[0])))
-    with tqdm(
-        total=contexts.num_tokens,
-        desc="cross-entropy",
-        unit="tok",
-        unit_scale=True,
-        disable=None if progress else True,
-    ) as bar:
+    with Progress(contexts.num_tokens, "cross-entropy", shown=progress) as shown:
         return evaluate_language_model(
             model,
             lm,
@@ -177,8 +174,23 @@ def measure_language_model(
             target_hook=config.target_hook,
             exclude=contexts.special_ids,
             oracle=model.needs_gradient,
-            progress=bar.update,
+            progress=shown.update,
         )
+
+
+def predicts(language_model: LanguageModel) -> bool:
+    """Whether the model has a head that predicts tokens, which encoders lack."""
+    head = getattr(language_model.model, "get_output_embeddings", lambda: None)()
+    return head is not None
+
+
+def why_no_cross_entropy(data: EvalData) -> str | None:
+    """Why an evaluation on `data` has no cross-entropy; None if it has."""
+    if data.language_model is None:
+        return "a file of activations has no language model; give --model, --hook and --text"
+    if not predicts(data.language_model):
+        return f"{data.language_model.name} is an encoder without a head that predicts tokens"
+    return None
 
 
 def _lm_batches(contexts: Contexts, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -206,7 +218,7 @@ def steering(
     firing rate, "steering" and "steering_against". {} for an encoder model.
     """
     lm = language_model.model
-    if getattr(lm, "get_output_embeddings", lambda: None)() is None:
+    if not predicts(language_model):
         return {}
     assert config.hook is not None
     hook = config.target_hook or config.hook
@@ -244,7 +256,15 @@ def with_data(config: DataConfig, settings: Mapping[str, object]) -> DataConfig:
     """`config` with some keys set; a file and a language model replace each other."""
     given = {key: value for key, value in settings.items() if value is not None}
     if "activations" in given:
-        config = replace(config, model=None, hook=None, target_hook=None, text=None, targets=None)
+        config = replace(
+            config,
+            model=None,
+            hook=None,
+            target_hook=None,
+            text=None,
+            targets=None,
+            unquoted=False,
+        )
     elif given.keys() & {"model", "hook", "text"}:
         config = replace(config, activations=None, targets=None)
     return replace(config, **given)  # type: ignore[arg-type]

@@ -8,20 +8,23 @@ import contextlib
 import json
 import math
 import os
-import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from tqdm import tqdm
 
-from ksae.errors import UserError
+from ksae.activations.progress import BAR, say
+from ksae.errors import UserError, first_line
 from ksae.files.atomic import write_atomic
+
+BESIDE_A_BAR = ("fvu",)  # with the dead and the speed, what leaves room for a bar in 80 columns
 
 
 class Sink(Protocol):
     def write(self, record: Mapping[str, float]) -> None: ...
+    def held_out(self, metrics: Mapping[str, float], step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -57,7 +60,9 @@ class RunLog:
         self._lines: IO[str] = self.path.open("a", encoding="utf-8")
         # disable=None: only on a terminal
         disable = None if progress else True
-        self._bar: Any = tqdm(total=steps, initial=start, unit="step", disable=disable, leave=True)
+        self._bar: Any = tqdm(
+            total=steps, initial=start, bar_format=BAR, dynamic_ncols=True, disable=disable
+        )
         self._tenth = 10 * start // steps if steps else 0
 
     def advance(self, steps: int = 1) -> None:
@@ -72,15 +77,24 @@ class RunLog:
             raise UserError(f"save: cannot write {self.path}: {error.strerror}") from None
         for sink in self._sinks:
             sink.write(record)
-        self._bar.set_postfix_str(_summary(record), refresh=False)
+        self._bar.set_postfix_str(_summary(record, BESIDE_A_BAR), refresh=False)
         tenth = 10 * int(record["step"]) // self._steps if self._steps else 10
         if self._progress and self._bar.disable and tenth > self._tenth:
             self._tenth = tenth
             self.say(f"step {record['step']}/{self._steps}: {_summary(record)}")
 
+    def held_out(self, metrics: Mapping[str, float], step: int) -> None:
+        """Show what was measured on held-out activations in the services too."""
+        for sink in self._sinks:
+            sink.held_out(metrics, step)
+
+    def end_bar(self) -> None:
+        """Training is over: what follows has its own progress."""
+        self._bar.close()
+
     def say(self, line: str) -> None:
         """Print a line above the bar, on the standard error."""
-        tqdm.write(line, file=sys.stderr)
+        say(line)
 
     def sync(self) -> None:
         """Put the lines on disk, so that a checkpoint is never ahead of its metrics."""
@@ -118,8 +132,8 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def _summary(record: Mapping[str, float]) -> str:
-    parts = [f"{name} {record[name]:.4g}" for name in ("loss", "fvu", "l0") if name in record]
+def _summary(record: Mapping[str, float], names: Sequence[str] = ("loss", "fvu", "l0")) -> str:
+    parts = [f"{name} {record[name]:.4g}" for name in names if name in record]
     if "dead" in record:
         parts.append(f"dead {record['dead']:.1%}")
     if math.isfinite(record.get("tokens_per_second", math.nan)):
@@ -136,12 +150,8 @@ def _short(x: float) -> str:
 
 class _TensorBoard:
     def __init__(self, out: Path, start: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "train: log.tensorboard needs the package tensorboard: pip install tensorboard"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
 
     def write(self, record: Mapping[str, float]) -> None:
@@ -149,25 +159,38 @@ class _TensorBoard:
             if name != "step":
                 self._writer.add_scalar(name, value, int(record["step"]))
 
+    def held_out(self, metrics: Mapping[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"held_out/{name}", value, step)
+
     def close(self) -> None:
         self._writer.close()
 
 
 class _Wandb:
     def __init__(self, out: Path, project: str, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("train: log.wandb needs the package wandb: pip install wandb") from None
+        import wandb
+
         name = out / "wandb_id.txt"  # a resumed run goes on under the same id
         if not name.exists():
             name.write_text(uuid.uuid4().hex[:12])
-        self._run: Any = wandb.init(
-            project=project, dir=str(out), config=dict(config), id=name.read_text(), resume="allow"
-        )
+        try:
+            self._run: Any = wandb.init(
+                project=project,
+                dir=str(out),
+                config=dict(config),
+                id=name.read_text(),
+                resume="allow",
+            )
+        except Exception as error:  # of its own classes: no key, no network
+            raise UserError(f"train: log.wandb cannot begin: {first_line(error)}") from None
 
     def write(self, record: Mapping[str, float]) -> None:
         self._run.log(dict(record), step=int(record["step"]))
+
+    def held_out(self, metrics: Mapping[str, float], step: int) -> None:
+        # In the summary: a record of this step has been sent.
+        self._run.summary.update({f"held_out/{name}": value for name, value in metrics.items()})
 
     def close(self) -> None:
         self._run.finish()

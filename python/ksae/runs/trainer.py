@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
+import os
 import time
-from collections.abc import Generator, Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,29 +23,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksae.activations import ActivationSource, prefetch
-from ksae.activations.transfer import Readback, staged
+from ksae.activations import ActivationSource
+from ksae.activations.transfer import Readback
 from ksae.analysis import plots
-from ksae.analysis.evaluate import evaluate
 from ksae.coders.coder import SparseCoder
 from ksae.coders.file import save
-from ksae.coders.initialize import initialize_from
-from ksae.errors import UserError
+from ksae.coders.initialize import initialize_from, is_new
+from ksae.errors import UserError, first_line
 from ksae.files import container
-from ksae.files.atomic import clean, write_atomic
-from ksae.runs import checkpoint
+from ksae.files.atomic import clean
+from ksae.runs import checkpoint, checks, finish
 from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
+from ksae.runs.batches import Batches
 from ksae.runs.config import LogConfig, RunConfig, TrainConfig, total_steps, warmup_steps
-from ksae.runs.data import build_model, open_data, pick_device
-from ksae.runs.directory import compare, open_directory
+from ksae.runs.directory import drop, held
 from ksae.runs.log import RunLog
+from ksae.runs.resume import compare
 from ksae.runs.signals import Interrupted, Signals
 from ksae.step.schedule import learning_rate
 from ksae.step.train_step import TrainStep
 
 _FINITE = ("loss", "grad_norm")  # a step of which one is not is not taken
-_Batch = tuple[Tensor, "Tensor | None", "Tensor | None"]  # x, y and the gradient, each [N, d]
+_EQUAL = "equal_rows"  # of the first batch, read with its metrics
+ENOUGH_TOKENS = 2000  # of held-out ones, below which a run says that its evaluation is rough
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class TrainResult:
     out: Path
     model_path: Path
     plots: list[Path]
+    held_out_tokens: int = 0  # that the evaluation is of
 
 
 class Trainer:
@@ -66,15 +69,20 @@ class Trainer:
 
     Args:
         model: a TopKSAE, or a Transcoder for a source with targets; trained in place, on its own
-            device.
+            device. The first biases of a new one are set from the data; one that was loaded or
+            trained before keeps its parameters.
         source: gives the batches; its widths must be those of the model.
         config: lengths, rates and so on. Its dtype, device, seed of the weights and threads are for
             `train`, which makes the model; here the model is what it is.
         out: new or empty; with `resume`, the directory of the run to go on with.
-        resume: go on from the newest whole checkpoint.
+        resume: go on from the newest whole checkpoint, which must be there unless `out` is empty.
+        restart: start over in the directory of a run, and drop what it left.
+        allow_change: a resumed run may have another learning rate, length and so on
+            (`ksae.runs.resume.CHANGEABLE`) from here on.
         holdout: held-out activations, measured at the end.
         run: the whole configuration, written to run.yaml; its data are part of what a resumed run
             must share with the run it goes on with.
+        origin: which language model and hooks the activations are of, for the model's file.
     """
 
     def __init__(
@@ -85,34 +93,43 @@ class Trainer:
         *,
         out: str | Path,
         resume: bool = False,
+        restart: bool = False,
+        allow_change: bool = False,
         log: LogConfig | None = None,
         holdout: ActivationSource | None = None,
         run: RunConfig | None = None,
+        origin: Mapping[str, str] | None = None,
     ) -> None:
         self.model, self.source, self.holdout = model, source, holdout
         self.config = config or TrainConfig()
         self.log_config = log or LogConfig()
-        self.out, self.resume = Path(out), resume
+        self.out, self.resume, self.restart = Path(out), resume, restart
+        self.allow_change = allow_change
         self.run_config = run
         self.steps, self.warmup = total_steps(self.config), warmup_steps(self.config)
         self.identity: dict[str, Any] = {
             "model": model.config(),
             "train": {**dataclasses.asdict(self.config), "warmup": self.warmup},
-            "source": {"tokens": source.num_tokens},
+            "source": {"tokens": source.num_tokens, "values": source.fingerprint()},
         }
         if run is not None:
             self.identity["data"] = dataclasses.asdict(run.data)
+            self.identity["start"] = run.model.start
+        if origin:
+            self.identity["origin"] = dict(origin)
         self.step = 0  # steps done
         self._parameter = next(model.parameters())
-        _check_widths(model, source)
+        self._remarks: list[str] = []  # said once all has been checked
+        self._first_fvu: float | None = None  # before the first step
+        checks.check_services(self.log_config)
+        checks.check_parameters(model)
+        self._since_fired = int(model.tokens_since_fired.max())
+        checks.check_widths(model, source)
         if holdout is not None:
-            _check_widths(model, holdout)
-        self._needs_gradient = model.needs_gradient
-        if self._needs_gradient and not source.has_gradient:
-            raise UserError(
-                f"train: {source.name} must have gradients for a {type(model).__name__}, got none: "
-                "harvest them with the activations, or leave out model.beta"
-            )
+            checks.check_widths(model, holdout)
+        self._batches = Batches(model, source, self.config)
+        if model.needs_gradient:
+            checks.check_gradient(source, type(model).__name__)
         config = self.config
         self.train_step = TrainStep(
             model,
@@ -125,32 +142,86 @@ class Trainer:
         )
 
     def run(self) -> TrainResult:
-        """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input."""
-        open_directory(self.out, self.resume)
+        """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input;
+        what fails before the first line of metrics leaves nothing in a new directory."""
+        with held(self.out, self.resume, self.restart) as newest:
+            return self.run_from(newest)
+
+    def run_from(self, newest: Path | None) -> TrainResult:
+        """`run` from a checkpoint, or from the first step, in a directory that is held already."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "TrainStep: a step was not taken")  # an error says it
+            with Signals() as signals:
+                if newest is not None:
+                    self._restore(newest)
+                self._check_start()
+                if newest is None:
+                    self._initialize()
+                    if self.restart:
+                        drop(self.out)
+                    stack.push(self._drop_if_nothing)
+                log = self._begin(newest)
+                stack.callback(log.close)
+                self._loop(log, signals, saved=newest is not None)
+            log.end_bar()
+            return self._finish(log)
+
+    def _check_start(self) -> None:
+        """What would otherwise end the run late."""
+        if self.steps < self.step:
+            raise UserError(
+                f"resume: train.steps must be at least the {self.step} steps done, got {self.steps}"
+            )
+        config, log = self.config, self.log_config
+        left = (self.steps - self.step) * config.batch_size
+        if self.step == 0 and 0 < left <= self.model.dead_after - self._since_fired:
+            self._remarks.append(
+                f"dead_after is {self.model.dead_after:,} tokens, which this run of {left:,} does "
+                "not reach: no latent will count as dead, nor be revived"
+            )
+        if not plots.available():
+            self._remarks.append(finish.NO_PICTURES)
+        if self.holdout is not None and config.eval_tokens > 0:
+            checks.check_rows(self.holdout, config.eval_tokens, self._parameter.dtype)
+            held = self.holdout.num_tokens
+            if held is not None and held < ENOUGH_TOKENS:
+                self._remarks.append(
+                    f"held out: {held:,} tokens only, too few for more than a rough evaluation; "
+                    "raise data.holdout or give more data"
+                )
+        if log.progress:
+            held = None if self.holdout is None else self.holdout.num_tokens
+            what = f"data: {_count(self.source.num_tokens)} tokens to train on"
+            self._remarks.append(f"{what}, {0 if self.holdout is None else _count(held)} held out")
+
+    def _begin(self, newest: Path | None) -> RunLog:
+        """Write the first files of the run; from here on the directory is a run's."""
         for directory in (self.out, self._checkpoints):
             clean(directory)
-        with Signals() as signals, contextlib.ExitStack() as stack:
-            newest = checkpoint.latest(self._checkpoints)
-            if newest is not None:
-                self._restore(newest)
-            if self.run_config is not None:
-                runconfig.write(self.run_config, self.out / "run.yaml")
-            log = RunLog(
-                self.out,
-                start=self.step,
-                steps=self.steps,
-                config=self.identity,
-                tensorboard=self.log_config.tensorboard,
-                wandb=self.log_config.wandb,
-                progress=self.log_config.progress,
-            )
-            stack.callback(log.close)
-            if self.step > 0:
-                log.say(f"{self.out}: going on after step {self.step} of {self.steps}")
-            if newest is None:
-                self._initialize()
-            self._loop(log, signals, saved=newest is not None)
-        return self._finish(log)
+        log = RunLog(
+            self.out,
+            start=self.step,
+            steps=self.steps,
+            config=self.identity,
+            tensorboard=self.log_config.tensorboard,
+            wandb=self.log_config.wandb,
+            progress=self.log_config.progress,
+        )
+        if self.run_config is not None:
+            runconfig.write(self.run_config, self.out / "run.yaml")
+        for remark in self._remarks:
+            log.say(remark)
+        if newest is not None:
+            log.say(f"{self.out}: going on after step {self.step} of {self.steps}")
+        return log
+
+    def _drop_if_nothing(self, kind: object, *error: object) -> None:
+        """After a failure before the first line of metrics and the first checkpoint."""
+        lines = self.out / "metrics.jsonl"
+        empty = not lines.is_file() or lines.stat().st_size == 0
+        if kind is not None and empty and checkpoint.latest(self._checkpoints) is None:
+            drop(self.out)
 
     @property
     def tokens(self) -> int:
@@ -167,11 +238,11 @@ class Trainer:
         # Metrics are read one step late, so that on a GPU the next step is already queued while the
         # host waits.
         waiting: tuple[int, Readback, float] | None = None
-        batches = self._batches(self.step)
-        clock = _Clock(self.tokens)
+        batches = self._batches.stream(self.step)
+        clock, first = _Clock(self.tokens), self.step
         with contextlib.closing(batches):
             while self.step < self.steps and signals.received is None:
-                x, y, g = self._next(batches)
+                x, y, g = self._batches.next(batches, self.step)
                 rate = learning_rate(
                     self.step,
                     lr=config.lr,
@@ -182,6 +253,8 @@ class Trainer:
                 )
                 self.train_step.lr = rate
                 metrics = self.train_step(x, y, grad=g)
+                if self.step == first:
+                    metrics[_EQUAL] = checks.without_variance(model, x if y is None else y)
                 self.step += 1
                 saved = False
                 if waiting is not None:
@@ -204,72 +277,19 @@ class Trainer:
         if not saved:  # a run of no steps
             self._save(log)
 
-    def _next(self, batches: Iterator[_Batch]) -> _Batch:
-        try:
-            x, y, g = next(batches)
-        except StopIteration:
-            raise UserError(
-                f"train: {self.source.name} ended before step {self.step + 1} of {self.steps}: "
-                "it must give batches without end"
-            ) from None
-        if len(x) == 0:
-            raise UserError(
-                f"train: {self.source.name} gave an empty batch at step {self.step + 1}"
-            )
-        g = None if g is None else g.to(self._parameter.device, non_blocking=True)
-        return self._place(x), None if y is None else self._place(y), g
-
-    def _place(self, x: Tensor) -> Tensor:
-        return x.to(self._parameter.device, self._parameter.dtype, non_blocking=True)
-
-    def _staged(self, batch: _Batch) -> _Batch:
-        """In the thread that fetches batches ahead, if there is one."""
-        x, y, g = batch
-        device, dtype = self._parameter.device, self._parameter.dtype
-        return (
-            staged(x, device, dtype),
-            None if y is None else staged(y, device, dtype),
-            # a gradient is scaled before it is rounded to the parameters' dtype
-            None if g is None else staged(g, device),
-        )
-
-    def _batches(self, start: int) -> Generator[_Batch, None, None]:
-        """The source's stream, as a generator that can be closed."""
-        config = self.config
-        place = {"seed": config.seed, "start_step": start}
-        stream: Iterator[_Batch]
-        if self._needs_gradient:
-            stream = self.source.gradient_batches(config.batch_size, **place)
-        else:
-            plain = self.source.batches(config.batch_size, **place)
-            stream = ((x, y, None) for x, y in plain)
-        stream = (self._staged(batch) for batch in stream)
-        if config.prefetch == 0:
-            yield from stream
-            return
-        with prefetch(stream, config.prefetch) as ahead:
-            yield from ahead
-
     def _initialize(self) -> None:
-        """Set the first biases from the first batches; a resumed run has them in its checkpoint."""
+        """Set the first biases of a new model from the first batches."""
         wanted = self.config.init_tokens
         if self.source.num_tokens is not None:
             wanted = min(wanted, self.source.num_tokens)
-        if wanted == 0:
+        if wanted == 0 or not is_new(self.model):
             return
-        xs: list[Tensor] = []
-        ys: list[Tensor] = []
-        with contextlib.closing(self._batches(0)) as batches:
-            while sum(map(len, xs)) < wanted:
-                x, y, _ = self._next(batches)
-                xs.append(x)
-                if y is not None:
-                    ys.append(y)
-        x = torch.cat(xs)[:wanted]  # [N, d_in]
-        y = torch.cat(ys)[:wanted] if ys else None  # [N, d_out]
-        for t in (x, y):
-            if t is not None and not bool(t.isfinite().all()):
-                raise UserError(self._bad_activations("the first batches"))
+        x, y = self._batches.first(wanted)  # [N, d_in], [N, d_out]
+        dtype = self._parameter.dtype
+        if not checks.finite_in(dtype, x, y):
+            raise UserError(checks.not_finite(self.source, dtype, "the first batches"))
+        if bool(checks.without_variance(self.model, x if y is None else y)):
+            raise UserError(checks.no_variance(self.source, "the first batches"))
         initialize_from(self.model, x, y)
 
     def _is_logged(self, step: int) -> bool:
@@ -277,7 +297,7 @@ class Trainer:
 
     def _wanted(self, metrics: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """What the host has to know of the step that was just taken."""
-        if self._is_logged(self.step):
+        if self._is_logged(self.step) or _EQUAL in metrics:
             return metrics
         return {name: metrics[name] for name in _FINITE if name in metrics}
 
@@ -286,11 +306,15 @@ class Trainer:
     ) -> None:
         """Refuse a loss or gradient that is not finite; log the step if it is one to log."""
         numbers = metrics.get()
+        if numbers.pop(_EQUAL, 0.0):
+            raise UserError(checks.no_variance(self.source, f"step {step}"))
         for name in _FINITE:
             # TrainStep has left everything as it was before this step.
             value = numbers.get(name, 0.0)
             if not math.isfinite(value):
                 raise UserError(self._explain(step, name, value))
+        if step == 1:
+            self._first_fvu = numbers.get("fvu")
         if not self._is_logged(step):
             return
         tokens = step * self.config.batch_size
@@ -300,20 +324,15 @@ class Trainer:
 
     def _explain(self, step: int, name: str, value: float) -> str:
         # The stream is a function of the step: the batch can be read again.
-        with contextlib.closing(self._batches(step - 1)) as batches:
-            x, y, _ = self._next(batches)
-        if not all(bool(t.isfinite().all()) for t in (x, y) if t is not None):
-            return self._bad_activations(f"step {step}")
+        x, y, _ = self._batches.at(step - 1)
+        dtype = self._parameter.dtype
+        if not checks.finite_in(dtype, x, y):
+            return checks.not_finite(self.source, dtype, f"step {step}")
+        if bool(checks.without_variance(self.model, x if y is None else y)):
+            return checks.no_variance(self.source, f"step {step}")
         kept = checkpoint.latest(self._checkpoints)
         what = f"; the checkpoint {kept} is kept" if kept else ""
         return f"train: {name} must be finite, got {value} at step {step}: lower train.lr{what}"
-
-    def _bad_activations(self, where: str) -> str:
-        kind = str(self._parameter.dtype).removeprefix("torch.")
-        return (
-            f"train: activations of {self.source.name} must be finite in {kind}, "
-            f"got NaN or inf at {where}"
-        )
 
     def _save(self, log: RunLog) -> None:
         for name, parameter in self.model.named_parameters():
@@ -324,7 +343,7 @@ class Trainer:
                     "lower train.lr; no checkpoint was overwritten"
                 )
         log.sync()
-        state = {"step": self.step, "rng": torch.get_rng_state()}
+        state = {"step": self.step, "rng": torch.get_rng_state(), "first_fvu": self._first_fvu}
         path = checkpoint.step_path(self._checkpoints, self.step)
         extra = {"identity": self.identity}
         checkpoint.save_training(path, self.model, self.train_step, state, extra)
@@ -332,39 +351,40 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         before = container.read_header(path)["extra"]["identity"]
-        compare(before, self.identity, str(path))
+        changed = compare(before, self.identity, str(path), allow_change=self.allow_change)
         state = checkpoint.load_training(path, self.model, self.train_step)
-        self.step = state["step"]
+        self.step, self._first_fvu = state["step"], state.get("first_fvu")
         torch.set_rng_state(state["rng"])
+        for key, (old, new) in changed.items():
+            self._remarks.append(f"{key}: {old} -> {new} after step {self.step}")
+        written = self.out / "run.yaml"
+        if changed and written.is_file():  # what the steps so far were taken with
+            os.replace(written, self.out / f"run_step_{self.step:08d}.yaml")
 
     def _finish(self, log: RunLog) -> TrainResult:
         model_path = self.out / "model.safetensors"
         save(self.model, model_path, {"identity": self.identity})
-        lines = runlog.read(log.path)
-        metrics: dict[str, float] = {}
-        pictures: list[Path] = []
-        frequency: Tensor | None = None
-        if self.holdout is not None and self.config.eval_tokens > 0:
-            stream = self.holdout.sweep(self.config.batch_size)
-            result = evaluate(
-                self.model,
-                (x if y is None else (x, y) for x, y in stream),
-                max_tokens=self.config.eval_tokens,
-            )
-            metrics, frequency = result.metrics, result.frequency
-            text = json.dumps({"step": self.step, "tokens": result.tokens, **metrics}, indent=1)
-            write_atomic(
-                self.out / "evaluation.json", lambda file: file.write(text.encode() + b"\n")
-            )
-        if not plots.available():
-            log.say("plots are left out: matplotlib is not installed (pip install matplotlib)")
-        else:
-            if lines:
-                pictures.append(self.out / "training.png")
-                plots.training_curve(log.path, pictures[-1])
-            if frequency is not None:
-                pictures.append(self.out / "latents.png")
-                plots.latent_frequency(frequency, pictures[-1], tokens=result.tokens)
+        lines, result = runlog.read(log.path), None
+        try:
+            if self.holdout is not None and self.config.eval_tokens > 0:
+                shown = self.log_config.progress
+                result = finish.measure_held_out(
+                    self.model, self.holdout, self.config, self.out, self.step, shown
+                )
+                log.held_out(result.metrics, self.step)
+            pictures = finish.draw(self.out, log.path, bool(lines), result)
+        except KeyboardInterrupt:
+            log.say(f"the model is saved: {model_path}")
+            raise
+        except Exception as error:
+            raise UserError(
+                f"train: the model is saved, {model_path}, but its evaluation failed: "
+                f"{first_line(error)}"
+            ) from error
+        metrics = {} if result is None else result.metrics
+        remark = finish.check_learned(self._first_fvu, lines, metrics, model_path)
+        if remark is not None:
+            log.say(remark)
         return TrainResult(
             model=self.model,
             steps=self.step,
@@ -374,47 +394,12 @@ class Trainer:
             out=self.out,
             model_path=model_path,
             plots=pictures,
+            held_out_tokens=0 if result is None else result.tokens,
         )
 
 
-def train(config: RunConfig, *, resume: bool = False) -> TrainResult:
-    """Do the run that `config` describes, from its data to the finished model in `config.out`."""
-    config = runconfig.fitted(config)
-    open_directory(Path(config.out), resume)  # before any harvest
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    device = pick_device(config.train.device)
-    gradient = config.model.beta is not None
-    data = open_data(config.data, gradient=gradient, progress=config.log.progress)
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model, data.train, dtype=config.train.dtype, device=device)
-    trainer = Trainer(
-        model,
-        data.train,
-        config.train,
-        out=config.out,
-        resume=resume,
-        log=config.log,
-        holdout=data.holdout,
-        run=config,
-    )
-    return trainer.run()
-
-
-def _check_widths(model: SparseCoder, source: ActivationSource) -> None:
-    if source.d_in != model.d_in:
-        raise UserError(
-            f"train: {source.name} must have the model's width d_in = {model.d_in}, "
-            f"got {source.d_in}"
-        )
-    if source.d_out is None:
-        if not model.centred:
-            raise UserError(f"train: {source.name} must have targets for a transcoder, got none")
-    elif source.d_out != model.d_out:
-        raise UserError(
-            f"train: targets of {source.name} must have the model's width d_out = {model.d_out}, "
-            f"got {source.d_out}"
-        )
+def _count(tokens: int | None) -> str:
+    return "an unknown number of" if tokens is None else f"{tokens:,}"
 
 
 class _Clock:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..coders.activation import JumpReLU
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
-from ..coders.terms import Term, aux_width, terms_of
+from ..coders.predictions import unrectified
+from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from .communicator import OneDevice
+from .nested import Nested, prefix_metrics, together
 from .state import State
-from .unfused import Metrics, scale_to
-
-GRAD_SCALE = 5  # where Adam's numbers have the factor of all gradients
+from .thresholds import penalty_and_gradient
+from .unfused import GRAD_SCALE, Metrics, scale_to
 
 
 class Batch(NamedTuple):
@@ -49,11 +51,18 @@ class Groups:
         self.grads: list[Tensor] = []  # [N, k] of the values, before scaling
         self.offsets: list[Tensor] = []  # [F+1]
         self.order: list[Tensor] = []  # [N*k]
-        self.residuals: list[Tensor] = []  # [N, columns]
+        self.residuals: list[Tensor] = []  # [N, columns], or [P*N, columns] of P prefixes
         self.sq_errors: list[Tensor] = []  # [N], of all columns
         self.sums: list[Tensor | None] = []  # [d] of all columns, where the kernel forms them
         self.denominators: list[Tensor] = []  # []
         self.variance: Tensor  # [], of y
+        self.row_of: list[Tensor] | None = None  # [N*k]: entries' rows of the residuals
+        self.token_of: list[Tensor] | None = None  # [E]: their tokens, of codes with row offsets
+        self.start = 0  # the first column of the residuals
+        self.whole: list[
+            Tensor
+        ] = []  # [N, d] of terms after the first, where columns come in parts
+        self.prefix_errors: Tensor | None = None  # [P]: sums of squares of each prefix
 
 
 class Sums(NamedTuple):
@@ -63,6 +72,8 @@ class Sums(NamedTuple):
     scales: Tensor  # [terms]: of each term's gradients
     grad_b_enc: Tensor  # [F]
     grad_dot_w: Tensor | None  # [F], of the decoder rows, where it is projected out
+    # gradients of other parameters of the activation
+    more: dict[str, Tensor]
     small: dict[str, list[Tensor]]  # gradients whose sum, weighted by the scales, is a parameter's
 
 
@@ -71,8 +82,7 @@ class FusedStep:
 
     Args:
         model, state: what is updated.
-        clip_norm: largest global gradient norm; None: no clipping.
-        clip: "above" or "always", as of TrainStep.
+        clip_norm, clip: as of TrainStep.
         communicator: between the shards of the model's latents.
     """
 
@@ -88,6 +98,7 @@ class FusedStep:
         self.communicator = communicator or OneDevice()
         self.sums_in_decode = model.W_enc.is_cuda  # one reading of the residual less
         self.asks_for_dead = not model.W_enc.is_cuda  # on CUDA only the device knows how many
+        self.nested = Nested(model, state.acc) if model.prefixes else None
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
@@ -99,7 +110,7 @@ class FusedStep:
         columns = self.columns(batch, chosen)
         groups = self.residual(batch, chosen, columns)
         sums, metrics = self.sums(batch, chosen, groups)
-        hyper, finite, scales = self.scalars(batch, groups, sums, metrics)
+        hyper, finite, scales = self.scalars(batch, chosen, groups, sums, metrics, columns)
         self.update(batch, chosen, groups, sums._replace(scales=scales), hyper, finite, columns)
         return metrics, finite
 
@@ -111,20 +122,24 @@ class FusedStep:
         dead = model.dead
         k_aux = aux_width(model, dead, self.asks_for_dead)
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
-        k = max(term.k for term in terms if not term.of_dead)
+        k = max(term.k for term in terms if term.aux is None)
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         if k_aux:
-            values, indices, *aux = model.select_aux(batch.x, k, k_aux, *how)
+            *chosen, aux_values, aux_indices = model.select_aux(batch.x, k, k_aux, *how)
         else:
-            values, indices, *aux = model.select(batch.x, k, *how)
-        wide = Code(*exchange(values, indices))
+            chosen = [*model.select(batch.x, k, *how)]
+        wide = Code(*exchange(*chosen[:2]), *chosen[2:])
+        model.activation.observe(model, wide.values)
         codes: list[Code] = []
         for term in terms:
-            if term.of_dead:
-                codes.append(Code(*exchange(aux[0], aux[1])))
-            else:  # sorted: a prefix
+            if term.aux is None:  # sorted: a prefix
                 codes.append(wide.first(term.k).contiguous())
+                continue
+            if term.aux.signed:
+                aux_values = unrectified(model, batch.x, aux_values, aux_indices, dead)
+            code = Code(*exchange(aux_values, aux_indices))
+            codes.append(code if term.of_residual else together(codes[0], code))
         return Selection(terms, codes, self.communicator.all_reduce(dead.sum()))
 
     # ------------------------------------------------------------------------------------ residual
@@ -134,40 +149,82 @@ class FusedStep:
 
         The residual [N, d] is a CPU's largest temporary. Where it is not small beside [N, F], or a
         16-bit copy of the batch is there as well, half of it exists at a time. On a GPU chunks of
-        scores are larger, and the other half would cost gathers again.
+        scores are larger, and the other half would cost gathers again. P prefixes have P residuals,
+        of which as many columns less exist at a time.
         """
         model, d = self.model, self.model.d_out
+        tables = max(len(model.prefixes), 1)
         has_room = batch.x.is_cuda or (64 if self.state.masters else 32) * d <= model.d_sae
-        if has_room or len(chosen.terms) > 1 or model.skip or self.clip_norm:
+        whole = len(chosen.terms) > 1 or model.skip or self.clip_norm or has_room
+        by_entry = isinstance(model.activation, JumpReLU)  # entries below their threshold
+        if batch.x.is_cuda or by_entry or (tables == 1 and whole):
             return d
-        return min(d, (d + 7) // 8 * 4)  # a multiple of 4
+        parts = tables * (1 if has_room else 2)
+        return min(d, (d + 4 * parts - 1) // (4 * parts) * 4)  # a multiple of 4
 
     def residual(self, batch: Batch, chosen: Selection, columns: int) -> Groups:
         """Each term's residual, the gradients of its values, and its code grouped by latent."""
         model, groups = self.model, Groups()
         groups.variance = ops.total_variance(batch.y)
         for term, code in zip(chosen.terms, chosen.codes, strict=True):
-            bias: Tensor | None = model.b_dec
-            pair = (code.values, code.indices)
-            target, variance, sums = batch.target, groups.variance, None
+            target, variance = batch.target, groups.variance
             if term.of_residual:
-                bias, target = None, -groups.residuals[0]  # y - recon
+                target = -self._whole_residual(batch, chosen, groups)  # y - recon
                 variance = ops.total_variance(target)
-            elif self.sums_in_decode:
-                sums = torch.empty(model.d_out, dtype=self.state.acc, device=target.device)
-            residual, square, grads = ops.sparse_residual(
-                *pair, model.W_dec, bias, target, columns, sums
-            )
+            residual, square, grads, sums = self._residual(term, code, target, groups, columns)
+            if groups.residuals and columns < model.d_out:
+                groups.whole.append(residual)
+                residual = residual[:, :columns].contiguous()
+            pair = code.matrices()
             offsets, order = ops.group_by_latent(*pair, model.d_sae)
-            groups.values.append(code.values)
+            groups.values.append(pair[0])
             groups.grads.append(grads)
             groups.offsets.append(offsets)
             groups.order.append(order)
             groups.residuals.append(self.communicator.exchange_rows(residual))
             groups.sq_errors.append(square)
             groups.sums.append(sums)
-            groups.denominators.append(term.denominator(batch.y, variance, chosen.n_dead))
+            groups.denominators.append(
+                term.denominator(batch.y, groups.variance, variance, chosen.n_dead)
+            )
+        if self.nested is not None:
+            groups.row_of = self.nested.row_of(chosen.terms, chosen.codes)
+        if any(code.offsets is not None for code in chosen.codes):
+            groups.token_of = [code.rows().reshape(-1).int() for code in chosen.codes]
+            groups.row_of = groups.row_of or groups.token_of
         return groups
+
+    def _residual(
+        self, term: Term, code: Code, target: Tensor, groups: Groups, columns: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """A term's residual, its squares [N], its values' gradients, and its sums where the kernel
+        forms them: the first columns, all of them in terms after the first."""
+        model, sums = self.model, None
+        if term.prefixes:
+            assert self.nested is not None
+            residual, squares, grads = self.nested.residual(code, model, target, columns)
+            groups.prefix_errors = squares.sum(1)
+            return residual, self.nested.weigh(squares), grads, None
+        if self.sums_in_decode and not term.of_residual:
+            sums = torch.empty(model.d_out, dtype=self.state.acc, device=target.device)
+        bias: Tensor | None = None if term.biases == 0 else model.b_dec
+        if term.biases > 1:
+            bias = term.biases * model.b_dec
+        columns = model.d_out if groups.residuals else columns
+        residual, square, grads = ops.sparse_residual(
+            *code.matrices(), model.W_dec, bias, target, columns, sums, code.offsets
+        )
+        return residual, square, grads, sums
+
+    def _whole_residual(self, batch: Batch, chosen: Selection, g: Groups) -> Tensor:
+        """That of the reconstruction, [N, d]."""
+        model, code = self.model, chosen.codes[0]
+        found = g.residuals[0][-len(batch.y) :]  # of the last prefix
+        if found.shape[1] == model.d_out:
+            return found
+        decoder = (model.W_dec, model.b_dec, batch.target, 0, model.d_out, code.offsets)
+        whole: Tensor = ops.sparse_residual_slice(*code.matrices(), *decoder)
+        return whole
 
     # ---------------------------------------------------------------------------------------- sums
 
@@ -179,7 +236,9 @@ class FusedStep:
         errors, parts, loss, scales = ops.loss_terms(g.sq_errors, g.denominators, weights)
         named = {term.name: part for term, part in zip(chosen.terms, parts, strict=True)}
         fvu = parts[0]
-        if not chosen.terms[0].by_variance:
+        if g.prefix_errors is not None:
+            fvu = (g.prefix_errors[-1] / g.variance).to(acc)
+        elif not chosen.terms[0].by_variance:
             fvu = errors[0] / g.variance
         metrics: Metrics = {
             "loss": loss,
@@ -189,25 +248,51 @@ class FusedStep:
             "l0": self.communicator.all_reduce(g.offsets[0][-1]).to(acc) / batch.x.shape[0],
             "dead": chosen.n_dead.to(acc) / model.d_sae,
         }
-        if "multi_topk" in named:
-            metrics["multi_topk_loss"] = named["multi_topk"]
+        if (other := multi_loss(model, named)) is not None:
+            metrics["multi_topk_loss"] = other
+        metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
-        biased = sum(not term.of_residual for term in chosen.terms)  # those that b_dec is in
-        small = {"b_dec": _column_sums(g.residuals[:biased], g.sums)}
-        if model.W_skip is not None:
-            small["W_skip"] = [r.T @ batch.x.to(acc) for r in g.residuals[:biased]]
+        small = self._small(batch, chosen, g)
+        more = {}
+        if isinstance(model.activation, JumpReLU):
+            assert g.row_of is not None
+            penalty, more["log_threshold"] = penalty_and_gradient(
+                model, chosen.codes[0], g.residuals[0], g.grads[0][:, 0], g.row_of[0], scales[0],
+                len(batch.x),
+            )  # fmt: skip
+            metrics["loss"] = loss = loss + penalty
         along = grad_dot_w if model.normalize_decoder else None
-        return Sums(loss, scales, grad_b_enc, along, small), metrics
+        return Sums(loss, scales, grad_b_enc, along, more, small), metrics
+
+    def _small(self, batch: Batch, chosen: Selection, g: Groups) -> dict[str, list[Tensor]]:
+        """Of each term that b_dec is in: what makes the gradients of b_dec and W_skip, for the
+        columns that there are."""
+        n, b_dec, W_skip = len(batch.y), [], []
+        for term, residual, done in zip(chosen.terms, g.residuals, g.sums, strict=True):
+            rows = residual[:n]  # of the first prefix
+            if term.bias_gradients:
+                total = rows.sum(0) if done is None else done
+                b_dec.append(total if term.bias_gradients == 1 else term.bias_gradients * total)
+            if self.model.W_skip is not None and not term.of_residual:
+                W_skip.append(rows.T @ batch.x.to(self.state.acc))
+        return {"b_dec": b_dec, "W_skip": W_skip} if W_skip else {"b_dec": b_dec}
 
     # ------------------------------------------------------------------------------------- scalars
 
     def scalars(
-        self, batch: Batch, groups: Groups, sums: Sums, metrics: Metrics
+        self,
+        batch: Batch,
+        chosen: Selection,
+        groups: Groups,
+        sums: Sums,
+        metrics: Metrics,
+        columns: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Adam's numbers for this step, whether all is finite, [] bool, and the clipped scales."""
         norm = None
         if self.clip_norm is not None:
-            metrics["grad_norm"] = norm = self._gradient_norm(batch, groups, sums)
+            norm = self._gradient_norm(batch, chosen, groups, sums, columns)
+            metrics["grad_norm"] = norm
         state = self.state
         hyper, finite, scales = ops.adam_scalars(
             sums.loss, norm, self.clip_norm, sums.scales, state.lr, state.t, state.constants
@@ -216,31 +301,47 @@ class FusedStep:
             hyper[GRAD_SCALE] = scale_to(self.clip_norm, norm)
         return hyper, finite, scales
 
-    def _gradient_norm(self, batch: Batch, g: Groups, sums: Sums) -> Tensor:
+    def _gradient_norm(
+        self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, columns: int
+    ) -> Tensor:
         """Of all gradients, before clipping, []."""
         model, acc, all_reduce = self.model, self.state.acc, self.communicator.all_reduce
         b_dec = model.b_dec if model.centred else None
         inputs = [batch.x] * len(g.grads)
         square = ops.row_grad_sq(
-            g.grads, g.offsets, g.order, inputs, sums.scales, b_dec, None, model.W_enc, 0
-        )
-        square += ops.row_grad_sq(
-            g.values,
+            g.grads,
             g.offsets,
             g.order,
-            g.residuals,
+            inputs,
             sums.scales,
+            b_dec,
             None,
-            sums.grad_dot_w,
-            model.W_dec,
+            model.W_enc,
             0,
+            *(() if g.token_of is None else (g.token_of,)),
         )
+        for start in range(0, model.d_out, columns):
+            self._take_columns(batch, chosen, g, sums, start, columns)
+            square += ops.row_grad_sq(
+                g.values,
+                g.offsets,
+                g.order,
+                g.residuals,
+                sums.scales,
+                None,
+                sums.grad_dot_w,
+                model.W_dec,
+                start,
+                *(() if g.row_of is None else (g.row_of,)),
+            )
         total = all_reduce(square.sum() + sums.grad_b_enc.double().square().sum())
         zero = torch.zeros_like(sums.loss)
         for name, parts in sums.small.items():
             gradient = sum((s * t for s, t in zip(sums.scales, parts, strict=False)), zero)
             if name == "b_dec" and model.centred:
                 gradient = gradient - all_reduce(model.W_enc.to(acc).T @ sums.grad_b_enc)
+            total = total + gradient.double().square().sum()
+        for gradient in sums.more.values():
             total = total + gradient.double().square().sum()
         return total.sqrt().to(acc)
 
@@ -260,18 +361,13 @@ class FusedStep:
         model, state = self.model, self.state
         fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
         centre_grad = self._update_encoder(batch, g, sums, hyper)
-        self._update_decoder(g, sums, hyper, 0, columns == model.d_out)
-        if columns != model.d_out:  # the other half, from columns of W_dec still as they were
-            g.residuals.clear()
-            code = chosen.codes[0]
-            decoder = (model.W_dec, model.b_dec, batch.target, columns, model.d_out)
-            rest = ops.sparse_residual_slice(code.values, code.indices, *decoder)
-            g.residuals.append(self.communicator.exchange_rows(rest))
-            if g.sums[0] is None:
-                sums.small["b_dec"] = [torch.cat([sums.small["b_dec"][0], g.residuals[0].sum(0)])]
-            self._update_decoder(g, sums, hyper, columns, True)
+        for start in range(0, model.d_out, columns):
+            self._take_columns(batch, chosen, g, sums, start, columns)
+            self._update_decoder(g, sums, hyper, start, start + columns >= model.d_out)
         taken = (finite, hyper)
         ops.vector_update([sums.grad_b_enc], None, None, *taken, *state.of("b_enc"))
+        for name, gradient in sums.more.items():
+            ops.vector_update([gradient], None, None, *taken, *state.of(name))
         for name, parts in sums.small.items():
             minus = centre_grad if name == "b_dec" else None
             ops.vector_update(parts, sums.scales[: len(parts)], minus, *taken, *state.of(name))
@@ -305,8 +401,31 @@ class FusedStep:
             W_bf16,
             state.rng_state("W_enc"),
             norms,
+            *(() if g.token_of is None else (g.token_of,)),
         )
         return None if grad is None else self.communicator.all_reduce(grad)
+
+    def _take_columns(
+        self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, start: int, columns: int
+    ) -> None:
+        """Residuals of the columns from `start` on, of which W_dec is as it was; no others stay."""
+        if g.start == start:
+            return
+        model, code = self.model, chosen.codes[0]
+        part = (batch.target, start, min(start + columns, model.d_out))
+        g.residuals.clear()
+        g.start = start
+        if self.nested is not None:
+            rest = self.nested.slice(code, model, *part)
+        else:
+            decoder = (model.W_dec, model.b_dec)
+            rest = ops.sparse_residual_slice(*code.matrices(), *decoder, *part, code.offsets)
+        g.residuals.append(self.communicator.exchange_rows(rest))
+        g.residuals += [whole[:, start : part[2]].contiguous() for whole in g.whole]
+        for name, parts in self._small(batch, chosen, g).items():
+            if len(sums.small[name][0]) == start:
+                pairs = zip(sums.small[name], parts, strict=True)
+                sums.small[name] = [torch.cat(pair) for pair in pairs]
 
     def _update_decoder(self, g: Groups, sums: Sums, hyper: Tensor, first: int, last: bool) -> None:
         """The columns from `first` on that the residuals hold; unit rows after the last ones."""
@@ -327,10 +446,5 @@ class FusedStep:
             self.model.normalize_decoder and last,
             None,
             state.rng_state("W_dec"),
+            *(() if g.row_of is None else (None, g.row_of)),
         )
-
-
-def _column_sums(residuals: list[Tensor], sums: list[Tensor | None]) -> list[Tensor]:
-    """Sums over the tokens [columns] of each residual, where the kernel has not formed them."""
-    pairs = zip(residuals, sums, strict=False)
-    return [r.sum(0) if done is None else done for r, done in pairs]

@@ -99,6 +99,9 @@ class TrainStep:
             if p.dtype != first.dtype or p.device != first.device:
                 want = f"{first.dtype} on {first.device} as W_enc"
                 raise ValueError(f"TrainStep: {name} must be {want}, got {p.dtype} on {p.device}")
+        if fused and (option := model.activation.fused_refuses):
+            kind = type(model.activation).__name__
+            raise ValueError(f"TrainStep: fused must be False with {kind} of {option}, got True")
         check_memory(model)
         self.model, self.betas, self.eps, self.clip_norm = model, betas, eps, clip_norm
         self.clip, self.fused = clip, fused

@@ -13,6 +13,7 @@ from .state import State
 
 Metrics = dict[str, Tensor]
 CLIPS = ("above", "always")
+GRAD_SCALE = 5  # where adam_scalars puts the factor of all gradients
 
 
 def scale_to(length: float, norm: Tensor) -> Tensor:
@@ -67,7 +68,10 @@ class Unfused:
             "l0": (out.values > 0).sum().to(self.acc) / x.shape[0],
             "dead": dead,
         }
-        if model.multi_topk:
+        if out.prefix_fvu is not None:
+            named = zip(model.prefixes[:-1], out.prefix_fvu, strict=False)
+            metrics |= {f"fvu_{width}": fvu for width, fvu in named}
+        if model.multi_k:
             metrics["multi_topk_loss"] = out.multi_topk_loss.detach()
         finite = bool(metrics["loss"].isfinite())
         if finite:

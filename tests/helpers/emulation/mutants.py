@@ -115,6 +115,27 @@ def decode(kernels: Kernels) -> Iterator[Case]:
             ),
         )
 
+    N, d, F = 5, 21, 33
+    offsets = torch.tensor([0, 0, 40, 41, 41, 75])
+    values, indices = integers(75, 1).abs(), torch.arange(75)[:, None] * 7 % F
+    W, target = integers(F, d), integers(N, d, seed=1)
+    args = (values, indices, W, target[0], target)
+    yield (
+        "decode, row offsets",
+        same(
+            kernels.sparse_decode(*args[:4], offsets), reference.sparse_decode(*args[:4], offsets)
+        ),
+    )
+    got, want = (g.sparse_residual(*args, d, None, offsets) for g in (kernels, reference))
+    yield "residual, row offsets", all_same(got, want)
+    yield (
+        "products, row offsets",
+        same(
+            kernels.sparse_decode_backward_values(target, indices, W, offsets),
+            reference.sparse_decode_backward_values(target, indices, W, offsets),
+        ),
+    )
+
 
 def group(kernels: Kernels) -> Iterator[Case]:
     for N, F, k in ((1, 3, 1), (37, 40, 9), (130, 1000, 33)):  # the last: several tiles and digits
@@ -172,6 +193,9 @@ def latent(kernels: Kernels) -> Iterator[Case]:
         a = long_segments(side)
         got, want_sq = (g.row_grad_sq(*norm_arguments(a)) for g in (kernels, reference))
         yield f"norm, {side}", close(got, want_sq)
+        row_of = [torch.arange(c.numel(), dtype=torch.int32) % len(c) for c in a["coefficients"]]
+        got, want_sq = (g.row_grad_sq(*norm_arguments(a), row_of) for g in (kernels, reference))
+        yield f"norm, {side}, rows of entries", close(got, want_sq)
         W_bf16, norms = a["W"].bfloat16(), a["W"].new_empty(3, a["W"].shape[0])
         kernels.row_update(*a.values(), W_bf16, None, norms)
         yield f"norms of the bf16 copy, {side}", bounds(norms, a["W"], W_bf16)

@@ -351,7 +351,7 @@ def test_a_failed_launch_names_op_error_and_sizes(impl: Emulated) -> None:
     unknown = 9  # no storage type
     with pytest.raises(RuntimeError, match=r"sparse_decode with N=3, d=4, F=9, k=2: CUDA error 1 "):
         impl.kernels.module.sparse_decode(
-            3, 4, 9, 2, unknown, values.data_ptr(), indices.data_ptr(), 8, 0, 0, 0, 0
+            3, 4, 9, 2, unknown, values.data_ptr(), indices.data_ptr(), 8, 0, 0, 0, False, 0
         )
 
 

@@ -134,6 +134,16 @@ MUTANTS = {
     "decode: product of another slot": Mutant(
         "sparse_decode.cu", "if (lane == from) g =", "if (lane == from + WRONG) g ="
     ),
+    "decode: a row's entries end late": Mutant(
+        "sparse_decode.cu",
+        "to(static_cast<int32_t>(p.row_offsets[n + 1]))",
+        "to(static_cast<int32_t>(p.row_offsets[n + 1]) + WRONG)",
+    ),
+    "decode: product with another row": Mutant(
+        "sparse_decode.cu",
+        "p.row_of ? p.row_of[at] : at / p.k",
+        "p.row_of && !WRONG ? p.row_of[at] : at / p.k",
+    ),
     # -------------------------------------------------------------------------------------- group
     "group: missing barrier of the warp": Mutant(
         "group_by_latent.cu",
@@ -190,6 +200,9 @@ MUTANTS = {
         "entries.h",
         "n = at / static_cast<uint32_t>(group.k);",
         "n = WRONG ? at % static_cast<uint32_t>(group.k) : at / static_cast<uint32_t>(group.k);",
+    ),
+    "latent: an entry of another row": Mutant(
+        "entries.h", "if (group.row_of)", "if (group.row_of && !WRONG)"
     ),
     "latent: a warp leaves the rest of its share": Mutant(
         "entries.h", "e0 < to; e0 += 32", "e0 < to; e0 += WRONG ? to - from : 32"

@@ -34,7 +34,7 @@ TESTS = {
     "ops/test_small_ops.py": 145,
     "ops/test_bf16_copy.py": 13,
     "ops/test_row_offsets.py": 63,
-    "native/triton/triton_ops_cases.py": 71,
+    "native/triton/triton_ops_cases.py": 73,
     "native/triton/triton_step_cases.py": 4,
 }
 

@@ -17,7 +17,7 @@ ENCODES = [
 # a selection takes seconds to compile: most generations have the commonest only
 PORTABLE = [
     f"{ops}-bf16, {capability}"
-    for ops in ("selection", "gradients", "step")
+    for ops in ("selection", "gradients", "rows", "step")
     for capability in CAPABILITIES
     if (ops, capability) != ("selection", 90)
 ] + ["selections-bf16, 90", "step-bf16-halves, 90", "step-fp32, 80"]
@@ -40,6 +40,13 @@ KERNELS = {
     "selection": {"maxima_kernel", "select_kernel"},
     "selections": {"maxima_kernel", "select_kernel"},
     "gradients": {"decode_kernel", "values_kernel", "pieces_kernel", "weight_kernel"},
+    "rows": {
+        "decode_kernel",
+        "entries_kernel",
+        "pieces_kernel",
+        "weight_kernel",
+        "update_kernel",
+    },
     "step": OF_STEP,
 }
 

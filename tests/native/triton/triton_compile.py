@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import triton
+from cases import row_arguments
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -120,6 +121,25 @@ def gradients(dtype, N, d, F, k):
     kernels.sparse_decode_backward_weight(x, values, indices, F)
 
 
+def rows(dtype, N, d, F, k):
+    """Gradients and the row pass of codes with row offsets."""
+    kernels = Kernels()
+    x, W, b = encoder(dtype, N, d, F)
+    E, offsets = N * k, empty(N + 1, dtype=torch.int64)
+    code = (empty(E, 1, dtype=dtype), empty(E, 1, dtype=torch.int64))
+    kernels.sparse_decode(*code, W, b[:d], offsets)
+    kernels.sparse_residual(*code, W, None, x, d, None, offsets)
+    kernels.sparse_decode_backward_values(x, code[1], W, offsets)
+    kernels.sparse_decode_backward_weight(x, *code, F, offsets)
+    a = row_arguments(dtype, "decoder", N=1, d=1, F=5, ks=(1,))
+    wide = empty(F, d, dtype=T32)
+    group = {"coefficients": [code[0]], "offsets": [empty(F + 1, dtype=torch.int32)]}
+    group |= {"order": [empty(E, dtype=torch.int32)], "rows": [empty(N, d, dtype=T32)]}
+    a |= group | {"scales": empty(1, dtype=T32), "grad_dot_w": empty(F, dtype=T32)}
+    a |= {"W": W, "master": wide, "m": wide, "v": wide, "hyper": empty(8, dtype=T32)}
+    kernels.row_update(*a.values(), row_of=[empty(E, dtype=torch.int32)])
+
+
 def training(dtype, N, d, F, k, clip_norm=None, **options):
     """A fused step, its encoding left out; one of float32 writes the bf16 copy."""
     step.ops = Kernels()
@@ -142,6 +162,7 @@ CASES = {
     "selection-bf16": lambda: selection(T16, **A),
     "selections-bf16": lambda: selections(T16, **A),
     "gradients-bf16": lambda: gradients(T16, **A),
+    "rows-bf16": lambda: rows(T16, **A),
     "step-bf16": lambda: training(T16, **A, auxk_alpha=1, clip_norm=1),
     "step-bf16-halves": lambda: training(T16, **A, auxk_alpha=0),
     "step-fp32": lambda: training(T32, **B, auxk_alpha=1, clip_norm=1),

@@ -26,6 +26,7 @@ from cases import (
     written,
 )
 from implementations import INTERPRETED
+from triton.runtime import interpreter
 
 from ksae import reference
 from ksae.backends import product as products
@@ -170,6 +171,37 @@ def test_residual_in_chunks_of_rows(
             impl.sparse_residual(*args), reference.sparse_residual(*args), strict=True
         ):
             assert_same(f"{rows} rows", got, want)
+
+
+@pytest.mark.parametrize("lengths", [None, [2, 0, 5]], ids=["k a row", "row offsets"])
+def test_decode_loads_nothing_past_the_end(
+    impl: Implementation, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even what it would not use: on a GPU it may be another's memory."""
+    offsets = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    values, indices = integers(3, 5).abs() + 1, torch.arange(15).reshape(3, 5) % 9
+    if offsets is not None:
+        values, indices = values.reshape(-1, 1)[:7].clone(), indices.reshape(-1, 1)[:7].clone()
+    W, target = integers(9, 21, seed=1), integers(3, 21, seed=2)
+    given = [t for t in (values, indices, W, target, offsets) if t is not None]
+    spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in given]
+    load, outside, loads = interpreter.InterpreterBuilder.create_masked_load, [], []
+
+    def looked_at(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        live = ptrs.data[mask.data]
+        loads.append(live.size)
+        outside.extend(a for a in live if not any(low <= a < high for low, high in spans))
+        return load(self, ptrs, mask, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", looked_at)
+    recon = impl.sparse_decode(values, indices, W, None, offsets)
+    part = impl.sparse_residual_slice(values, indices, W, None, target, 3, 21, offsets)
+    if offsets is None:
+        impl.sparse_decode_backward_values(target, indices, W)
+    monkeypatch.undo()
+    assert sum(loads) > 300 and not outside
+    assert torch.equal(recon, reference.sparse_decode(values, indices, W, None, offsets))
+    assert torch.equal(part, (recon - target)[:, 3:])
 
 
 # -------------------------------------------------------------------------------------- latent pass

@@ -1,8 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activations: how pre-activations become a sparse code."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from .base import Activation
+from .batch_topk import BatchTopK
 from .grad_topk import GradTopK
+from .jump_relu import JumpReLU
 from .topk import TopK
 
-__all__ = ["Activation", "GradTopK", "TopK"]
+__all__ = ["Activation", "BatchTopK", "GradTopK", "JumpReLU", "TopK"]
+
+_BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in (TopK, GradTopK, BatchTopK, JumpReLU)}
+
+
+def from_fields(fields: Mapping[str, Any]) -> Activation:
+    """The activation that `Activation.fields` describes.
+
+    Raises:
+        ValueError: no activation has that name. TypeError: it has no such arguments.
+    """
+    options = dict(fields)
+    name = options.pop("name", None)
+    if name not in _BY_NAME:
+        wanted = ", ".join(_BY_NAME)
+        raise ValueError(f"activation: name must be one of {wanted}, got {name!r}")
+    made: Activation = _BY_NAME[name](**options)
+    return made

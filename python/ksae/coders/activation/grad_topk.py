@@ -136,7 +136,7 @@ class GradTopK(TopK):
         k: int,
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         if grad is None:
             return super().select(coder, rows, k, grad, W_bf16)
         b_dec = coder.b_dec if coder.centred else None

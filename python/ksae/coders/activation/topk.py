@@ -37,16 +37,6 @@ class TopK(Activation):
         if not 1 <= self.k <= F:
             raise ValueError(f"{owner}: k must be in [1, {F}], the number of latents, got {self.k}")
 
-    def gradients(
-        self, coder: SparseCoder, x: Tensor, grad: Tensor | None, training: bool
-    ) -> Tensor | None:
-        if grad is not None:
-            raise ValueError(
-                f"{type(coder).__name__}: grad must be None, for it selects without one, got a"
-                " tensor: see GradTopKSAE and GradTopKTranscoder"
-            )
-        return None
-
     def select(
         self,
         coder: SparseCoder,
@@ -54,7 +44,7 @@ class TopK(Activation):
         k: int,
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         b_dec = coder.b_dec if coder.centred else None
         if not W_bf16:
             return functional.topk_encode(rows, coder.W_enc, coder.b_enc, k, b_dec)
@@ -69,7 +59,7 @@ class TopK(Activation):
         k_aux: int,
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         b_dec = coder.b_dec if coder.centred else None
         dead_and_score = (coder.dead, b_dec, *self.score(coder, grad))
         chosen: tuple[Tensor, Tensor, Tensor, Tensor] = ops.topk_encode_aux(

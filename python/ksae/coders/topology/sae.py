@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+@register()
 class SAE(SparseCoder):
     """Sparse autoencoder (arXiv 2406.04093): reconstructs its input, which is centred by
     b_dec.
@@ -26,7 +28,7 @@ class SAE(SparseCoder):
     Args:
         d_in: width of the input.
         d_sae: F, the number of latents.
-        activation: `TopK(k)` or `GradTopK(k, ...)`.
+        activation: `TopK(k)`, `GradTopK(k, ...)` or `BatchTopK(k, ...)`.
         options: as `SparseCoder`.
 
     Example:
@@ -40,7 +42,11 @@ class SAE(SparseCoder):
     centred = True
 
     def __init__(
-        self, d_in: int, d_sae: int, activation: Activation, **options: Unpack[Options]
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Activation | Mapping[str, Any],
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(d_in, d_in, d_sae, activation, **options)
         with torch.no_grad():

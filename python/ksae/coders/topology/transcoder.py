@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..activation import Activation, GradTopK, TopK
@@ -27,7 +28,7 @@ class Transcoder(SparseCoder):
         d_in, d_out: widths of x and y.
         d_sae: F, the number of latents.
         k: active latents a token, short for activation=TopK(k).
-        activation: `TopK(k)` or `GradTopK(k, ...)`; one of k and activation is given.
+        activation: as of `SAE`; one of k and activation is given.
         skip: add a learned linear map of the input to the output.
         options: as `SparseCoder`, but normalize_decoder is False by default.
     """
@@ -42,7 +43,7 @@ class Transcoder(SparseCoder):
         d_sae: int,
         k: int | None = None,
         *,
-        activation: Activation | None = None,
+        activation: Activation | Mapping[str, Any] | None = None,
         skip: bool = False,
         **options: Unpack[Options],
     ) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ksae.errors import UserError
+from ksae.files.container import write_tensors
 
 from .coder import Coder, check, require
-from .files import Source, integer, write_tensors, write_yaml
+from .files import Source, integer, write_yaml
 
 KEYS = {"W_enc", "W_dec", "b_enc", "b_dec"}
 THRESHOLD = "activation_function.threshold"

@@ -16,11 +16,11 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file as from_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ksae.errors import UserError, first_line
 from ksae.files.atomic import write_atomic
+from ksae.files.container import write_tensors
 
 BESIDE = "ksae.safetensors"
 _EXTRA = "ksae_extra"
@@ -159,11 +159,6 @@ def integer(config: dict[str, Any], name: str, owner: Path) -> int:
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomic(path, lambda file: file.write(to_bytes(whole)))
-
-
 def write_pickle(path: Path, value: Any) -> None:
     write_atomic(path, lambda file: torch.save(value, file))
 
@@ -188,8 +183,7 @@ def write_extra(path: Path, extra: dict[str, Any]) -> None:
         return
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(extra, tensors, "extra"))
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomic(beside(path), lambda file: file.write(to_bytes(tensors, {_EXTRA: text})))
+    write_tensors(beside(path), tensors, {_EXTRA: text})
 
 
 def read_extra(path: Path) -> dict[str, Any]:

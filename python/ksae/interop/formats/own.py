@@ -20,7 +20,10 @@ from .files import Source
 
 FOLDER = False
 GRADIENT = ("beta", "mode", "grad_norm")  # of coders that select by a gradient alone
-TRAINING = ("loss", "auxk_alpha", "k_aux", "dead_after", "normalize_decoder", "multi_topk")
+TRAINING = (
+    "loss", "auxk_alpha", "k_aux", "dead_after", "normalize_decoder", "multi_topk", "auxk",
+    "multi_k", "multi_weights", "prefixes", "prefix_weights",
+)  # fmt: skip
 
 
 def matches(source: Source) -> bool:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from ksae.errors import UserError
+from ksae.files.container import write_tensors
 
 from .coder import Coder, check, require, transposed
-from .files import Source, integer, write_json, write_tensors
+from .files import Source, integer, write_json
 
 KEYS = {"W_enc", "b_enc", "W_dec", "b_dec"}
 FOLDER = True

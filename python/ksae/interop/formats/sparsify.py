@@ -6,9 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ksae.errors import UserError
+from ksae.files.container import write_tensors
 
 from .coder import Coder, check, require
-from .files import Source, integer, write_json, write_tensors
+from .files import Source, integer, write_json
 
 KEYS = {"encoder.weight", "encoder.bias", "W_dec", "b_dec"}
 FOLDER = True

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coders with JumpReLU: the formulas of the straight-through gradients, both steps, files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import randn
+from torch import Tensor
+
+import ksae
+from ksae.coders.coder import SparseCoder
+
+N, D, OUT, F = 60, 17, 23, 97
+BAND = 0.3
+FUSED: dict[str, dict[str, Any]] = {
+    "l0": {},
+    "target_l0": {"penalty": "target_l0", "target": 6.0, "coefficient": 0.1},
+    "aux": {"dead_after": 100, "k_aux": 4, "auxk_alpha": 0.5},
+    "mse": {"loss": "mse", "normalize_decoder": False},
+    "prefixes": {"prefixes": [20, F]},
+    "skip": {"skip": True, "dead_after": 100, "k_aux": 4},
+}
+UNFUSED: dict[str, dict[str, Any]] = {
+    "tanh": {"penalty": "tanh", "coefficient": 0.05},
+    "pre_act": {"pre_act": 0.01, "dead_after": 100, "auxk_alpha": 0.0},
+}
+CASES = FUSED | UNFUSED
+OWN = ("penalty", "target", "coefficient", "pre_act")
+
+
+def build(case: str, dtype: torch.dtype = torch.float64) -> SparseCoder:
+    torch.manual_seed(0)
+    options = dict(CASES[case])
+    own = {name: options.pop(name) for name in OWN if name in options}
+    activation = ksae.JumpReLU(bandwidth=BAND, theta=0.7, **own)
+    if options.pop("skip", False):
+        model: SparseCoder = ksae.Transcoder(D, OUT, F, activation=activation, skip=True, **options)
+    else:
+        model = ksae.SAE(D, F, activation, **options)
+    with torch.no_grad():
+        model.W_dec.copy_(randn(*model.W_dec.shape, seed=2))
+        model.W_dec /= model.W_dec.norm(dim=1, keepdim=True)
+        model.b_enc.copy_(randn(F, seed=3) * 0.3 - 0.2)
+        model.b_dec.copy_(randn(*model.b_dec.shape, seed=4) * 0.1)
+        model.log_threshold.add_(0.3 * randn(F, seed=6))
+        if model.W_skip is not None:
+            model.W_skip.copy_(randn(OUT, D, seed=5) * 0.1)
+        model.tokens_since_fired[::3] = 1000
+    return model.to(dtype)
+
+
+def batch(case: str, seed: int = 10) -> list[Tensor]:
+    x = randn(N, D, seed=seed)
+    return [x, randn(N, OUT, seed=seed + 1)] if case == "skip" else [x]
+
+
+def by_formula(model: SparseCoder, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of x and all parameters, from dense pre-activations: f and the steps are
+    leaves of autograd, and what they pass on is written out."""
+    a: Any = model.activation
+    names = dict(model.named_parameters())
+    theta = model.log_threshold.exp()
+    u = (x - (model.b_dec if model.centred else 0)) @ model.W_enc.T + model.b_enc
+    active, near = u > theta, (u - theta).abs() < BAND / 2
+    f = torch.where(active, u, 0).detach().requires_grad_()
+    step = active.double().requires_grad_()
+    skipped = x @ model.W_skip.T if model.W_skip is not None else 0
+    variance = (y - y.mean(0)).square().sum().detach()
+    loss = torch.zeros((), dtype=x.dtype)
+    widths = model.prefixes or (F,)
+    for width in widths:
+        recon = f[:, :width] @ model.W_dec[:width] + model.b_dec + skipped
+        unit = variance if model.loss == "fvu" else y.numel()
+        loss = loss + (recon - y).square().sum() / unit / len(widths)
+    dead = model.dead
+    if dead.any() and model.auxk_alpha:
+        e = (y - recon).detach()
+        at = torch.where(dead, u, -torch.inf).topk(model.k_aux).indices
+        aux = torch.zeros_like(u).scatter(1, at, u.gather(1, at).relu()) @ model.W_dec
+        loss = loss + model.auxk_alpha * (aux - e).square().sum() / (e - e.mean(0)).square().sum()
+    l0, norm = step.sum() / N, model.W_dec.norm(dim=1)
+    if a.penalty == "l0":
+        loss = loss + a.coefficient * l0
+    elif a.penalty == "target_l0":
+        loss = loss + a.coefficient * (l0 / a.target - 1) ** 2
+    else:
+        loss = loss + a.coefficient * (a.tanh_scale * f * norm).tanh().sum() / N
+    if a.pre_act:
+        loss = loss + a.pre_act * ((theta - u).relu() * norm)[:, dead].sum() / N
+    leaves = [x, *names.values()]
+    g_f, g_step, *direct = torch.autograd.grad(loss, [f, step, *leaves], retain_graph=True,
+                                               allow_unused=True)  # fmt: skip
+    g_step = torch.zeros_like(f) if g_step is None else g_step
+    through_u = torch.autograd.grad(
+        u, leaves, torch.where(active, g_f, 0), retain_graph=True, allow_unused=True
+    )
+    g_theta = torch.where(near, -theta / BAND * g_f - g_step / BAND, 0).sum(0)
+    through_theta = torch.autograd.grad(theta, leaves, g_theta, allow_unused=True)
+    total = [
+        sum((g for g in parts if g is not None), torch.zeros_like(leaf))
+        for leaf, *parts in zip(leaves, direct, through_u, through_theta, strict=True)
+    ]
+    return loss, total
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_formulas(case: str) -> None:
+    model, data = build(case), [t.double() for t in batch(case)]
+    x = data[0].requires_grad_()
+    want_loss, want = by_formula(model, x, data[-1])
+    out = model(*data)
+    torch.testing.assert_close(out.loss, want_loss, rtol=1e-10, atol=0)
+    got = torch.autograd.grad(out.loss, [x, *model.parameters()])
+    for name, g, w in zip(["x", *dict(model.named_parameters())], got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-11, msg=name)
+    below = (out.values == 0).sum()
+    assert 0 < below < len(out.values)
+
+
+@pytest.mark.parametrize("case", FUSED)
+@pytest.mark.parametrize("clip", [None, 0.01], ids=["", "clipped"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_fused_is_unfused(case: str, clip: float | None, dtype: torch.dtype) -> None:
+    steps = [
+        ksae.TrainStep(build(case, dtype), 1e-2, clip_norm=clip, fused=fused)
+        for fused in (True, False)
+    ]
+    tight = dtype == torch.float64
+    for seed in (10, 20):
+        fused, unfused = (step(*batch(case, seed)) for step in steps)
+        assert fused.keys() == unfused.keys()
+        for name in fused:
+            tolerance = {"rtol": 1e-9, "atol": 1e-11} if tight else {"rtol": 0.1, "atol": 1e-3}
+            torch.testing.assert_close(
+                fused[name].double(), unfused[name].double(), **tolerance, msg=name
+            )
+    if tight:
+        a, b = (step.model.state_dict() for step in steps)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-10, msg=name)
+        start = build(case).log_threshold
+        assert ((a["log_threshold"] - start).abs() > 1e-3).sum() > F // 2
+
+
+def test_a_step_has_the_same_bits_for_any_number_of_threads() -> None:
+    before, states = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            step = ksae.TrainStep(build("aux", torch.float32), 1e-2)
+            step(*batch("aux"))
+            states.append({**step.model.state_dict(), **step.state_dict()})
+    finally:
+        torch.set_num_threads(before)
+    for state in states[1:]:
+        assert all(torch.equal(state[name], t) for name, t in states[0].items())
+
+
+def test_in_use_only_what_is_above_its_threshold() -> None:
+    model, x = build("l0").eval(), batch("l0")[0].double()
+    u = (x - model.b_dec) @ model.W_enc.T + model.b_enc
+    dense = torch.where(u > model.log_threshold.exp(), u, 0)
+    torch.testing.assert_close(model.encode_dense(x), dense)
+    out = model(x)
+    assert len(out.values) == (dense > 0).sum()
+    torch.testing.assert_close(out.recon, dense @ model.W_dec + model.b_dec)
+    assert float(out.loss.detach()) == pytest.approx(float(out.fvu))  # the penalty is training's
+
+
+def test_no_entry_at_all() -> None:
+    model = build("l0", torch.float32)
+    with torch.no_grad():
+        model.log_threshold.fill_(10.0)
+    metrics = ksae.TrainStep(model)(*batch("l0"))
+    assert metrics["l0"] == 0 and metrics["loss"].isfinite()
+
+
+@pytest.mark.parametrize("case", ["target_l0", "skip"])
+def test_files(case: str, tmp_path: Path) -> None:
+    model = build(case, torch.float32)
+    model.save(tmp_path / "model.safetensors")
+    back = ksae.load(tmp_path / "model.safetensors")
+    assert back.activation == model.activation and back.config() == model.config()
+    for name, t in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], t)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+def test_a_step_resumes(fused: bool) -> None:
+    whole, first = (ksae.TrainStep(build("aux", torch.float32), fused=fused) for _ in range(2))
+    for seed in range(4):
+        whole(*batch("aux", seed))
+    for seed in range(2):
+        first(*batch("aux", seed))
+    second = ksae.TrainStep(build("aux", torch.float32), fused=fused)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(first.state_dict())
+    for seed in (2, 3):
+        second(*batch("aux", seed))
+    for name, t in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], t), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty": "l1"}, "penalty must be one of l0, target_l0, tanh, got 'l1'"),
+        ({"coefficient": -1.0}, "coefficient must be a finite number >= 0, got -1.0"),
+        ({"theta": 0.0}, "theta must be a finite number > 0, got 0.0"),
+        ({"theta": float("nan")}, "theta must be a finite number > 0, got nan"),
+        ({"bandwidth": float("inf")}, "bandwidth must be a finite number > 0, got inf"),
+        ({"penalty": "target_l0"}, "target must be a finite number > 0, got None"),
+    ],
+)
+def test_messages(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"SAE: {message}"):
+        ksae.SAE(3, 9, ksae.JumpReLU(**options))
+
+
+def test_the_fused_step_names_what_it_does_not_serve() -> None:
+    for case, option in (("tanh", "penalty='tanh'"), ("pre_act", "pre_act > 0")):
+        with pytest.raises(ValueError, match=f"fused must be False with JumpReLU of {option}"):
+            ksae.TrainStep(build(case))
+        metrics = ksae.TrainStep(build(case), fused=False)(*batch(case))
+        assert metrics["loss"].isfinite()
