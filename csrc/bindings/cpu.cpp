@@ -98,49 +98,51 @@ PYBIND11_MODULE(_cpu, m) {
         N, F, k, Dtype(dtype), as<const void>(x), as<void>(values), as<int64_t>(indices)};
     with_workspace(p, allocate, threads, topk_workspace, topk);
   });
-  m.def("topk_encode",
-        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x, Pointer W_enc,
-           Pointer b_enc, Pointer b_dec, Pointer mask, Pointer values, Pointer indices, bool screen,
-           float slack, bool product_only, const py::function& allocate, int threads) {
-          EncodeStats stats{};
-          const EncodeParams p{N,
-                               d,
-                               F,
-                               k,
-                               Dtype(dtype),
-                               as<const void>(x),
-                               as<const void>(W_enc),
-                               as<const void>(b_enc),
-                               as<const void>(b_dec),
-                               as<const uint8_t>(mask),
-                               as<void>(values),
-                               as<int64_t>(indices),
-                               screen,
-                               slack,
-                               &stats,
-                               product_only};
-          with_workspace(p, allocate, threads, topk_encode_workspace, topk_encode);
-          return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows);
-        });
-  m.def("grad_topk_encode", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x,
-                               Pointer W_enc, Pointer b_enc, Pointer b_dec, Pointer values,
-                               Pointer indices, bool screen, float slack, int64_t d_out,
-                               Pointer grad, Pointer W_dec, int mode, float beta, int route,
-                               const py::function& allocate, int threads) {
+  m.def("topk_encode", [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x,
+                          Pointer W_enc, Pointer b_enc, Pointer b_dec, Pointer mask, Pointer values,
+                          Pointer indices, bool screen, float slack, bool product_only,
+                          Pointer scores, const py::function& allocate, int threads) {
     EncodeStats stats{};
-    const GradEncodeParams p{{N, d, F, k, Dtype(dtype), as<const void>(x), as<const void>(W_enc),
-                              as<const void>(b_enc), as<const void>(b_dec), nullptr,
-                              as<void>(values), as<int64_t>(indices), screen, slack, &stats, false},
-                             d_out,
-                             as<const void>(grad),
-                             as<const void>(W_dec),
-                             GradMode(mode),
-                             beta,
-                             GradRoute(route)};
-    with_workspace(p, allocate, threads, grad_topk_encode_workspace, grad_topk_encode);
-    return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows,
-                           stats.candidates);
+    const EncodeParams p{N,
+                         d,
+                         F,
+                         k,
+                         Dtype(dtype),
+                         as<const void>(x),
+                         as<const void>(W_enc),
+                         as<const void>(b_enc),
+                         as<const void>(b_dec),
+                         as<const uint8_t>(mask),
+                         as<void>(values),
+                         as<int64_t>(indices),
+                         screen,
+                         slack,
+                         &stats,
+                         product_only,
+                         as<float>(scores)};
+    with_workspace(p, allocate, threads, topk_encode_workspace, topk_encode);
+    return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows);
   });
+  m.def("grad_topk_encode",
+        [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x, Pointer W_enc,
+           Pointer b_enc, Pointer b_dec, Pointer values, Pointer indices, bool screen, float slack,
+           int64_t d_out, Pointer grad, Pointer W_dec, int mode, float beta, int route,
+           Pointer scores, const py::function& allocate, int threads) {
+          EncodeStats stats{};
+          const GradEncodeParams p{
+              {N, d, F, k, Dtype(dtype), as<const void>(x), as<const void>(W_enc),
+               as<const void>(b_enc), as<const void>(b_dec), nullptr, as<void>(values),
+               as<int64_t>(indices), screen, slack, &stats, false, as<float>(scores)},
+              d_out,
+              as<const void>(grad),
+              as<const void>(W_dec),
+              GradMode(mode),
+              beta,
+              GradRoute(route)};
+          with_workspace(p, allocate, threads, grad_topk_encode_workspace, grad_topk_encode);
+          return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows,
+                                 stats.candidates);
+        });
   m.def("batch_topk_encode",
         [](int64_t N, int64_t d, int64_t F, int64_t k, int dtype, Pointer x, Pointer W_enc,
            Pointer b_enc, Pointer b_dec, Pointer values, Pointer indices, Pointer row_offsets,
@@ -149,7 +151,7 @@ PYBIND11_MODULE(_cpu, m) {
           const BatchEncodeParams p{
               {N, d, F, k, Dtype(dtype), as<const void>(x), as<const void>(W_enc),
                as<const void>(b_enc), as<const void>(b_dec), nullptr, as<void>(values),
-               as<int64_t>(indices), screen, slack, &stats, false},
+               as<int64_t>(indices), screen, slack, &stats, false, nullptr},
               as<int64_t>(row_offsets)};
           with_workspace(p, allocate, threads, batch_topk_encode_workspace, batch_topk_encode);
           return std::make_tuple(stats.screened_rows, stats.survivors, stats.redone_rows);

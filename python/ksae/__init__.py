@@ -35,10 +35,12 @@ __all__ = [
     "config",
     "grad_topk_encode",
     "load",
+    "shard",
     "sparse_decode",
     "threshold_encode",
     "topk",
     "topk_encode",
+    "unshard",
 ]
 
 

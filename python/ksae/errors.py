@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error for a user's mistake: one line, no traceback on the command line."""
+"""Errors of the package. The first line of a message says all."""
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line and says what to do."""
+
+
+class RankError(RuntimeError):
+    """Another rank of a distributed run has stopped, ended or not answered in time."""
 
 
 def first_line(error: BaseException) -> str:

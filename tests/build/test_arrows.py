@@ -17,6 +17,7 @@ PACKAGE = ROOT / "python" / "ksae"
 
 # From the top down. A file may import its own folder and what stands on a lower line.
 ORDER = (
+    ("__main__",),
     ("__init__",),
     ("api",),
     ("cli",),
@@ -25,6 +26,7 @@ ORDER = (
     ("analysis",),
     ("activations", "interop", "dlpack"),
     ("step",),
+    ("parallel",),
     ("coders",),
     ("functional", "info"),
     ("ops",),

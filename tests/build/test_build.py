@@ -24,6 +24,7 @@ OPS = {
     "topk_encode",
     "grad_topk_encode",
     "topk_encode_aux",
+    "scored_encode",
     "threshold_encode",
     "batch_topk_encode",
     "sparse_decode",

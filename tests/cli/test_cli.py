@@ -144,13 +144,13 @@ def start(*args: str | Path, **options) -> subprocess.Popen:
 # --- what it says
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["config"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["eval"], ["dashboard"], ["config"]])
 def test_help(capfd, command: list[str]):
     assert cli.run([*command, "--help"]) == 0
     out = capfd.readouterr().out
     assert "Usage: ksae" in out
     if not command:
-        assert all(name in out for name in ("demo", "train", "eval", "config"))
+        assert all(name in out for name in ("demo", "train", "eval", "dashboard", "config"))
 
 
 def test_train_has_every_setting_as_an_option_with_help_and_default(capfd, monkeypatch):

@@ -193,7 +193,9 @@ def test_harvest_evaluation_and_cross_entropy_say_each_tenth(lm, folder, capfd):
 # --- help
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "convert", "config", "demo", "bench"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "dashboard", "convert", "config", "demo", "bench"]
+)
 @pytest.mark.parametrize("columns", [80, 120])
 def test_help_fits_and_has_two_columns(capfd, monkeypatch, command, columns):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -44,6 +44,18 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
         "topk": (W, k),
         "topk_encode": (x, W, b, k, b_dec, torch.arange(F) % 2 == 0, *W_bf16),
         "grad_topk_encode": (x, x.detach().flip(0), W, b, W.detach(), k, 0.5, "signed", b_dec),
+        "scored_encode": (
+            x.detach(),
+            W.detach(),
+            b.detach(),
+            k,
+            b_dec.detach(),
+            None,
+            x.detach(),
+            W.detach(),
+            0.5,
+            "signed",
+        ),
         "batch_topk_encode": (x, W, b, k, b_dec),
         "threshold_encode": (x, W, b, 0.1 + b.detach().abs(), b_dec),
         "topk_encode_aux": tuple(

@@ -12,7 +12,7 @@ import ksae
 
 PACKAGE = Path(ksae.__file__).parent
 ABOVE = {"activations", "analysis", "interop", "runs", "cli", "bench", "backends"}
-FORBIDDEN = {"step": ABOVE | {"files"}, "coders": ABOVE | {"step"}}
+FORBIDDEN = {"step": ABOVE | {"files"}, "coders": ABOVE | {"step", "parallel"}}
 FILES = [(name, path) for name in FORBIDDEN for path in sorted((PACKAGE / name).rglob("*.py"))]
 
 

@@ -54,6 +54,7 @@ def test_one_step_has_at_most_twice_torchs_error(
     """Every parameter, moment and master."""
     if not impl.native:
         monkeypatch.setattr("ksae.step.fused.ops", impl)
+        monkeypatch.setattr("ksae.parallel.one_device.ops", impl)
     assert_at_most_twice_torchs_error(case, dtype, oracle)
 
 

@@ -231,6 +231,8 @@ void grad_finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch
     for (int64_t i = 0; i < n; ++i) s.sort[i] = sort_key(score(u[i], a[i], g.plain[r]), index[i]);
     sort_keys(s.sort, n, s.sort + c.capacity);
     int64_t* indices = c.p->indices + n_row * k;
+    if (c.p->scores)
+      for (int64_t j = 0; j < k; ++j) c.p->scores[n_row * k + j] = key_score(s.sort[j]);
     with_dtype(c.p->dtype, [&](auto tag) {
       auto* values = static_cast<typename decltype(tag)::type*>(c.p->values) + n_row * k;
       for (int64_t j = 0; j < k; ++j) {

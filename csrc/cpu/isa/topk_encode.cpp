@@ -236,6 +236,8 @@ void finish(const EncodeChunk& c, int64_t row0, int64_t row1, void* scratch, Enc
     sort_keys(s.sort, k, s.sort + c.capacity);
     int64_t* indices = c.p->indices + n_row * k;
     for (int64_t j = 0; j < k; ++j) indices[j] = key_index(s.sort[j]);
+    if (c.p->scores)
+      for (int64_t j = 0; j < k; ++j) c.p->scores[n_row * k + j] = key_score(s.sort[j]);
     with_dtype(c.p->dtype, [&](auto tag) {
       auto* values = static_cast<typename decltype(tag)::type*>(c.p->values) + n_row * k;
       for (int64_t j = 0; j < k; ++j) {

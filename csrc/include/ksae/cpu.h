@@ -56,6 +56,7 @@ struct EncodeParams {
   float slack;          // multiplies the proven bound; 1 but in tests
   EncodeStats* stats;   // null, or counters that are added to
   bool product_only;    // benchmarks: the product without selection; nothing is written
+  float* scores;        // [N, k] or null: what was compared, in the order of selection
 };
 bool can_screen();  // the current level has BF16 dot instructions
 size_t topk_encode_workspace(const EncodeParams& p, int threads);

@@ -125,11 +125,12 @@ def topk_encode_counted(
     screen: bool | None = None,
     slack: float = 1.0,
     product_only: bool = False,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
     """topk_encode, and rows screened, survivors, rows redone.
 
-    For tests, `slack` scales the bound; for benchmarks, `product_only` leaves out the selection and
-    the outputs unwritten.
+    scores [N, k] float32 is written. For tests, `slack` scales the bound; for benchmarks,
+    `product_only` leaves out the selection and the outputs unwritten.
     """
     (N, d), F = x.shape, W_enc.shape[0]
     if screen is None:  # survivors are some 2 k a row: at F = 8 k screening took 2.7 times as long
@@ -138,8 +139,7 @@ def topk_encode_counted(
     counts = _cpu.topk_encode(
         N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
         _pointer(b_dec), _pointer(mask), _pointer(values), _pointer(indices),
-        screen, slack, product_only, _Workspace(),
-        torch.get_num_threads(),
+        screen, slack, product_only, _pointer(scores), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
     return values, indices, counts
 
@@ -212,6 +212,7 @@ def grad_topk_encode_counted(
     route: str = "auto",
     screen: bool | None = None,
     slack: float = 1.0,
+    scores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[int, int, int, int]]:
     """grad_topk_encode by a route of _ROUTES, and rows with bounds, survivors, rows redone, latents
     whose product with grad was computed one by one.
@@ -226,7 +227,7 @@ def grad_topk_encode_counted(
         N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
         _pointer(b_dec), _pointer(values), _pointer(indices), screen, slack,
         d_out, _pointer(grad), _pointer(W_dec), MODES.index(mode), beta, _ROUTES.index(route),
-        _Workspace(), torch.get_num_threads(),
+        _pointer(scores), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
     return values, indices, counts
 
@@ -249,6 +250,29 @@ def topk_encode_aux(
     else:
         chosen = grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
     return (*chosen, *topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead))
+
+
+def scored_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    b_dec: Tensor | None = None,
+    mask: Tensor | None = None,
+    grad: Tensor | None = None,
+    W_dec: Tensor | None = None,
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores = torch.empty(x.shape[0], k)
+    plain = grad is None or W_dec is None or (beta == 0 and mode != "multiplicative")
+    if plain:
+        chosen = topk_encode_counted(x, W_enc, b_enc, k, b_dec, mask, scores=scores)[:2]
+    else:
+        assert grad is not None and W_dec is not None
+        args = (x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+        chosen = grad_topk_encode_counted(*args, scores=scores)[:2]
+    return *chosen, scores
 
 
 def encode_product(x: Tensor, W_enc: Tensor, *, screen: bool | None = None) -> None:

@@ -18,8 +18,8 @@ import typer
 from typer.core import TyperCommand
 
 from ksae import env
-from ksae.cli import bench, config, convert, demo, eval, help, train
-from ksae.errors import UserError
+from ksae.cli import bench, config, convert, dashboard, demo, eval, help, train
+from ksae.errors import RankError, UserError
 from ksae.version import VERSION
 
 TRAIN_USAGE = (
@@ -59,6 +59,7 @@ app = typer.Typer(
 )
 app.command("train", cls=Command)(train.command)
 app.command("eval", cls=Command)(eval.evaluate)
+app.command("dashboard", cls=Command)(dashboard.dashboard)
 app.command("convert", cls=Command)(convert.convert)
 app.command("config", cls=Command)(config.config)
 app.command("demo", cls=Command)(demo.demo)
@@ -135,7 +136,7 @@ def _explain(error: Exception) -> tuple[int, str | None]:
         context = getattr(error, "ctx", None)
         command = "ksae" if context is None else context.command_path
         return 2, f"{_one_line(usage())} (see {command} --help)"
-    if isinstance(error, UserError | ValueError | OSError):
+    if isinstance(error, UserError | RankError | ValueError | OSError):
         return 1, _one_line(str(error)) or type(error).__name__
     if (
         isinstance(error, MemoryError)

@@ -23,7 +23,8 @@ def demo(
     """Train an SAE on a small language model in a few minutes, offline.
 
     Harvests layer 9 of SmolLM2-135M over the help topics of Python, trains, evaluates
-    on topics it has not seen, and shows what some latents respond to.
+    on topics it has not seen, shows what some latents respond to, and makes
+    the dashboard of all of them.
     Run it again to resume where it was stopped.
     """
     from ksae.runs import demo as job

@@ -30,6 +30,7 @@ def train(
     With --resume and no CONFIG they come from the run in --out.
     With --from, the model's sizes are those of the model to start from.
     Pictures of the run need matplotlib: pip install "ksae[plots]".
+    Over several processes: torchrun --nproc-per-node 2 -m ksae train run.yaml
 
     ksae train --activations x.npy --d-sae 4096 --k 32 --out runs/x
     """
@@ -54,6 +55,8 @@ def train(
     start = runconfig.RunConfig() if config is None else runconfig.read(config)
     settings = runconfig.override(start, typed)
     result = do_run(settings, resume=resume, restart=restart, allow_change=allow_change)
+    if result.rank:
+        return
     print(f"trained {result.steps:,} steps, {result.tokens:,} tokens; model: {result.model_path}")
     if result.evaluation:
         from ksae.runs.evaluation import table

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,7 @@ class SparseCoder(nn.Module):
     topology: str  # what is read and predicted, by name
     centred: bool  # whether b_dec is subtracted from the input
     shares_memory = False  # with parameters of others, whose writes do not show in these
+    ranks: Any = None  # of `ksae.shard`, where the tensors hold the latents of one rank only
 
     W_enc: nn.Parameter  # [F, d_in]
     b_enc: nn.Parameter  # [F]
@@ -95,6 +96,10 @@ class SparseCoder(nn.Module):
     b_dec: nn.Parameter  # [d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
     tokens_since_fired: Tensor  # [F] int64
+
+    # What needs higher folders; set by ksae.api, which may know of them.
+    attached: ClassVar[Callable[..., Any]]  # in a language model: ksae.analysis.attached
+    show: ClassVar[Callable[..., Any]]  # a latent in a notebook: ksae.analysis.dashboard.notebook
 
     def __init__(
         self,
@@ -230,6 +235,7 @@ class SparseCoder(nn.Module):
         """Write the module to one file; `ksae.load(path)` reads it."""
         from .file import save
 
+        self.require_whole("save")
         save(self, path)
 
     @property
@@ -238,6 +244,19 @@ class SparseCoder(nn.Module):
         return self.tokens_since_fired > self.dead_after
 
     # ------------------------------------------------------------------------------------- the code
+
+    def require_whole(self, method: str) -> None:
+        """Refuse what the latents of one rank alone cannot do.
+
+        Raises:
+            ValueError: the coder is spread over ranks.
+        """
+        if self.ranks is not None:
+            got = f"the part of rank {self.ranks.rank} of {self.ranks.size}"
+            raise ValueError(
+                f"{type(self).__name__}: {method} must be called on a whole coder, got {got}:"
+                " ksae.unshard makes it whole"
+            )
 
     def require_tensor(self, arg: str, t: object) -> None:
         """Refuse an argument that is no tensor.
@@ -312,6 +331,7 @@ class SparseCoder(nn.Module):
         As in use, not in training: selected by u, which needs no labels, or with grad [..., d_out]
         by the score.
         """
+        self.require_whole("encode")
         scaled = self.gradients(x, grad, training=False)
         values, indices, *offsets = self.activation.infer(
             self, self.rows("x", x, self.d_in), scaled
@@ -333,6 +353,7 @@ class SparseCoder(nn.Module):
         row_offsets: Tensor | None = None,
     ) -> Tensor:
         """Reconstruction [..., d_out] of a code; x [..., d_in] is needed with a skip connection."""
+        self.require_whole("decode")
         recon = functional.sparse_decode(values, indices, self.W_dec, self.b_dec, row_offsets)
         if self.W_skip is None:
             return recon
@@ -346,6 +367,7 @@ class SparseCoder(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None) -> Output:
         """Reconstruct x [..., d_in] or predict y [..., d_out]; losses if there is a target."""
+        self.require_whole("forward")
         rows = self.rows("x", x, self.d_in)  # [N, d_in]
         target = self.targets(x, rows, y)  # [N, d_out]
         ks = [self.k] if target is None else [self.k, *(k for k, _ in self.multi_k)]
@@ -394,7 +416,8 @@ class SparseCoder(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Loss, FVU of each prefix [P] and the terms by name; wide: the whole selection."""
         dead = self.dead
-        terms = terms_of(self, aux_width(self, dead, may_ask=has_numbers(dead)))
+        n_dead = dead.sum() if has_numbers(dead) else None
+        terms = terms_of(self, aux_width(self, n_dead))
         variance = total_variance(target)
         loss, parts = torch.zeros_like(variance), {}
         nested = prefix_recons(self, rows, recon, wide.first(self.k))

@@ -112,15 +112,15 @@ def shares_of(prefixes: Sequence[int], weights: str | Sequence[float]) -> tuple[
     return (1 / {"mean": P, "sum": 1, "dictionary_learning": P * P}[weights],) * P
 
 
-def aux_width(model: SparseCoder, dead: Tensor, may_ask: bool) -> int:
-    """Entries a token of AuxK's code, no more than latents are dead [F]; 0: none are, or no AuxK.
+def aux_width(model: SparseCoder, n_dead: Tensor | None) -> int:
+    """Entries a token of AuxK's code, no more than latents are dead; 0: none are, or no AuxK.
 
-    may_ask: whether the number of dead latents may be read from their device. Otherwise the last
-    entries may be of living latents, whose values are 0.
+    n_dead: []; None: it may not be read from its device. Then the last entries may be of living
+    latents, whose values are 0.
     """
     if model.auxk_alpha <= 0:
         return 0
-    return min(model.k_aux, int(dead.sum()) if may_ask else dead.numel())
+    return model.k_aux if n_dead is None else min(model.k_aux, int(n_dead))
 
 
 def squared_error(recon: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ which the target has no place is written beside its files and found again when c
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from ksae.coders import coder as modules
 from ksae.coders.file import load_own
 from ksae.errors import UserError
+from ksae.parallel import checkpoint
 
 from .formats import FORMATS, Coder, own
 from .formats.files import Source, read_extra, sources, write_extra
@@ -130,7 +132,7 @@ def convert(
     """Read `src` in whatever format it is and write it to `dst` in the format `to`.
 
     Args:
-        src: a file or a folder.
+        src: a file or a folder; of a checkpoint of many ranks, all of them.
         dst: a folder for sparsify, saelens, dictionary-learning and circuit-tracer; else a file.
         to: a name in `formats.FORMATS`.
         fold: allow folding b_dec or decoder norms into the encoder where the target needs it.
@@ -141,7 +143,12 @@ def convert(
     """
     if to not in FORMATS:
         raise UserError(f"convert: --to must be one of {', '.join(FORMATS)}, got {to!r}")
-    name, coder = read(src, k=k, as_topk=as_topk)
+    with tempfile.TemporaryDirectory() as folder:
+        if checkpoint.is_sharded(src):  # gathered into one file first
+            gathered = Path(folder) / "model.safetensors"
+            checkpoint.load_whole(src).save(gathered)
+            src = gathered
+        name, coder = read(src, k=k, as_topk=as_topk)
     return Conversion(name, to, write(coder, dst, to, fold=fold), coder)
 
 

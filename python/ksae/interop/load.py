@@ -10,6 +10,7 @@ import torch
 from ksae.coders.coder import SparseCoder
 from ksae.coders.file import load_own
 from ksae.interop import convert, hub
+from ksae.parallel import checkpoint
 
 
 def load(
@@ -22,8 +23,9 @@ def load(
     as_topk: bool = False,
     revision: str | None = None,
 ) -> SparseCoder:
-    """Read a model from a file of `save`, a training checkpoint, a finished run's folder, or the
-    files of another library (`ksae.interop.convert`), recognised by what they hold.
+    """Read a model from a file of `save`, a training checkpoint, also of many ranks, a finished
+    run's folder, or the files of another library (`ksae.interop.convert`), recognised by what they
+    hold.
 
     Args:
         path: the file, or the directory that `ksae train` wrote to; of another library, its file or
@@ -36,6 +38,8 @@ def load(
     path = file = hub.local(path, revision)
     if file.is_dir() and (file / "model.safetensors").is_file():
         file = file / "model.safetensors"
+    if checkpoint.is_sharded(file):
+        return checkpoint.load_whole(file, device).to(dtype=dtype)
     if not convert.is_foreign(file):
         return load_own(path, device, dtype)
     return convert.load(path, device, dtype, k=k, fold=fold, as_topk=as_topk)

@@ -23,6 +23,11 @@ def _bf16_of_float32(op: str, W_bf16: Tensor | None, T: torch.dtype) -> None:
         raise fail(op, "W_bf16", f"None for {T} weights", "a tensor")
 
 
+def _one_choice(op: str, mask: Tensor | None, grad: Tensor | None) -> None:
+    if mask is not None and grad is not None:
+        raise fail(op, "mask", "None with grad", "a tensor")
+
+
 def _entries(op: str, E: int, k: int, values: Tensor) -> None:
     if E * k > ENTRIES:
         raise fail(op, "values", f"of at most {ENTRIES} entries", text(values.shape))
@@ -157,6 +162,12 @@ SPECS = (
         f" W_dec:T[F,d_out=]? beta:0..inf=0 {_MODE} {_BF16}"
         " -> values:T[N,k] indices:i64[N,k] aux_values:T[N,k_aux] aux_indices:i64[N,k_aux]",
         given=_bf16_of_float32,
+    ),
+    Spec(
+        "scored_encode",
+        f"{_ENCODER} b_dec:T[d]? mask:bool[F]? grad:T[N,d_out]?W_dec W_dec:T[F,d_out=]?"
+        f" beta:0..inf=0 {_MODE} -> values:T[N,k] indices:i64[N,k] scores:A[N,k]",
+        given=_one_choice,
     ),
     Spec(
         "batch_topk_encode",

@@ -19,7 +19,13 @@ from .decode import (
     sparse_residual_slice,
 )
 from .dtypes import accumulator
-from .encode import grad_topk_encode, threshold_encode, topk_encode, topk_encode_aux
+from .encode import (
+    grad_topk_encode,
+    scored_encode,
+    threshold_encode,
+    topk_encode,
+    topk_encode_aux,
+)
 from .group import group_by_latent, latent_sums, rows_of
 from .prefixes import prefix_residual, prefix_residual_slice
 from .rounding import stochastic_bfloat16
@@ -41,6 +47,7 @@ __all__ = [
     "row_grad_sq",
     "row_update",
     "rows_of",
+    "scored_encode",
     "sparse_decode",
     "sparse_decode_backward_values",
     "sparse_decode_backward_weight",

@@ -16,6 +16,30 @@ def _scaled(value: Tensor, row: Tensor) -> Tensor:
     return torch.where(value == 0, 0, value * row)
 
 
+def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
+    """u [N, F], accumulated."""
+    acc = accumulator(x.dtype)
+    xc = x if b_dec is None else x - b_dec  # rounded to T
+    return xc.to(acc) @ W_enc.to(acc).T + b_enc.to(acc)
+
+
+def _score(u: Tensor, grad: Tensor, W_dec: Tensor, beta: float, mode: str) -> Tensor:
+    """The score [N, F] of `grad_topk_encode`."""
+    score, g = u, grad.to(u.dtype)
+    if beta > 0 or mode == "multiplicative":
+        a = g @ W_dec.to(u.dtype).T  # [N, F]
+        match mode:
+            case "additive":
+                score = u * (1 + beta * a.abs())
+            case "multiplicative":
+                score = u * a.abs()
+            case "signed":
+                score = u * (1 + beta * (-a).relu())
+        informed = ((g != 0).any(1) & g.isfinite().all(1))[:, None]
+        score = torch.where((u <= 0) | ~informed, u, score)
+    return score
+
+
 def topk_encode(
     x: Tensor,  # [N, d]
     W_enc: Tensor,  # [F, d]
@@ -31,14 +55,7 @@ def topk_encode(
     A kernel that screens reads W_bf16 and norms, as `row_update` writes them, where it would make
     them; they must be those of this very W_enc, and change no result. Here they are not read.
     """
-    acc = accumulator(x.dtype)
-    xc = x if b_dec is None else x - b_dec  # rounded to T
-    u = xc.to(acc) @ W_enc.to(acc).T + b_enc.to(acc)  # [N, F]
-    if mask is not None:
-        u = torch.where(mask, u, -torch.inf)
-    indices = _largest(u, k)
-    v = u.gather(1, indices)
-    return torch.where(v <= 0, 0, v).to(x.dtype), indices
+    return scored_encode(x, W_enc, b_enc, k, b_dec, mask)[:2]
 
 
 def grad_topk_encode(
@@ -59,25 +76,33 @@ def grad_topk_encode(
     and with beta = 0 every row of a mode that has a beta, is scored by u. The values are
     relu(u), not the score, in the order of the score.
     """
-    acc = accumulator(x.dtype)
-    xc = x if b_dec is None else x - b_dec  # rounded to T
-    u = xc.to(acc) @ W_enc.to(acc).T + b_enc.to(acc)  # [N, F]
-    g = grad.to(acc)
-    score = u
-    if beta > 0 or mode == "multiplicative":
-        a = g @ W_dec.to(acc).T  # [N, F]
-        match mode:
-            case "additive":
-                score = u * (1 + beta * a.abs())
-            case "multiplicative":
-                score = u * a.abs()
-            case "signed":
-                score = u * (1 + beta * (-a).relu())
-        informed = ((g != 0).any(1) & g.isfinite().all(1))[:, None]
-        score = torch.where((u <= 0) | ~informed, u, score)
+    return scored_encode(x, W_enc, b_enc, k, b_dec, None, grad, W_dec, beta, mode)[:2]
+
+
+def scored_encode(
+    x: Tensor,  # [N, d_in]
+    W_enc: Tensor,  # [F, d_in]
+    b_enc: Tensor,  # [F]
+    k: int,
+    b_dec: Tensor | None = None,  # [d_in]
+    mask: Tensor | None = None,  # [F] bool, without grad
+    grad: Tensor | None = None,  # [N, d_out]
+    W_dec: Tensor | None = None,  # [F, d_out]
+    beta: float = 0.0,
+    mode: str = "additive",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`topk_encode`, or `grad_topk_encode` where grad and W_dec are given, with what was compared.
+
+    Returns values [N, k] T, indices [N, k] int64, and scores [N, k] in the accumulator's type, by
+    which selections of shards of the latents are made one.
+    """
+    u = _pre_activations(x, W_enc, b_enc, b_dec)
+    if mask is not None:
+        u = torch.where(mask, u, -torch.inf)
+    score = u if grad is None or W_dec is None else _score(u, grad, W_dec, beta, mode)
     indices = _largest(score, k)
     v = u.gather(1, indices)
-    return torch.where(v <= 0, 0, v).to(x.dtype), indices
+    return torch.where(v <= 0, 0, v).to(x.dtype), indices, score.gather(1, indices)
 
 
 def topk_encode_aux(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from ksae.coders.coder import SparseCoder
 from ksae.coders.file import describe, model_tensors
 from ksae.errors import UserError
 from ksae.files import container
+from ksae.parallel.checkpoint import load_sharded, read_header
 from ksae.step.train_step import TrainStep
 
 _OPTIMIZER = "optimizer"  # prefix of a checkpoint's tensors that are not the model's
 _TRAINER = "trainer"
-_STEP_NAME = re.compile(r"step_(\d{8,})\.safetensors")
+_STEP_NAME = re.compile(r"step_(\d{8,})(?:\.safetensors)?")  # a folder: of several processes
 _log = logging.getLogger("ksae")
 
 
@@ -47,6 +49,13 @@ def save_training(
 
 def load_training(path: Path, model: SparseCoder, step: TrainStep) -> dict[str, Any]:
     """Put a checkpoint's state into `model` and `step`; returns the trainer's state."""
+    if path.is_dir():
+        return load_sharded(path, model, step)
+    if model.ranks is not None:
+        raise UserError(
+            f"load: {path} must be a checkpoint of several processes, got one of a single process:"
+            " go on with one"
+        )
     header = container.read_header(path)
     if header["kind"] != "checkpoint":
         raise UserError(
@@ -61,11 +70,21 @@ def load_training(path: Path, model: SparseCoder, step: TrainStep) -> dict[str, 
     return trainer
 
 
+def identity(path: Path) -> dict[str, Any]:
+    """The settings of the run that a checkpoint is of."""
+    header = read_header(path) if path.is_dir() else container.read_header(path)
+    settings: dict[str, Any] = header["extra"]["identity"]
+    return settings
+
+
 def latest(directory: Path) -> Path | None:
     """The newest checkpoint that is whole and unchanged, None without one; reads it once, and warns
     of each newer file it passes over."""
     for _, path in reversed(_list(directory)):
         try:
+            if path.is_dir():
+                read_header(path)
+                return path
             with container.open_tensors(path) as file:
                 file.verify()
         except UserError as error:
@@ -78,7 +97,10 @@ def latest(directory: Path) -> Path | None:
 def prune(directory: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints of `directory`."""
     for _, path in _list(directory)[:-keep]:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _list(directory: Path) -> list[tuple[int, Path]]:

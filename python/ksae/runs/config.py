@@ -21,6 +21,7 @@ import yaml
 
 from ksae.errors import UserError
 from ksae.files.atomic import write_atomic
+from ksae.runs.check_activation import check_activation
 
 T = TypeVar("T")
 
@@ -38,6 +39,18 @@ class ModelConfig:
     kind: Literal["sae", "transcoder"] = setting("sae", "a transcoder predicts outputs from inputs")
     d_sae: int = setting(4096, "latents")
     k: int = setting(32, "active latents per token")
+    activation: Literal["topk", "batch_topk", "jump_relu"] = setting(
+        "topk", "batch_topk: k a token on average; jump_relu: learned thresholds, no k"
+    )
+    threshold: Literal["running", "saelens", "dictionary_learning"] = setting(
+        "running", "of batch_topk: how the threshold for use is estimated"
+    )
+    l0: float | None = setting(
+        None, "of jump_relu: active latents per token to aim at; null: weighed by l0_weight alone"
+    )
+    l0_weight: float = setting(1e-3, "of jump_relu: weight of the penalty on active latents")
+    theta: float = setting(1e-3, "of jump_relu: thresholds at the start")
+    bandwidth: float = setting(1e-3, "of jump_relu: of the kernel that trains thresholds")
     loss: Literal["fvu", "mse"] = setting("fvu", "what is minimised")
     auxk_alpha: float = setting(
         1 / 32, "weight of the loss that revives dead latents; 0 turns it off"
@@ -150,6 +163,7 @@ class TrainConfig:
     device: str | None = setting(None, "default cuda if there is one, else cpu")
     fused: bool = setting(True, "the fused step; false runs autograd and torch's Adam")
     seed: int = setting(0, "of the weights and of the order of the data")
+    timeout: float = setting(600.0, "several processes: seconds that they wait for each other")
     threads: int | None = setting(None, "CPU threads; default torch's")
     prefetch: int = setting(2, "batches read ahead in a thread; 0 reads in the training loop")
     checkpoint_every: int = setting(1000, "steps between checkpoints")
@@ -314,6 +328,7 @@ def check(config: RunConfig, where: str = "config") -> None:
             f"{where}: model.k must be at most model.d_sae = {model.d_sae}, got {model.k}"
         )
     _check_lists(model, where)
+    check_activation(model, where)
     if warmup_steps(train) > total_steps(train):
         raise UserError(
             f"{where}: train.warmup must be at most the {total_steps(train)} steps of the run, "

@@ -19,6 +19,8 @@ import torch
 from ksae.activations import PYDOC, SMOLLM2, ActivationSource, ArraySource, LanguageModel
 from ksae.activations.progress import Progress
 from ksae.analysis import plots
+from ksae.analysis.dashboard import Dashboard
+from ksae.analysis.dashboard.folder import check
 from ksae.analysis.top_contexts import encode_rows, telling_latents, top_contexts
 from ksae.coders.coder import SparseCoder
 from ksae.errors import UserError
@@ -26,6 +28,7 @@ from ksae.files.atomic import write_atomic
 from ksae.runs import checkpoint
 from ksae.runs import config as runconfig
 from ksae.runs.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
+from ksae.runs.dashboard import dashboard
 from ksae.runs.data import RunData
 from ksae.runs.directory import open_directory
 from ksae.runs.evaluation import measure_language_model, table
@@ -91,7 +94,7 @@ def demo(
         out: folder of activations, model, pictures and results; an earlier call there is gone on
             with.
         tokens: to train on; the text is read many times.
-        latents: how many latents to show contexts of.
+        latents: how many latents to show contexts of; the dashboard shows all.
     """
     start = time.perf_counter()
     if not plots.available():
@@ -100,12 +103,8 @@ def demo(
     if threads is not None:
         torch.set_num_threads(threads)
 
-    folder = Path(config.out)
-    resume = folder.is_dir() and checkpoint.latest(folder / "checkpoints") is not None
-    restart = folder.is_dir() and not resume and any(folder.iterdir())  # stopped before the first
-    newest = open_directory(folder, resume, restart)
-    if newest is not None:
-        compare_early(config, newest)
+    check(out / "dashboard")  # before the long work
+    resume, restart = _open(config)
 
     _stage(start, f"activations of {SMOLLM2} at {HOOK} over the help topics of Python, in {out}")
     data = open_run_data(config)
@@ -113,30 +112,41 @@ def demo(
     assert lm is not None and held is not None and data.holdout is not None
     assert isinstance(data.train, ArraySource)
 
-    run = config.train
-    epochs = run.steps * run.batch_size / len(_rows(data.train))
-    _stage(start, f"training on {run.steps * run.batch_size:,} tokens, {epochs:.1f} epochs")
+    trained = config.train.steps * config.train.batch_size
+    epochs = trained / len(_rows(data.train))
+    _stage(start, f"training on {trained:,} tokens, {epochs:.1f} epochs")
     result = _train(config, data, resume, restart)
 
     _stage(start, "cross-entropy on held-out topics")
-    quality = result.evaluation
     costs = measure_language_model(result.model, lm, held, config.data, tokens=CE_TOKENS)
 
     if latents > 0:
         _stage(start, "what some latents respond to, in the training text")
         _show_contexts(result.model, data.train, lm, latents)
 
+    _stage(start, "the dashboard: a page for each latent, on the training text")
+    pages = _dashboard(result, config, data, out / "dashboard")
+
     seconds = time.perf_counter() - start
-    results = {**quality, **costs, "tokens": float(result.held_out_tokens), "seconds": seconds}
-    results["left_out"] = data.left_out
-    text = json.dumps(results, indent=1) + "\n"
-    write_atomic(out / "results.json", lambda file: file.write(text.encode()))
+    results = _keep(out, result, costs, seconds=seconds, left_out=data.left_out)
 
     _stage(start, "results")
     topics = len(set(held.documents.tolist()))
     _print(result, costs, f"{topics} held-out topics, F = {d_sae}, k = {k}", data.left_out)
+    print(f"dashboard {pages.page}: open it in a browser")
     print(f"all of it took {seconds:.0f} s with {torch.get_num_threads()} threads")
     return results
+
+
+def _open(config: RunConfig) -> tuple[bool, bool]:
+    """Make or open the folder of the run: whether to resume it, or to restart it."""
+    folder = Path(config.out)
+    resume = folder.is_dir() and checkpoint.latest(folder / "checkpoints") is not None
+    restart = folder.is_dir() and not resume and any(folder.iterdir())  # stopped before the first
+    newest = open_directory(folder, resume, restart)
+    if newest is not None:
+        compare_early(config, newest)
+    return resume, restart
 
 
 def _train(config: RunConfig, data: RunData, resume: bool, restart: bool) -> TrainResult:
@@ -158,6 +168,28 @@ def _train(config: RunConfig, data: RunData, resume: bool, restart: bool) -> Tra
     except Interrupted:
         print("run the same command again to go on", file=sys.stderr)
         raise
+
+
+def _dashboard(result: TrainResult, config: RunConfig, data: RunData, out: Path) -> Dashboard:
+    assert isinstance(data.train, ArraySource)
+    return dashboard(
+        result.model,
+        config.data,
+        out,
+        title="ksae demo",
+        language_model=data.language_model,
+        source=data.train,
+    )
+
+
+def _keep(
+    out: Path, result: TrainResult, costs: dict[str, float], **more: float
+) -> dict[str, float]:
+    """Write results.json."""
+    results = {**result.evaluation, **costs, "tokens": float(result.held_out_tokens), **more}
+    text = json.dumps(results, indent=1) + "\n"
+    write_atomic(out / "results.json", lambda file: file.write(text.encode()))
+    return results
 
 
 def _print(result: TrainResult, costs: dict[str, float], of: str, left_out: float) -> None:

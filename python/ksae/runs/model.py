@@ -9,14 +9,27 @@ from typing import Any
 import torch
 
 from ksae.activations import ActivationSource
-from ksae.coders import GradTopKSAE, GradTopKTranscoder, SparseCoder, TopKSAE, Transcoder
+from ksae.coders import (
+    SAE,
+    Activation,
+    BatchTopK,
+    GradTopK,
+    GradTopKSAE,
+    GradTopKTranscoder,
+    JumpReLU,
+    SparseCoder,
+    TopK,
+    TopKSAE,
+    Transcoder,
+)
 from ksae.errors import UserError, first_line
 from ksae.interop.load import load
 from ksae.runs.checks import check_parameters
 from ksae.runs.config import ModelConfig, RunConfig
 
 # Of a model to start from: what it computes. How it is trained is said anew.
-SIZES = ("kind", "d_sae", "k", "skip", "beta", "mode", "grad_norm")
+SIZES = ("kind", "d_sae", "k", "activation", "skip", "beta", "mode", "grad_norm")
+NAMES = {TopK: "topk", GradTopK: "topk", BatchTopK: "batch_topk", JumpReLU: "jump_relu"}
 
 
 def build_model(
@@ -46,12 +59,31 @@ def build_model(
     if config.beta is not None:
         options |= {"beta": config.beta, "mode": config.mode, "grad_norm": config.grad_norm}
     check_kind(config, source)
+    if config.activation != "topk":
+        activation = _activation(config)
+        if config.kind == "sae":
+            return SAE(source.d_in, config.d_sae, activation, **options)
+        assert source.d_out is not None
+        options |= {"activation": activation, "skip": config.skip}
+        return Transcoder(source.d_in, source.d_out, config.d_sae, **options)
     if config.kind == "sae":
         sae = TopKSAE if config.beta is None else GradTopKSAE
         return sae(source.d_in, config.d_sae, config.k, **options)
     assert source.d_out is not None
     coder = Transcoder if config.beta is None else GradTopKTranscoder
     return coder(source.d_in, source.d_out, config.d_sae, config.k, skip=config.skip, **options)
+
+
+def _activation(config: ModelConfig) -> Activation:
+    if config.activation == "batch_topk":
+        return BatchTopK(config.k, config.threshold)
+    return JumpReLU(
+        coefficient=config.l0_weight,
+        penalty="l0" if config.l0 is None else "target_l0",
+        target=config.l0,
+        bandwidth=config.bandwidth,
+        theta=config.theta,
+    )
 
 
 def check_kind(config: ModelConfig, source: ActivationSource) -> None:
@@ -83,7 +115,8 @@ def start_from(
     sizes: dict[str, Any] = {
         "kind": "sae" if model.topology == "sae" else "transcoder",
         "d_sae": model.d_sae,
-        "k": model.k,
+        "k": model.k or config.model.k,
+        "activation": NAMES[type(model.activation)],
         "skip": model.skip,
         **{key: options[key] for key in ("beta", "mode", "grad_norm") if key in options},
     }

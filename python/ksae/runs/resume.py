@@ -13,6 +13,7 @@ FREE = frozenset(
     [
         "train.device",
         "train.threads",
+        "train.timeout",
         "train.prefetch",
         "train.checkpoint_every",
         "train.keep_last",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from ksae.activations import ActivationSource
 from ksae.activations.progress import say
 from ksae.coders.coder import SparseCoder
-from ksae.files import container
-from ksae.runs import checks
+from ksae.parallel.shard import shard
+from ksae.runs import checks, ranks
 from ksae.runs import config as runconfig
+from ksae.runs.checkpoint import identity
 from ksae.runs.config import RunConfig
 from ksae.runs.data import RunData, open_data
 from ksae.runs.directory import held
@@ -33,38 +35,56 @@ def train(
     """
     config = runconfig.fitted(config)
     checks.check_services(config.log)
-    out = Path(config.out)
-    with held(out, resume, restart) as newest:  # before any harvest
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
-        device = pick_device(config.train.device)
-        model: SparseCoder | None = None
-        if config.model.start is not None:
-            path = str(config.model.start if newest is None else newest)
-            config, model = start_from(config, path, device)
-        if newest is not None:
-            compare_early(config, newest, allow_change)
+    with ranks.joined(config.train.timeout) as R:
+        if R > 1:
+            config = ranks.quiet(config)
+        hold = ranks.held_by_one if R > 1 else held
+        with hold(Path(config.out), resume, restart) as newest:  # before any harvest
+            trainer = _prepare(config, newest, R, resume, restart, allow_change)
+            return trainer.run_from(newest)
+
+
+def _prepare(
+    config: RunConfig,
+    newest: Path | None,
+    R: int,
+    resume: bool,
+    restart: bool,
+    allow_change: bool,
+) -> Trainer:
+    """Data and model, on each of R ranks its part."""
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    device = pick_device(config.train.device)
+    model: SparseCoder | None = None
+    if config.model.start is not None:
+        path = str(config.model.start if newest is None else newest)
+        config, model = start_from(config, path, device)
+    if newest is not None:
+        compare_early(config, newest, allow_change)
+    with ranks.one_after_the_other(R > 1 and config.data.cache is not None):
         data = open_run_data(config, model)
-        torch.manual_seed(config.train.seed)
-        if model is None:
-            model = build_model(config.model, data.train, dtype=config.train.dtype, device=device)
-        trainer = Trainer(
-            model,
-            data.train,
-            config.train,
-            out=out,
-            resume=resume,
-            restart=restart,
-            allow_change=allow_change,
-            log=config.log,
-            holdout=data.holdout,
-            run=config,
-            origin=data.origin,
-        )
-        if config.model.start is not None and newest is None:
-            for line in differences(origin_of_file(config.model.start), data.origin):
-                say(f"the model to start from was trained on other activations: {line}")
-        return trainer.run_from(newest)
+    torch.manual_seed(config.train.seed)
+    if model is None:
+        model = build_model(config.model, data.train, dtype=config.train.dtype, device=device)
+    kind = Trainer if R == 1 else ranks.RankTrainer
+    trainer = kind(
+        model if R == 1 else shard(model),
+        data.train,
+        config.train,
+        out=config.out,
+        resume=resume,
+        restart=restart,
+        allow_change=allow_change,
+        log=config.log,
+        holdout=data.holdout,
+        run=config,
+        origin=data.origin,
+    )
+    if config.model.start is not None and newest is None:
+        for line in differences(origin_of_file(config.model.start), data.origin):
+            say(f"the model to start from was trained on other activations: {line}")
+    return trainer
 
 
 def open_run_data(config: RunConfig, model: SparseCoder | None = None) -> RunData:
@@ -85,9 +105,13 @@ def open_run_data(config: RunConfig, model: SparseCoder | None = None) -> RunDat
 
 def compare_early(config: RunConfig, newest: Path, allow_change: bool = False) -> None:
     """Before the data are made: what a resumed run must share and is known by now."""
-    before = container.read_header(newest)["extra"]["identity"]
-    known = {key: before["model"].get(key) for key in before["model"]}
-    given = dataclasses.asdict(config.model)
+    before = identity(newest)
+    # an activation is compared by its fields, once the model is there
+    known = [key for key, value in before["model"].items() if not isinstance(value, Mapping)]
+    given = {  # as JSON has them
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(config.model).items()
+    }
     now: dict[str, Any] = {
         "train": dataclasses.asdict(config.train),
         "data": dataclasses.asdict(config.data),

@@ -30,7 +30,6 @@ from ksae.coders.coder import SparseCoder
 from ksae.coders.file import save
 from ksae.coders.initialize import initialize_from, is_new
 from ksae.errors import UserError, first_line
-from ksae.files import container
 from ksae.files.atomic import clean
 from ksae.runs import checkpoint, checks, finish
 from ksae.runs import config as runconfig
@@ -62,6 +61,7 @@ class TrainResult:
     model_path: Path
     plots: list[Path]
     held_out_tokens: int = 0  # that the evaluation is of
+    rank: int = 0  # of a run of several processes, whose results are on rank 0
 
 
 class Trainer:
@@ -118,6 +118,7 @@ class Trainer:
         if origin:
             self.identity["origin"] = dict(origin)
         self.step = 0  # steps done
+        self.writes = True  # besides checkpoints
         self._parameter = next(model.parameters())
         self._remarks: list[str] = []  # said once all has been checked
         self._first_fvu: float | None = None  # before the first step
@@ -158,7 +159,7 @@ class Trainer:
                 self._check_start()
                 if newest is None:
                     self._initialize()
-                    if self.restart:
+                    if self.restart and self.writes:
                         drop(self.out)
                     stack.push(self._drop_if_nothing)
                 log = self._begin(newest)
@@ -218,6 +219,8 @@ class Trainer:
 
     def _drop_if_nothing(self, kind: object, *error: object) -> None:
         """After a failure before the first line of metrics and the first checkpoint."""
+        if not self.writes:
+            return
         lines = self.out / "metrics.jsonl"
         empty = not lines.is_file() or lines.stat().st_size == 0
         if kind is not None and empty and checkpoint.latest(self._checkpoints) is None:
@@ -241,7 +244,7 @@ class Trainer:
         batches = self._batches.stream(self.step)
         clock, first = _Clock(self.tokens), self.step
         with contextlib.closing(batches):
-            while self.step < self.steps and signals.received is None:
+            while self.step < self.steps and not self._stop(signals):
                 x, y, g = self._batches.next(batches, self.step)
                 rate = learning_rate(
                     self.step,
@@ -252,7 +255,7 @@ class Trainer:
                     shape=config.decay_shape,
                 )
                 self.train_step.lr = rate
-                metrics = self.train_step(x, y, grad=g)
+                metrics = self._take(x, y, g)
                 if self.step == first:
                     metrics[_EQUAL] = checks.without_variance(model, x if y is None else y)
                 self.step += 1
@@ -271,11 +274,15 @@ class Trainer:
         if signals.received is not None:
             if not saved:
                 self._save(log)
-            raise Interrupted(
-                signals.received, self.step, checkpoint.step_path(self._checkpoints, self.step)
-            )
+            raise Interrupted(signals.received, self.step, self._checkpoint_path())
         if not saved:  # a run of no steps
             self._save(log)
+
+    def _take(self, x: Tensor, y: Tensor | None, g: Tensor | None) -> dict[str, Tensor]:
+        return self.train_step(x, y, grad=g)
+
+    def _stop(self, signals: Signals) -> bool:
+        return signals.received is not None
 
     def _initialize(self) -> None:
         """Set the first biases of a new model from the first batches."""
@@ -334,7 +341,10 @@ class Trainer:
         what = f"; the checkpoint {kept} is kept" if kept else ""
         return f"train: {name} must be finite, got {value} at step {step}: lower train.lr{what}"
 
-    def _save(self, log: RunLog) -> None:
+    def _checkpoint_path(self) -> Path:
+        return checkpoint.step_path(self._checkpoints, self.step)
+
+    def _check_finite(self) -> None:
         for name, parameter in self.model.named_parameters():
             # The last update can overflow without any loss having shown it yet.
             if not bool(parameter.isfinite().all()):
@@ -342,23 +352,27 @@ class Trainer:
                     f"train: {name} must be finite after step {self.step}, got NaN or inf: "
                     "lower train.lr; no checkpoint was overwritten"
                 )
+
+    def _save(self, log: RunLog) -> None:
+        self._check_finite()
         log.sync()
         state = {"step": self.step, "rng": torch.get_rng_state(), "first_fvu": self._first_fvu}
-        path = checkpoint.step_path(self._checkpoints, self.step)
         extra = {"identity": self.identity}
+        path = self._checkpoint_path()
         checkpoint.save_training(path, self.model, self.train_step, state, extra)
         checkpoint.prune(self._checkpoints, self.config.keep_last)
 
     def _restore(self, path: Path) -> None:
-        before = container.read_header(path)["extra"]["identity"]
+        before = checkpoint.identity(path)
         changed = compare(before, self.identity, str(path), allow_change=self.allow_change)
         state = checkpoint.load_training(path, self.model, self.train_step)
         self.step, self._first_fvu = state["step"], state.get("first_fvu")
-        torch.set_rng_state(state["rng"])
+        if "rng" in state:
+            torch.set_rng_state(state["rng"])
         for key, (old, new) in changed.items():
             self._remarks.append(f"{key}: {old} -> {new} after step {self.step}")
         written = self.out / "run.yaml"
-        if changed and written.is_file():  # what the steps so far were taken with
+        if changed and self.writes and written.is_file():  # what the steps so far were taken with
             os.replace(written, self.out / f"run_step_{self.step:08d}.yaml")
 
     def _finish(self, log: RunLog) -> TrainResult:

@@ -18,7 +18,8 @@ from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
-from .communicator import OneDevice
+from ..parallel.one_device import OneDevice
+from ..parallel.shards import Shards
 from .nested import Nested, prefix_metrics, together
 from .state import State
 from .thresholds import penalty_and_gradient
@@ -26,11 +27,11 @@ from .unfused import GRAD_SCALE, Metrics, scale_to
 
 
 class Batch(NamedTuple):
-    """The rows of a batch."""
+    """The rows of a batch: of N tokens, n of which are this rank's own. On one device n = N."""
 
     x: Tensor  # [N, d_in]
-    y: Tensor  # [N, d_out]
-    target: Tensor  # [N, d_out] of the sparse part: y without what a skip connection predicts
+    y: Tensor  # [n, d_out]
+    target: Tensor  # [n, d_out] of the sparse part: y without what a skip connection predicts
     grad: Tensor | None  # [N, d_out], of a downstream loss
 
 
@@ -52,7 +53,7 @@ class Groups:
         self.offsets: list[Tensor] = []  # [F+1]
         self.order: list[Tensor] = []  # [N*k]
         self.residuals: list[Tensor] = []  # [N, columns], or [P*N, columns] of P prefixes
-        self.sq_errors: list[Tensor] = []  # [N], of all columns
+        self.sq_errors: list[Tensor] = []  # sums of squares of all columns, [N] or one a rank
         self.sums: list[Tensor | None] = []  # [d] of all columns, where the kernel forms them
         self.denominators: list[Tensor] = []  # []
         self.variance: Tensor  # [], of y
@@ -91,20 +92,27 @@ class FusedStep:
         model: SparseCoder,
         state: State,
         clip_norm: float | None,
-        communicator: OneDevice | None = None,
+        communicator: OneDevice | Shards,
         clip: str = "above",
     ) -> None:
         self.model, self.state, self.clip_norm, self.clip = model, state, clip_norm, clip
-        self.communicator = communicator or OneDevice()
-        self.sums_in_decode = model.W_enc.is_cuda  # one reading of the residual less
+        self.communicator, self.is_whole = communicator, communicator.size == 1
+        self.latents = model.W_enc.shape[0]  # of this rank
+        # one reading of the residual less
+        self.sums_in_decode = model.W_enc.is_cuda and self.is_whole
         self.asks_for_dead = not model.W_enc.is_cuda  # on CUDA only the device knows how many
         self.nested = Nested(model, state.acc) if model.prefixes else None
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
-        """A step on x [N, d_in] and y [N, d_out]: metrics, and whether all was finite, [] bool."""
+        """A step on x [N, d_in] of all ranks and y [n, d_out] of this one, grad [N, d_out].
+
+        Returns metrics, and whether all was finite, [] bool.
+        """
         model, acc = self.model, self.state.acc
-        target = y if model.W_skip is None else y.to(acc) - x.to(acc) @ model.W_skip.to(acc).T
+        target = y
+        if model.W_skip is not None:
+            target = y.to(acc) - self.communicator.own(x).to(acc) @ model.W_skip.to(acc).T
         batch = Batch(x, y, target, grad)
         chosen = self.encode(batch)
         columns = self.columns(batch, chosen)
@@ -118,29 +126,28 @@ class FusedStep:
 
     def encode(self, batch: Batch) -> Selection:
         """The code of each term: prefixes of one selection, and for AuxK that of dead latents."""
-        model, exchange = self.model, self.communicator.exchange_keys
-        dead = model.dead
-        k_aux = aux_width(model, dead, self.asks_for_dead)
+        model, communicator = self.model, self.communicator
+        n_dead = communicator.all_reduce(model.dead.sum())
+        k_aux = aux_width(model, n_dead if self.asks_for_dead else None)
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
-        k = max(term.k for term in terms if term.aux is None)
+        ks = [term.k for term in terms if term.aux is None]
+        k, k_aux = min(max(ks), self.latents), min(k_aux, self.latents)
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
-        if k_aux:
-            *chosen, aux_values, aux_indices = model.select_aux(batch.x, k, k_aux, *how)
-        else:
-            chosen = [*model.select(batch.x, k, *how)]
-        wide = Code(*exchange(*chosen[:2]), *chosen[2:])
-        model.activation.observe(model, wide.values)
+        chosen = communicator.select(model, batch.x, k, k_aux, *how)
+        prefixes = iter(communicator.codes(*chosen[0], ks))
+        model.activation.observe(model, chosen[0][0])
         codes: list[Code] = []
         for term in terms:
-            if term.aux is None:  # sorted: a prefix
-                codes.append(wide.first(term.k).contiguous())
+            if term.aux is None:
+                codes.append(next(prefixes))
                 continue
+            aux_values, aux_indices, by = chosen[1]
             if term.aux.signed:
-                aux_values = unrectified(model, batch.x, aux_values, aux_indices, dead)
-            code = Code(*exchange(aux_values, aux_indices))
+                aux_values = unrectified(model, batch.x, aux_values, aux_indices, model.dead)
+            (code,) = communicator.codes(aux_values, aux_indices, by, [term.k])
             codes.append(code if term.of_residual else together(codes[0], code))
-        return Selection(terms, codes, self.communicator.all_reduce(dead.sum()))
+        return Selection(terms, codes, n_dead)
 
     # ------------------------------------------------------------------------------------ residual
 
@@ -157,36 +164,37 @@ class FusedStep:
         has_room = batch.x.is_cuda or (64 if self.state.masters else 32) * d <= model.d_sae
         whole = len(chosen.terms) > 1 or model.skip or self.clip_norm or has_room
         by_entry = isinstance(model.activation, JumpReLU)  # entries below their threshold
-        if batch.x.is_cuda or by_entry or (tables == 1 and whole):
+        if batch.x.is_cuda or by_entry or (tables == 1 and whole) or not self.is_whole:
             return d
         parts = tables * (1 if has_room else 2)
         return min(d, (d + 4 * parts - 1) // (4 * parts) * 4)  # a multiple of 4
 
     def residual(self, batch: Batch, chosen: Selection, columns: int) -> Groups:
         """Each term's residual, the gradients of its values, and its code grouped by latent."""
-        model, groups = self.model, Groups()
-        groups.variance = ops.total_variance(batch.y)
+        model, communicator, groups = self.model, self.communicator, Groups()
+        groups.variance = communicator.variance(batch.y)
         for term, code in zip(chosen.terms, chosen.codes, strict=True):
             target, variance = batch.target, groups.variance
             if term.of_residual:
                 target = -self._whole_residual(batch, chosen, groups)  # y - recon
-                variance = ops.total_variance(target)
+                variance = communicator.variance(target)
             residual, square, grads, sums = self._residual(term, code, target, groups, columns)
             if groups.residuals and columns < model.d_out:
                 groups.whole.append(residual)
                 residual = residual[:, :columns].contiguous()
             pair = code.matrices()
-            offsets, order = ops.group_by_latent(*pair, model.d_sae)
+            offsets, order = ops.group_by_latent(*pair, self.latents)
             groups.values.append(pair[0])
             groups.grads.append(grads)
             groups.offsets.append(offsets)
             groups.order.append(order)
-            groups.residuals.append(self.communicator.exchange_rows(residual))
+            groups.residuals.append(residual)
             groups.sq_errors.append(square)
             groups.sums.append(sums)
-            groups.denominators.append(
-                term.denominator(batch.y, groups.variance, variance, chosen.n_dead)
-            )
+            below = term.denominator(batch.y, groups.variance, variance, chosen.n_dead)
+            if not (self.is_whole or term.by_variance):  # a count of this rank's elements
+                below *= communicator.size
+            groups.denominators.append(below)
         if self.nested is not None:
             groups.row_of = self.nested.row_of(chosen.terms, chosen.codes)
         if any(code.offsets is not None for code in chosen.codes):
@@ -211,15 +219,15 @@ class FusedStep:
         if term.biases > 1:
             bias = term.biases * model.b_dec
         columns = model.d_out if groups.residuals else columns
-        residual, square, grads = ops.sparse_residual(
-            *code.matrices(), model.W_dec, bias, target, columns, sums, code.offsets
+        residual, square, grads = self.communicator.residual(
+            code, model.W_dec, bias, target, columns, sums
         )
         return residual, square, grads, sums
 
     def _whole_residual(self, batch: Batch, chosen: Selection, g: Groups) -> Tensor:
         """That of the reconstruction, [N, d]."""
         model, code = self.model, chosen.codes[0]
-        found = g.residuals[0][-len(batch.y) :]  # of the last prefix
+        found = self.communicator.own(g.residuals[0])[-len(batch.y) :]  # of the last prefix
         if found.shape[1] == model.d_out:
             return found
         decoder = (model.W_dec, model.b_dec, batch.target, 0, model.d_out, code.offsets)
@@ -267,14 +275,15 @@ class FusedStep:
     def _small(self, batch: Batch, chosen: Selection, g: Groups) -> dict[str, list[Tensor]]:
         """Of each term that b_dec is in: what makes the gradients of b_dec and W_skip, for the
         columns that there are."""
+        own, all_reduce = self.communicator.own, self.communicator.all_reduce
         n, b_dec, W_skip = len(batch.y), [], []
         for term, residual, done in zip(chosen.terms, g.residuals, g.sums, strict=True):
-            rows = residual[:n]  # of the first prefix
+            rows = own(residual)[:n]  # of the first prefix
             if term.bias_gradients:
-                total = rows.sum(0) if done is None else done
+                total = all_reduce(rows.sum(0)) if done is None else done
                 b_dec.append(total if term.bias_gradients == 1 else term.bias_gradients * total)
             if self.model.W_skip is not None and not term.of_residual:
-                W_skip.append(rows.T @ batch.x.to(self.state.acc))
+                W_skip.append(all_reduce(rows.T @ own(batch.x).to(self.state.acc)))
         return {"b_dec": b_dec, "W_skip": W_skip} if W_skip else {"b_dec": b_dec}
 
     # ------------------------------------------------------------------------------------- scalars
@@ -420,7 +429,7 @@ class FusedStep:
         else:
             decoder = (model.W_dec, model.b_dec)
             rest = ops.sparse_residual_slice(*code.matrices(), *decoder, *part, code.offsets)
-        g.residuals.append(self.communicator.exchange_rows(rest))
+        g.residuals.append(rest)
         g.residuals += [whole[:, start : part[2]].contiguous() for whole in g.whole]
         for name, parts in self._small(batch, chosen, g).items():
             if len(sums.small[name][0]) == start:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..coders.coder import SparseCoder
 from ..coders.terms import total_variance
+from ..parallel.one_device import OneDevice
+from ..parallel.shards import Shards
 from .fused import FusedStep
 from .state import State, check_memory
 from .unfused import CLIPS, Metrics, Unfused
@@ -30,7 +32,8 @@ class TrainStep:
     rows.
 
     Args:
-        model: its parameters are updated in place, all of them, whatever their requires_grad.
+        model: its parameters are updated in place, all of them, whatever their requires_grad. Of
+            `ksae.shard`, a step is one of all ranks, which all take it: each gives as many tokens.
         lr: learning rate; `step.lr` may be assigned between steps.
         betas, eps: of Adam.
         clip_norm: largest global gradient norm; None: no clipping.
@@ -79,37 +82,24 @@ class TrainStep:
         fused: bool = True,
         moments: str = "float32",
     ) -> None:
-        if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
-            raise ValueError(f"TrainStep: betas must be in [0, 1), got {betas}")
-        if not eps > 0:
-            raise ValueError(f"TrainStep: eps must be > 0, got {eps}")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"TrainStep: clip_norm must be > 0 or None, got {clip_norm}")
-        if clip not in CLIPS:
-            raise ValueError(f"TrainStep: clip must be above or always, got {clip!r}")
-        if moments not in ("float32", "bfloat16"):
-            raise ValueError(f"TrainStep: moments must be float32 or bfloat16, got {moments!r}")
-        parameters = dict(model.named_parameters())
-        first = model.W_enc
-        if moments == "bfloat16" and not (fused and first.dtype == torch.bfloat16):
-            got = f"{first.dtype} and fused={fused}"
-            want = "float32 without fused=True and a torch.bfloat16 model"
-            raise ValueError(f"TrainStep: moments must be {want}, got bfloat16 with {got}")
-        for name, p in parameters.items():
-            if p.dtype != first.dtype or p.device != first.device:
-                want = f"{first.dtype} on {first.device} as W_enc"
-                raise ValueError(f"TrainStep: {name} must be {want}, got {p.dtype} on {p.device}")
-        if fused and (option := model.activation.fused_refuses):
-            kind = type(model.activation).__name__
-            raise ValueError(f"TrainStep: fused must be False with {kind} of {option}, got True")
-        check_memory(model)
+        self.communicator: OneDevice | Shards = model.ranks or OneDevice()
+        settings = {"betas": betas, "eps": eps, "clip_norm": clip_norm, "clip": clip}
+        settings["moments"] = moments
+        try:
+            _check(model, lr, fused=fused, **settings)  # type: ignore[arg-type]
+        except Exception as error:
+            self.communicator.refuse("TrainStep", error)
+            raise
+        self.communicator.agree("TrainStep", settings)
         self.model, self.betas, self.eps, self.clip_norm = model, betas, eps, clip_norm
         self.clip, self.fused = clip, fused
         rounded = ("W_enc", "W_dec") if moments == "bfloat16" else ()
         self.state = State(model, betas, eps, rounded)
         self.parameters, self.theta = self.state.parameters, self.state.theta
         self.masters, self.moments, self.t = self.state.masters, self.state.moments, self.state.t
-        self._fused = FusedStep(model, self.state, clip_norm, clip=clip) if fused else None
+        self._fused: FusedStep | None = None
+        if fused:
+            self._fused = FusedStep(model, self.state, clip_norm, self.communicator, clip)
         self._unfused: Unfused | None = None
         if not fused:
             self._unfused = Unfused(
@@ -125,8 +115,7 @@ class TrainStep:
 
     @lr.setter
     def lr(self, lr: float) -> None:
-        if not 0 <= lr < float("inf"):
-            raise ValueError(f"TrainStep: lr must be a finite number >= 0, got {lr}")
+        _check_lr(lr)
         self._lr = float(lr)
         self.state.lr.fill_(self._lr)
         if self._unfused is not None:
@@ -144,23 +133,23 @@ class TrainStep:
         entry that is not finite and were selected by u.
         """
         model = self.model
-        rows = model.rows("x", x, model.d_in).contiguous()
-        target = model.targets(x, rows, y)
-        if target is None:
-            raise ValueError("TrainStep: y must be given for a transcoder, got None")
-        self.state.adopt()
+        if model.ranks is None:
+            rows, target = self._rows(x, y)
+        else:
+            rows, target, grad = self._rows_of_all(x, y, grad)
+            x = rows
         buffers = model.named_buffers()
         running = [(b, b.clone()) for name, b in buffers if name != "tokens_since_fired"]
         with torch.autocast(rows.device.type, enabled=False):
             scaled = model.gradients(x, grad, training=True)  # [N, d_out]
             if self._fused is not None:
-                metrics, finite = self._fused.step(rows, target.contiguous(), scaled)
+                metrics, finite = self._fused.step(rows, target, scaled)
             else:
                 assert self._unfused is not None
                 for buffer, old in running:  # the module's forward counts the batch itself
                     buffer.copy_(old)
                 flat = None if grad is None else grad.reshape(-1, model.d_out)
-                metrics, finite = self._unfused.step(rows, target.contiguous(), flat)
+                metrics, finite = self._unfused.step(rows, target, flat)
         for buffer, old in running:
             buffer.copy_(torch.where(finite, buffer, old))
         if scaled is not None:
@@ -172,6 +161,40 @@ class TrainStep:
                 self._warned = True
                 self._warn(rows, target, scaled, metrics["loss"])
         return metrics
+
+    def _rows(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rows [N, d_in] and targets [N, d_out]."""
+        rows = self.model.rows("x", x, self.model.d_in).contiguous()
+        target = self.model.targets(x, rows, y)
+        if target is None:
+            raise ValueError("TrainStep: y must be given for a transcoder, got None")
+        self.state.adopt()
+        return rows, target.contiguous()
+
+    def _rows_of_all(
+        self, x: Tensor, y: Tensor | None, grad: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows [N, d_in] of all ranks, targets [n, d_out] of this one, gradients [N, d_out]."""
+        communicator = self.communicator
+        try:
+            rows, target = self._rows(x, y)
+            if grad is not None:
+                self.model.require_tensor("grad", grad)
+        except Exception as error:
+            communicator.refuse("TrainStep", error)
+            raise
+        communicator.agree(
+            "TrainStep",
+            {
+                "the shape of x": list(x.shape),
+                "the shape of y": None if y is None else list(y.shape),
+                "the shape of grad": None if grad is None else [*grad.shape, grad.dtype],
+                "the learning rate": self.lr,
+            },
+        )
+        if grad is not None:
+            grad = communicator.gather(grad.reshape(-1, grad.shape[-1]))
+        return communicator.gather(rows), target, grad
 
     def _warn(self, x: Tensor, y: Tensor, grad: Tensor | None, loss: Tensor) -> None:
         """Say why a step was not taken."""
@@ -208,3 +231,47 @@ def _may_look(rows: Tensor) -> bool:
     if rows.is_meta:
         return False
     return not (rows.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _check_lr(lr: float) -> None:
+    if not 0 <= lr < float("inf"):
+        raise ValueError(f"TrainStep: lr must be a finite number >= 0, got {lr}")
+
+
+def _check(
+    model: SparseCoder,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    clip_norm: float | None,
+    clip: str,
+    fused: bool,
+    moments: str,
+) -> None:
+    _check_lr(lr)
+    if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
+        raise ValueError(f"TrainStep: betas must be in [0, 1), got {betas}")
+    if not eps > 0:
+        raise ValueError(f"TrainStep: eps must be > 0, got {eps}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"TrainStep: clip_norm must be > 0 or None, got {clip_norm}")
+    if clip not in CLIPS:
+        raise ValueError(f"TrainStep: clip must be above or always, got {clip!r}")
+    if moments not in ("float32", "bfloat16"):
+        raise ValueError(f"TrainStep: moments must be float32 or bfloat16, got {moments!r}")
+    parameters = dict(model.named_parameters())
+    first = model.W_enc
+    if moments == "bfloat16" and not (fused and first.dtype == torch.bfloat16):
+        got = f"{first.dtype} and fused={fused}"
+        want = "float32 without fused=True and a torch.bfloat16 model"
+        raise ValueError(f"TrainStep: moments must be {want}, got bfloat16 with {got}")
+    for name, p in parameters.items():
+        if p.dtype != first.dtype or p.device != first.device:
+            want = f"{first.dtype} on {first.device} as W_enc"
+            raise ValueError(f"TrainStep: {name} must be {want}, got {p.dtype} on {p.device}")
+    if fused and (option := model.activation.fused_refuses):
+        kind = type(model.activation).__name__
+        raise ValueError(f"TrainStep: fused must be False with {kind} of {option}, got True")
+    if model.ranks is not None and not fused:
+        raise ValueError("TrainStep: fused must be True for a coder spread over ranks, got False")
+    check_memory(model)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ksae dashboard`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def dashboard(
+    path: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="Model file, checkpoint, or the folder of a run")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the pages: new, or a dashboard")],
+    labels: Annotated[
+        Path | None, typer.Option(help="JSON of latent: label, or Neuronpedia's explanations")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Language model: smollm2-135m, a folder, or a Hugging Face name"),
+    ] = None,
+    hook: Annotated[
+        str | None, typer.Option(help="Where the activations are read, as layers.9.resid_post")
+    ] = None,
+    target_hook: Annotated[
+        str | None, typer.Option(help="Transcoder: where the outputs are written")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help=".txt, .jsonl or .parquet file, a folder of them, or pydoc")
+    ] = None,
+    field: Annotated[str | None, typer.Option(help="Key or column of the text")] = None,
+    exclude: Annotated[
+        str | None, typer.Option(help="Tokens left out beside special ones: ids or names")
+    ] = None,
+    model_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hugging Face name")
+    ] = None,
+    model_dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16: of the language model")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of a context", min=2)] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to read", min=1)] = 131_072,
+    top: Annotated[int, typer.Option(help="Strongest contexts of a latent", min=1)] = 12,
+    neuronpedia: Annotated[
+        Path | None, typer.Option(help="Also write Neuronpedia's import format to this folder")
+    ] = None,
+    saedashboard: Annotated[
+        Path | None, typer.Option(help="Also write SAEDashboard's batches to this folder")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Of the model; default: cuda if there is one")
+    ] = None,
+    progress: Annotated[bool, typer.Option(help="Show progress")] = True,
+) -> None:
+    """Make a folder of pages that show what each latent responds to and writes.
+
+    Reads the text of the run, or that named by options. The pages need no server and no network:
+    open index.html in a browser.
+    """
+    from ksae.interop.load import load
+    from ksae.runs import dashboard as job
+    from ksae.runs.model import pick_device
+
+    given = {
+        "model": model, "hook": hook, "target_hook": target_hook, "text": text, "field": field,
+        "context": context, "exclude": exclude, "model_revision": model_revision,
+        "model_dtype": model_dtype,
+    }  # fmt: skip
+    config = job.data_of(path, given)
+    coder = load(path, device=pick_device(device))
+    made = job.dashboard(
+        coder, config, out, labels=labels, tokens=tokens, top=top, progress=progress,
+        title=job.title_of(path),
+    )  # fmt: skip
+    for written in job.export(out, config, neuronpedia=neuronpedia, saedashboard=saedashboard):
+        print(f"export    {written}")
+    print(job.summary(made))
