@@ -56,7 +56,7 @@ class Ksae:
         elif screening is not None:
             from ksae import _cpu
 
-            native.screening = screening  # each contestant has a process of its own
+            native.encode.screening = screening  # each contestant has a process of its own
             if screening and not _cpu.can_screen():
                 self.note = "no BF16 dot instructions to screen with"
         F, d = start["W_enc"].shape

@@ -28,10 +28,10 @@ bytes of the formula, within 2 %, is tested with 2, 3 and 4 processes
 (`tests/parallel/test_sharding.py`), as is that it gives the numbers of one device.
 
 ```python
-torch.distributed.init_process_group("gloo")          # or "nccl"
+torch.distributed.init_process_group("gloo")  # or "nccl"
 sae = ksae.shard(ksae.TopKSAE(d_in=768, d_sae=24576, k=32))
 step = ksae.TrainStep(sae, lr=1e-4)
-metrics = step(x)                                     # x: the tokens of this rank
+metrics = step(x)  # x: the tokens of this rank
 ```
 
 `torchrun --nproc-per-node 8 -m ksae train run.yaml` does a whole run; `ksae convert

@@ -70,14 +70,14 @@ class Implementation:
         isa, screen = self.isa, self.screen
 
         def switched() -> Any:
-            before, screened = _cpu.isa(), native.screening
+            before, screened = _cpu.isa(), native.encode.screening
             _cpu.set_isa(isa)
-            native.screening = screened if screen is None else screen
+            native.encode.screening = screened if screen is None else screen
             try:
                 return call()
             finally:
                 _cpu.set_isa(before)
-                native.screening = screened
+                native.encode.screening = screened
 
         return switched
 
@@ -100,7 +100,7 @@ def implementations(op: str, device: str, every_isa: bool) -> Iterator[Implement
     best = _cpu.isa()
     for isa in _cpu.isas() if every_isa else [best]:
         yield Implementation(f"ksae {isa}", ops, isa)
-    if op == "topk_encode" and _cpu.can_screen() and native.screening:
+    if op == "topk_encode" and _cpu.can_screen() and native.encode.screening:
         yield Implementation(f"ksae {best}, unscreened", ops, best, screen=False)
 
 

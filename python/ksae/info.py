@@ -76,7 +76,7 @@ def _cpu() -> dict[str, Any]:
         "isa": module.isa(),
         "isas": module.isas(),
         "openmp_threads": threads,
-        "screening": native.screening and module.can_screen(),
+        "screening": native.encode.screening and module.can_screen(),
     }
 
 

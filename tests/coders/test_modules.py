@@ -12,8 +12,9 @@ from cases import randn
 from torch import Tensor
 
 import ksae
-from ksae.coders.coder import Output, SparseCoder
+from ksae.coders.coder import SparseCoder
 from ksae.coders.initialize import geometric_median, initialize_from
+from ksae.coders.output import Output
 from ksae.coders.terms import total_variance
 
 N, D, OUT, F, K = 23, 12, 10, 40, 4

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ksae
-from ksae.coders.coder import Output
+from ksae.coders.output import Output
 
 N, D, F, K = 7, 8, 32, 4
 KINDS: dict[str, Callable[[], ksae.SparseCoder]] = {

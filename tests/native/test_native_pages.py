@@ -18,10 +18,10 @@ F, d = (1 << 14) + 1, 513  # more than 32 MiB
 @pytest.fixture(autouse=True)
 def empty():
     """Nothing spare, before and after."""
-    native._spare.clear()
+    native.calls._spare.clear()
     yield
     gc.collect()
-    native._spare.clear()
+    native.calls._spare.clear()
 
 
 def gradient(F=F, d=d, dtype=torch.float32):
@@ -65,7 +65,7 @@ def test_memory_that_somebody_holds_is_left_alone(hold):
 
 
 def spare():
-    return [memory.nbytes for kept in native._spare.values() for memory in kept]
+    return [memory.nbytes for kept in native.calls._spare.values() for memory in kept]
 
 
 def test_what_is_spare_goes_when_it_does_not_serve():

@@ -15,8 +15,9 @@ import ksae
 from ksae.coders.auxk import AUXK
 from ksae.coders.code import Code
 from ksae.coders.terms import terms_of
-from ksae.step.fused import Batch, FusedStep, Selection
+from ksae.step.fused import FusedStep
 from ksae.step.nested import Nested, together
+from ksae.step.phases import Batch, Selection
 from ksae.step.state import State
 
 WIDTHS = [7, 30, 31, F]

@@ -2,7 +2,8 @@
 """Sparse coders: activation, topology and objective."""
 
 from .activation import Activation, BatchTopK, GradTopK, JumpReLU, TopK
-from .coder import Output, SparseCoder
+from .coder import SparseCoder
+from .output import Output
 from .topology import SAE, GradTopKSAE, GradTopKTranscoder, TopKSAE, Transcoder
 
 __all__ = [

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
-from torch.utils._pytree import _register_namedtuple
 
 from .. import functional
 from ..ops import accumulator
@@ -21,34 +20,12 @@ from . import registry
 from .activation import Activation, from_fields
 from .code import Code, has_numbers
 from .config import Config, Options, floating
+from .output import Output
 from .predictions import auxk_prediction, prefix_recons
 from .terms import aux_width, multi_loss, squared_error, terms_of, total_variance
 from .unit_rows import unit_rows, without_parallel
 
 _T = TypeVar("_T")
-
-
-class Output(NamedTuple):
-    """What a forward pass returns. Losses are 0-d float32 (float64), None without a target."""
-
-    recon: Tensor  # [..., d_out]
-    values: Tensor  # [..., k], or [E] with row_offsets
-    indices: Tensor  # of the shape of values, int64
-    loss: Tensor | None  # to be minimised: the weighted sum of all terms
-    fvu: Tensor | None  # share of the target's variance that is not explained
-    auxk_loss: Tensor | None  # 0 if no latent is dead
-    multi_topk_loss: Tensor | None  # with other k, weighted mean; 0 without multi_topk or multi_k
-    prefix_fvu: Tensor | None = None  # [P], by the latents of each prefix; None without prefixes
-    row_offsets: Tensor | None = None  # [N+1] int64, of codes with a number of entries of each row
-
-    @property
-    def code(self) -> Code:
-        """Values and indices as one."""
-        return Code(self.values, self.indices, self.row_offsets)
-
-
-# So that an exported module can be saved.
-_register_namedtuple(Output, serialized_type_name="ksae.coders.coder.Output")
 
 
 def _setting(name: str, kind: type[_T]) -> _T:

@@ -52,7 +52,7 @@ def topk_encode(
 ) -> tuple[Tensor, Tensor]:
     """ReLU of the k largest pre-activations a row -> values [N, k] T, indices [N, k] int64.
 
-    A kernel that screens reads W_bf16 and norms, as `row_update` writes them, where it would make
+    A kernel that screens reads W_bf16 and norms, as the row pass writes them, where it would make
     them; they must be those of this very W_enc, and change no result. Here they are not read.
     """
     return scored_encode(x, W_enc, b_enc, k, b_dec, mask)[:2]

@@ -56,7 +56,7 @@ def adam_scalars(
     """The numbers of one step of Adam, without a look at the loss from outside of the device.
 
     Returns:
-        hyper [8] float32: what `row_update` wants; [] bool whether the step is taken: loss and norm
+        hyper [8] float32: what the row pass takes; [] bool whether the step is taken: loss and norm
         are finite; scales [G] float32: as they were, or NaN for a step that is not taken.
     """
     taken, grad_scale = loss.isfinite(), torch.ones_like(loss)
@@ -75,7 +75,7 @@ def vector_update(
     scales: Tensor | None,  # [G] float32
     minus: Tensor | None,  # of p's shape, float32
     taken: Tensor,  # [] bool: nothing is written if it is False
-    hyper: Tensor,  # [8] float32, as in row_update
+    hyper: Tensor,  # [8] float32, as the row pass takes it
     p: Tensor,  # [...] T
     master: Tensor | None,  # of p's shape, float32, where T is not float32
     m: Tensor,  # of p's shape, float32

@@ -7,13 +7,10 @@ What shards of the latents exchange goes through the communicator.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..coders.activation import JumpReLU
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.predictions import unrectified
@@ -21,61 +18,10 @@ from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
 from .nested import Nested, prefix_metrics, together
+from .phases import Batch, Groups, Selection, Sums
 from .state import State
 from .thresholds import penalty_and_gradient
 from .unfused import GRAD_SCALE, Metrics, scale_to
-
-
-class Batch(NamedTuple):
-    """The rows of a batch: of N tokens, n of which are this rank's own. On one device n = N."""
-
-    x: Tensor  # [N, d_in]
-    y: Tensor  # [n, d_out]
-    target: Tensor  # [n, d_out] of the sparse part: y without what a skip connection predicts
-    grad: Tensor | None  # [N, d_out], of a downstream loss
-
-
-class Selection(NamedTuple):
-    """What the encode phase chose."""
-
-    terms: list[Term]  # those with a bias first
-    codes: list[Code]  # one a term
-    n_dead: Tensor  # [] int64
-
-
-class Groups:
-    """The terms' codes grouped by latent and their residuals; lists of one entry a term, as the ops
-    take them."""
-
-    def __init__(self) -> None:
-        self.values: list[Tensor] = []  # [N, k]
-        self.grads: list[Tensor] = []  # [N, k] of the values, before scaling
-        self.offsets: list[Tensor] = []  # [F+1]
-        self.order: list[Tensor] = []  # [N*k]
-        self.residuals: list[Tensor] = []  # [N, columns], or [P*N, columns] of P prefixes
-        self.sq_errors: list[Tensor] = []  # sums of squares of all columns, [N] or one a rank
-        self.sums: list[Tensor | None] = []  # [d] of all columns, where the kernel forms them
-        self.denominators: list[Tensor] = []  # []
-        self.variance: Tensor  # [], of y
-        self.row_of: list[Tensor] | None = None  # [N*k]: entries' rows of the residuals
-        self.token_of: list[Tensor] | None = None  # [E]: their tokens, of codes with row offsets
-        self.start = 0  # the first column of the residuals
-        self.whole: list[
-            Tensor
-        ] = []  # [N, d] of terms after the first, where columns come in parts
-        self.prefix_errors: Tensor | None = None  # [P]: sums of squares of each prefix
-
-
-class Sums(NamedTuple):
-    """What the sums phase leaves to the scalars and the update."""
-
-    loss: Tensor  # []
-    scales: Tensor  # [terms]: of each term's gradients
-    grad_b_enc: Tensor  # [F]
-    grad_dot_w: Tensor | None  # [F], of the decoder rows, where it is projected out
-    # gradients of other parameters of the activation
-    more: dict[str, Tensor]
-    small: dict[str, list[Tensor]]  # gradients whose sum, weighted by the scales, is a parameter's
 
 
 class FusedStep:
@@ -163,8 +109,12 @@ class FusedStep:
         tables = max(len(model.prefixes), 1)
         has_room = batch.x.is_cuda or (64 if self.state.masters else 32) * d <= model.d_sae
         whole = len(chosen.terms) > 1 or model.skip or self.clip_norm or has_room
-        by_entry = isinstance(model.activation, JumpReLU)  # entries below their threshold
-        if batch.x.is_cuda or by_entry or (tables == 1 and whole) or not self.is_whole:
+        if (
+            batch.x.is_cuda
+            or model.activation.penalized
+            or (tables == 1 and whole)
+            or not self.is_whole
+        ):
             return d
         parts = tables * (1 if has_room else 2)
         return min(d, (d + 4 * parts - 1) // (4 * parts) * 4)  # a multiple of 4
@@ -262,7 +212,7 @@ class FusedStep:
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
         small = self._small(batch, chosen, g)
         more = {}
-        if isinstance(model.activation, JumpReLU):
+        if model.activation.penalized:
             assert g.row_of is not None
             penalty, more["log_threshold"] = penalty_and_gradient(
                 model, chosen.codes[0], g.residuals[0], g.grads[0][:, 0], g.row_of[0], scales[0],

@@ -89,11 +89,11 @@ class State:
         self.note_versions()
 
     def of(self, name: str) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Parameter, master and moments, as row_update wants them."""
+        """Parameter, master and moments, as the row pass takes them."""
         return self.parameters[name], self.masters.get(name), *self.moments[name]
 
     def rng_state(self, name: str) -> Tensor | None:
-        """Seed and step of the stochastic rounding of a matrix, as row_update wants them."""
+        """Seed and step of the stochastic rounding of a matrix, as the row pass takes them."""
         seed = self.seeds.get(name)
         return None if seed is None else torch.stack([seed, self.t.long()])
 

@@ -22,6 +22,7 @@ class Activation:
 
     k: int  # entries a token, on average or at most; 0: as many as there are
     ragged: ClassVar[bool] = False  # codes have row offsets: a number of entries of each row's own
+    penalized: ClassVar[bool] = False  # a penalty beside the loss, of parameters of its own
     needs_gradient: ClassVar[bool] = False  # selects by the gradient of a downstream loss too
 
     def check(self, owner: str, F: int) -> None:

@@ -57,6 +57,7 @@ class JumpReLU(Activation):
 
     k: ClassVar[int] = 0  # type: ignore[misc]
     ragged: ClassVar[bool] = True
+    penalized: ClassVar[bool] = True
 
     def check(self, owner: str, F: int) -> None:
         if self.penalty not in PENALTIES:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bridge from torch tensors to the native CPU kernels: the one place where tensors become pointers.
+
+Each function has the name and meaning of its reference and names the arguments that it serves; with
+others that are optional, the reference serves the call. Tensors come checked, contiguous and in
+float32, bfloat16 or float16 (ksae.ops sees to it). Outputs and workspaces are torch's; the
+thread count is torch.get_num_threads().
+
+Environment, read once at import: KSAE_NATIVE=0 leaves the native code out,
+KSAE_ISA=plain|avx2|avx512|avx512bf16 lowers the instruction set, KSAE_SCREEN=off switches certified
+screening of float32 encodes off (on where the CPU has BF16 dot instructions).
+"""
+
+from . import calls, encode
+from .calls import available, reason
+from .decode import (
+    prefix_residual,
+    prefix_residual_slice,
+    sparse_decode,
+    sparse_decode_backward_values,
+    sparse_decode_backward_weight,
+    sparse_residual,
+    sparse_residual_slice,
+)
+from .encode import (
+    batch_topk_encode,
+    batch_topk_encode_counted,
+    encode_product,
+    grad_topk_encode,
+    grad_topk_encode_counted,
+    scored_encode,
+    threshold_encode,
+    threshold_encode_by,
+    topk,
+    topk_encode,
+    topk_encode_aux,
+    topk_encode_counted,
+)
+from .rows import group_by_latent, latent_sums, row_grad_sq, row_update
+
+__all__ = [
+    "available",
+    "batch_topk_encode",
+    "batch_topk_encode_counted",
+    "calls",
+    "encode",
+    "encode_product",
+    "grad_topk_encode",
+    "grad_topk_encode_counted",
+    "group_by_latent",
+    "latent_sums",
+    "prefix_residual",
+    "prefix_residual_slice",
+    "reason",
+    "row_grad_sq",
+    "row_update",
+    "scored_encode",
+    "sparse_decode",
+    "sparse_decode_backward_values",
+    "sparse_decode_backward_weight",
+    "sparse_residual",
+    "sparse_residual_slice",
+    "threshold_encode",
+    "threshold_encode_by",
+    "topk",
+    "topk_encode",
+    "topk_encode_aux",
+    "topk_encode_counted",
+]

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native module, and what it is called with: pointers, types, memory."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import env
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_reason = ""
+_cpu: Any = None
+if env.read("KSAE_NATIVE") == "0":
+    _reason = "left out by KSAE_NATIVE=0"
+else:
+    try:
+        from ... import _cpu
+    except ImportError as error:
+        _reason = f"not importable: {error}"
+    else:
+        if isa := env.read("KSAE_ISA"):
+            _cpu.set_isa(isa)
+
+
+def available() -> bool:
+    """Whether the native kernels can be called."""
+    return not _reason
+
+
+def reason() -> str:
+    """Why they cannot, in one line; empty if they can."""
+    return _reason
+
+
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+_MAPPED = 1 << 25  # bytes; for more, malloc maps fresh pages, which the kernel clears
+_spare: dict[int, list[np.ndarray[Any, Any]]] = {}  # by size in bytes
+
+
+def _large(F: int, d: int, dtype: torch.dtype) -> Tensor:
+    """An [F, d] that is to be written in full.
+
+    A training step frees its weight gradients and wants the same sizes again: a large one gets the
+    memory of one that nobody holds any more. What is spare is let go once it does not serve.
+    """
+    size = F * d * dtype.itemsize
+    if size < _MAPPED:
+        return torch.empty(F, d, dtype=dtype)
+    try:
+        memory = _spare[size].pop()  # one step for the interpreter: threads cannot take the same
+    except (KeyError, IndexError):
+        _spare.clear()
+        memory = np.empty(size, np.uint8)  # on Linux, NumPy asks for huge pages
+    held = memory.view()  # by the tensor's storage, and by nothing else
+    weakref.finalize(held, _keep, memory).atexit = False
+    return torch.from_numpy(held).view(dtype).view(F, d)
+
+
+def _keep(memory: np.ndarray[Any, Any]) -> None:
+    _spare.setdefault(memory.nbytes, []).append(memory)
+
+
+class _Workspace:
+    """Allocator for the native side; the memory lives as long as this object."""
+
+    def __call__(self, size: int) -> int:
+        self.memory = torch.empty(size + 64, dtype=torch.uint8)
+        return (self.memory.data_ptr() + 63) & ~63
