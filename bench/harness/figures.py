@@ -36,6 +36,7 @@ def draw(run: Record, out: Path) -> list[Path]:
         "step": steps,
         "scaling": scaling,
         "quality": quality,
+        "race": race,
         "roofline": roofline,
     }
     for name, picture in pictures.items():
@@ -268,6 +269,34 @@ def quality(run: Record) -> Figure | None:
     a.set_xlabel("training time (s, log scale; steps only)")
     a.set_ylabel("held-out FVU (unexplained variance, log scale)")
     a.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    note = run.suites["quality"].notes
+    _caption(figure, run, note[0] if note else "")
+    return figure
+
+
+def race(run: Record) -> Figure | None:
+    """A bar for each contestant: seconds of training to the target FVU."""
+    rows = [r for r in _rows(run, "quality") if r.extra.get("seconds_to_target") is not None]
+    target = run.suites["quality"].facts.get("target_fvu") if rows else None
+    if target is None:
+        return None
+    rows.sort(key=lambda r: r.extra["seconds_to_target"])
+    figure, ((a,),) = _figure(1, 1, 8.5, 1.3 + 0.32 * len(rows))
+    base = next((r for r in rows if r.way == "ksae fp32"), rows[0])
+    for y, row in enumerate(rows):
+        seconds = row.extra["seconds_to_target"]
+        a.barh(y, seconds, 0.72, color=OURS[0] if row.ours else "#9aa5ad")
+        times = f"  ({seconds / base.extra['seconds_to_target']:.1f} times {base.way})"
+        times = "" if row.ours else times
+        a.annotate(
+            f"{seconds:.1f} s{times}", (seconds, y), (5, 0), textcoords="offset points",
+            fontsize=9, va="center_baseline", color=INK,
+        )  # fmt: skip
+    a.set_yticks(range(len(rows)), [r.way for r in rows], fontsize=10)
+    a.invert_yaxis()
+    a.grid(False, axis="y")
+    a.set_xlim(0, 1.35 * max(r.extra["seconds_to_target"] for r in rows))
+    a.set_xlabel(f"seconds of training to a held-out FVU of {target:.3f}")
     note = run.suites["quality"].notes
     _caption(figure, run, note[0] if note else "")
     return figure

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What people read of a run: tables on the terminal, report.md, and the README's section.
+"""What people read of a run: tables on the terminal, report.md, the sections of README and site.
 
-    python -m ksae.bench.harness.report bench/results/cpu/bench.json README.md
+    python -m ksae.bench.harness.report bench/results/cpu/bench.json README.md docs/benchmarks.md
 
-writes that section anew, from the committed result.
+writes those sections anew, from the committed result.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from . import record
 from .measure import UNKNOWN, table
 from .record import Record, Row, groups
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-RESULT = "bench/results/cpu/bench.json"  # what the README's section is made from
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"  # the README's section
+TABLES_BEGIN, TABLES_END = "<!-- tables:begin -->", "<!-- tables:end -->"  # the site's
+RESULT = "bench/results/cpu/bench.json"  # what the sections are made from
 Cells = list[list[str]]
 REFERENCE, NO_KERNEL = "reference", "ksae (the reference)"  # ways of the op suite
 # What users call; every other op is a part of a step.
@@ -35,6 +36,7 @@ CAPTIONS = {
     "the floor by formula. Numbers: fitted exponent, and the expected one in brackets.",
     "quality": "Held-out FVU (share of the variance that is not explained, lower is better) "
     "against training time, at the same batches.",
+    "race": "Seconds of training to one held-out FVU, all at the same batches; shorter is better.",
     "roofline": "What each kernel reaches, against its operations a byte by formula; lines: the "
     "limits of this machine, measured in the same run.",
 }
@@ -321,7 +323,8 @@ def markdown(run: Record, pictures: Sequence[str]) -> str:
 
 
 def _belongs(picture: str, suite: str) -> bool:
-    return {"speedup": "ops"}.get(picture.split("-")[0], picture.split("-")[0]) == suite
+    stem = picture.split("-")[0]
+    return {"speedup": "ops", "race": "quality"}.get(stem, stem) == suite
 
 
 def _markdown_table(header: list[str], cells: Cells) -> list[str]:
@@ -351,9 +354,43 @@ def reproduce(run: Record) -> str:
 
 
 def readme_section(run: Record, path: str = RESULT) -> str:
-    """What stands between the README's markers."""
+    """What stands between the README's markers: one picture, one table, where it was measured."""
     folder = Path(path).parent
-    lines = [conditions(run), f"From [`{path}`]({path}); all of it, with losing rows and the"]
+    lines = []
+    if any(r.extra.get("curve") for r in run.rows if r.suite == "quality"):
+        lines += [f"![{CAPTIONS['race']}]({folder / 'race.png'})", ""]
+    lines += [*_markdown_table(*race_table(run)), "", f"Measured on {conditions(run)}"]
+    lines += [f"`{reproduce(run)}` repeats it; the numbers are in [`{path}`]({path})."]
+    return "\n".join(lines)
+
+
+def race_table(run: Record) -> tuple[list[str], Cells]:
+    """A row a contestant: seconds to the target FVU, milliseconds and memory of one step at the
+    first shape of the step suite."""
+    quality, step = run.suites.get("quality"), run.suites.get("step")
+    target = quality.facts.get("target_fvu") if quality else None
+    at = step.rows[0].case if step and step.rows else "no shape"
+    steps = {r.way: r for r in step.rows if r.case == at} if step else {}
+    raced = {r.way: r for r in quality.rows} if quality else {}
+    goal = "the target FVU" if target is None else f"FVU {target:.3f}"
+    header = ["", f"s to {goal}", f"ms a step, {at}", "extra MB of that step"]
+    cells: Cells = []
+    for way in raced or steps:
+        reached = raced[way].extra.get("seconds_to_target") if way in raced else None
+        row = steps.get(way)
+        time = ms(row.times.median) if row and row.times else "not measured"
+        seconds = "not reached" if reached is None else f"{reached:.1f}"
+        cut = "" if row is None else row.extra.get("cut") or ("" if row.times else untimed(row))
+        cells.append([way, seconds, time, megabytes(row.peak) if row else "", cut])
+    if any(line[-1] for line in cells):
+        return [*header, "remark"], cells
+    return header, [line[:-1] for line in cells]
+
+
+def tables_section(run: Record, path: str = RESULT) -> str:
+    """What stands between the site's markers: the whole step, and where ksae loses."""
+    folder = Path("..", path).parent  # the page stands in docs/
+    lines = [conditions(run), f"From [`{path}`](../{path}); all of it, with losing rows and the"]
     lines[-1] += f" other plots: [report]({folder / 'report.md'}). Reproduce:"
     lines += ["", "```sh", reproduce(run), "```", ""]
     rows = [r for r in run.rows if r.suite == "step"]
@@ -363,8 +400,9 @@ def readme_section(run: Record, path: str = RESULT) -> str:
             "",
         ]
         lines += [*_markdown_table(*_short(members)), ""]
-    lines += [f"![{CAPTIONS['step']}]({folder / 'step.png'})", "", *losing_in_short(run)]
-    return "\n".join(lines).rstrip()
+    lines += [f"![{CAPTIONS['step']}]({folder / 'step.png'})", ""]
+    head, *losses = losing_in_short(run)
+    return "\n".join([*lines, head, "", *losses]).rstrip()
 
 
 def _by_case(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -382,18 +420,22 @@ def _short(rows: Sequence[Row]) -> tuple[list[str], Cells]:
     return [header[i] for i in keep], [[row[i] for i in keep] for row in cells]
 
 
-def rewrite(readme: str, run: Record, path: str = RESULT) -> str:
-    """`readme` with its section made anew.
+def rewrite(text: str, run: Record, path: str = RESULT) -> str:
+    """`text` with its section made anew: the README's, or that of the site.
 
     Raises:
         ValueError: it has no markers.
     """
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"report: the file must have {BEGIN} and {END}, got neither or one")
-    head, tail = readme.split(BEGIN)[0], readme.split(END)[1]
-    return f"{head}{BEGIN}\n{readme_section(run, path)}\n{END}{tail}"
+    begin, end, section = BEGIN, END, readme_section
+    if TABLES_BEGIN in text:
+        begin, end, section = TABLES_BEGIN, TABLES_END, tables_section
+    if begin not in text or end not in text:
+        raise ValueError(f"report: the file must have {begin} and {end}, got neither or one")
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    return f"{head}{begin}\n{section(run, path)}\n{end}{tail}"
 
 
 if __name__ == "__main__":
-    result, target = sys.argv[1], Path(sys.argv[2])
-    target.write_text(rewrite(target.read_text(), record.load(result), result))
+    result, *targets = sys.argv[1:]
+    for target in map(Path, targets):
+        target.write_text(rewrite(target.read_text(), record.load(result), result))

@@ -27,6 +27,7 @@ This page is written by `python -m ksae.bench.studies.scale` from the formulas o
 bytes of the formula, within 2 %, is tested with 2, 3 and 4 processes
 (`tests/parallel/test_sharding.py`), as is that it gives the numbers of one device.
 
+<!-- run by tests/parallel/test_sharding.py -->
 ```python
 torch.distributed.init_process_group("gloo")  # or "nccl"
 sae = ksae.shard(ksae.TopKSAE(d_in=768, d_sae=24576, k=32))

@@ -304,13 +304,31 @@ def test_readme_section_is_written_between_its_markers(tiny):
         report.rewrite("none", run)
 
 
-def test_readme_section_is_that_of_the_committed_result_that_it_names():
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split(report.BEGIN)[1].split(report.END)[0]
+@pytest.mark.parametrize(
+    ("file", "begin", "end"),
+    [
+        ("README.md", report.BEGIN, report.END),
+        ("docs/benchmarks.md", report.TABLES_BEGIN, report.TABLES_END),
+    ],
+)
+def test_section_is_that_of_the_committed_result_that_it_names(file, begin, end):
+    text = (ROOT / file).read_text()
+    section = text.split(begin)[1].split(end)[0]
     path = re.search(r"bench/results/[\w./-]+\.json", section)[0]
-    committed = json.loads((ROOT / path).read_text())
-    if "schema" in committed:  # results from before `ksae bench` have none
-        assert report.rewrite(readme, record.load(ROOT / path), path) == readme
+    run = record.load(ROOT / path)
+    assert report.rewrite(text, run, path) == text
+    timed = [r for r in run.suites["step"].rows if r.times and r.case in section]
+    assert timed and all(
+        f"{r.times.median * 1e3:.4g}" in section for r in timed if r.way in section
+    )
+    for picture in re.findall(r"\]\((?:\.\./)?(bench/results/[\w./-]+\.png)\)", section):
+        assert (ROOT / picture).is_file()
+
+
+def test_site_section_has_the_losing_rows(tiny):
+    _, run = tiny
+    once = report.rewrite(f"{report.TABLES_BEGIN}{report.TABLES_END}", run, "x/bench.json")
+    assert "One training step" in once and ("Where ksae loses" in once or "No row" in once)
 
 
 # ------------------------------------------------------------------------------------ arithmetic

@@ -45,10 +45,10 @@ def as_op(op: str, kernel: Any) -> Any:
     spec = BY_NAME[op]
     own, others = straight.named(kernel, spec), straight.unserved(kernel, spec)
 
-    def run(*args: Any) -> Any:
-        values = spec.bind(args)
+    def run(*args: Any, **named: Any) -> Any:
+        values = {**spec.defaults, **dict(zip(spec.names, args, strict=False)), **named}
         if any(values[name] is not None for name in others):
-            return getattr(reference, op)(*args)
+            return getattr(reference, op)(**values)
         return kernel(**{name: contiguous(values[name]) for name in own})
 
     return run
@@ -59,6 +59,10 @@ def to(arg: Any, device: str) -> Any:
     if isinstance(arg, list | tuple):
         return [to(a, device) for a in arg]
     return arg.to(device).contiguous() if isinstance(arg, Tensor) else arg
+
+
+# Ops that the reference serves on GPUs: no kernel is written yet.
+NOT_ON_GPUS = {"scored_encode", "prefix_residual", "prefix_residual_slice"}
 
 
 def takes_arguments_of(kernel: Any, op: str) -> None:
@@ -127,12 +131,15 @@ class OnCuda(Implementation):
     def __getattr__(self, op: str) -> Any:
         named = [p + op for p in self.prefixes if hasattr(self.kernels, p + op)]
 
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **more: Any) -> Any:
             there = [to(a, "cuda") for a in args]
+            more_there = {name: to(a, "cuda") for name, a in more.items()}
             kernel = getattr(self.kernels, named[0])
-            result = (kernel if self.kernels is ops else as_op(op, kernel))(*there)
+            called = kernel if self.kernels is ops else as_op(op, kernel)
+            result = called(*there, **more_there)
             if result is None:  # what is written is what counts
-                for here, t in zip(args, there, strict=True):
+                both = zip((*args, *more.values()), (*there, *more_there.values()), strict=True)
+                for here, t in both:
                     if isinstance(here, Tensor):
                         here.copy_(t)
                 return None

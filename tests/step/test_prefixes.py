@@ -15,6 +15,7 @@ import ksae
 from ksae.coders.auxk import AUXK
 from ksae.coders.code import Code
 from ksae.coders.terms import terms_of
+from ksae.parallel.one_device import OneDevice
 from ksae.step.fused import FusedStep
 from ksae.step.nested import Nested, together
 from ksae.step.phases import Batch, Selection
@@ -101,7 +102,7 @@ def test_a_large_batch_takes_few_columns_at_a_time() -> None:
     for F_, d in ((24576, 768), (4096, 768), (64, 8)):
         model = ksae.SAE(d, F_, ksae.TopK(4), prefixes=[F_ // 4, F_ // 2, F_], device="meta")
         x = torch.empty(5, d)
-        fused = FusedStep(model, State(model, (0.9, 0.99), 1e-8), None)
+        fused = FusedStep(model, State(model, (0.9, 0.99), 1e-8), None, OneDevice())
         chosen = Selection([None], [], torch.tensor(0))  # type: ignore[list-item]
         columns = fused.columns(Batch(x, x, x, None), chosen)
         assert columns % 4 == 0 or columns == d

@@ -101,11 +101,12 @@ def screens(W_enc: Tensor, k: int, aux: bool = False) -> bool:
 
 
 def kernel(name: str) -> tuple[Callable[..., Any], str] | None:
-    """What serves an op on CUDA tensors and its name; None where the reference does."""
+    """What serves an op on CUDA tensors and its name; None where the reference does, as for ops
+    without a kernel for GPUs."""
     found: list[tuple[Callable[..., Any], str]] = []
-    if cuda.kernels is not None:
+    if cuda.kernels is not None and hasattr(cuda.kernels, name):
         found.append((cuda.served(name, cuda.kernels), "native"))
-    if triton.kernels is not None:
+    if triton.kernels is not None and hasattr(triton.kernels, name):
         found.append((getattr(triton.kernels, name), "triton"))
     if not found:
         return None

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand
 
 from ksae import env
-from ksae.cli import bench, config, convert, dashboard, demo, eval, help, train
+from ksae.cli import bench, config, convert, dashboard, demo, eval, help, hooks, train
 from ksae.errors import RankError, UserError
 from ksae.version import VERSION
 
@@ -61,6 +61,7 @@ app.command("train", cls=Command)(train.command)
 app.command("eval", cls=Command)(eval.evaluate)
 app.command("dashboard", cls=Command)(dashboard.dashboard)
 app.command("convert", cls=Command)(convert.convert)
+app.command("hooks", cls=Command)(hooks.hooks)
 app.command("config", cls=Command)(config.config)
 app.command("demo", cls=Command)(demo.demo)
 app.command("bench", cls=Command)(bench.bench)

@@ -268,31 +268,17 @@ class FusedStep:
         b_dec = model.b_dec if model.centred else None
         inputs = [batch.x] * len(g.grads)
         square = ops.row_grad_sq(
-            g.grads,
-            g.offsets,
-            g.order,
-            inputs,
-            sums.scales,
-            b_dec,
-            None,
-            model.W_enc,
-            0,
-            *(() if g.token_of is None else (g.token_of,)),
-        )
+            coefficients=g.grads, offsets=g.offsets, order=g.order, rows=inputs,
+            scales=sums.scales, centre=b_dec, grad_dot_w=None, W=model.W_enc, start=0,
+            row_of=g.token_of,
+        )  # fmt: skip
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
             square += ops.row_grad_sq(
-                g.values,
-                g.offsets,
-                g.order,
-                g.residuals,
-                sums.scales,
-                None,
-                sums.grad_dot_w,
-                model.W_dec,
-                start,
-                *(() if g.row_of is None else (g.row_of,)),
-            )
+                coefficients=g.values, offsets=g.offsets, order=g.order, rows=g.residuals,
+                scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w, W=model.W_dec,
+                start=start, row_of=g.row_of,
+            )  # fmt: skip
         total = all_reduce(square.sum() + sums.grad_b_enc.double().square().sum())
         zero = torch.zeros_like(sums.loss)
         for name, parts in sums.small.items():
@@ -342,26 +328,16 @@ class FusedStep:
         grad = None
         if centred:
             grad = torch.empty(model.d_in, dtype=state.acc, device=batch.x.device)
+        W, master, m, v = state.of("W_enc")
         W_bf16, norms = state.W_bf16 or (None, None)
         ops.row_update(
-            g.grads,
-            g.offsets,
-            g.order,
-            [batch.x] * len(g.grads),
-            sums.scales,
-            model.b_dec if centred else None,
-            None,
-            sums.grad_b_enc if centred else None,
-            *state.of("W_enc"),
-            hyper,
-            grad,
-            0,
-            False,
-            W_bf16,
-            state.rng_state("W_enc"),
-            norms,
-            *(() if g.token_of is None else (g.token_of,)),
-        )
+            coefficients=g.grads, offsets=g.offsets, order=g.order,
+            rows=[batch.x] * len(g.grads), scales=sums.scales,
+            centre=model.b_dec if centred else None, grad_dot_w=None,
+            grad_b_enc=sums.grad_b_enc if centred else None,
+            W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=grad, start=0, normalize=False,
+            W_bf16=W_bf16, rng_state=state.rng_state("W_enc"), norms=norms, row_of=g.token_of,
+        )  # fmt: skip
         return None if grad is None else self.communicator.all_reduce(grad)
 
     def _take_columns(
@@ -389,21 +365,11 @@ class FusedStep:
     def _update_decoder(self, g: Groups, sums: Sums, hyper: Tensor, first: int, last: bool) -> None:
         """The columns from `first` on that the residuals hold; unit rows after the last ones."""
         state = self.state
+        W, master, m, v = state.of("W_dec")
         ops.row_update(
-            g.values,
-            g.offsets,
-            g.order,
-            g.residuals,
-            sums.scales,
-            None,
-            sums.grad_dot_w,
-            None,
-            *state.of("W_dec"),
-            hyper,
-            None,
-            first,
-            self.model.normalize_decoder and last,
-            None,
-            state.rng_state("W_dec"),
-            *(() if g.row_of is None else (None, g.row_of)),
-        )
+            coefficients=g.values, offsets=g.offsets, order=g.order, rows=g.residuals,
+            scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w, grad_b_enc=None,
+            W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=None, start=first,
+            normalize=self.model.normalize_decoder and last,
+            rng_state=state.rng_state("W_dec"), row_of=g.row_of,
+        )  # fmt: skip

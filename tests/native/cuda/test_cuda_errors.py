@@ -166,16 +166,25 @@ def test_float32_products_are_never_tf32(allowed: bool, monkeypatch: pytest.Monk
     assert len(seen) == 2 and not {"tf32"} & set(seen)
 
 
-class Mask(torch.Tensor):
-    """Says that it is on a GPU, and counts how often somebody wants its number of True."""
+class Count(torch.Tensor):
+    """Counts how often somebody reads it."""
 
-    is_cuda = True
-    counted = 0
+    read = 0
     __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
 
+    def __int__(self) -> int:
+        Count.read += 1
+        return int(self.as_subclass(Tensor))
+
+
+class Mask(torch.Tensor):
+    """Says that it is on a GPU, and counts how often somebody reads its number of True."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     def sum(self) -> Tensor:
-        Mask.counted += 1
-        return super().sum()
+        return super().sum().as_subclass(Count)
 
 
 @pytest.mark.parametrize("dead", [0, 20])
@@ -187,7 +196,7 @@ def test_a_module_reads_no_number_of_the_device_while_a_graph_is_recorded(
     losses = []
     for recording in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=recording: now)
-        Mask.counted = 0
+        Count.read = 0
         losses.append(sae(x).loss)
-        assert Mask.counted == (0 if recording else 1)
+        assert Count.read == (0 if recording else 1)
     torch.testing.assert_close(*losses)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cases import NAMES
-from implementations import takes_arguments_of
+from implementations import NOT_ON_GPUS, takes_arguments_of
 
 from ksae import reference
 from ksae.backends import cpu as native
@@ -95,12 +95,21 @@ def test_equals_the_reference(interpreted: dict[str, dict[str, str]], name: str)
 # --------------------------------------------------------------------------------------- signatures
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - NOT_ON_GPUS))
 def test_kernels_have_the_arguments_of_the_reference(name: str) -> None:
     takes_arguments_of(getattr(Kernels, name), name)
 
 
 # ---------------------------------------------------------------------------------- who serves what
+
+
+@pytest.mark.parametrize("name", sorted(NOT_ON_GPUS))
+def test_the_reference_serves_an_op_without_a_kernel(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(gpu.triton, "kernels", Kernels())
+    monkeypatch.setattr(gpu.cuda, "kernels", cuda.Kernels(types.ModuleType("_cuda")))
+    assert gpu.kernel(name) is None
 
 
 def row(way: str) -> gpu.Row:
