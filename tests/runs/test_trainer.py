@@ -300,6 +300,9 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
     run(tmp_path / "b", dataclasses.replace(CONFIG, decay=0.0, steps=25))
     assert records(tmp_path / "a") == records(tmp_path / "b")
     compare({"train": {"lr": 1}}, {"train": {"lr": 1, "threads": 3}}, "x")
+    # runs that were started before there was the setting
+    compare({"train": {"lr": 1}}, {"train": {"lr": 1, "clip": "above"}}, "x")
+    refused(lambda: again(clip="always"), "train.clip must be 'above'", "got 'always'")
 
 
 def test_services_that_are_not_installed_are_named(tmp_path):

@@ -122,6 +122,40 @@ def test_metrics_are_those_of_the_module() -> None:
     assert metrics["grad_norm"] > 0 and all(t.dim() == 0 for t in metrics.values())
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-25, 2.0**25], ids=["usual", "tiny", "huge"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+def test_clipping_always_gives_every_step_the_same_norm(fused: bool, scale: float) -> None:
+    """Whatever the scale of the loss; grad_norm is the norm before."""
+    model, (x,) = build("sae", torch.float32, loss="mse", auxk_alpha=0.0), batch("sae")
+    with torch.no_grad():  # activations, values and gradients of the decoder scale along
+        model.b_enc *= scale
+        model.b_dec *= scale
+    step = ksae.TrainStep(model, LR, clip_norm=0.5, clip="always", fused=fused, betas=(0.0, 0.9))
+    metrics = step(x * scale)
+    gradients = [m.double() for m, _ in step.moments.values()]  # beta1 = 0: the step's own
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    torch.testing.assert_close(norm, norm.new_tensor(0.5), rtol=1e-5, atol=0)
+    above = ksae.TrainStep(build("sae", torch.float32, loss="mse", auxk_alpha=0.0), clip_norm=0.5)
+    if scale == 1.0:
+        torch.testing.assert_close(metrics["grad_norm"], above(x)["grad_norm"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+def test_clipping_always_leaves_gradients_of_zero_at_zero(fused: bool) -> None:
+    """A perfect reconstruction: nothing moves, nothing becomes NaN."""
+    model = build("transcoder", torch.float32, auxk_alpha=0.0, loss="mse")
+    x = batch("transcoder")[0]
+    with torch.no_grad():
+        model.W_dec.zero_()
+        model.b_dec.fill_(1.0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    step = ksae.TrainStep(model, LR, clip_norm=1.0, clip="always", fused=fused)
+    metrics = step(x, torch.ones(N, OUT))
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and step.t == 1
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
 # ----------------------------------------------------------------------------- what must not change
 
 
@@ -280,6 +314,10 @@ def test_the_input_is_left_alone_and_autocast_does_not_reach_the_step() -> None:
         ({"lr": float("nan")}, "TrainStep: lr must be a finite number >= 0, got nan"),
         ({"betas": (0.9, 1.0)}, "TrainStep: betas must be in [0, 1), got (0.9, 1.0)"),
         ({"eps": 0.0}, "TrainStep: eps must be > 0, got 0.0"),
+        (
+            {"clip_norm": 1.0, "clip": "often"},
+            "TrainStep: clip must be above or always, got 'often'",
+        ),
         ({"clip_norm": 0.0}, "TrainStep: clip_norm must be > 0 or None, got 0.0"),
     ],
     ids=lambda p: next(iter(p)) if isinstance(p, dict) else None,

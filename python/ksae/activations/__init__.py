@@ -13,6 +13,7 @@ from ksae.activations.models import SMOLLM2, LanguageModel, load_model, model_fi
 from ksae.activations.open import open_source
 from ksae.activations.prefetch import prefetch
 from ksae.activations.sources import ActivationSource, ArraySource, RowOrigin
+from ksae.activations.synthetic import SyntheticSource, World, WorldConfig
 from ksae.activations.texts import PYDOC, documents
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "LanguageModel",
     "RowOrigin",
     "StreamSource",
+    "SyntheticSource",
+    "World",
+    "WorldConfig",
     "capture",
     "capture_gradient",
     "documents",

@@ -153,6 +153,9 @@ class TrainConfig:
     clip_norm: float | None = setting(
         1.0, "largest norm of the whole gradient; null turns clipping off"
     )
+    clip: Literal["above", "always"] = setting(
+        "above", "scale the gradient to clip_norm where its norm is larger, or at every step"
+    )
     init_tokens: int = setting(
         32_768, "tokens that the first biases are set from; 0 leaves them at 0"
     )

@@ -34,6 +34,7 @@ CHANGEABLE = frozenset(
         "train.beta2",
         "train.eps",
         "train.clip_norm",
+        "train.clip",
         "model.dead_after",
         "model.auxk_alpha",
         "model.k_aux",
@@ -46,6 +47,7 @@ CHANGEABLE = frozenset(
 )
 
 
+BEFORE = {"train.clip": "above"}  # what runs did before there was the setting
 VALUES = "source.values"  # the fingerprint of the activations
 
 
@@ -68,7 +70,7 @@ def compare(
     Returns:
         What differs of CHANGEABLE: key -> (before, now).
     """
-    old, new = _flat(before), _flat(now)
+    old, new = BEFORE | _flat(before), ({} if partly else BEFORE) | _flat(now)
     free = set(FREE)
     if old.get("train.decay") == 0 and new.get("train.decay") == 0:
         free |= {"train.steps", "train.tokens"}  # then the length of the run changes no step

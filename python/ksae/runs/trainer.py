@@ -138,6 +138,7 @@ class Trainer:
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             clip_norm=config.clip_norm,
+            clip=config.clip,
             fused=config.fused,
         )
 

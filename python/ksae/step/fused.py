@@ -21,7 +21,7 @@ from .nested import Nested, prefix_metrics, together
 from .phases import Batch, Groups, Selection, Sums
 from .state import State
 from .thresholds import penalty_and_gradient
-from .unfused import Metrics
+from .unfused import GRAD_SCALE, Metrics, scale_to
 
 
 class FusedStep:
@@ -29,7 +29,7 @@ class FusedStep:
 
     Args:
         model, state: what is updated.
-        clip_norm: largest global gradient norm; None: no clipping.
+        clip_norm, clip: as of TrainStep.
         communicator: between the shards of the model's latents.
     """
 
@@ -39,8 +39,9 @@ class FusedStep:
         state: State,
         clip_norm: float | None,
         communicator: OneDevice | Shards,
+        clip: str = "above",
     ) -> None:
-        self.model, self.state, self.clip_norm = model, state, clip_norm
+        self.model, self.state, self.clip_norm, self.clip = model, state, clip_norm, clip
         self.communicator, self.is_whole = communicator, communicator.size == 1
         self.latents = model.W_enc.shape[0]  # of this rank
         # one reading of the residual less
@@ -255,6 +256,8 @@ class FusedStep:
         hyper, finite, scales = ops.adam_scalars(
             sums.loss, norm, self.clip_norm, sums.scales, state.lr, state.t, state.constants
         )
+        if norm is not None and self.clip_norm is not None and self.clip == "always":
+            hyper[GRAD_SCALE] = scale_to(self.clip_norm, norm)
         return hyper, finite, scales
 
     def _gradient_norm(

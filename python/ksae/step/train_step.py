@@ -20,7 +20,7 @@ from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
 from .fused import FusedStep
 from .state import State, check_memory
-from .unfused import Metrics, Unfused
+from .unfused import CLIPS, Metrics, Unfused
 
 
 class TrainStep:
@@ -37,6 +37,9 @@ class TrainStep:
         lr: learning rate; `step.lr` may be assigned between steps.
         betas, eps: of Adam.
         clip_norm: largest global gradient norm; None: no clipping.
+        clip: when the gradients are scaled to clip_norm: "above", where their norm is larger;
+            "always", at every step, so that all count alike in Adam's moments, whatever the scale
+            of the loss and however far it has fallen.
         fused: False runs autograd and torch.optim.Adam instead.
         moments: "bfloat16", for the fused step of bfloat16 models: W_enc and W_dec have no masters,
             and they and their moments are bfloat16, rounded stochastically. A step then moves 12
@@ -75,11 +78,13 @@ class TrainStep:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip_norm: float | None = None,
+        clip: str = "above",
         fused: bool = True,
         moments: str = "float32",
     ) -> None:
         self.communicator: OneDevice | Shards = model.ranks or OneDevice()
-        settings = {"betas": betas, "eps": eps, "clip_norm": clip_norm, "moments": moments}
+        settings = {"betas": betas, "eps": eps, "clip_norm": clip_norm, "clip": clip}
+        settings["moments"] = moments
         try:
             _check(model, lr, fused=fused, **settings)  # type: ignore[arg-type]
         except Exception as error:
@@ -87,17 +92,19 @@ class TrainStep:
             raise
         self.communicator.agree("TrainStep", settings)
         self.model, self.betas, self.eps, self.clip_norm = model, betas, eps, clip_norm
-        self.fused = fused
+        self.clip, self.fused = clip, fused
         rounded = ("W_enc", "W_dec") if moments == "bfloat16" else ()
         self.state = State(model, betas, eps, rounded)
         self.parameters, self.theta = self.state.parameters, self.state.theta
         self.masters, self.moments, self.t = self.state.masters, self.state.moments, self.state.t
         self._fused: FusedStep | None = None
         if fused:
-            self._fused = FusedStep(model, self.state, clip_norm, self.communicator)
+            self._fused = FusedStep(model, self.state, clip_norm, self.communicator, clip)
         self._unfused: Unfused | None = None
         if not fused:
-            self._unfused = Unfused(model, self.state, betas=betas, eps=eps, clip_norm=clip_norm)
+            self._unfused = Unfused(
+                model, self.state, betas=betas, eps=eps, clip_norm=clip_norm, clip=clip
+            )
         self._warned = False  # of a step that was not taken
         self.lr = lr
 
@@ -237,6 +244,7 @@ def _check(
     betas: tuple[float, float],
     eps: float,
     clip_norm: float | None,
+    clip: str,
     fused: bool,
     moments: str,
 ) -> None:
@@ -247,6 +255,8 @@ def _check(
         raise ValueError(f"TrainStep: eps must be > 0, got {eps}")
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"TrainStep: clip_norm must be > 0 or None, got {clip_norm}")
+    if clip not in CLIPS:
+        raise ValueError(f"TrainStep: clip must be above or always, got {clip!r}")
     if moments not in ("float32", "bfloat16"):
         raise ValueError(f"TrainStep: moments must be float32 or bfloat16, got {moments!r}")
     parameters = dict(model.named_parameters())

@@ -12,6 +12,15 @@ from ..coders.coder import SparseCoder
 from .state import State
 
 Metrics = dict[str, Tensor]
+CLIPS = ("above", "always")
+GRAD_SCALE = 5  # where adam_scalars puts the factor of all gradients
+
+
+def scale_to(length: float, norm: Tensor) -> Tensor:
+    """The factor that takes gradients of global norm `norm` [] to `length`; finite where the norm
+    is 0, so that gradients of 0 stay 0."""
+    limits = torch.finfo(norm.dtype)
+    return (length / norm.clamp(min=limits.tiny)).clamp(max=limits.max)
 
 
 class Unfused:
@@ -25,8 +34,9 @@ class Unfused:
         betas: tuple[float, float],
         eps: float,
         clip_norm: float | None,
+        clip: str = "above",
     ) -> None:
-        self.model, self.clip_norm = model, clip_norm
+        self.model, self.clip_norm, self.clip = model, clip_norm, clip
         self.parameters, self.masters, self.theta = state.parameters, state.masters, state.theta
         self.acc, self.t = state.acc, state.t
         thetas = list(self.theta.values())
@@ -92,7 +102,13 @@ class Unfused:
                 metrics["grad_norm"] = norm
                 if not norm.isfinite():
                     return False
-                torch.nn.utils.clip_grads_with_norm_(self.theta.values(), self.clip_norm, norm)
+                if self.clip == "always":
+                    scale = scale_to(self.clip_norm, norm)
+                    for p in self.theta.values():
+                        if p.grad is not None:
+                            p.grad *= scale
+                else:
+                    torch.nn.utils.clip_grads_with_norm_(self.theta.values(), self.clip_norm, norm)
             self.optimizer.step()
         finally:
             for theta in self.theta.values():
