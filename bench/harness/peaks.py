@@ -48,7 +48,8 @@ def of_ops(
 def _serve(task: Task) -> Iterator[Peak | None]:
     from types import SimpleNamespace
 
-    from ..suites.opcases import Case, problems
+    from ..suites.case import Case
+    from ..suites.opcases import problems
     from .report import REFERENCE
 
     torch.set_num_threads(task.threads)

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from ksae import ops, reference
-from ksae.bench.suites.opcases import Case, Problem, problems
+from ksae.bench.suites.case import Case, Problem
+from ksae.bench.suites.opcases import problems
 from ksae.bench.suites.ops import QUICK
 
 IMPLEMENTATIONS = {"reference": reference, "ksae": ops}

@@ -28,7 +28,8 @@ from ..harness.children import in_process
 from ..harness.record import Record, Row, low
 from ..harness.report import NO_KERNEL, REFERENCE
 from ..harness.session import Session
-from .opcases import Call, Case, Problem, problems
+from .case import Call, Case, Problem
+from .opcases import problems
 
 PASSES = 4  # blocks of a row
 LEAST_PASSES = 3  # a case gets those before another gets more

@@ -19,7 +19,8 @@ from ..harness.costs import Ceilings
 from ..harness.record import Row
 from ..harness.report import REFERENCE
 from ..harness.session import Session
-from .opcases import Call, Case, problems
+from .case import Call, Case
+from .opcases import problems
 from .ops import implementations
 
 PASSES = 3

@@ -20,7 +20,8 @@ from ..harness import costs
 from ..harness.costs import Ceilings, Cost
 from ..harness.record import Row, low
 from ..harness.session import Session
-from .opcases import Call, Case, Problem, problems
+from .case import Call, Case, Problem
+from .opcases import problems
 
 PASSES = 3
 # A size grows by these factors from `BASE`; k and F keep k <= F.

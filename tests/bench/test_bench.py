@@ -19,7 +19,8 @@ from ksae.bench.harness.record import Record, Row
 from ksae.bench.harness.session import Session
 from ksae.bench.suites import ops as ops_suite
 from ksae.bench.suites import scaling
-from ksae.bench.suites.opcases import Case, problems
+from ksae.bench.suites.case import Case
+from ksae.bench.suites.opcases import problems
 
 ROOT = Path(__file__).parents[2]
 CPU_SUITES = [name for name, spec in suites.SUITES.items() if spec.device == "any"]

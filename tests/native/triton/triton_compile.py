@@ -25,6 +25,9 @@ from ksae.backends.triton import Kernels
 from ksae.kernels import grad_topk_encode as grad_encode
 from ksae.kernels import product, screen
 from ksae.kernels import topk_encode as encode
+from ksae.ops import straight
+from ksae.ops.specs import BY_NAME
+from ksae.parallel import one_device
 from ksae.step import fused as step
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -33,6 +36,20 @@ NAMES = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "LDL", "STL")
 A = {"N": 8192, "d": 4096, "F": 131072, "k": 64}
 B = {"N": 8192, "d": 768, "F": 24576, "k": 32}
 T16, T32 = torch.bfloat16, torch.float32
+
+
+class Served:
+    """The ops as the table calls their kernels: by name, with the arguments that they take."""
+
+    def __getattr__(self, op):
+        kernel, spec = getattr(Kernels(), op), BY_NAME[op]
+        own = straight.named(kernel, spec)
+
+        def run(*args, **more):
+            values = {**spec.defaults, **dict(zip(spec.names, args, strict=False)), **more}
+            return kernel(**{name: values[name] for name in own})
+
+        return run
 
 
 class Driver:
@@ -142,7 +159,7 @@ def rows(dtype, N, d, F, k):
 
 def training(dtype, N, d, F, k, clip_norm=None, **options):
     """A fused step, its encoding left out; one of float32 writes the bf16 copy."""
-    step.ops = Kernels()
+    step.ops = one_device.ops = Served()
     gpu.screens = lambda W, k, aux: dtype == T32
     sae = ksae.TopKSAE(d, F, k, **options, dtype=dtype, device="meta")
     train = ksae.TrainStep(sae, clip_norm=clip_norm)
