@@ -63,7 +63,9 @@ def table(record: dict[str, Any]) -> str:
 
 def write(record: dict[str, Any], out: Path) -> None:
     """recipe_study.md and, with matplotlib, recipe_study.png."""
-    settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
+    settings = ", ".join(
+        f"{name} {value}" for name, value in record["settings"].items() if value is not None
+    )
     text = [
         "# Recipes of training on SmolLM2-135M, layer 9",
         "",

@@ -9,23 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_study import BATCH, STEPS, tiny_study
 from torch import Tensor
 
 import ksae
 
-STEPS, BATCH = 12, 32
 TINY = ["--steps", str(STEPS), "--batch", str(BATCH), "--d-sae", "24", "--ks", "4", "--sites"]
 TINY += ["resid", "--seeds", "0", "1", "--lrs", "3e-3", "--threads", "1"]
 
 
 @pytest.fixture()
 def study(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from ksae.bench.harness import data
-    from ksae.bench.studies import recipe
-
-    rows = torch.cat(data.batches("planted", 100, 8, 3))
-    monkeypatch.setattr(recipe, "rows_of", lambda *_: (rows[:200], rows[200:]))
-    return recipe
+    return tiny_study(monkeypatch)
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -90,20 +85,3 @@ def test_a_cell_that_fails_says_why_and_is_tried_again(
     assert "not installed: pip install sae-lens" in (tmp_path / "recipe_study.md").read_text()
     study.main(command)
     assert len(record_of(tmp_path)["cells"]) == 4
-
-
-@pytest.mark.parametrize("name", ["sae-lens", "dictionary-learning"])
-def test_a_peer_moves_at_the_rate_that_is_set(study: Any, name: str) -> None:
-    if (reason := study.missing(name)) is not None:
-        pytest.skip(reason)
-    train, held = study.rows_of()
-    cell = study.Cell("resid", 24, 4, 0, STEPS, 3e-3, name)
-    assert 0 < study.run(cell, train, held, BATCH)["fvu"] < 1
-    peer = study.Peer(study.start_of(24, train, 0), cell)
-    before = {key: value.clone() for key, value in peer.weights().items()}
-    peer.step(train[:BATCH], 0.0)
-    assert all(
-        torch.allclose(value, before[key], atol=1e-6) for key, value in peer.weights().items()
-    )
-    peer.step(train[:BATCH], 3e-3)
-    assert not torch.allclose(peer.weights()["W_enc"], before["W_enc"], atol=1e-4)

@@ -8,39 +8,38 @@ from typing import Annotated
 
 import typer
 
+from ksae.cli.text import (
+    Context,
+    Dtype,
+    Exclude,
+    Field,
+    Hook,
+    Model,
+    Revision,
+    Separator,
+    Text,
+    Trained,
+)
+
 
 def dashboard(
-    path: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Model file, checkpoint, or the folder of a run")
-    ],
+    path: Trained,
     out: Annotated[Path, typer.Option(help="Folder of the pages: new, or a dashboard")],
     labels: Annotated[
         Path | None, typer.Option(help="JSON of latent: label, or Neuronpedia's explanations")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Language model: smollm2-135m, a folder, or a Hugging Face name"),
-    ] = None,
-    hook: Annotated[
-        str | None, typer.Option(help="Where the activations are read, as layers.9.resid_post")
-    ] = None,
+    model: Model = None,
+    hook: Hook = None,
     target_hook: Annotated[
         str | None, typer.Option(help="Transcoder: where the outputs are written")
     ] = None,
-    text: Annotated[
-        str | None, typer.Option(help=".txt, .jsonl or .parquet file, a folder of them, or pydoc")
-    ] = None,
-    field: Annotated[str | None, typer.Option(help="Key or column of the text")] = None,
-    exclude: Annotated[
-        str | None, typer.Option(help="Tokens left out beside special ones: ids or names")
-    ] = None,
-    model_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a Hugging Face name")
-    ] = None,
-    model_dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16: of the language model")
-    ] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a context", min=2)] = None,
+    text: Text = None,
+    field: Field = None,
+    separator: Separator = None,
+    exclude: Exclude = None,
+    model_revision: Revision = None,
+    model_dtype: Dtype = None,
+    context: Context = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to read", min=1)] = 131_072,
     top: Annotated[int, typer.Option(help="Strongest contexts of a latent", min=1)] = 12,
     neuronpedia: Annotated[
@@ -65,8 +64,8 @@ def dashboard(
 
     given = {
         "model": model, "hook": hook, "target_hook": target_hook, "text": text, "field": field,
-        "context": context, "exclude": exclude, "model_revision": model_revision,
-        "model_dtype": model_dtype,
+        "separator": separator, "context": context, "exclude": exclude,
+        "model_revision": model_revision, "model_dtype": model_dtype,
     }  # fmt: skip
     config = job.data_of(path, given)
     coder = load(path, device=pick_device(device))

@@ -12,6 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ksae.cli.tables import LM_SUMMARY, ORACLE_SUMMARY, SUMMARY
+from ksae.cli.text import (
+    Context,
+    Dtype,
+    Exclude,
+    Field,
+    Hook,
+    Model,
+    Revision,
+    Separator,
+    Text,
+    Trained,
+)
 from ksae.errors import UserError
 from ksae.runs import config as runconfig
 
@@ -23,44 +35,25 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    path: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Model file, checkpoint, or the folder of a run")
-    ],
+    path: Trained,
     activations: Annotated[
         str | None, typer.Option(help="File or cache folder of activations to measure on")
     ] = None,
     targets: Annotated[
         str | None, typer.Option(help="Transcoder: file of the outputs, row for row")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Language model: smollm2-135m, a folder, or a Hugging Face name"),
-    ] = None,
-    hook: Annotated[
-        str | None, typer.Option(help="Where the activations are read, as layers.9.resid_post")
-    ] = None,
+    model: Model = None,
+    hook: Hook = None,
     target_hook: Annotated[
         str | None, typer.Option(help="Transcoder: where the outputs are read and replaced")
     ] = None,
-    text: Annotated[
-        str | None, typer.Option(help=".txt, .jsonl or .parquet file, a folder of them, or pydoc")
-    ] = None,
-    field: Annotated[
-        str | None, typer.Option(help="Key or column of the text, or of its token ids")
-    ] = None,
-    separator: Annotated[
-        str | None, typer.Option(help=r"What divides a .txt file into documents, as \n\n")
-    ] = None,
-    exclude: Annotated[
-        str | None, typer.Option(help="Tokens left out beside special ones: ids or names")
-    ] = None,
-    model_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the language model")
-    ] = None,
-    model_dtype: Annotated[
-        str | None, typer.Option(help="Of the language model: float32, bfloat16 or float16")
-    ] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of a context", min=2)] = None,
+    text: Text = None,
+    field: Field = None,
+    separator: Separator = None,
+    exclude: Exclude = None,
+    model_revision: Revision = None,
+    model_dtype: Dtype = None,
+    context: Context = None,
     tokens: Annotated[int, typer.Option(help="Tokens for reconstruction", min=1)] = 65_536,
     ce_tokens: Annotated[
         int, typer.Option(help="Tokens for cross-entropy; 0 measures none", min=0)

@@ -223,9 +223,6 @@ class Spec:
                 known[a.name] = a.name
             return number_check(self.name, a.name, a.type)
         dims = tuple(d.removesuffix("=") for d in a.dims)
-        sizes = {n for d in dims for n in _names(d)}
-        settled = dims != ("...",) and sizes <= known.keys() and a is not self.lead
-        expected, only, fixed = _shape(dims), a.type, FIXED.get(a.type)
         shape = self._shape_check(a, dims, known)
         kind = self._type_check(a)
         op, name, written = self.name, a.name, a.written
@@ -242,24 +239,12 @@ class Spec:
         def single(t: Tensor, values: Values, dims: Dims, types: Types, lead: Tensor) -> None:
             one(t, name, 0, dims, types, lead)
 
-        def plain(t: Tensor, values: Values, dims: Dims, types: Types, lead: Tensor) -> None:
-            """One look at an argument that is right; `one` has the words for a wrong one."""
-            if (
-                t.shape != expected(dims, 0)
-                or t.dtype != (fixed or types[only])
-                or t.device != lead.device
-                or (written and not t.is_contiguous())
-            ):
-                one(t, name, 0, dims, types, lead)
-
         def each(ts: Any, values: Values, dims: Dims, types: Types, lead: Tensor) -> None:
             for g, t in enumerate(ts):
                 one(t, f"{name}[{g}]", g, dims, types, lead)
                 types[name] = ts[0].dtype
 
-        if a.many:
-            return each
-        return plain if settled and (fixed or only in ("T", "A")) else single
+        return each if a.many else single
 
     def _type_check(self, a: Argument) -> Callable[[Tensor, str, Types], None]:
         op = self.name
