@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 import ksae
 from ksae import cli
+from ksae.cli import app
+from ksae.errors import RankError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(ksae.__file__).parents[1])}
 
@@ -72,3 +75,33 @@ def test_bare_ksae_prints_its_help(capfd):
     assert cli.run([]) == 0
     out, error = capfd.readouterr()
     assert "Usage: ksae" in out and error == ""
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["while it unwinds", "while it is said"])
+def test_an_error_that_sigterm_meets_is_still_said_once(capfd, monkeypatch, after: bool):
+    """torchrun stops the ranks that are left as they fail."""
+
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def fail(**_: object) -> None:
+        try:
+            raise RankError("rank 0 of 2: the exchange of keys")
+        finally:
+            if not after:
+                stop()
+
+    say = app._say
+    monkeypatch.setattr(app, "app", fail)
+    monkeypatch.setattr(app, "_say", lambda line: (say(line), stop() if after else None))
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.run([]) == 1
+    assert capfd.readouterr().err == "ksae: error: rank 0 of 2: the exchange of keys\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_without_an_error_ends_with_143(capfd, monkeypatch):
+    monkeypatch.setattr(app, "app", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as end:
+        cli.run([])
+    assert end.value.code == 143 and capfd.readouterr().err == ""

@@ -50,6 +50,10 @@ class _Usage(Exception):
     """A line of usage, for a command without arguments."""
 
 
+class _Terminated(SystemExit):
+    """SIGTERM, outside of training."""
+
+
 app = typer.Typer(
     name="ksae",
     help="Trains k-sparse autoencoders and transcoders on the activations of language models",
@@ -91,15 +95,30 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
 
 def run(args: Sequence[str] | None = None) -> int:
     """`main` that returns the exit code."""
-    from ksae.runs.signals import Interrupted
 
     def terminate(signum: int, frame: object) -> None:
         # while training, the trainer's own handler stands in front of this one
-        sys.exit(128 + signum)
+        raise _Terminated(128 + signum)
 
     if not sys.stderr.isatty():  # bars would fill a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        return _run(args)
+    except _Terminated as end:
+        # torchrun stops the ranks that are left as they fail: the reason is still to be said
+        code, message = _explain(end.__context__) if end.__context__ else (0, None)
+        if message is None:
+            raise
+        _say(f"error: {message}")
+        return code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(args: Sequence[str] | None) -> int:
+    from ksae.runs.signals import Interrupted
+
     try:
         code = app(
             args=None if args is None else list(args), prog_name="ksae", standalone_mode=False
@@ -119,6 +138,7 @@ def run(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left is to say it, once
         if env.read("KSAE_DEBUG") != "0":
             raise
         code, message = _explain(error)
@@ -126,11 +146,9 @@ def run(args: Sequence[str] | None = None) -> int:
             raise
         _say(f"error: {message}")
         return code
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
-def _explain(error: Exception) -> tuple[int, str | None]:
+def _explain(error: BaseException) -> tuple[int, str | None]:
     """Exit code and message for a user's mistake; no message for what must be a defect of ksae."""
     usage = getattr(error, "format_message", None)  # typer has its own copy of click's exceptions
     if usage is not None:
