@@ -23,8 +23,9 @@ from torch import Tensor
 from .. import env
 from ..reference.dtypes import MODES
 from ..reference.group import rows_of
+from .cuda_screen import Screened
 from .driver import why_not_by_version
-from .product import Encode
+from .product import Encode, Screen
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OLDEST = (8, 0)  # compute capability
@@ -109,6 +110,28 @@ class Kernels(Encode):
         with _guard(mask):
             self.module.list_columns(mask.numel(), _pointer(mask), _pointer(columns), _stream(mask))
         return columns
+
+    def bf16_copy(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        rows, d = W.shape
+        W, copy = W.contiguous(), W.new_empty(rows, d, dtype=torch.bfloat16)
+        norms = W.new_empty(3, rows)
+        with _guard(W):
+            self.module.bf16_copy(rows, d, _pointer(W), _pointer(copy), _pointer(norms), _stream(W))
+        return copy, norms
+
+    def _screen(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        x_norms: Tensor,
+        w_norms: Tensor,
+        k: int,
+        mask: Tensor | None,
+        capacity: int = 0,
+    ) -> Screen:
+        queue = (_Workspace(x.device), _stream(x))
+        return Screened(self.module, *queue, x, W_enc, b_enc, x_norms, w_norms, k, mask, capacity)
 
     def sparse_decode(
         self,
@@ -394,9 +417,10 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def served(op: str, by: Kernels) -> Callable[..., Any]:
-    """The op as `by` computes it, for GPUs that it can run on; a failed launch names the op."""
-    function = getattr(by, op)
+def served(op: str, by: Kernels, way: str = "") -> Callable[..., Any]:
+    """The op as `by` computes it, by the way of the prefix, for GPUs that it can run on; a failed
+    launch names the op."""
+    function = getattr(by, way + op)
 
     @functools.wraps(function)
     def run(**args: Any) -> Any:

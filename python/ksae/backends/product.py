@@ -14,7 +14,7 @@ import contextlib
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ..reference.encode import refuse_entries
 
 chunk_bytes = int(env.read("KSAE_CHUNK_BYTES"))
 _product_lock = threading.Lock()
+MAX_SCREENED = 1024
 
 
 @contextlib.contextmanager
@@ -73,6 +74,13 @@ def _rows_of_chunk(N: int, F: int) -> int:
     return max(min(most, -(-even // 128) * 128), 1)
 
 
+def pays(k: int, F: int) -> bool:
+    """Whether it pays to screen for k of F: 2 k float32 scores a row, which are gathers at the rate
+    of the memory, must cost less than F at the rate of float32 products. On H100 and H200 by their
+    ceilings up to F / 46; no more than a block sorts."""
+    return k <= MAX_SCREENED and 64 * k <= F
+
+
 class _Downstream(NamedTuple):
     """What a gradient-aware score adds to the pre-activations."""
 
@@ -87,9 +95,23 @@ class _Downstream(NamedTuple):
         return self.beta > 0 or self.mode == "multiplicative"
 
 
+class Screen(Protocol):
+    """The selection of one screened encode, whose bf16 product comes in chunks of rows."""
+
+    def select(self, scores: Tensor, first: int) -> None:
+        """Take in scores [rows, F] float32, without biases, of the rows from `first` on."""
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Values [N, k] float32 and indices [N, k] int64, when all scores were taken in."""
+
+    def redone(self) -> Tensor:
+        """After that: the rows that had no proof and were scored in full, in any order."""
+
+
 class Encode(ABC):
-    """The ops that encode. Names, arguments and meaning are the reference's. Nothing is screened:
-    bf16 copies are not read."""
+    """The ops that encode. Names, arguments and meaning are the reference's. Those that begin with
+    `screened_` screen float32 with bf16 products; the others screen nothing, and do not read bf16
+    copies."""
 
     @abstractmethod
     def _select(
@@ -111,6 +133,24 @@ class Encode(ABC):
     @abstractmethod
     def _list_columns(self, mask: Tensor) -> Tensor:
         """mask [F] bool in the form in which `_select` takes it."""
+
+    @abstractmethod
+    def bf16_copy(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows W [F, d] float32 a copy in bfloat16 and [3, F] float32 what bounds its error."""
+
+    @abstractmethod
+    def _screen(
+        self,
+        x: Tensor,  # [N, d] float32, centred
+        W_enc: Tensor,  # [F, d] float32
+        b_enc: Tensor,  # [F] float32
+        x_norms: Tensor,  # [3, N] of bf16_copy
+        w_norms: Tensor,  # [3, F] of bf16_copy
+        k: int,
+        mask: Tensor | None,  # [F] bool
+        capacity: int = 0,  # latents of a row that are scored before it counts as one without proof
+    ) -> Screen:
+        """How chunks of scores become the float32 selection."""
 
     def _encode(
         self,
@@ -165,6 +205,63 @@ class Encode(ABC):
     ) -> tuple[Tensor, Tensor]:
         values, indices = self._encode(x, W_enc, b_enc, b_dec, [(k, mask)])
         return values, indices
+
+    def screened_topk_encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        b_dec: Tensor | None = None,
+        mask: Tensor | None = None,
+        W_bf16: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`topk_encode` of float32 at the price of a bf16 product and 2 k float32 scores a row."""
+        N = x.shape[0]
+        if N == 0:
+            return x.new_empty(0, k), x.new_empty(0, k, dtype=torch.int64)
+        if W_bf16 is None or norms is None:
+            W_bf16, norms = self.bf16_copy(W_enc)
+        xc = x if b_dec is None else x - b_dec
+        rounded, x_norms = self.bf16_copy(xc)
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            screen = self._screen(xc, W_enc, b_enc, x_norms, norms, k, mask)
+            rows = _rows_of_chunk(N, len(W_enc))
+            for n in range(0, N, rows):
+                scores = _scores(rounded[n : n + rows], W_bf16)
+                screen.select(scores, n)
+                del scores  # before the next chunk's: one at a time
+            return screen.result()
+
+    def screened_topk_encode_aux(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        k_aux: int,
+        dead: Tensor,
+        b_dec: Tensor | None = None,
+        grad: Tensor | None = None,
+        W_dec: Tensor | None = None,
+        beta: float = 0.0,
+        mode: str = "additive",
+        W_bf16: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`topk_encode_aux`, each selection of pre-activations screened where so few are chosen
+        that it pays."""
+        F, kept = W_enc.shape[0], (W_bf16, norms)
+        if grad is None or W_dec is None:
+            chosen = self.screened_topk_encode(x, W_enc, b_enc, k, b_dec, None, *kept)
+        else:
+            chosen = self.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+        if pays(k_aux, F):
+            aux = self.screened_topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead, *kept)
+        else:
+            aux = self.topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead)
+        return (*chosen, *aux)
 
     def grad_topk_encode(
         self,

@@ -59,6 +59,27 @@ class Kernels(products.Encode):
     def _list_columns(self, mask: Tensor) -> Tensor:
         return mask  # which `_select` takes as it is
 
+    def bf16_copy(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        from ..kernels import screen
+
+        with _guard(W):
+            return screen.bf16_copy(W)
+
+    def _screen(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        x_norms: Tensor,
+        w_norms: Tensor,
+        k: int,
+        mask: Tensor | None,
+        capacity: int = 0,
+    ) -> products.Screen:
+        from ..kernels.screen_stored import Screen
+
+        return Screen(x, W_enc, b_enc, x_norms, w_norms, k, mask, capacity)
+
     def fused_topk_encode(
         self,
         x: Tensor,
@@ -360,14 +381,6 @@ def takes(k: int) -> bool:
     from ..kernels.gate import MAX_K
 
     return k <= MAX_K
-
-
-def bf16_copy(W: Tensor) -> tuple[Tensor, Tensor]:
-    """The arguments W_bf16 and norms of `topk_encode`, of float32 weights W [F, d]."""
-    from ..kernels import screen
-
-    with _guard(W):
-        return screen.bf16_copy(W)
 
 
 def _load() -> tuple[Kernels | None, str]:

@@ -78,7 +78,7 @@ class FusedStep:
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
         ks = [term.k for term in terms if term.aux is None]
         k, k_aux = min(max(ks), self.latents), min(k_aux, self.latents)
-        self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
+        self.state.keep_bf16_copy(k, k_aux, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         chosen = communicator.select(model, batch.x, k, k_aux, *how)
         prefixes = iter(communicator.codes(*chosen[0], ks))
