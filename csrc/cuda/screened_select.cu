@@ -179,8 +179,7 @@ __global__ void __launch_bounds__(kThreads, 3) screen_kernel(Args args) {
     if (threadIdx.x % 32 == 0) keys[j] = scored;
     __syncwarp();
   }
-  __syncthreads();
-  write_first(p, n, keys, count, maxima);
+  write_first(p, n, keys, count, maxima);  // a barrier comes first
 }
 
 cudaError_t checked(const ScreenedSelectParams& p, const Plan& plan) {

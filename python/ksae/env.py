@@ -30,7 +30,7 @@ VARIABLES = {
         "", "product, screened or fused: how GPUs encode, instead of the table"
     ),
     "KSAE_CHUNK_BYTES": Variable(
-        str(256 << 20), "memory that the scores of one chunk of rows may take on GPUs"
+        "", "memory that the scores of one chunk of rows may take on GPUs, instead of what is wise"
     ),
 }
 

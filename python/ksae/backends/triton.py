@@ -189,7 +189,8 @@ class Kernels(products.Encode):
         residual = target.new_empty(N, columns, dtype=torch.float32)
         square = target.new_empty(N, dtype=torch.float64)
         grads = target.new_empty(values.shape, dtype=torch.float32)
-        chunk = max(products.chunk_bytes // (4 * max(d, 1)), 1)
+        held = products.chunk_bytes or products.CHUNK_BYTES
+        chunk = max(held // (4 * max(d, 1)), 1)
         with _guard(values):
             decode.sparse_residual(
                 values, indices, W_dec, b_dec, target, residual, square, grads, chunk,

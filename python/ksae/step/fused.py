@@ -7,6 +7,8 @@ What shards of the latents exchange goes through the communicator.
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
+from .dead_latents import DeadLatents, padded
+from .dense_auxk import dense_auxk, pays
 from .nested import Nested, prefix_metrics, together
 from .phases import Batch, Groups, Selection, Sums
 from .state import State
@@ -46,7 +50,11 @@ class FusedStep:
         self.latents = model.W_enc.shape[0]  # of this rank
         # one reading of the residual less
         self.sums_in_decode = model.W_enc.is_cuda and self.is_whole
-        self.asks_for_dead = not model.W_enc.is_cuda  # on CUDA only the device knows how many
+        # on CUDA only the device knows how many are dead; of ranks, nobody does
+        self.dead_latents: DeadLatents | None = None
+        self.asks_for_dead = not model.W_enc.is_cuda
+        if model.W_enc.is_cuda and self.is_whole and model.auxk_alpha > 0:
+            self.dead_latents = DeadLatents(model)
         self.nested = Nested(model, state.acc) if model.prefixes else None
 
     @torch.no_grad()
@@ -58,7 +66,7 @@ class FusedStep:
         model, acc = self.model, self.state.acc
         target = y
         if model.W_skip is not None:
-            target = y.to(acc) - self.communicator.own(x).to(acc) @ model.W_skip.to(acc).T
+            target = y.to(acc) - ops.product(self.communicator.own(x), model.W_skip.T)
         batch = Batch(x, y, target, grad)
         chosen = self.encode(batch)
         columns = self.columns(batch, chosen)
@@ -74,10 +82,12 @@ class FusedStep:
         """The code of each term: prefixes of one selection, and for AuxK that of dead latents."""
         model, communicator = self.model, self.communicator
         n_dead = communicator.all_reduce(model.dead.sum())
-        k_aux = aux_width(model, n_dead if self.asks_for_dead else None)
+        most = None if self.dead_latents is None else self.dead_latents.most()
+        k_aux = aux_width(model, n_dead if self.asks_for_dead else most)
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
         ks = [term.k for term in terms if term.aux is None]
-        k, k_aux = min(max(ks), self.latents), min(k_aux, self.latents)
+        dense = self._dense(terms[-1], most)
+        k, k_aux = min(max(ks), self.latents), 0 if dense else min(k_aux, self.latents)
         self.state.keep_bf16_copy(k, k_aux, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         chosen = communicator.select(model, batch.x, k, k_aux, *how)
@@ -88,12 +98,24 @@ class FusedStep:
             if term.aux is None:
                 codes.append(next(prefixes))
                 continue
+            if dense:
+                break
             aux_values, aux_indices, by = chosen[1]
             if term.aux.signed:
                 aux_values = unrectified(model, batch.x, aux_values, aux_indices, model.dead)
             (code,) = communicator.codes(aux_values, aux_indices, by, [term.k])
             codes.append(code if term.of_residual else together(codes[0], code))
-        return Selection(terms, codes, n_dead)
+        return Selection(terms, codes, n_dead, dense)
+
+    def _dense(self, term: Term, most: int | None) -> int:
+        """How many latents are dead at most, where AuxK is cheaper as products of their rows; 0
+        where it is not."""
+        if most is None or not term.of_residual:
+            return 0
+        kind = self.model.W_enc.dtype
+        if kind not in (torch.float32, torch.bfloat16):  # float16 overflows in what it divides
+            return 0
+        return most if pays(term.k, padded(most, self.latents), kind.itemsize) else 0
 
     # ------------------------------------------------------------------------------------ residual
 
@@ -123,11 +145,18 @@ class FusedStep:
         """Each term's residual, the gradients of its values, and its code grouped by latent."""
         model, communicator, groups = self.model, self.communicator, Groups()
         groups.variance = communicator.variance(batch.y)
-        for term, code in zip(chosen.terms, chosen.codes, strict=True):
+        for term, code in zip_longest(chosen.terms, chosen.codes):
             target, variance = batch.target, groups.variance
             if term.of_residual:
                 target = -self._whole_residual(batch, chosen, groups)  # y - recon
                 variance = communicator.variance(target)
+            if code is None:
+                dead = (model.dead, chosen.most_dead)
+                groups.dense = dense_auxk(model, batch.x, target, term, *dead)
+                groups.sq_errors.append(groups.dense.sq_error)
+                below = term.denominator(batch.y, groups.variance, variance, chosen.n_dead)
+                groups.denominators.append(below)
+                continue
             residual, square, grads, sums = self._residual(term, code, target, groups, columns)
             if groups.residuals and columns < model.d_out:
                 groups.whole.append(residual)
@@ -146,7 +175,7 @@ class FusedStep:
                 below *= communicator.size
             groups.denominators.append(below)
         if self.nested is not None:
-            groups.row_of = self.nested.row_of(chosen.terms, chosen.codes)
+            groups.row_of = self.nested.row_of(chosen.terms[: len(chosen.codes)], chosen.codes)
         if any(code.offsets is not None for code in chosen.codes):
             groups.token_of = [code.rows().reshape(-1).int() for code in chosen.codes]
             groups.row_of = groups.row_of or groups.token_of
@@ -209,7 +238,11 @@ class FusedStep:
         if (other := multi_loss(model, named)) is not None:
             metrics["multi_topk_loss"] = other
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
-        grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
+        own = scales[: len(g.values)]
+        grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, own)
+        if g.dense is not None:
+            grad_b_enc += scales[-1] * g.dense.of_latents(g.dense.b_enc)
+            grad_dot_w += scales[-1] * g.dense.of_latents(g.dense.along)
         small = self._small(batch, chosen, g)
         more = {}
         if model.activation.penalized:
@@ -227,13 +260,17 @@ class FusedStep:
         columns that there are."""
         own, all_reduce = self.communicator.own, self.communicator.all_reduce
         n, b_dec, W_skip = len(batch.y), [], []
-        for term, residual, done in zip(chosen.terms, g.residuals, g.sums, strict=True):
+        for term, residual, done in zip(chosen.terms, g.residuals, g.sums, strict=False):
             rows = own(residual)[:n]  # of the first prefix
             if term.bias_gradients:
                 total = all_reduce(rows.sum(0)) if done is None else done
                 b_dec.append(total if term.bias_gradients == 1 else term.bias_gradients * total)
             if self.model.W_skip is not None and not term.of_residual:
-                W_skip.append(all_reduce(rows.T @ own(batch.x).to(self.state.acc)))
+                inputs = own(batch.x)
+                rows = rows.to(inputs.dtype) if rows.is_cuda else rows  # one product in bf16
+                W_skip.append(all_reduce(ops.product(rows.T, inputs)))
+        if g.dense is not None and (counts := chosen.terms[-1].bias_gradients):
+            b_dec.append(counts * g.dense.bias)
         return {"b_dec": b_dec, "W_skip": W_skip} if W_skip else {"b_dec": b_dec}
 
     # ------------------------------------------------------------------------------------- scalars
@@ -266,18 +303,15 @@ class FusedStep:
         """Of all gradients, before clipping, []."""
         model, acc, all_reduce = self.model, self.state.acc, self.communicator.all_reduce
         b_dec = model.b_dec if model.centred else None
-        inputs = [batch.x] * len(g.grads)
         square = ops.row_grad_sq(
-            coefficients=g.grads, offsets=g.offsets, order=g.order, rows=inputs,
-            scales=sums.scales, centre=b_dec, grad_dot_w=None, W=model.W_enc, start=0,
-            row_of=g.token_of,
+            **g.encoder(batch.x), scales=sums.scales, centre=b_dec, grad_dot_w=None,
+            W=model.W_enc, start=0,
         )  # fmt: skip
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
             square += ops.row_grad_sq(
-                coefficients=g.values, offsets=g.offsets, order=g.order, rows=g.residuals,
-                scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w, W=model.W_dec,
-                start=start, row_of=g.row_of,
+                **g.decoder(), scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w,
+                W=model.W_dec, start=start,
             )  # fmt: skip
         total = all_reduce(square.sum() + sums.grad_b_enc.double().square().sum())
         zero = torch.zeros_like(sums.loss)
@@ -320,6 +354,8 @@ class FusedStep:
             fired & finite, 0
         )
         state.t += finite
+        if self.dead_latents is not None:
+            self.dead_latents.after_step(batch.x.shape[0])
 
     def _update_encoder(self, batch: Batch, g: Groups, sums: Sums, hyper: Tensor) -> Tensor | None:
         """Returns what centring adds to the gradient of b_dec [d_in], None without centring."""
@@ -331,12 +367,11 @@ class FusedStep:
         W, master, m, v = state.of("W_enc")
         W_bf16, norms = state.W_bf16 or (None, None)
         ops.row_update(
-            coefficients=g.grads, offsets=g.offsets, order=g.order,
-            rows=[batch.x] * len(g.grads), scales=sums.scales,
+            **g.encoder(batch.x), scales=sums.scales,
             centre=model.b_dec if centred else None, grad_dot_w=None,
             grad_b_enc=sums.grad_b_enc if centred else None,
             W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=grad, start=0, normalize=False,
-            W_bf16=W_bf16, rng_state=state.rng_state("W_enc"), norms=norms, row_of=g.token_of,
+            W_bf16=W_bf16, rng_state=state.rng_state("W_enc"), norms=norms,
         )  # fmt: skip
         return None if grad is None else self.communicator.all_reduce(grad)
 
@@ -367,9 +402,9 @@ class FusedStep:
         state = self.state
         W, master, m, v = state.of("W_dec")
         ops.row_update(
-            coefficients=g.values, offsets=g.offsets, order=g.order, rows=g.residuals,
-            scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w, grad_b_enc=None,
+            **g.decoder(), scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w,
+            grad_b_enc=None,
             W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=None, start=first,
             normalize=self.model.normalize_decoder and last,
-            rng_state=state.rng_state("W_dec"), row_of=g.row_of,
+            rng_state=state.rng_state("W_dec"),
         )  # fmt: skip

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..coders.code import Code
 from ..coders.terms import Term
+from .dense_auxk import DenseAuxK
 
 
 class Batch(NamedTuple):
@@ -24,8 +26,9 @@ class Selection(NamedTuple):
     """What the encode phase chose."""
 
     terms: list[Term]  # those with a bias first
-    codes: list[Code]  # one a term
+    codes: list[Code]  # one a term, but for AuxK that is dense
     n_dead: Tensor  # [] int64
+    most_dead: int  # of AuxK that is dense; 0: it is not
 
 
 class Groups:
@@ -48,6 +51,34 @@ class Groups:
         # [N, d] of terms after the first, where columns come in parts
         self.whole: list[Tensor] = []
         self.prefix_errors: Tensor | None = None  # [P]: sums of squares of each prefix
+        self.dense: DenseAuxK | None = None  # the last term, in place of the lists' entry
+
+    def encoder(self, x: Tensor) -> dict[str, Any]:
+        """What the row pass over W_enc takes; x [N, d_in]."""
+        lists = {"coefficients": self.grads, "offsets": self.offsets, "order": self.order}
+        lists |= {"rows": [x] * len(self.grads)}
+        dense = None if self.dense is None else self.dense.encoder(x.dtype)
+        return _with(lists, self.token_of, dense)
+
+    def decoder(self) -> dict[str, Any]:
+        """What the row pass over W_dec takes."""
+        lists = {"coefficients": self.values, "offsets": self.offsets, "order": self.order}
+        lists |= {"rows": self.residuals}
+        dense = None if self.dense is None else self.dense.decoder(self.values[0].dtype)
+        return _with(lists, self.row_of, dense)
+
+
+def _with(
+    lists: dict[str, list[Tensor]],
+    row_of: list[Tensor] | None,
+    dense: dict[str, list[Tensor]] | None,
+) -> dict[str, Any]:
+    if dense is None:
+        return {**lists, "row_of": row_of}
+    if row_of is not None:
+        E = dense["order"][0].numel()
+        row_of = [*row_of, torch.arange(E, dtype=torch.int32, device=row_of[0].device)]
+    return {**{name: [*own, *dense[name]] for name, own in lists.items()}, "row_of": row_of}
 
 
 class Sums(NamedTuple):

@@ -30,7 +30,7 @@ TESTS = {
     "ops/test_bf16_copy.py": 13,
     "ops/test_row_offsets.py": 63,
     "ops/test_screened_encode.py": 43,
-    "native/triton/triton_ops_cases.py": 73,
+    "native/triton/triton_ops_cases.py": 77,
     "native/triton/triton_step_cases.py": 4,
 }
 
