@@ -232,6 +232,15 @@ def test_sums_of_hot_latents_are_cut(impl: Emulated, emulated: Emulator, T: torc
     assert all(map(torch.equal, got, impl.latent_sums(*a.values())))
 
 
+def called(emulated: Emulator, op: str, sizes: dict[str, int], allocate: object) -> None:
+    """Call an op of the module with these fields, one group, and 0 for the rest."""
+
+    def values(fields: tuple[object, ...]) -> tuple[object, ...]:
+        return tuple([values(f)] if isinstance(f, tuple) else sizes.get(f, 0) for f in fields)
+
+    getattr(emulated.module, op)(*values(emulated.module.fields[op]), allocate, 0)
+
+
 def test_the_workspace_of_many_entries_is_bounded(emulated: Emulator) -> None:
     """AuxK with d=4096 has 2^24 to 2^27 entries; pieces of units of 256 would be 2 to 17 GB."""
     F, d, sizes = 131_072, 4096, []
@@ -244,9 +253,9 @@ def test_the_workspace_of_many_entries_is_bounded(emulated: Emulator) -> None:
         raise Asked
 
     for entries in (2**19, 2**20, 2**24, 2**27, 2**31 - 1):
-        rows = (F, d, 0, d, 0, True, [(0, 0, 0, 0, d // 2, entries)])
+        sized = {"F": F, "d": d, "columns": d, "k": d // 2, "order_size": entries}
         with pytest.raises(Asked):
-            emulated.module.row_grad_sq(*rows, 0, 0, 0, 0, 0, allocate, 0)
+            called(emulated, "row_grad_sq", sized, allocate)
     pieces = 2 * 4096 * d * 4
     assert sizes[0] < 0.6 * pieces and pieces <= sizes[1] and max(sizes) < 1.01 * pieces
 
