@@ -23,6 +23,7 @@ from ..harness import costs
 from ..harness.record import Row
 from ..harness.session import Session
 from ..harness.shapes import NAMED, Shape, available_memory, scaled
+from . import latents
 
 ANCHOR = "dense torch"
 BLOCKS = 4
@@ -120,7 +121,7 @@ def _shape(
                 torch.bfloat16 if row.dtype == "bf16" else torch.float32,
                 "unscreened" not in row.way,
             )
-            phases = costs.train_step(**shape.sizes, s=2 if row.dtype == "bf16" else 4)
+            phases = latents.train_step(**shape.sizes, s=2 if row.dtype == "bf16" else 4)
             total = sum(phases.values(), costs.Cost())
             row.bytes, row.flops = total.bytes, total.flops
             row.floor = sum(c.seconds(limit, product) for c in phases.values())

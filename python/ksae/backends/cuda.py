@@ -12,7 +12,6 @@ Environment, read once at import: KSAE_NATIVE=0 leaves the native code out.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import env
+from ..kernels.launch import guard
 from ..reference.dtypes import MODES
 from ..reference.group import rows_of
 from . import bridge
@@ -53,10 +53,6 @@ def _entries(code: Tensor, table: Tensor | None) -> int | tuple[int]:
     return code.shape[1] if table is None else (_pointer(table),)
 
 
-def _guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
 def _stream(t: Tensor) -> int:
     return torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
 
@@ -72,7 +68,7 @@ class Kernels(Encode):
         fields = getattr(self.module, "fields", {}).get(spec.name)
         if fields is None:
             return getattr(self, spec.name, None)
-        known = {"guard": _guard, "Workspace": _Workspace, "stream": _stream}
+        known = {"guard": guard, "Workspace": _Workspace, "stream": _stream}
         run = "with guard(like): call({values}, Workspace(like.device), stream(like))"
         return bridge.native(spec, fields, getattr(self.module, spec.name), run, known)
 
@@ -92,7 +88,7 @@ class Kernels(Encode):
     ) -> None:
         rows, F = scores.shape
         number = 0 if mode is None else 1 + MODES.index(mode)
-        with _guard(scores):
+        with guard(scores):
             self.module.select(
                 rows, F, k, DTYPES[scores.dtype], DTYPES[values.dtype], _pointer(scores),
                 _pointer(second), number, beta, _pointer(informed), _pointer(bias), 0,
@@ -103,7 +99,7 @@ class Kernels(Encode):
     def _list_columns(self, mask: Tensor) -> Tensor:
         """The positions of True in mask [F], ascending, and in the last of [F + 1] their number."""
         columns = mask.new_empty(mask.numel() + 1, dtype=torch.int32)
-        with _guard(mask):
+        with guard(mask):
             self.module.list_columns(mask.numel(), _pointer(mask), _pointer(columns), _stream(mask))
         return columns
 
@@ -119,7 +115,7 @@ class Kernels(Encode):
         N = len(values) if row_offsets is None else row_offsets.numel() - 1
         (F, d), k = W_dec.shape, _entries(values, row_offsets)
         out = values.new_empty(N, d, dtype=torch.float32 if partial else values.dtype)
-        with _guard(values):
+        with guard(values):
             self.module.sparse_decode(
                 N, d, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
                 indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(out), partial,
@@ -174,7 +170,7 @@ class Kernels(Encode):
     ) -> Tensor:
         N, k, (F, d) = len(target), _entries(values, row_offsets), W_dec.shape
         residual = target.new_empty(N, stop - start, dtype=torch.float32)
-        with _guard(values):
+        with guard(values):
             self.module.sparse_residual(
                 N, d, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
                 indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(target),
@@ -191,7 +187,7 @@ class Kernels(Encode):
         N, (F, d) = len(indices), W_dec.shape
         row_of = None if row_offsets is None else rows_of(row_offsets, N)
         out = grad.new_empty(indices.shape)
-        with _guard(grad):
+        with guard(grad):
             self.module.sparse_decode_backward_values(
                 N, d, F, _entries(indices, row_of), DTYPES[W_dec.dtype], _pointer(grad),
                 _pointer(indices), indices.element_size(), _pointer(W_dec), _pointer(out),
@@ -203,7 +199,7 @@ class Kernels(Encode):
         N, k = values.shape
         offsets = values.new_empty(F + 1, dtype=torch.int32)
         order = values.new_empty(N * k, dtype=torch.int32)
-        with _guard(values):
+        with guard(values):
             self.module.group_by_latent(
                 N, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
                 indices.element_size(), _pointer(offsets), _pointer(order),
@@ -223,7 +219,7 @@ class Kernels(Encode):
         row_of = None if row_offsets is None else rows_of(row_offsets, N)
         grad_W, value_sum = grad.new_empty(F, d), grad.new_empty(F)
         offsets, order = self.group_by_latent(values, indices, F)
-        with _guard(grad):
+        with guard(grad):
             self.module.sparse_decode_backward_weight(
                 N, d, F, _entries(values, row_of), DTYPES[grad.dtype], _pointer(grad),
                 _pointer(values), _pointer(offsets), _pointer(order), _pointer(grad_W),
@@ -234,7 +230,7 @@ class Kernels(Encode):
     def total_variance(self, y: Tensor) -> Tensor:
         N, d = y.shape
         variance = y.new_empty((), dtype=torch.float32)
-        with _guard(y):
+        with guard(y):
             self.module.total_variance(
                 N, d, DTYPES[y.dtype], _pointer(y), _pointer(variance), _Workspace(y.device),
                 _stream(y),
@@ -252,7 +248,7 @@ class Kernels(Encode):
             for e, d, share in zip(sq_errors, denominators, shares, strict=True)
         ]
         out = (_pointer(errors), _pointer(terms), _pointer(loss), _pointer(scales))
-        with _guard(first):
+        with guard(first):
             self.module.loss_terms(given, *out, _stream(first))
         return errors, terms, loss, scales
 
@@ -268,7 +264,7 @@ class Kernels(Encode):
     ) -> tuple[Tensor, Tensor, Tensor]:
         hyper, taken_scales = loss.new_empty(8), torch.empty_like(scales)
         taken = loss.new_empty((), dtype=torch.bool)
-        with _guard(loss):
+        with guard(loss):
             self.module.adam_scalars(
                 _pointer(loss), _pointer(norm), clip_norm or 0, _pointer(scales), scales.numel(),
                 _pointer(lr), _pointer(t), _pointer(constants), _pointer(hyper), _pointer(taken),
@@ -288,7 +284,7 @@ class Kernels(Encode):
         m: Tensor,
         v: Tensor,
     ) -> None:
-        with _guard(p):
+        with guard(p):
             self.module.vector_update(
                 p.numel(), DTYPES[p.dtype], [_pointer(g) for g in grads], _pointer(scales),
                 _pointer(minus), _pointer(taken), _pointer(hyper), _pointer(p), _pointer(master),
