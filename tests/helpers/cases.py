@@ -368,6 +368,11 @@ def special_rows(d: int) -> Tensor:
     return W
 
 
+def assert_rounded(what: str, got: Tensor, exact: Tensor, floor: float | None = None) -> None:
+    """The tolerance rule with `exact`, rounded, for plain torch: what the reference is held to."""
+    assert_close(what, got, exact.to(got.dtype), exact, floor)
+
+
 def assert_norms(norms: Tensor, W: Tensor, W_bf16: Tensor) -> None:
     """norms [3, F] are the bounds of reference.bf16_norms, from above and not far."""
     d, exact = W.shape[1], [t.double() for t in (W, W_bf16)]
