@@ -49,7 +49,7 @@ template <class T>
 void pack_rows(const EncodeChunk& c, const T* const* w, float* panel, float* squares) {
   const int64_t d = c.p->d;
   Vec block[kWidth];
-  (void)squares;
+  (void)squares;  // of levels that screen
   if (c.scoring == Scoring::kFloat) {
     for (int64_t j = 0; j < d; j += kWidth) {
       const int lanes = d - j < kWidth ? int(d - j) : kWidth;
@@ -63,6 +63,7 @@ void pack_rows(const EncodeChunk& c, const T* const* w, float* panel, float* squ
     return;
   }
 #if defined(__AVX512BF16__)
+  const bool screen = c.scoring == Scoring::kScreen;
   Vec rounded[kWidth], lost[kWidth];
   for (int l = 0; l < kWidth; ++l) rounded[l] = lost[l] = splat(0);
   for (int64_t j = 0; j < d; j += 2 * kWidth) {
@@ -81,12 +82,16 @@ void pack_rows(const EncodeChunk& c, const T* const* w, float* panel, float* squ
         block[l] = round_pairs(from, rounded[l], lost[l]);
       } else {
         block[l] = {_mm512_loadu_ps(from)};
+        if (screen) {
+          const Vec lo = load(from), hi = load(from + kWidth);
+          rounded[l] = fma(lo, lo, fma(hi, hi, rounded[l]));
+        }
       }
     }
     transpose(block);
     for (int s = 0; s < (lanes + 1) / 2; ++s) store(panel + (j / 2 + s) * kPanel, block[s]);
   }
-  if (squares) {
+  if (screen) {
     for (int l = 0; l < kWidth; ++l) {
       squares[2 * l] = sum(lost[l]);
       squares[2 * l + 1] = sum(rounded[l]);

@@ -12,7 +12,7 @@ screening of float32 encodes off (on where the CPU has BF16 dot instructions).
 """
 
 from . import calls, encode
-from .calls import available, reason
+from .calls import available, in_range, reason
 from .decode import (
     prefix_residual,
     prefix_residual_slice,
@@ -48,6 +48,7 @@ __all__ = [
     "grad_topk_encode",
     "grad_topk_encode_counted",
     "group_by_latent",
+    "in_range",
     "latent_sums",
     "prefix_residual",
     "prefix_residual_slice",
