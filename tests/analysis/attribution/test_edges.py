@@ -88,8 +88,31 @@ def test_weights_on_the_metric_are_those_on_the_activation_times_its_gradient() 
     for edge in one:
         by = 1.0
         if edge.target is not None:
+            assert edge.target.latent is not None
             by = -edge.target.effect / edge.target.activation  # its change is to zero
         assert two[edge.source, edge.target] == pytest.approx(edge.weight * by, rel=1e-6)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_what_goes_through_the_nodes_of_the_next_site_is_the_whole_effect(patched: bool) -> None:
+    """Between sites in the residual stream, where no path goes around: to the latents that are
+    active in the inputs and the error."""
+    model = language_model()
+    sites = [Site(coder("topk"), RESID), Site(coder("topk", 3), "layers.1.resid_post")]
+    found = effects(model, ids(), METRIC, sites, patch=ids(5) if patched else None)
+    here = found.at[1]
+    later = [
+        Node(1, t, j)
+        for t in range(7)
+        for j in {*here.indices[:, t][here.clean[:, t] != 0].tolist(), None}
+    ]
+    sources = strongest(found, 12)[:12]
+    assert {node.latent is None for node in sources} == {True, False}
+    made = edges(model, ids(), METRIC, found, [*sources, *later])
+    for source in sources:
+        through = sum(e.weight for e in made if e.source == source)
+        assert through == pytest.approx(source.effect, rel=1e-8)
+        assert not any(e.target is None for e in made if e.source == source)
 
 
 def test_nodes_without_positions_add_up() -> None:

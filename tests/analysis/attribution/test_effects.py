@@ -171,6 +171,8 @@ def test_mistakes() -> None:
         effects(model, ids(), METRIC, [])
     with pytest.raises(UserError, match="resid_post twice"):
         effects(model, ids(), METRIC, [sites[0], sites[0]])
+    with pytest.raises(UserError, match=r"the model's order, which is layers\.0\.resid_post"):
+        effects(model, ids(), METRIC, sites[::-1])
     with pytest.raises(UserError, match="steps must be >= 0, got -1"):
         effects(model, ids(), METRIC, sites, steps=-1)
     with pytest.raises(UserError, match=r"of shape \[2, 7\] as the inputs, got \[2, 8\]"):

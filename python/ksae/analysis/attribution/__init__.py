@@ -7,6 +7,7 @@ from ksae.analysis.attribution.effects import Effects, SiteEffects, effects
 from ksae.analysis.attribution.faithfulness import Point, curve
 from ksae.analysis.attribution.frozen import frozen
 from ksae.analysis.attribution.nodes import Node
+from ksae.analysis.attribution.page import circuit_page
 from ksae.analysis.attribution.sites import Metric, Site, logit_difference
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Point",
     "Site",
     "SiteEffects",
+    "circuit_page",
     "curve",
     "edges",
     "effects",

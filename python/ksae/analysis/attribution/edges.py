@@ -22,7 +22,7 @@ OF = ("metric", "activation")
 
 @dataclass(frozen=True)
 class Edge:
-    """From a node to a later latent, or to the metric."""
+    """From a node to one at a later site, or to the metric."""
 
     source: Node
     target: Node | None  # None: the metric
@@ -50,12 +50,13 @@ def edges(
     Args:
         model, inputs, metric: as given to `effects`.
         found: what `effects` found.
-        nodes: of it; errors are sources only.
+        nodes: of it.
         of: "activation", a weight is the change of the target's own activation, summed over
             examples; "metric", that times the metric's gradient at the target: the part of the
-            source's effect that goes through this target first. Edges to the metric are the same.
+            source's effect that goes through this target first. An error has no activation: edges
+            end in it with "metric" only. Edges to the metric are the same.
         frozen: attention patterns and the scales of norms are constants, see `frozen`. With
-            transcoders at all MLPs every path is linear then.
+            transcoders at all MLPs the paths to latents are linear then.
 
     Returns:
         Edges of the nodes in their order of targets, the metric last.
@@ -78,7 +79,7 @@ def edges(
             value = run(model, inputs, metric).sum()
         made = []
         for target in [*nodes, None]:
-            if target is not None and target.latent is None:
+            if target is not None and target.latent is None and of == "activation":
                 continue
             goal = value if target is None else held.reached(target, of)
             made += _into(held, found, nodes, target, goal)
@@ -128,10 +129,12 @@ class _Held:
         self.codes = [leaf(here.clean) for here in at]
         self.errors = [leaf(here.error_clean) for here in at]
         self.live: dict[int, tuple[Tensor, Tensor]] = {}  # values and indices [B, T, k]
+        self.live_error: dict[int, Tensor] = {}  # [B, T, d_out]
 
     def __call__(self, i: int, x: Tensor, y: Tensor) -> Tensor:
-        self.live[i] = self.sites[i].encode(x)
         site, here = self.sites[i], self.at[i]
+        self.live[i] = site.encode(x)
+        self.live_error[i] = y - site.rows(*self.live[i]) - site.rest(x)
         parts = site.rows(self.codes[i], here.indices) + site.rest(x) + self.errors[i]
         return y.detach() + (parts - parts.detach())  # y to the bit: the codes are those of `found`
 
@@ -140,6 +143,9 @@ class _Held:
         before it."""
         values, indices = self.live[target.site]
         here = self.at[target.site]
+        if target.latent is None:
+            worth = (self.live_error[target.site] * here.error_gradients).sum(-1)
+            return worth.sum() if target.position is None else worth[:, target.position].sum()
         live = torch.where((indices == target.latent) & (values.detach() != 0), values, 0).sum(-1)
         if of == "metric":
             entry = (here.indices == target.latent) & (here.clean != 0)

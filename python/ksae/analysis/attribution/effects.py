@@ -121,7 +121,7 @@ def effects(
         inputs: keyword arguments of its forward, input_ids [B, T] among them.
         metric: of the model's output, [] or one number an example [B]; it is summed, so an example
             counts for itself.
-        sites: where the nodes are.
+        sites: where the nodes are, in the model's order.
         patch: inputs of the same shape that nodes are changed to; None: zero.
         steps: 0, the gradient at the inputs times the change, one pass for all sites; else
             integrated gradients (arXiv 1703.01365) at this many midpoints of the line from the
@@ -129,8 +129,8 @@ def effects(
             a site then add up to the change of the metric when all of its nodes change at once.
 
     Raises:
-        UserError: no sites, two at one hook, a metric of another shape, patch inputs of another
-            shape. ValueError: a coder's width is not that of its hook.
+        UserError: no sites, two at one hook, sites out of order, a metric of another shape, patch
+            inputs of another shape. ValueError: a coder's width is not that of its hook.
 
     Numerics: codes in the coders' dtype, gradients through the model in its own.
 

@@ -150,6 +150,9 @@ def record(
     for i, site in enumerate(sites):
         if i not in found:
             raise UserError(f"attribution: the forward pass does not reach {site.name}")
+    if list(found) != sorted(found):
+        names = ", ".join(sites[i].name for i in found)
+        raise UserError(f"attribution: sites must be in the model's order, which is {names}")
     return [found[i] for i in range(len(sites))], value
 
 
