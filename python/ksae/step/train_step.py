@@ -102,12 +102,12 @@ class TrainStep:
         self.masters, self.moments, self.t = self.state.masters, self.state.moments, self.state.t
         self._fused: FusedStep | None = None
         if fused:
-            how = (clip_norm, self.communicator, clip, decoder_lr)
-            self._fused = FusedStep(model, self.state, *how)
+            self._fused = FusedStep(
+                model, self.state, clip_norm, self.communicator, clip, decoder_lr
+            )
         self._unfused: Unfused | None = None
         if not fused:
-            how = (betas, eps, clip_norm, clip, decoder_lr)
-            self._unfused = Unfused(model, self.state, *how)
+            self._unfused = Unfused(model, self.state, betas, eps, clip_norm, clip, decoder_lr)
         self._warned = False  # of a step that was not taken
         self.lr = lr
 
