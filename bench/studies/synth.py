@@ -67,7 +67,7 @@ class Ksae:
         kind = TopK(L0) if cell.activation == "topk" else BatchTopK(L0)
         self.model = SAE(d, WIDTH, kind, dead_after=DEAD_AFTER, **options)
         initialize_from(self.model, sample)
-        self.trainer = TrainStep(self.model, cell.lr, clip_norm=1.0)
+        self.trainer = TrainStep(self.model, cell.lr, clip_norm=1.0, clip="always")
 
     def step(self, x: Tensor) -> None:
         self.trainer(x)

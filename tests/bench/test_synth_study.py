@@ -75,7 +75,7 @@ def test_rows_are_what_the_library_gives(study: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     sae = ksae.SAE(16, 24, ksae.TopK(3), dead_after=320)
     initialize_from(sae, next(source.batches(256, seed=1_000_000))[0])
-    step = ksae.TrainStep(sae, 3e-3, clip_norm=1.0)
+    step = ksae.TrainStep(sae, 3e-3, clip_norm=1.0, clip="always", decoder_lr=3.0)
     for _, (x, _) in zip(range(SAMPLES // 32), source.batches(32, seed=0), strict=False):
         step(x)
     want = compare_with_truth(sae, source, batch_size=32)

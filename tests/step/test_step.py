@@ -175,6 +175,19 @@ def test_the_decoder_moves_at_its_own_rate(fused: bool) -> None:
     assert moved[1.0]["W_dec"].abs().max() > 0.9e-3
 
 
+def test_the_rate_of_the_decoder_is_thrice_that_of_the_others_by_default() -> None:
+    """Where it was measured: autoencoders with unit rows."""
+    for kind, settings, want in (
+        ("sae", {}, 3.0),
+        ("sae", {"normalize_decoder": False}, 1.0),
+        ("transcoder", {}, 1.0),
+        ("transcoder", {"normalize_decoder": True}, 1.0),
+    ):
+        step = ksae.TrainStep(build(kind, torch.float32, **settings))
+        assert step.decoder_lr == want, (kind, settings)
+        assert ksae.TrainStep(step.model, decoder_lr=2.0).decoder_lr == 2.0
+
+
 # ----------------------------------------------------------------------------- what must not change
 
 

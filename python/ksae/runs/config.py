@@ -142,7 +142,9 @@ class TrainConfig:
     steps: int = setting(10_000, "length of the run")
     tokens: int | None = setting(None, "length of the run in tokens; overrides steps")
     lr: float = setting(3e-4, "Adam's learning rate")
-    decoder_lr: float = setting(1.0, "the decoder's rate, as a multiple of lr")
+    decoder_lr: float | None = setting(
+        None, "the decoder's rate as a multiple of lr; default 3 for an sae with unit rows, else 1"
+    )
     warmup: int | None = setting(
         None, "steps of linear warm-up; default 100, a tenth of a shorter run"
     )
@@ -155,7 +157,7 @@ class TrainConfig:
         1.0, "largest norm of the whole gradient; null turns clipping off"
     )
     clip: Literal["above", "always"] = setting(
-        "above", "scale the gradient to clip_norm where its norm is larger, or at every step"
+        "always", "scale the gradient to clip_norm where its norm is larger, or at every step"
     )
     init_tokens: int = setting(
         32_768, "tokens that the first biases are set from; 0 leaves them at 0"

@@ -22,6 +22,8 @@ from .fused import FusedStep
 from .state import State, check_memory
 from .unfused import CLIPS, Metrics, Unfused
 
+DECODER_LR = 3.0  # bench/README.md, studies/recipe.py: measured on autoencoders
+
 
 class TrainStep:
     """A training step for any `SparseCoder`, in the order "project-clip-adam-normalize".
@@ -35,8 +37,9 @@ class TrainStep:
         model: its parameters are updated in place, all of them, whatever their requires_grad. Of
             `ksae.shard`, a step is one of all ranks, which all take it: each gives as many tokens.
         lr: learning rate; `step.lr` may be assigned between steps.
-        decoder_lr: the rate of W_dec as a multiple of lr. Given the codes the decoder's problem is
-            convex; it is the encoder's rate at which latents die.
+        decoder_lr: the rate of W_dec as a multiple of lr; default 3 for an autoencoder with
+            normalize_decoder, else 1. It is the encoder's rate at which latents die; given the
+            codes the decoder's problem is convex.
         betas, eps: of Adam.
         clip_norm: largest global gradient norm; None: no clipping.
         clip: when the gradients are scaled to clip_norm: "above", where their norm is larger;
@@ -77,7 +80,7 @@ class TrainStep:
         model: SparseCoder,
         lr: float = 1e-4,
         *,
-        decoder_lr: float = 1.0,
+        decoder_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip_norm: float | None = None,
@@ -86,6 +89,8 @@ class TrainStep:
         moments: str = "float32",
     ) -> None:
         self.communicator: OneDevice | Shards = model.ranks or OneDevice()
+        if decoder_lr is None:
+            decoder_lr = DECODER_LR if model.centred and model.normalize_decoder else 1.0
         settings = {"betas": betas, "eps": eps, "clip_norm": clip_norm, "clip": clip}
         settings |= {"moments": moments, "decoder_lr": decoder_lr}
         try:
