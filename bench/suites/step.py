@@ -23,6 +23,7 @@ from ..harness import costs
 from ..harness.record import Row
 from ..harness.session import Session
 from ..harness.shapes import NAMED, Shape, available_memory, scaled
+from . import latents
 
 ANCHOR = "dense torch"
 BLOCKS = 4
@@ -126,8 +127,13 @@ def run_shape(
     finally:
         for worker in workers:
             worker.stop()
-    if case is not None:
-        return needed
+    if case is None:
+        _floors(session, shape, rows)
+    return needed
+
+
+def _floors(session: Session, shape: Shape, rows: dict[str, Row]) -> None:
+    """What ksae's steps would take at this machine's ceilings."""
     limit = costs.ceilings(shape.N, shape.d, shape.F, rounds=2, copied=2**24)
     session.suite.facts.setdefault("ceilings", {})[str(shape)] = limit
     for row in rows.values():
@@ -136,11 +142,10 @@ def run_shape(
                 torch.bfloat16 if row.dtype == "bf16" else torch.float32,
                 "unscreened" not in row.way,
             )
-            phases = costs.train_step(**shape.sizes, s=2 if row.dtype == "bf16" else 4)
+            phases = latents.train_step(**shape.sizes, s=2 if row.dtype == "bf16" else 4)
             total = sum(phases.values(), costs.Cost())
             row.bytes, row.flops = total.bytes, total.flops
             row.floor = sum(c.seconds(limit, product) for c in phases.values())
-    return needed
 
 
 def _row(suite: str, case: str, shape: Shape, worker: Worker, anchor: str) -> Row:

@@ -64,8 +64,8 @@ def test_one_signature_in_every_layer(name: str) -> None:
     schema = [a.name for a in op(name)._schema.arguments]
     assert schema == list(inspect.signature(getattr(reference, name)).parameters)
     assert schema == list(BY_NAME[name].names)
-    if hasattr(native, name):
-        takes_arguments_of(getattr(native, name), name)
+    if (kernel := native.kernel(BY_NAME[name])) is not None:
+        takes_arguments_of(kernel, name)
     assert ops.serving()[name]["default"] == "reference"
 
 
@@ -357,7 +357,7 @@ def bad(name: str, position: int, value: Any) -> tuple[str, Callable[[], Any]]:
         (
             ("sparse_decode_backward_weight", 3, 0),
             ValueError,
-            "F must be in [1, 2147483647], got 0",
+            "F must be in [1, 2147479552], got 0",
         ),
         (("sparse_decode_backward_weight", 3, 1), ValueError, "indices must be in [0, 1), got"),
         (
