@@ -139,6 +139,7 @@ class Trainer:
             eps=config.eps,
             clip_norm=config.clip_norm,
             clip=config.clip,
+            decoder_lr=config.decoder_lr,
             fused=config.fused,
         )
 
@@ -297,7 +298,7 @@ class Trainer:
             raise UserError(checks.not_finite(self.source, dtype, "the first batches"))
         if bool(checks.without_variance(self.model, x if y is None else y)):
             raise UserError(checks.no_variance(self.source, "the first batches"))
-        initialize_from(self.model, x, y)
+        initialize_from(self.model, x, y, encoder_scale=self.config.encoder_scale)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.log_config.every == 0 or step == self.steps

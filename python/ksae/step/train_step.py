@@ -22,6 +22,8 @@ from .fused import FusedStep
 from .state import State, check_memory
 from .unfused import CLIPS, Metrics, Unfused
 
+DECODER_LR = 3.0  # bench/README.md, studies/recipe.py: measured on autoencoders
+
 
 class TrainStep:
     """A training step for any `SparseCoder`, in the order "project-clip-adam-normalize".
@@ -35,6 +37,9 @@ class TrainStep:
         model: its parameters are updated in place, all of them, whatever their requires_grad. Of
             `ksae.shard`, a step is one of all ranks, which all take it: each gives as many tokens.
         lr: learning rate; `step.lr` may be assigned between steps.
+        decoder_lr: the rate of W_dec as a multiple of lr; default 3 for an autoencoder with
+            normalize_decoder, else 1. It is the encoder's rate at which latents die; given the
+            codes the decoder's problem is convex.
         betas, eps: of Adam.
         clip_norm: largest global gradient norm; None: no clipping.
         clip: when the gradients are scaled to clip_norm: "above", where their norm is larger;
@@ -75,6 +80,7 @@ class TrainStep:
         model: SparseCoder,
         lr: float = 1e-4,
         *,
+        decoder_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip_norm: float | None = None,
@@ -83,8 +89,10 @@ class TrainStep:
         moments: str = "float32",
     ) -> None:
         self.communicator: OneDevice | Shards = model.ranks or OneDevice()
+        if decoder_lr is None:
+            decoder_lr = DECODER_LR if model.centred and model.normalize_decoder else 1.0
         settings = {"betas": betas, "eps": eps, "clip_norm": clip_norm, "clip": clip}
-        settings["moments"] = moments
+        settings |= {"moments": moments, "decoder_lr": decoder_lr}
         try:
             _check(model, lr, fused=fused, **settings)  # type: ignore[arg-type]
         except Exception as error:
@@ -92,19 +100,19 @@ class TrainStep:
             raise
         self.communicator.agree("TrainStep", settings)
         self.model, self.betas, self.eps, self.clip_norm = model, betas, eps, clip_norm
-        self.clip, self.fused = clip, fused
+        self.clip, self.fused, self.decoder_lr = clip, fused, decoder_lr
         rounded = ("W_enc", "W_dec") if moments == "bfloat16" else ()
         self.state = State(model, betas, eps, rounded)
         self.parameters, self.theta = self.state.parameters, self.state.theta
         self.masters, self.moments, self.t = self.state.masters, self.state.moments, self.state.t
         self._fused: FusedStep | None = None
         if fused:
-            self._fused = FusedStep(model, self.state, clip_norm, self.communicator, clip)
+            self._fused = FusedStep(
+                model, self.state, clip_norm, self.communicator, clip, decoder_lr
+            )
         self._unfused: Unfused | None = None
         if not fused:
-            self._unfused = Unfused(
-                model, self.state, betas=betas, eps=eps, clip_norm=clip_norm, clip=clip
-            )
+            self._unfused = Unfused(model, self.state, betas, eps, clip_norm, clip, decoder_lr)
         self._warned = False  # of a step that was not taken
         self.lr = lr
 
@@ -119,7 +127,7 @@ class TrainStep:
         self._lr = float(lr)
         self.state.lr.fill_(self._lr)
         if self._unfused is not None:
-            self._unfused.optimizer.param_groups[0]["lr"] = self._lr
+            self._unfused.set_lr(self._lr)
 
     def __call__(
         self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None
@@ -247,8 +255,11 @@ def _check(
     clip: str,
     fused: bool,
     moments: str,
+    decoder_lr: float,
 ) -> None:
     _check_lr(lr)
+    if not 0 <= decoder_lr < float("inf"):
+        raise ValueError(f"TrainStep: decoder_lr must be a finite number >= 0, got {decoder_lr}")
     if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
         raise ValueError(f"TrainStep: betas must be in [0, 1), got {betas}")
     if not eps > 0:

@@ -13,7 +13,8 @@ from .state import State
 
 Metrics = dict[str, Tensor]
 CLIPS = ("above", "always")
-GRAD_SCALE = 5  # where adam_scalars puts the factor of all gradients
+# where adam_scalars puts the rate over its bias correction, and the factor of all gradients
+RATE, GRAD_SCALE = 0, 5
 
 
 def scale_to(length: float, norm: Tensor) -> Tensor:
@@ -30,21 +31,27 @@ class Unfused:
         self,
         model: SparseCoder,
         state: State,
-        *,
         betas: tuple[float, float],
         eps: float,
         clip_norm: float | None,
-        clip: str = "above",
+        clip: str,
+        decoder_lr: float,
     ) -> None:
         self.model, self.clip_norm, self.clip = model, clip_norm, clip
         self.parameters, self.masters, self.theta = state.parameters, state.masters, state.theta
-        self.acc, self.t = state.acc, state.t
-        thetas = list(self.theta.values())
-        self.optimizer = torch.optim.Adam(thetas, lr=0.0, betas=betas, eps=eps, foreach=False)
+        self.acc, self.t, self.decoder_lr = state.acc, state.t, decoder_lr
+        decoder = {"params": [self.theta["W_dec"]]}
+        others = {"params": [t for name, t in self.theta.items() if name != "W_dec"]}
+        groups = [others, decoder]
+        self.optimizer = torch.optim.Adam(groups, lr=0.0, betas=betas, eps=eps, foreach=False)
         for name, tensor in self.theta.items():
             m, v = state.moments[name]
             entry = {"step": torch.tensor(float(self.t)), "exp_avg": m, "exp_avg_sq": v}
             self.optimizer.state[tensor] = entry
+
+    def set_lr(self, lr: float) -> None:
+        others, decoder = self.optimizer.param_groups
+        others["lr"], decoder["lr"] = lr, lr * self.decoder_lr
 
     def set_steps_taken(self) -> None:
         """After the state was loaded: torch's Adam counts for itself."""
