@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "SAE",
     "BatchTopK",
+    "Gated",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
     "JumpReLU",
     "Output",
+    "ReLU",
     "SparseCoder",
     "TopK",
     "TopKSAE",

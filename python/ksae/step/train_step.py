@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..coders.activation.above import Above
+from ..coders.auxk import AUXK
 from ..coders.coder import SparseCoder
 from ..coders.terms import total_variance
 from ..parallel.one_device import OneDevice
@@ -100,8 +102,8 @@ class TrainStep:
         self._fused: FusedStep | None = None
         if fused:
             self._fused = FusedStep(model, self.state, clip_norm, self.communicator, clip)
-        self._unfused: Unfused | None = None
-        if not fused:
+        self._unfused: Unfused | None = None  # beside the fused step: for batches of dense codes
+        if not fused or isinstance(model.activation, Above):
             self._unfused = Unfused(
                 model, self.state, betas=betas, eps=eps, clip_norm=clip_norm, clip=clip
             )
@@ -118,8 +120,6 @@ class TrainStep:
         _check_lr(lr)
         self._lr = float(lr)
         self.state.lr.fill_(self._lr)
-        if self._unfused is not None:
-            self._unfused.optimizer.param_groups[0]["lr"] = self._lr
 
     def __call__(
         self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None
@@ -142,14 +142,18 @@ class TrainStep:
         running = [(b, b.clone()) for name, b in buffers if name != "tokens_since_fired"]
         with torch.autocast(rows.device.type, enabled=False):
             scaled = model.gradients(x, grad, training=True)  # [N, d_out]
-            if self._fused is not None:
+            dense = model.activation.is_dense(model)
+            if self._fused is not None and not dense:
                 metrics, finite = self._fused.step(rows, target, scaled)
             else:
                 assert self._unfused is not None
+                self._unfused.set_steps_taken()
                 for buffer, old in running:  # the module's forward counts the batch itself
                     buffer.copy_(old)
                 flat = None if grad is None else grad.reshape(-1, model.d_out)
                 metrics, finite = self._unfused.step(rows, target, flat)
+                if self._fused is not None:
+                    self.state.renew_bf16_copy()
         for buffer, old in running:
             buffer.copy_(torch.where(finite, buffer, old))
         if scaled is not None:
@@ -272,6 +276,12 @@ def _check(
     if fused and (option := model.activation.fused_refuses):
         kind = type(model.activation).__name__
         raise ValueError(f"TrainStep: fused must be False with {kind} of {option}, got True")
+    if fused and not model.activation.identity and not AUXK[model.auxk].detached:
+        kind, got = type(model.activation).__name__, f"auxk={model.auxk!r}"
+        raise ValueError(f"TrainStep: fused must be False with {kind} and {got}, got True")
+    if moments == "bfloat16" and isinstance(model.activation, Above):
+        kind = type(model.activation).__name__
+        raise ValueError(f"TrainStep: moments must be float32 with {kind}, got bfloat16")
     if model.ranks is not None and not fused:
         raise ValueError("TrainStep: fused must be True for a coder spread over ranks, got False")
     check_memory(model)

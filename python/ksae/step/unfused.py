@@ -38,7 +38,7 @@ class Unfused:
     ) -> None:
         self.model, self.clip_norm, self.clip = model, clip_norm, clip
         self.parameters, self.masters, self.theta = state.parameters, state.masters, state.theta
-        self.acc, self.t = state.acc, state.t
+        self.acc, self.t, self.lr = state.acc, state.t, state.lr
         thetas = list(self.theta.values())
         self.optimizer = torch.optim.Adam(thetas, lr=0.0, betas=betas, eps=eps, foreach=False)
         for name, tensor in self.theta.items():
@@ -54,6 +54,7 @@ class Unfused:
     def step(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
         """A step on x [N, d_in] and y [N, d_out]: metrics, and whether all was finite, [] bool."""
         model = self.model
+        self.optimizer.param_groups[0]["lr"] = float(self.lr)
         training, since = model.training, model.tokens_since_fired.clone()
         dead = model.dead.to(self.acc).mean()
         model.train()
@@ -65,7 +66,7 @@ class Unfused:
             "loss": out.loss.detach(),
             "fvu": out.fvu,
             "auxk_loss": out.auxk_loss.detach(),
-            "l0": (out.values > 0).sum().to(self.acc) / x.shape[0],
+            "l0": (out.values != 0).sum().to(self.acc) / x.shape[0],
             "dead": dead,
         }
         if out.prefix_fvu is not None:

@@ -8,13 +8,16 @@ from typing import Any
 
 from .base import Activation
 from .batch_topk import BatchTopK
+from .gated import Gated
 from .grad_topk import GradTopK
 from .jump_relu import JumpReLU
+from .relu import ReLU
 from .topk import TopK
 
-__all__ = ["Activation", "BatchTopK", "GradTopK", "JumpReLU", "TopK"]
+__all__ = ["Activation", "BatchTopK", "Gated", "GradTopK", "JumpReLU", "ReLU", "TopK"]
 
-_BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in (TopK, GradTopK, BatchTopK, JumpReLU)}
+_KINDS: tuple[Any, ...] = (TopK, GradTopK, BatchTopK, JumpReLU, ReLU, Gated)
+_BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
 
 
 def from_fields(fields: Mapping[str, Any]) -> Activation:
