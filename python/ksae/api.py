@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from .coders import (
     SAE,
+    AbsTopK,
     BatchTopK,
     Gated,
     GradTopK,
     GradTopKSAE,
     GradTopKTranscoder,
+    GroupMax,
     JumpReLU,
+    NormTopK,
     Output,
     ReLU,
     SparseCoder,
@@ -40,12 +43,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SAE",
+    "AbsTopK",
     "BatchTopK",
     "Gated",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
+    "GroupMax",
     "JumpReLU",
+    "NormTopK",
     "Output",
     "ReLU",
     "SparseCoder",

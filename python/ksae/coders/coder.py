@@ -103,7 +103,7 @@ class SparseCoder(nn.Module):
         self.settings = Config(name, d_in, d_out, d_sae, skip, **options)
         self.activation = activation
         activation.check(name, self.d_sae)
-        if activation.ragged and self.multi_k:
+        if self.multi_k and (activation.ragged or not activation.other_k):
             kind, ks = type(activation).__name__, self.settings.multi_k
             got = f"multi_k must be None with {kind}, got {list(ks)}" if ks else ""
             raise ValueError(f"{name}: {got or f'multi_topk must be False with {kind}, got True'}")

@@ -5,7 +5,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ksae.coders import Activation, BatchTopK, Gated, GradTopK, JumpReLU, ReLU, TopK
+from ksae.coders import (
+    AbsTopK,
+    Activation,
+    BatchTopK,
+    Gated,
+    GradTopK,
+    GroupMax,
+    JumpReLU,
+    NormTopK,
+    ReLU,
+    TopK,
+)
 from ksae.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +29,9 @@ NAMES: dict[type[Activation], str] = {
     JumpReLU: "jump_relu",
     ReLU: "relu",
     Gated: "gated",
+    AbsTopK: "abs_topk",
+    GroupMax: "group_max",
+    NormTopK: "norm_topk",
 }
 
 
@@ -28,6 +42,12 @@ def activation_of(config: ModelConfig) -> Activation:
             return TopK(config.k)
         case "batch_topk":
             return BatchTopK(config.k, config.threshold)
+        case "abs_topk":
+            return AbsTopK(config.k)
+        case "group_max":
+            return GroupMax(config.k)
+        case "norm_topk":
+            return NormTopK(config.k)
         case "gated":
             return Gated(config.l1, config.decoder_norm)
         case "relu":
@@ -50,7 +70,7 @@ def check_activation(model: ModelConfig, where: str) -> None:
     name = model.activation
     kind = activation_of(model)
     others = ("multi_topk", False), ("multi_k", None)
-    for key, off in (("beta", None), *(others if kind.ragged else ())):
+    for key, off in (("beta", None), *(others if kind.ragged or not kind.other_k else ())):
         got = getattr(model, key)
         if got != off:
             want = "null" if off is None else "false"

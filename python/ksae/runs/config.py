@@ -21,7 +21,7 @@ import yaml
 
 from ksae.errors import UserError
 from ksae.files.atomic import write_atomic
-from ksae.runs.model_config import ModelConfig, setting
+from ksae.runs.model_config import PENALIZED, ModelConfig, setting
 
 T = TypeVar("T")
 
@@ -90,6 +90,13 @@ class TrainConfig:
     beta1: float = setting(0.9, "Adam")
     beta2: float = setting(0.999, "Adam")
     eps: float = setting(1e-8, "Adam")
+    k_start: int | None = setting(
+        None, "latents per token at the first step, from which they go to model.k; null: model.k"
+    )
+    k_steps: int | None = setting(None, "of k_start: steps that takes; default a tenth of the run")
+    penalty_warmup: int = setting(
+        0, "steps in which the penalty of jump_relu, relu or gated grows to its weight"
+    )
     clip_norm: float | None = setting(
         1.0, "largest norm of the whole gradient; null turns clipping off"
     )
@@ -193,6 +200,13 @@ def warmup_steps(train: TrainConfig) -> int:
     return min(100, total_steps(train) // 10) if train.warmup is None else train.warmup
 
 
+def k_steps(train: TrainConfig) -> int | None:
+    """Steps of annealing k: as given, or by the length of the run; None: it is not annealed."""
+    if train.k_start is None or train.k_steps is not None:
+        return train.k_steps
+    return max(total_steps(train) // 10, 1)
+
+
 def dead_after(config: RunConfig) -> int:
     """Tokens after which a silent latent is dead: as given, or by the length of the run."""
     if config.model.dead_after is not None:
@@ -231,7 +245,9 @@ def fitted(config: RunConfig) -> RunConfig:
             model=absolute(data.model),
             text=absolute(data.text),
         ),
-        train=dataclasses.replace(config.train, warmup=warmup_steps(config.train)),
+        train=dataclasses.replace(
+            config.train, warmup=warmup_steps(config.train), k_steps=k_steps(config.train)
+        ),
     )
 
 
@@ -272,6 +288,7 @@ def check(config: RunConfig, where: str = "config") -> None:
         from ksae.runs.activation import check_activation  # with torch, as above
 
         check_activation(model, where)
+    _check_schedules(config, where)
     if warmup_steps(train) > total_steps(train):
         raise UserError(
             f"{where}: train.warmup must be at most the {total_steps(train)} steps of the run, "
@@ -287,6 +304,25 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(
             f"{where}: model.skip must be false for model.kind = {model.kind}, got true"
         )
+
+
+def _check_schedules(config: RunConfig, where: str) -> None:
+    """Of k and of penalties."""
+    model, train = config.model, config.train
+    name, start = model.activation, train.k_start
+    if start is not None and name in (*PENALIZED, "group_max"):
+        raise UserError(f"{where}: train.k_start must be null with {name}, got {start}")
+    if start is not None and not 1 <= start <= model.d_sae:
+        raise UserError(f"{where}: train.k_start must be in [1, {model.d_sae}], got {start}")
+    if train.k_steps is not None and train.k_steps < 1:
+        raise UserError(f"{where}: train.k_steps must be at least 1, got {train.k_steps}")
+    if start is None and train.k_steps is not None:
+        got = train.k_steps
+        raise UserError(f"{where}: train.k_steps must be null without train.k_start, got {got}")
+    warmup = train.penalty_warmup
+    if warmup < 0 or (warmup and name not in PENALIZED and model.start is None):
+        want = "at least 0" if warmup < 0 else f"0 with {name}"
+        raise UserError(f"{where}: train.penalty_warmup must be {want}, got {warmup}")
 
 
 def _check_lists(model: ModelConfig, where: str) -> None:

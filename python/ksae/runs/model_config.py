@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 T = TypeVar("T")
+PENALIZED = ("jump_relu", "relu", "gated")  # activations without a k, kept sparse by a penalty
 
 
 def setting(default: T, help: str) -> T:
@@ -22,8 +23,13 @@ class ModelConfig:
     kind: Literal["sae", "transcoder"] = setting("sae", "a transcoder predicts outputs from inputs")
     d_sae: int = setting(4096, "latents")
     k: int = setting(32, "active latents per token")
-    activation: Literal["topk", "batch_topk", "jump_relu", "relu", "gated"] = setting(
-        "topk", "batch_topk: k a token on average; jump_relu: thresholds; relu, gated: a penalty"
+    activation: Literal[
+        "topk", "batch_topk", "norm_topk", "abs_topk", "group_max", "jump_relu", "relu", "gated"
+    ] = setting(
+        "topk",
+        "batch_topk: k a token on average; norm_topk: by value times decoder norm; "
+        "abs_topk: of either sign; group_max: one of each of k groups; jump_relu: learned "
+        "thresholds; relu, gated: kept sparse by l1",
     )
     threshold: Literal["running", "saelens", "dictionary_learning"] = setting(
         "running", "of batch_topk: how the threshold for use is estimated"

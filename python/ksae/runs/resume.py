@@ -35,6 +35,9 @@ CHANGEABLE = frozenset(
         "train.eps",
         "train.clip_norm",
         "train.clip",
+        "train.k_start",
+        "train.k_steps",
+        "train.penalty_warmup",
         "model.dead_after",
         "model.auxk_alpha",
         "model.k_aux",
@@ -47,7 +50,8 @@ CHANGEABLE = frozenset(
 )
 
 
-BEFORE = {"train.clip": "above"}  # what runs did before there was the setting
+# what runs did before there was the setting
+BEFORE = {"train.clip": "above", "train.k_start": None, "train.penalty_warmup": 0}
 VALUES = "source.values"  # the fingerprint of the activations
 
 

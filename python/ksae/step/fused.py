@@ -332,7 +332,7 @@ class FusedStep:
     ) -> None:
         """Adam for all parameters, the matrices in one pass over their rows; then the counters."""
         model, state = self.model, self.state
-        fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
+        fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value (finite loss: no NaN)
         centre_grad = self._update_encoder(batch, g, sums, hyper)
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)

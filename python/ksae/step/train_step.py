@@ -17,6 +17,7 @@ from torch import Tensor
 from ..coders.activation.above import Above
 from ..coders.auxk import AUXK
 from ..coders.coder import SparseCoder
+from ..coders.config import integer
 from ..coders.terms import total_variance
 from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
@@ -36,7 +37,9 @@ class TrainStep:
     Args:
         model: its parameters are updated in place, all of them, whatever their requires_grad. Of
             `ksae.shard`, a step is one of all ranks, which all take it: each gives as many tokens.
-        lr: learning rate; `step.lr` may be assigned between steps.
+        lr: learning rate; `step.lr` may be assigned between steps. So may `step.k`, latents a token
+            of the steps that follow, None being the model's own, and `step.penalty`, what their
+            activation's penalty counts, at first 1: `ksae.step.schedule` has schedules.
         betas, eps: of Adam.
         clip_norm: largest global gradient norm; None: no clipping.
         clip: when the gradients are scaled to clip_norm: "above", where their norm is larger;
@@ -108,6 +111,8 @@ class TrainStep:
                 model, self.state, betas=betas, eps=eps, clip_norm=clip_norm, clip=clip
             )
         self._warned = False  # of a step that was not taken
+        self._k: int | None = None
+        self._penalty = 1.0
         self.lr = lr
 
     @property
@@ -121,6 +126,37 @@ class TrainStep:
         self._lr = float(lr)
         self.state.lr.fill_(self._lr)
 
+    @property
+    def k(self) -> int | None:
+        """Latents a token in training from the next step on; None: the model's own."""
+        return self._k
+
+    @k.setter
+    def k(self, k: int | None) -> None:
+        if k is not None:
+            k = integer("TrainStep", "k", k)
+            activation = self.model.activation
+            if not activation.k:
+                kind = type(activation).__name__
+                raise ValueError(f"TrainStep: k must be None with {kind}, which has none, got {k}")
+            activation.scheduled(k, 1.0).check("TrainStep", self.model.d_sae)
+        self._k = k
+
+    @property
+    def penalty(self) -> float:
+        """What the activation's penalty is multiplied by from the next step on."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, penalty: float) -> None:
+        if not 0 <= penalty < float("inf"):
+            raise ValueError(f"TrainStep: penalty must be a finite number >= 0, got {penalty}")
+        activation = self.model.activation
+        if penalty != 1 and not activation.penalized:
+            kind = type(activation).__name__
+            raise ValueError(f"TrainStep: penalty must be 1 with {kind}, got {penalty}")
+        self._penalty = float(penalty)
+
     def __call__(
         self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None
     ) -> Metrics:
@@ -132,6 +168,14 @@ class TrainStep:
         clip_norm grad_norm (unclipped), with grad nonfinite_grad_rows: how many rows of it had an
         entry that is not finite and were selected by u.
         """
+        own = self.model.activation
+        self.model.activation = own.scheduled(self._k, self._penalty)
+        try:
+            return self._take(x, y, grad)
+        finally:
+            self.model.activation = own
+
+    def _take(self, x: Tensor, y: Tensor | None, grad: Tensor | None) -> Metrics:
         model = self.model
         if model.ranks is None:
             rows, target = self._rows(x, y)
@@ -194,6 +238,7 @@ class TrainStep:
                 "the shape of y": None if y is None else list(y.shape),
                 "the shape of grad": None if grad is None else [*grad.shape, grad.dtype],
                 "the learning rate": self.lr,
+                "k": self.k,
             },
         )
         if grad is not None:

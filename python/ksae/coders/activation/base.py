@@ -33,6 +33,7 @@ class Activation:
 
     k: int  # entries a token, on average or at most; 0: as many as there are
     ragged: ClassVar[bool] = False  # codes have row offsets: a number of entries of each row's own
+    other_k: ClassVar[bool] = True  # a row's first entries are its code with a smaller k
     # training codes keep the entries' pre-activations, of which `values_of` makes the values and
     # `penalty_of` what is added to the loss
     penalized: ClassVar[bool] = False
@@ -132,6 +133,11 @@ class Activation:
 
     def observe(self, coder: SparseCoder, code: Code) -> None:
         """Note the code of a training batch."""
+
+    def scheduled(self, k: int | None, penalty: float) -> Activation:
+        """The activation of one training step: with k latents a token instead of its own, unless
+        None, and its penalty times `penalty`."""
+        return self
 
     def is_dense(self, coder: SparseCoder) -> bool:
         """Whether so many latents were active in the last batch that dense products are faster."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -58,6 +58,9 @@ class Gated(Above):
 
     def parameters(self, F: int, acc: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         return {name: torch.zeros(F, dtype=acc, device=device) for name in ("r_mag", "b_mag")}
+
+    def scheduled(self, k: int | None, penalty: float) -> Gated:
+        return replace(self, l1=penalty * self.l1)
 
     def infer(self, coder: SparseCoder, rows: Tensor, grad: Tensor | None) -> tuple[Tensor, ...]:
         b_dec = coder.b_dec if coder.centred else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -91,6 +91,9 @@ class JumpReLU(Above):
 
     def lowest(self, coder: SparseCoder) -> Tensor:
         return self.thresholds(coder).detach() - self.bandwidth / 2
+
+    def scheduled(self, k: int | None, penalty: float) -> JumpReLU:
+        return replace(self, coefficient=penalty * self.coefficient, pre_act=penalty * self.pre_act)
 
     def infer(self, coder: SparseCoder, rows: Tensor, grad: Tensor | None) -> tuple[Tensor, ...]:
         theta, b_dec = self.thresholds(coder).detach(), coder.b_dec if coder.centred else None

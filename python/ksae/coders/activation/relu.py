@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +87,9 @@ class ReLU(Above):
             buffers["anneal"] = torch.tensor([0.0, 0.0, 1.0], **kind)
             buffers["anneal_queue"] = torch.zeros(self.queue, 2, **kind)
         return buffers
+
+    def scheduled(self, k: int | None, penalty: float) -> ReLU:
+        return replace(self, l1=penalty * self.l1)
 
     def infer(self, coder: SparseCoder, rows: Tensor, grad: Tensor | None) -> tuple[Tensor, ...]:
         b_dec = coder.b_dec if coder.centred else None
