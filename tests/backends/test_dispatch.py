@@ -74,7 +74,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Any:
             "topk_encode_aux": (x, W, b, k, 64, b > 0),
         }[op]
         assert args[0].is_cuda
-        encode, server = gpu.kernel(op) or (None, None)
+        encode, server = gpu.kernel(BY_NAME[op]) or (None, None)
         assert encode is not None and server == "triton"
         return str(encode(**BY_NAME[op].bind(args)))
 
@@ -172,7 +172,8 @@ def test_precedence(
     monkeypatch.setattr(gpu.cuda, "kernels", NATIVE if native else None)
     monkeypatch.setattr(gpu.triton, "kernels", Kernels() if portable else None)
     monkeypatch.setattr(gpu, "TABLE", tuple(map(row, ways)))
-    found = map(gpu.kernel, ("sparse_decode", "topk_encode", "grad_topk_encode"))
+    names = ("sparse_decode", "topk_encode", "grad_topk_encode")
+    found = [gpu.kernel(BY_NAME[name]) for name in names]
     assert tuple(f and f[1] for f in found) == served
 
 
@@ -197,7 +198,7 @@ def test_a_kept_copy_reaches_the_screened_encode_alone(
 
         monkeypatch.setattr(Kernels, name, note)
     x, W, b = fake(T32)
-    encode, _ = gpu.kernel("topk_encode") or (None, None)
+    encode, _ = gpu.kernel(BY_NAME["topk_encode"]) or (None, None)
     with FakeTensorMode():
         kept = torch.empty(F, D, dtype=B16, device="cuda"), torch.empty(3, F, device="cuda")
     for k in (K, 1025):

@@ -124,12 +124,14 @@ def _copying() -> Encode | None:
     return triton.kernels if cuda.kernels is None else cuda.kernels
 
 
-def kernel(name: str) -> tuple[Callable[..., Any], str] | None:
-    """What serves an op on CUDA tensors and its name; None where the reference does, as for ops
-    without a kernel for GPUs."""
+def kernel(spec: Any) -> tuple[Callable[..., Any], str] | None:
+    """What serves the op of `spec` (ksae.ops.spec.Spec) on CUDA tensors and its name; None where
+    the reference does, as for ops without a kernel for GPUs."""
+    name: str = spec.name
     found: list[tuple[Callable[..., Any], str]] = []
-    if cuda.kernels is not None and hasattr(cuda.kernels, name):
-        found.append((cuda.served(name, cuda.kernels), "native"))
+    native = None if cuda.kernels is None else cuda.kernels.kernel(spec)
+    if native is not None:
+        found.append((cuda.served(name, native), "native"))
     if triton.kernels is not None and hasattr(triton.kernels, name):
         found.append((getattr(triton.kernels, name), "triton"))
     if not found:
@@ -140,7 +142,7 @@ def kernel(name: str) -> tuple[Callable[..., Any], str] | None:
     if hasattr(screened, f"screened_{name}"):
         ways["screened"] = getattr(screened, f"screened_{name}")
         if cuda.kernels is not None:
-            ways["screened"] = cuda.served(name, cuda.kernels, "screened_")
+            ways["screened"] = cuda.served(name, ways["screened"])
     if (fused := getattr(triton.kernels, f"fused_{name}", None)) is not None:
         ways["fused"] = fused
     if len(ways) == 1:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..coders.code import Code
 from ..coders.terms import Term
 from .dense_auxk import DenseAuxK
@@ -40,6 +41,8 @@ class Groups:
         self.grads: list[Tensor] = []  # [N, k] of the values, before scaling
         self.offsets: list[Tensor] = []  # [F+1]
         self.order: list[Tensor] = []  # [N*k]
+        # what the encoder's gradients are of, where that is not the values
+        self.through: list[tuple[Tensor, Tensor, Tensor]] = []
         self.residuals: list[Tensor] = []  # [N, columns], or [P*N, columns] of P prefixes
         self.sq_errors: list[Tensor] = []  # sums of squares of all columns, [N] or one a rank
         self.sums: list[Tensor | None] = []  # [d] of all columns, where the kernel forms them
@@ -53,10 +56,19 @@ class Groups:
         self.prefix_errors: Tensor | None = None  # [P]: sums of squares of each prefix
         self.dense: DenseAuxK | None = None  # the last term, in place of the lists' entry
 
+    def of_encoder(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Gradients of the pre-activations, offsets and order, one a term."""
+        if not self.through:
+            return self.grads, self.offsets, self.order
+        rest = zip(self.grads[1:], self.offsets[1:], self.order[1:], strict=True)
+        grads, offsets, order = zip(*self.through, *rest, strict=True)
+        return list(grads), list(offsets), list(order)
+
     def encoder(self, x: Tensor) -> dict[str, Any]:
         """What the row pass over W_enc takes; x [N, d_in]."""
-        lists = {"coefficients": self.grads, "offsets": self.offsets, "order": self.order}
-        lists |= {"rows": [x] * len(self.grads)}
+        coefficients, offsets, order = self.of_encoder()
+        lists = {"coefficients": coefficients, "offsets": offsets, "order": order}
+        lists |= {"rows": [x] * len(coefficients)}
         dense = None if self.dense is None else self.dense.encoder(x.dtype)
         return _with(lists, self.token_of, dense)
 
@@ -86,8 +98,23 @@ class Sums(NamedTuple):
 
     loss: Tensor  # []
     scales: Tensor  # [terms]: of each term's gradients
-    grad_b_enc: Tensor  # [F]
+    grad_b_enc: Tensor  # [F], of the pre-activations; more has b_enc's own, if it is another
     grad_dot_w: Tensor | None  # [F], of the decoder rows, where it is projected out
     # gradients of other parameters of the activation
     more: dict[str, Tensor]
     small: dict[str, list[Tensor]]  # gradients whose sum, weighted by the scales, is a parameter's
+
+
+def weighted_rows(W: Tensor, g: Tensor) -> Tensor:
+    """W.T @ g [d], of W [F, d] and g [F] in the accumulator's type. On a GPU without a copy of W in
+    it: g is three numbers of W's type, which lose nothing that counts."""
+    if not W.is_cuda:
+        return W.to(g.dtype).T @ g
+    if W.dtype != torch.bfloat16:
+        return ops.product(g[None], W)[0]
+    parts, rest = [], g
+    for _ in range(3):
+        parts.append(rest.to(W.dtype))
+        rest = rest - parts[-1]
+    total: Tensor = ops.product(torch.stack(parts), W).sum(0)
+    return total

@@ -21,11 +21,13 @@ from ksae.backends import cpu as native
 from ksae.backends import cuda
 from ksae.backends import serving as gpu
 from ksae.backends.triton import Kernels
+from ksae.ops.specs import BY_NAME
 
 ROOT = Path(__file__).parents[3]
 # The files of which Triton's interpreter runs what they mark, and at least so many tests of each.
 TESTS = {
-    "ops/test_ops.py": 56,
+    "ops/test_ops.py": 39,
+    "ops/test_latents.py": 17,
     "ops/test_small_ops.py": 145,
     "ops/test_bf16_copy.py": 13,
     "ops/test_row_offsets.py": 63,
@@ -105,7 +107,7 @@ def test_the_reference_serves_an_op_without_a_kernel(
 ) -> None:
     monkeypatch.setattr(gpu.triton, "kernels", Kernels())
     monkeypatch.setattr(gpu.cuda, "kernels", cuda.Kernels(types.ModuleType("_cuda")))
-    assert gpu.kernel(name) is None
+    assert gpu.kernel(BY_NAME[name]) is None
 
 
 def config(**environment: str) -> subprocess.CompletedProcess[str]:
