@@ -82,6 +82,11 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("openmp", openmp_threads);
   m.def("can_screen", can_screen);
+  m.def("indices_in_range", [](Pointer indices, int64_t n, int index_bytes, int64_t F) {
+    const Indices i(indices, index_bytes);
+    py::gil_scoped_release release;
+    return indices_in_range(i.i64, i.i32, n, F);
+  });
 
   m.def("topk", [](int64_t N, int64_t F, int64_t k, int dtype, Pointer x, Pointer values,
                    Pointer indices, const py::function& allocate, int threads) {

@@ -12,7 +12,7 @@
 // each parameter 24 of moments and parameter and 2 of a 16-bit copy, to read the copy 2; 12 in all
 // with rng_state, and about 35 integer instructions. For a piece of a long segment 8 bytes a
 // column, written and read. Flops: 2 an entry and column, about 14 a parameter. Limits: four
-// groups; N k and 2^31 - 1 entries a group.
+// groups; N k and 2^31 - 4096 entries a group.
 #include "entries.h"
 #include "ksae/op.h"
 #include "latents.h"

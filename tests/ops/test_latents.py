@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import (
     Implementation,
-    assert_close,
+    assert_rounded,
     assert_same,
     clone_all,
     norm_arguments,
@@ -28,11 +28,11 @@ sides = pytest.mark.parametrize("side", ["encoder", "decoder"])
 @interpreted_too
 def test_latent_sums(impl: Implementation, dtype: torch.dtype) -> None:
     a = sums_arguments(dtype)
-    got, plain = impl.latent_sums(*a.values()), reference.latent_sums(*a.values())
+    got = impl.latent_sums(*a.values())
     exact = reference.latent_sums(*to_float64(a).values())
-    for name, g, p, e in zip(("grad_b_enc", "grad_dot_w"), got, plain, exact, strict=True):
+    for name, g, e in zip(("grad_b_enc", "grad_dot_w"), got, exact, strict=True):
         assert g.dtype == torch.float32
-        assert_close(name, g, p, e)
+        assert_rounded(name, g, e)
 
 
 @sides
@@ -61,17 +61,20 @@ def test_row_update(
     if not extras:
         bare = ("centre", "grad_dot_w", "grad_b_enc", "grad_b_dec")
         a |= dict.fromkeys(bare) | {"normalize": False}
-    plain, exact = clone_all(a), to_float64(a)
-    got, want = (i.row_grad_sq(*norm_arguments(a)) for i in (impl, reference))
+    exact = to_float64(a)
+    got = impl.row_grad_sq(*norm_arguments(a))
     assert got.dtype == torch.float64
     eps = torch.finfo(torch.float32).eps
-    assert_close("grad_sq", got, want, reference.row_grad_sq(*norm_arguments(exact)), eps)
+    assert_rounded("grad_sq", got, reference.row_grad_sq(*norm_arguments(exact)), eps)
 
     impl.row_update(*a.values())
-    reference.row_update(*plain.values())
     reference.row_update(*exact.values())
     for name, t in written(a).items():
-        assert_close(name, t, written(plain)[name], written(exact)[name])
+        if name in ("W", "master"):  # m / sqrt(v) of a small v magnifies what sums have lost
+            floor = max(16 * eps, 2 * torch.finfo(t.dtype).eps)
+            assert_rounded(name, t, written(exact)[name], floor)
+        else:
+            assert_rounded(name, t, written(exact)[name])
     if a["master"] is not None:
         assert_same("W", a["W"], a["master"].to(dtype))
 
@@ -82,15 +85,14 @@ def test_row_update_in_slices_is_the_whole(impl: Implementation, dtype: torch.dt
     """The first slice leaves what the second needs for its projection; unit rows come last."""
     whole = row_arguments(dtype, "decoder")
     sliced = clone_all(whole)
-    exact, plain = to_float64(whole), clone_all(whole)
+    exact = to_float64(whole)
     reference.row_update(*exact.values())
-    reference.row_update(*plain.values())
     for start, stop in ((0, 12), (12, 23)):
         part = [r[:, start:stop].contiguous() for r in sliced["rows"]]
         last = {"rows": part, "start": start, "normalize": stop == 23}
         impl.row_update(*(sliced | last).values())
     for name, t in written(sliced).items():
-        assert_close(name, t, written(plain)[name], written(exact)[name])
+        assert_rounded(name, t, written(exact)[name])
 
 
 @sides
@@ -133,12 +135,11 @@ def test_a_scale_that_is_not_finite_writes_nothing(
 def test_latent_pass_without_tokens(impl: Implementation, dtype: torch.dtype, side: str) -> None:
     """N = 0: gradients are zero and Adam still moves by its moments."""
     a = row_arguments(dtype, side, N=0, ks=(3,))
-    want = clone_all(a)
+    exact = to_float64(a)
     impl.row_update(*a.values())
-    reference.row_update(*want.values())
+    reference.row_update(*exact.values())
     for name, t in written(a).items():
-        eps = 2 * torch.finfo(t.dtype).eps
-        torch.testing.assert_close(t, written(want)[name], rtol=eps, atol=1e-7)
+        assert_rounded(name, t, written(exact)[name])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -105,7 +105,7 @@ def bad(name: str, position: int, value: Any) -> tuple[str, Callable[[], Any]]:
         (
             ("sparse_decode_backward_weight", 3, 0),
             ValueError,
-            "F must be in [1, 2147483647], got 0",
+            "F must be in [1, 2147479552], got 0",
         ),
         (("sparse_decode_backward_weight", 3, 1), ValueError, "indices must be in [0, 1), got"),
         (

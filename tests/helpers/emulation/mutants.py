@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from cases import (
     assert_norms,
+    at_rest,
     clone_all,
     code,
     integers,
@@ -33,6 +34,7 @@ from cases import (
     row_arguments,
     scalars_arguments,
     scores,
+    special_rows,
     terms_arguments,
     vector_arguments,
     written,
@@ -199,6 +201,11 @@ def latent(kernels: Emulated) -> Iterator[Case]:
         W_bf16, norms = a["W"].bfloat16(), a["W"].new_empty(3, a["W"].shape[0])
         kernels.row_update(*a.values(), W_bf16, None, norms)
         yield f"norms of the bf16 copy, {side}", bounds(norms, a["W"], W_bf16)
+    for d in (1, 23):
+        a = at_rest(special_rows(d))
+        W_bf16, norms = a["W"].bfloat16(), a["W"].new_empty(3, a["W"].shape[0])
+        kernels.row_update(*a.values(), W_bf16, None, norms)
+        yield f"norms of special rows, d={d}", bounds(norms, a["W"], W_bf16)
 
 
 def sums(kernels: Emulated) -> Iterator[Case]:

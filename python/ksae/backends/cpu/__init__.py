@@ -21,7 +21,7 @@ import torch
 
 from .. import bridge
 from . import calls, encode
-from .calls import _Workspace, available, reason
+from .calls import _Workspace, available, in_range, reason
 from .decode import (
     prefix_residual,
     prefix_residual_slice,
@@ -57,6 +57,7 @@ __all__ = [
     "grad_topk_encode",
     "grad_topk_encode_counted",
     "group_by_latent",
+    "in_range",
     "kernel",
     "prefix_residual",
     "prefix_residual_slice",

@@ -36,6 +36,16 @@ def reason() -> str:
     return _reason
 
 
+def in_range(indices: Tensor, F: int) -> bool:
+    """Whether all indices are seen to lie in [0, F); False: look again, or there is no module."""
+    if _reason or not indices.is_contiguous():
+        return False
+    inside: bool = _cpu.indices_in_range(
+        indices.data_ptr(), indices.numel(), indices.element_size(), F
+    )
+    return inside
+
+
 def _pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
