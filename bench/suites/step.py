@@ -127,8 +127,13 @@ def run_shape(
     finally:
         for worker in workers:
             worker.stop()
-    if case is not None:
-        return needed
+    if case is None:
+        _floors(session, shape, rows)
+    return needed
+
+
+def _floors(session: Session, shape: Shape, rows: dict[str, Row]) -> None:
+    """What ksae's steps would take at this machine's ceilings."""
     limit = costs.ceilings(shape.N, shape.d, shape.F, rounds=2, copied=2**24)
     session.suite.facts.setdefault("ceilings", {})[str(shape)] = limit
     for row in rows.values():
@@ -141,7 +146,6 @@ def run_shape(
             total = sum(phases.values(), costs.Cost())
             row.bytes, row.flops = total.bytes, total.flops
             row.floor = sum(c.seconds(limit, product) for c in phases.values())
-    return needed
 
 
 def _row(suite: str, case: str, shape: Shape, worker: Worker, anchor: str) -> Row:
