@@ -203,8 +203,8 @@ def batch_topk_encode(
         value 0 and keeps its index. `sparse_decode` takes the three.
 
     Raises:
-        ValueError: shapes that do not fit, k outside [1, F], or 2^31 entries and more. TypeError:
-            dtypes that differ.
+        ValueError: shapes that do not fit, k outside [1, F], or more than 2^31 - 4096 entries.
+        TypeError: dtypes that differ.
 
     Numerics: as `topk_encode`; of equal u the earlier row wins, then the smaller index; NaN before
     everything. Gradients for x, W_enc, b_enc and b_dec flow through the entries with value > 0,
@@ -253,7 +253,8 @@ def threshold_encode(
         the entries row_offsets[n] to row_offsets[n + 1] - 1. `sparse_decode` takes the three.
 
     Raises:
-        ValueError: shapes that do not fit, or 2^31 entries and more. TypeError: dtypes that differ.
+        ValueError: shapes that do not fit, or more than 2^31 - 4096 entries. TypeError: dtypes
+            that differ.
 
     Numerics: u is accumulated in float32 whatever the dtype (float64 for float64) and compared, as
     theta is, before it is rounded; NaN is not above; the same bits on every run and for every

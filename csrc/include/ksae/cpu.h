@@ -213,7 +213,7 @@ bool indices_in_range(const int64_t* indices64, const int32_t* indices32, int64_
 
 // ---- latent passes: each latent's gradient row is formed, used and forgotten ------------------
 // A group is one term of the loss: its code grouped by latent, and its scale (dL/drecon = scale *
-// residual). Passes do nothing if a scale is not finite.
+// residual). If a scale is not finite, sums and squares are 0, and nothing else is written.
 struct LatentSumsGroup {
   const int32_t* offsets;  // [F + 1]
   const int32_t* order;    // [N * k]
@@ -247,7 +247,7 @@ struct RowUpdateParams {
   int64_t F, d;
   int64_t start, columns;  // which columns of W are updated
   Dtype dtype;
-  bool encoder;
+  Dtype rows_dtype;  // of the groups' rows: dtype (encoder), or float32 (decoder)
   const RowGroup* groups;
   const float* scales;  // [n_groups]
   int n_groups;

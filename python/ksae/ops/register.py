@@ -47,11 +47,10 @@ def _register(spec: Spec) -> Any:
     default = kernel(name, getattr(reference, name), None)
     torch.library.impl(qualified, "CompositeExplicitAutograd", default)
     _serving[name] = {"default": "reference"}
-    if native.available() and hasattr(native, name):
-        serve = getattr(native, name)
+    if (serve := native.kernel(spec)) is not None:
         torch.library.impl(qualified, "CPU", kernel(name, serve, "cpu"))
         _serving[name]["cpu"] = _label(spec, "native", serve)
-    if (on_gpu := gpu.kernel(name)) is not None:
+    if (on_gpu := gpu.kernel(spec)) is not None:
         serve, server = on_gpu
         torch.library.impl(qualified, "CUDA", kernel(name, serve, "cuda"))
         _serving[name]["cuda"] = _label(spec, server, serve)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ... import env
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _reason = ""
 _cpu: Any = None
 if env.read("KSAE_NATIVE") == "0":
