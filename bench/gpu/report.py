@@ -17,8 +17,8 @@ class Record:
         self.base = folder / f"gpu_{name}_{time.strftime('%Y-%m-%d')}"
         self.data: dict[str, Any] = {
             "finished": False, "start": time.time(), "minutes": minutes, "begun": [],
-            "machine": {}, "build": {}, "tests": {}, "ceilings": {}, "choice": {}, "rows": [],
-            "problems": [],
+            "machine": {}, "build": {}, "tests": {}, "ceilings": {}, "choice": {}, "profile": {},
+            "rows": [], "problems": [],
         }  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         self.save()
@@ -149,4 +149,14 @@ def report(data: Mapping[str, Any]) -> str:
     lines += ["", "| goal | measured | wanted | reached |", "|---|---:|---:|---|"]
     for what, got, relation, want, reached in goals(data["rows"]):
         lines.append(f"| {what} | {got:.3g} | {relation} {want} | {'yes' if reached else 'NO'} |")
+    for step, kernels in data["profile"].items():
+        calls = sum(kernel["calls"] for kernel in kernels)
+        lines += [
+            "",
+            f"Step {step}: {calls} calls",
+            "",
+            "| kernel | calls | us |",
+            "|---|---:|---:|",
+        ]
+        lines += [f"| {e['kernel']} | {e['calls']} | {e['us']} |" for e in kernels]
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
+from ..ops import product
 from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
 from .dead_latents import DeadLatents, padded
@@ -70,7 +71,7 @@ class FusedStep:
         model, acc = self.model, self.state.acc
         target = y
         if model.W_skip is not None:
-            target = y.to(acc) - ops.product(self.communicator.own(x), model.W_skip.T)
+            target = y.to(acc) - product(self.communicator.own(x), model.W_skip.T)
         batch = Batch(x, y, target, grad)
         chosen = self.encode(batch)
         columns = self.columns(batch, chosen)
@@ -296,7 +297,7 @@ class FusedStep:
             if self.model.W_skip is not None and not term.of_residual:
                 inputs = own(batch.x)
                 rows = rows.to(inputs.dtype) if rows.is_cuda else rows  # one product in bf16
-                W_skip.append(all_reduce(ops.product(rows.T, inputs)))
+                W_skip.append(all_reduce(product(rows.T, inputs)))
         if g.dense is not None and (counts := chosen.terms[-1].bias_gradients):
             b_dec.append(counts * g.dense.bias)
         return {"b_dec": b_dec, "W_skip": W_skip} if W_skip else {"b_dec": b_dec}
