@@ -197,7 +197,7 @@ def float32_product(a: Tensor, b: Tensor) -> Tensor:
     allowed."""
     (M, K), N = a.shape, b.shape[1]
     out = a.new_empty(M, N)
-    tile = tile_of(a)
+    tile = tile_of(a, carries=True)  # eight warps: four spill for the strides
     if M and N:
         float32_kernel[(triton.cdiv(M, tile.n) * triton.cdiv(N, tile.f),)](
             a, b, out, M, N, K, *a.stride(), *b.stride(), **tile.meta()

@@ -106,15 +106,20 @@ class Sums(NamedTuple):
 
 
 def weighted_rows(W: Tensor, g: Tensor) -> Tensor:
-    """W.T @ g [d], of W [F, d] and g [F] in the accumulator's type. On a GPU without a copy of W in
-    it: g is three numbers of W's type, which lose nothing that counts."""
+    """W.T @ g [d], of W [F, d] and g [F] in the accumulator's type; on a GPU without a copy of W in
+    that type."""
     if not W.is_cuda:
         return W.to(g.dtype).T @ g
     if W.dtype != torch.bfloat16:
         return ops.product(g[None], W)[0]
-    parts, rest = [], g
-    for _ in range(3):
-        parts.append(rest.to(W.dtype))
-        rest = rest - parts[-1]
-    total: Tensor = ops.product(torch.stack(parts), W).sum(0)
+    total: Tensor = ops.product(in_parts(g, W.dtype), W).sum(0)
     return total
+
+
+def in_parts(g: Tensor, T: torch.dtype) -> Tensor:
+    """[3, F] of a narrower type whose sum is g [F] float32, but for what underflows."""
+    parts = []
+    for _ in range(3):
+        parts.append(g.to(T))
+        g = g - parts[-1]
+    return torch.stack(parts)

@@ -358,7 +358,8 @@ def test_a_failed_launch_names_op_error_and_sizes(impl: Emulated) -> None:
 
 
 def test_every_op_has_a_kernel_of_its_name_and_arguments(emulated: Emulator) -> None:
-    methods = {n for n in dir(Kernels) if not n.startswith("_")} - {"kernel"}
+    methods = {n for n in dir(Kernels) if not n.startswith("_")} - {"kernel", "bf16_copy"}
+    methods -= {n for n in methods if n.startswith("screened_")}  # another way of an op
     stated = set(emulated.module.fields)
     assert methods | stated == set(NAMES) - NOT_ON_GPUS and not methods & stated
     for op in methods | stated:

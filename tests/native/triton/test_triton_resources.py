@@ -13,7 +13,14 @@ ENCODES = [
     f"{op}, {capability}"
     for op in ("topk-bf16", "grad-bf16", "screen", "stored")
     for capability in CAPABILITIES
-] + ["stored-k1024, 90", "grad-fp32, 80", "screen-k1024, 90", "one-of-each, 90"]
+] + [
+    "stored-k1024, 90",
+    "product-fp32, 80",
+    "product-fp32, 90",
+    "grad-fp32, 80",
+    "screen-k1024, 90",
+    "one-of-each, 90",
+]
 # a selection takes seconds to compile: most generations have the commonest only
 PORTABLE = [
     f"{ops}-bf16, {capability}"
@@ -22,7 +29,7 @@ PORTABLE = [
     if (ops, capability) != ("selection", 90)
 ] + ["selections-bf16, 90", "step-bf16-halves, 90", "step-fp32, 80"]
 
-PRODUCTS = {"maxima_kernel", "gate_kernel", "gate_listed_kernel", "redo_kernel"}
+PRODUCTS = {"float32_kernel", "maxima_kernel", "gate_kernel", "gate_listed_kernel", "redo_kernel"}
 GATED = {"maxima_kernel", "guess_kernel", "gate_kernel", "pick_kernel"}
 SCREEN = {
     "gate_listed_kernel", "tighten_kernel", "prove_kernel", "rescore_kernel", "merge_kernel",
@@ -38,6 +45,7 @@ KERNELS = {
     "topk": GATED | {"list_kernel", "redo_kernel"},
     "grad": GATED | {"list_kernel", "redo_kernel", "informed_kernel"},
     "screen": GATED | {"norms_kernel"} | SCREEN,
+    "product": {"float32_kernel"},
     "stored": {"groups_kernel", "maxima_kernel", "screened_select_kernel"} | STORED,
     "selection": {"maxima_kernel", "select_kernel"},
     "selections": {"maxima_kernel", "select_kernel"},

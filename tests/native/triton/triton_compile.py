@@ -173,6 +173,11 @@ def training(dtype, N, d, F, k, clip_norm=None, **options):
     train._fused.step(empty(N, d, dtype=dtype), empty(N, d, dtype=dtype), None)
 
 
+def float32_product():
+    """As where torch may take TF32."""
+    product.float32_product(empty(2048, 768, dtype=T32), empty(24576, 768, dtype=T32).T)
+
+
 CASES = {
     "topk-bf16": lambda: topk(T16, **B),
     "topk-fp32": lambda: topk(T32, **B),
@@ -183,6 +188,7 @@ CASES = {
     "stored": lambda: stored(**A),
     "stored-k1024": lambda: stored(**A | {"k": 1024}),
     "screen-k1024": lambda: screened(**B | {"k": 1024}),
+    "product-fp32": float32_product,
     "one-of-each": one_of_each,
     "selection-bf16": lambda: selection(T16, **A),
     "selections-bf16": lambda: selections(T16, **A),
