@@ -12,7 +12,14 @@ from .ops import accumulator
 
 def _rows(t: Tensor) -> Tensor:
     """[..., n] -> contiguous [N, n]."""
-    return (t.flatten(0, -2) if t.dim() > 1 else t.reshape(1, -1)).contiguous()
+    if t.dim() == 2:
+        return t.contiguous()
+    return (t.flatten(0, -2) if t.dim() > 2 else t.reshape(1, -1)).contiguous()
+
+
+def _leading(out: Tensor, like: Tensor) -> Tensor:
+    """[N, n] -> [..., n] with the leading dimensions of `like`."""
+    return out if like.dim() == 2 else out.reshape(*like.shape[:-1], out.shape[1])
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -38,8 +45,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         (tensor([3., 3.]), tensor([1, 2]))
     """
     values, indices = ops.topk(_rows(x), k)
-    shape = (*x.shape[:-1], k)
-    return values.reshape(shape), indices.reshape(shape)
+    return _leading(values, x), _leading(indices, x)
 
 
 def topk_encode(
@@ -90,8 +96,7 @@ def topk_encode(
         None if b_dec is None else b_dec.contiguous(),
         None if mask is None else mask.contiguous(),
     )
-    shape = (*x.shape[:-1], k)
-    return values.reshape(shape), indices.reshape(shape)
+    return _leading(values, x), _leading(indices, x)
 
 
 def grad_topk_encode(
@@ -169,8 +174,7 @@ def grad_topk_encode(
         mode,
         None if b_dec is None else b_dec.contiguous(),
     )
-    shape = (*x.shape[:-1], k)
-    return values.reshape(shape), indices.reshape(shape)
+    return _leading(values, x), _leading(indices, x)
 
 
 def batch_topk_encode(
@@ -328,4 +332,4 @@ def sparse_decode(
         )
         return recon
     out = ops.sparse_decode(_rows(values), _rows(indices), W_dec.contiguous(), bias)
-    return out.reshape(*values.shape[:-1], W_dec.shape[1])  # type: ignore[no-any-return]
+    return _leading(out, values)

@@ -263,7 +263,7 @@ class TopKTrainer(_Trainer):
                     f" {name}"
                 )
             d = self.ae.activation_dim
-            self.fused_step = TrainStep(_Coder(self), eps=1e-8 / d, clip_norm=1 / d)
+            self.fused_step = TrainStep(_Coder(self), decoder_lr=1.0, eps=1e-8 / d, clip_norm=1 / d)
 
     def update(self, step: int, x: Tensor) -> float:
         """One training step on x [N, d]; the loss."""
