@@ -102,3 +102,9 @@ def has_numbers(t: Tensor) -> bool:
     if t.is_meta or isinstance(t, FakeTensor):
         return False
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def recomputes() -> bool:
+    """Whether this is a forward pass within a backward pass, as activation checkpointing runs one:
+    what is counted was counted the first time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

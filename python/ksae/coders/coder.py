@@ -18,7 +18,7 @@ from .. import functional
 from ..ops import accumulator
 from . import registry
 from .activation import Activation, from_fields
-from .code import Code
+from .code import Code, has_numbers, recomputes
 from .config import Config, Options, floating
 from .losses import losses
 from .output import Output
@@ -73,6 +73,7 @@ class SparseCoder(nn.Module):
     b_dec: nn.Parameter  # [d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
     tokens_since_fired: Tensor  # [F] int64
+    _since_before: Tensor | None = None  # before the last forward pass
 
     # What needs higher folders; set by ksae.api, which may know of them.
     attached: ClassVar[Callable[..., Any]]  # in a language model: ksae.analysis.attached
@@ -218,7 +219,8 @@ class SparseCoder(nn.Module):
     @property
     def dead(self) -> Tensor:
         """[F] bool: latents that have not fired for more than `dead_after` tokens."""
-        return self.tokens_since_fired > self.dead_after
+        before = self._since_before if recomputes() else None
+        return (self.tokens_since_fired if before is None else before) > self.dead_after
 
     # ------------------------------------------------------------------------------------- the code
 
@@ -375,7 +377,7 @@ class SparseCoder(nn.Module):
             zero = torch.zeros_like(fvu)
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), multi_loss(self, parts)
             multi_topk_loss = zero if multi_topk_loss is None else multi_topk_loss
-        if self.training:
+        if self.training and not recomputes():
             self._count(code, rows.shape[0])
             self.activation.observe(self, code)
         return Output(
@@ -418,4 +420,6 @@ class SparseCoder(nn.Module):
         hits = torch.zeros_like(self.tokens_since_fired)
         hits.index_add_(0, code.indices.reshape(-1), (code.values != 0).reshape(-1).to(hits.dtype))
         since = self.tokens_since_fired + N
+        if has_numbers(since):
+            self._since_before = since - N  # for a recomputation of this pass
         self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))
