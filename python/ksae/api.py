@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from . import torch_version  # noqa: F401
 from .coders import (
     SAE,
     AbsTopK,

@@ -82,6 +82,9 @@ class TrainConfig:
     steps: int = setting(10_000, "length of the run")
     tokens: int | None = setting(None, "length of the run in tokens; overrides steps")
     lr: float = setting(3e-4, "Adam's learning rate")
+    decoder_lr: float | None = setting(
+        None, "the decoder's rate as a multiple of lr; default 3 for an sae with unit rows, else 1"
+    )
     warmup: int | None = setting(
         None, "steps of linear warm-up; default 100, a tenth of a shorter run"
     )
@@ -101,10 +104,13 @@ class TrainConfig:
         1.0, "largest norm of the whole gradient; null turns clipping off"
     )
     clip: Literal["above", "always"] = setting(
-        "above", "scale the gradient to clip_norm where its norm is larger, or at every step"
+        "always", "scale the gradient to clip_norm where its norm is larger, or at every step"
     )
     init_tokens: int = setting(
         32_768, "tokens that the first biases are set from; 0 leaves them at 0"
+    )
+    encoder_scale: float = setting(
+        0.1, "of an sae: length of the encoder's first rows, where the decoder's are 1"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the weights")
     device: str | None = setting(None, "default cuda if there is one, else cpu")
@@ -260,8 +266,9 @@ def check(config: RunConfig, where: str = "config") -> None:
         "data.holdout": 0,
         "train.batch_size": 1, "train.steps": 0, "train.tokens": 1, "train.lr": 0,
         "train.warmup": 0, "train.decay": 0, "train.beta1": 0, "train.beta2": 0,
-        "train.init_tokens": 0, "train.seed": 0, "train.threads": 1, "train.prefetch": 0,
-        "train.checkpoint_every": 1, "train.keep_last": 1, "train.eval_tokens": 0, "log.every": 1,
+        "train.decoder_lr": 0, "train.init_tokens": 0, "train.seed": 0, "train.threads": 1,
+        "train.prefetch": 0, "train.checkpoint_every": 1, "train.keep_last": 1,
+        "train.eval_tokens": 0, "log.every": 1,
     }  # fmt: skip
     for key, low in least.items():
         value = _get(config, key)
@@ -274,9 +281,12 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(f"{where}: train.decay must be a share in [0, 1], got {train.decay}")
     if train.clip_norm is not None and not train.clip_norm > 0:
         raise UserError(f"{where}: train.clip_norm must be above 0 or null, got {train.clip_norm}")
-    for key in ("train.lr", "model.auxk_alpha", "model.beta"):
+    for key in ("train.lr", "train.decoder_lr", "model.auxk_alpha", "model.beta"):
         if _get(config, key) == float("inf"):
             raise UserError(f"{where}: {key} must be finite, got {_get(config, key)}")
+    if not 0 < train.encoder_scale < float("inf"):
+        got = train.encoder_scale
+        raise UserError(f"{where}: train.encoder_scale must be finite and above 0, got {got}")
     if not train.eps > 0:
         raise UserError(f"{where}: train.eps must be above 0, got {train.eps}")
     if model.k > model.d_sae:

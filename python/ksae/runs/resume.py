@@ -18,6 +18,7 @@ FREE = frozenset(
         "train.checkpoint_every",
         "train.keep_last",
         "train.eval_tokens",
+        "train.encoder_scale",  # of a run's start
         "data.cache",
     ]
 )
@@ -35,6 +36,7 @@ CHANGEABLE = frozenset(
         "train.eps",
         "train.clip_norm",
         "train.clip",
+        "train.decoder_lr",
         "train.k_start",
         "train.k_steps",
         "train.penalty_warmup",
@@ -51,7 +53,12 @@ CHANGEABLE = frozenset(
 
 
 # what runs did before there was the setting
-BEFORE = {"train.clip": "above", "train.k_start": None, "train.penalty_warmup": 0}
+BEFORE = {
+    "train.clip": "above",
+    "train.decoder_lr": 1.0,
+    "train.k_start": None,
+    "train.penalty_warmup": 0,
+}
 VALUES = "source.values"  # the fingerprint of the activations
 
 

@@ -149,6 +149,7 @@ class Trainer:
             eps=config.eps,
             clip_norm=config.clip_norm,
             clip=config.clip,
+            decoder_lr=config.decoder_lr,
             fused=config.fused,
         )
         schedules.check(self.train_step, config)
@@ -256,7 +257,12 @@ class Trainer:
         clock, first = _Clock(self.tokens), self.step
         with contextlib.closing(batches):
             while self.step < self.steps and not self._stop(signals):
-                x, y, g = self._batches.next(batches, self.step)
+                try:
+                    x, y, g = self._batches.next(batches, self.step)
+                except UserError as error:
+                    if waiting is not None:
+                        self._record(*waiting, log, clock)
+                    raise self._kept(error, log, saved) from None
                 rate = schedules.follow(self.train_step, config, self.step)
                 metrics = self._take(x, y, g)
                 if self.step == first:
@@ -281,6 +287,15 @@ class Trainer:
         if not saved:  # a run of no steps
             self._save(log)
 
+    def _kept(self, error: UserError, log: RunLog, saved: bool) -> UserError:
+        """The data end the run: its steps so far are saved, and the error says so."""
+        if self.step < self.log_config.every:  # no line of metrics yet
+            return error
+        if not saved:
+            self._save(log)
+        path = self._checkpoint_path()
+        return UserError(f"{error}; the {self.step} steps so far are saved, to be resumed: {path}")
+
     def _take(self, x: Tensor, y: Tensor | None, g: Tensor | None) -> dict[str, Tensor]:
         return self.train_step(x, y, grad=g)
 
@@ -300,7 +315,7 @@ class Trainer:
             raise UserError(checks.not_finite(self.source, dtype, "the first batches"))
         if bool(checks.without_variance(self.model, x if y is None else y)):
             raise UserError(checks.no_variance(self.source, "the first batches"))
-        initialize_from(self.model, x, y)
+        initialize_from(self.model, x, y, encoder_scale=self.config.encoder_scale)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.log_config.every == 0 or step == self.steps

@@ -24,7 +24,7 @@ from .entries import of_zeros, pass_on
 from .nested import Nested, prefix_metrics, together
 from .phases import Batch, Groups, Selection, Sums
 from .state import State
-from .unfused import GRAD_SCALE, Metrics, scale_to
+from .unfused import GRAD_SCALE, RATE, Metrics, scale_to
 
 
 class FusedStep:
@@ -32,7 +32,7 @@ class FusedStep:
 
     Args:
         model, state: what is updated.
-        clip_norm, clip: as of TrainStep.
+        clip_norm, clip, decoder_lr: as of TrainStep.
         communicator: between the shards of the model's latents.
     """
 
@@ -43,8 +43,10 @@ class FusedStep:
         clip_norm: float | None,
         communicator: OneDevice | Shards,
         clip: str = "above",
+        decoder_lr: float = 1.0,
     ) -> None:
         self.model, self.state, self.clip_norm, self.clip = model, state, clip_norm, clip
+        self.decoder_lr = decoder_lr
         self.communicator, self.is_whole = communicator, communicator.size == 1
         self.latents = model.W_enc.shape[0]  # of this rank
         # one reading of the residual less
@@ -334,9 +336,13 @@ class FusedStep:
         model, state = self.model, self.state
         fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value (finite loss: no NaN)
         centre_grad = self._update_encoder(batch, g, sums, hyper)
+        of_decoder = hyper
+        if self.decoder_lr != 1:
+            of_decoder = hyper.clone()
+            of_decoder[RATE] *= self.decoder_lr
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
-            self._update_decoder(g, sums, hyper, start, start + columns >= model.d_out)
+            self._update_decoder(g, sums, of_decoder, start, start + columns >= model.d_out)
         taken = (finite, hyper)
         for name, gradient in ({"b_enc": sums.grad_b_enc} | sums.more).items():
             ops.vector_update([gradient], None, None, *taken, *state.of(name))

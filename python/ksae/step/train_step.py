@@ -25,6 +25,8 @@ from .fused import FusedStep
 from .state import State, check_memory
 from .unfused import CLIPS, Metrics, Unfused
 
+DECODER_LR = 3.0  # bench/README.md, studies/recipe.py: measured on autoencoders
+
 
 class TrainStep:
     """A training step for any `SparseCoder`, in the order "project-clip-adam-normalize".
@@ -40,6 +42,9 @@ class TrainStep:
         lr: learning rate; `step.lr` may be assigned between steps. So may `step.k`, latents a token
             of the steps that follow, None being the model's own, and `step.penalty`, what their
             activation's penalty counts, at first 1: `ksae.step.schedule` has schedules.
+        decoder_lr: the rate of W_dec as a multiple of lr; default 3 for an autoencoder with
+            normalize_decoder, else 1. It is the encoder's rate at which latents die; given the
+            codes the decoder's problem is convex.
         betas, eps: of Adam.
         clip_norm: largest global gradient norm; None: no clipping.
         clip: when the gradients are scaled to clip_norm: "above", where their norm is larger;
@@ -80,6 +85,7 @@ class TrainStep:
         model: SparseCoder,
         lr: float = 1e-4,
         *,
+        decoder_lr: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip_norm: float | None = None,
@@ -88,8 +94,10 @@ class TrainStep:
         moments: str = "float32",
     ) -> None:
         self.communicator: OneDevice | Shards = model.ranks or OneDevice()
+        if decoder_lr is None:
+            decoder_lr = DECODER_LR if model.centred and model.normalize_decoder else 1.0
         settings = {"betas": betas, "eps": eps, "clip_norm": clip_norm, "clip": clip}
-        settings["moments"] = moments
+        settings |= {"moments": moments, "decoder_lr": decoder_lr}
         try:
             _check(model, lr, fused=fused, **settings)  # type: ignore[arg-type]
         except Exception as error:
@@ -97,19 +105,19 @@ class TrainStep:
             raise
         self.communicator.agree("TrainStep", settings)
         self.model, self.betas, self.eps, self.clip_norm = model, betas, eps, clip_norm
-        self.clip, self.fused = clip, fused
+        self.clip, self.fused, self.decoder_lr = clip, fused, decoder_lr
         rounded = ("W_enc", "W_dec") if moments == "bfloat16" else ()
         self.state = State(model, betas, eps, rounded)
         self.parameters, self.theta = self.state.parameters, self.state.theta
         self.masters, self.moments, self.t = self.state.masters, self.state.moments, self.state.t
         self._fused: FusedStep | None = None
         if fused:
-            self._fused = FusedStep(model, self.state, clip_norm, self.communicator, clip)
+            self._fused = FusedStep(
+                model, self.state, clip_norm, self.communicator, clip, decoder_lr
+            )
         self._unfused: Unfused | None = None  # beside the fused step: for batches of dense codes
         if not fused or isinstance(model.activation, Above):
-            self._unfused = Unfused(
-                model, self.state, betas=betas, eps=eps, clip_norm=clip_norm, clip=clip
-            )
+            self._unfused = Unfused(model, self.state, betas, eps, clip_norm, clip, decoder_lr)
         self._warned = False  # of a step that was not taken
         self._k: int | None = None
         self._penalty = 1.0
@@ -261,7 +269,7 @@ class TrainStep:
         warnings.warn(
             f"TrainStep: a step was not taken, its loss was {float(loss)}: {why};"
             " said once, later steps like it are silent",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -296,8 +304,11 @@ def _check(
     clip: str,
     fused: bool,
     moments: str,
+    decoder_lr: float,
 ) -> None:
     _check_lr(lr)
+    if not 0 <= decoder_lr < float("inf"):
+        raise ValueError(f"TrainStep: decoder_lr must be a finite number >= 0, got {decoder_lr}")
     if not 0 <= betas[0] < 1 or not 0 <= betas[1] < 1:
         raise ValueError(f"TrainStep: betas must be in [0, 1), got {betas}")
     if not eps > 0:
