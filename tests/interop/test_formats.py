@@ -322,7 +322,8 @@ def test_unsupported_activation(name: str, tmp_path: Path) -> None:
     file, change = UNSUPPORTED[name]
     config = yaml.safe_load((tmp_path / "s" / file).read_text())  # JSON is YAML
     (tmp_path / "s" / file).write_text(json.dumps({**config, **change}))
-    with pytest.raises(UserError, match=r"(activation|architecture|dict_class) of .* got 'temporal'"):
+    field = "(activation|architecture|dict_class)"
+    with pytest.raises(UserError, match=rf"{field} of .* got 'temporal'"):
         ksae.load(tmp_path / "s")
 
 

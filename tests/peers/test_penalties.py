@@ -131,7 +131,14 @@ def test_the_loss_of_saelens_standard() -> None:
 @pytest.mark.parametrize("kind", ["standard", "gated"])
 def test_the_loss_of_dictionary_learning(kind: str) -> None:
     torch.manual_seed(0)
-    common = {"steps": 10, "activation_dim": D, "dict_size": F, "layer": 0, "lm_name": "x", "warmup_steps": 0}
+    common = {
+        "steps": 10,
+        "activation_dim": D,
+        "dict_size": F,
+        "layer": 0,
+        "lm_name": "x",
+        "warmup_steps": 0,
+    }
     made = {"standard": StandardTrainer, "gated": GatedSAETrainer}[kind]
     trainer = made(**common, l1_penalty=0.3, sparsity_warmup_steps=None, device="cpu")
     theirs = randomize(trainer.ae)
