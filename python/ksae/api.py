@@ -17,6 +17,7 @@ from .coders import (
     GradTopKTranscoder,
     GroupMax,
     JumpReLU,
+    MatchingPursuit,
     NormTopK,
     Output,
     ReLU,
@@ -24,6 +25,7 @@ from .coders import (
     TopK,
     TopKSAE,
     Transcoder,
+    pursuit,
 )
 from .coders.unit_rows import UnitRows
 from .functional import (
@@ -51,6 +53,7 @@ __all__ = [
     "GradTopKTranscoder",
     "GroupMax",
     "JumpReLU",
+    "MatchingPursuit",
     "NormTopK",
     "Output",
     "ReLU",
@@ -62,6 +65,7 @@ __all__ = [
     "UnitRows",
     "batch_topk_encode",
     "grad_topk_encode",
+    "pursuit",
     "shard",
     "sparse_decode",
     "threshold_encode",

@@ -108,6 +108,9 @@ class SparseCoder(nn.Module):
             kind, ks = type(activation).__name__, self.settings.multi_k
             got = f"multi_k must be None with {kind}, got {list(ks)}" if ks else ""
             raise ValueError(f"{name}: {got or f'multi_topk must be False with {kind}, got True'}")
+        if activation.of_input and not self.centred:
+            kind = type(activation).__name__
+            raise ValueError(f"{name}: activation must be one of a transcoder, got {kind}")
         self.seen_gradient = False  # by the activation, which warns once
         F, d_in, d_out = self.d_sae, self.d_in, self.d_out
 
@@ -272,14 +275,10 @@ class SparseCoder(nn.Module):
             raise ValueError(f"{type(self).__name__}: y must be {want}, got {list(y.shape)}")
         return self.rows("y", y, self.d_out)
 
-    def _encode(self, x: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        b_dec = self.b_dec if self.centred else None
-        return functional.topk_encode(x, self.W_enc, self.b_enc, k, b_dec, mask)
-
     def encode_dead(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and indices [N, k] of the k largest dead pre-activations of each of x's rows
         [N, d_in]: the code of AuxK."""
-        return self._encode(rows, k, self.dead)
+        return self.activation.encode_dead(self, rows, k)
 
     def gradients(self, x: Tensor, grad: Tensor | None, training: bool) -> Tensor | None:
         """The rows [N, d_out] of a downstream gradient [..., d_out], as `select` takes it."""
