@@ -29,6 +29,7 @@ from .functional import (
     topk,
     topk_encode,
 )
+from .parallel.peers import count_over_ranks
 from .parallel.shard import shard, unshard
 from .step.train_step import TrainStep
 
@@ -51,6 +52,7 @@ __all__ = [
     "Transcoder",
     "UnitRows",
     "batch_topk_encode",
+    "count_over_ranks",
     "grad_topk_encode",
     "shard",
     "sparse_decode",

@@ -20,9 +20,10 @@ from . import registry
 from .activation import Activation, from_fields
 from .code import Code, has_numbers
 from .config import Config, Options, floating
+from .counts import Counts
 from .output import Output
 from .predictions import auxk_prediction, prefix_recons
-from .terms import aux_width, multi_loss, squared_error, terms_of, total_variance
+from .terms import aux_width, multi_loss, squared_error, terms_of
 from .unit_rows import unit_rows, without_parallel
 
 _T = TypeVar("_T")
@@ -33,7 +34,7 @@ def _setting(name: str, kind: type[_T]) -> _T:
     return cast(_T, property(lambda self: getattr(self.settings, name)))
 
 
-class SparseCoder(nn.Module):
+class SparseCoder(Counts):
     """The base of `SAE` and `Transcoder`: an activation, a linear decoder, a loss.
 
     u = (x - b_dec if centred else x) @ W_enc.T + b_enc; the activation makes a sparse code of u;
@@ -72,7 +73,6 @@ class SparseCoder(nn.Module):
     W_dec: nn.Parameter  # [F, d_out]
     b_dec: nn.Parameter  # [d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
-    tokens_since_fired: Tensor  # [F] int64
 
     # What needs higher folders; set by ksae.api, which may know of them.
     attached: ClassVar[Callable[..., Any]]  # in a language model: ksae.analysis.attached
@@ -229,7 +229,8 @@ class SparseCoder(nn.Module):
             ValueError: the coder is spread over ranks.
         """
         if self.ranks is not None:
-            got = f"the part of rank {self.ranks.rank} of {self.ranks.size}"
+            everyone = self.ranks.everyone
+            got = f"the part of rank {everyone.rank} of {everyone.size}"
             raise ValueError(
                 f"{type(self).__name__}: {method} must be called on a whole coder, got {got}:"
                 " ksae.unshard makes it whole"
@@ -375,7 +376,7 @@ class SparseCoder(nn.Module):
             loss = loss if penalty is None else loss + penalty
         if self.training:
             self._count(code, rows.shape[0])
-            self.activation.observe(self, code.values.detach())
+            self._observe(code.values.detach())
         return Output(
             recon.reshape(*lead, self.d_out),
             values,
@@ -395,7 +396,7 @@ class SparseCoder(nn.Module):
         dead = self.dead
         n_dead = dead.sum() if has_numbers(dead) else None
         terms = terms_of(self, aux_width(self, n_dead))
-        variance = total_variance(target)
+        variance = self.variance(target)
         loss, parts = torch.zeros_like(variance), {}
         nested = prefix_recons(self, rows, recon, wide.first(self.k))
         for term in terms:
@@ -405,7 +406,7 @@ class SparseCoder(nn.Module):
             elif term.name != "reconstruction":
                 code = wide.first(term.k)
                 predictions = [self.decode(code.values, code.indices, rows)]
-            denominator = term.denominator(target, variance, spread, dead.sum())
+            denominator = term.denominator(len(target), self.d_out, variance, spread, dead.sum())
             parts[term.name] = term.value(predictions, goal, denominator)
             loss = loss + term.weight * parts[term.name]
         if self.loss == "fvu" and not self.prefixes:
@@ -435,10 +436,3 @@ class SparseCoder(nn.Module):
         """Give the decoder rows [F, d_out] length 1, after the step of a torch optimizer; rows of
         zeros stay. Norms in float32 (float64). `ksae.UnitRows` is the same as a parametrisation."""
         self.W_dec.copy_(unit_rows(self.W_dec))
-
-    def _count(self, code: Code, N: int) -> None:
-        """Of integers: a block without gradients would keep an exported graph from being saved."""
-        hits = torch.zeros_like(self.tokens_since_fired)
-        hits.index_add_(0, code.indices.reshape(-1), (code.values > 0).reshape(-1).to(hits.dtype))
-        since = self.tokens_since_fired + N
-        self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))

@@ -7,6 +7,8 @@ What shards of the latents exchange goes through the communicator.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
 from .nested import Nested, prefix_metrics, together
 from .phases import Batch, Groups, Selection, Sums
+from .row_gradients import row_gradients
 from .state import State
 from .thresholds import penalty_and_gradient
 from .unfused import GRAD_SCALE, Metrics, scale_to
@@ -30,7 +33,7 @@ class FusedStep:
     Args:
         model, state: what is updated.
         clip_norm, clip: as of TrainStep.
-        communicator: between the shards of the model's latents.
+        communicator: between the shards of the model's latents and its replicas.
     """
 
     def __init__(
@@ -43,15 +46,17 @@ class FusedStep:
     ) -> None:
         self.model, self.state, self.clip_norm, self.clip = model, state, clip_norm, clip
         self.communicator, self.is_whole = communicator, communicator.size == 1
+        self.is_one = self.is_whole and communicator.replicas == 1
         self.latents = model.W_enc.shape[0]  # of this rank
         # one reading of the residual less
-        self.sums_in_decode = model.W_enc.is_cuda and self.is_whole
+        self.sums_in_decode = model.W_enc.is_cuda and self.is_one
         self.asks_for_dead = not model.W_enc.is_cuda  # on CUDA only the device knows how many
-        self.nested = Nested(model, state.acc) if model.prefixes else None
+        self.nested = Nested(model, state.acc, communicator) if model.prefixes else None
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
-        """A step on x [N, d_in] of all ranks and y [n, d_out] of this one, grad [N, d_out].
+        """A step on x [N, d_in] of the ranks that share the latents and y [n, d_out] of this one,
+        grad [N, d_out].
 
         Returns metrics, and whether all was finite, [] bool.
         """
@@ -73,7 +78,7 @@ class FusedStep:
     def encode(self, batch: Batch) -> Selection:
         """The code of each term: prefixes of one selection, and for AuxK that of dead latents."""
         model, communicator = self.model, self.communicator
-        n_dead = communicator.all_reduce(model.dead.sum())
+        n_dead = communicator.over_latents(model.dead.sum())
         k_aux = aux_width(model, n_dead if self.asks_for_dead else None)
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
         ks = [term.k for term in terms if term.aux is None]
@@ -81,12 +86,14 @@ class FusedStep:
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         chosen = communicator.select(model, batch.x, k, k_aux, *how)
-        prefixes = iter(communicator.codes(*chosen[0], ks))
-        model.activation.observe(model, chosen[0][0])
+        prefixes = communicator.codes(*chosen[0], ks)
+        if model.activation.observes:
+            model.activation.observe(model, communicator.observed(prefixes[0].values))
+        found = iter(prefixes)
         codes: list[Code] = []
         for term in terms:
             if term.aux is None:
-                codes.append(next(prefixes))
+                codes.append(next(found))
                 continue
             aux_values, aux_indices, by = chosen[1]
             if term.aux.signed:
@@ -94,6 +101,10 @@ class FusedStep:
             (code,) = communicator.codes(aux_values, aux_indices, by, [term.k])
             codes.append(code if term.of_residual else together(codes[0], code))
         return Selection(terms, codes, n_dead)
+
+    def tokens(self, batch: Batch) -> int:
+        """Of all ranks."""
+        return len(batch.x) * self.communicator.replicas
 
     # ------------------------------------------------------------------------------------ residual
 
@@ -113,7 +124,7 @@ class FusedStep:
             batch.x.is_cuda
             or model.activation.penalized
             or (tables == 1 and whole)
-            or not self.is_whole
+            or not self.is_one
         ):
             return d
         parts = tables * (1 if has_room else 2)
@@ -141,12 +152,11 @@ class FusedStep:
             groups.residuals.append(residual)
             groups.sq_errors.append(square)
             groups.sums.append(sums)
-            below = term.denominator(batch.y, groups.variance, variance, chosen.n_dead)
-            if not (self.is_whole or term.by_variance):  # a count of this rank's elements
-                below *= communicator.size
+            N, d = self.tokens(batch), model.d_out
+            below = term.denominator(N, d, groups.variance, variance, chosen.n_dead)
             groups.denominators.append(below)
         if self.nested is not None:
-            groups.row_of = self.nested.row_of(chosen.terms, chosen.codes)
+            groups.row_of = self.nested.row_of(chosen.terms, chosen.codes, len(batch.y))
         if any(code.offsets is not None for code in chosen.codes):
             groups.token_of = [code.rows().reshape(-1).int() for code in chosen.codes]
             groups.row_of = groups.row_of or groups.token_of
@@ -189,7 +199,8 @@ class FusedStep:
     def sums(self, batch: Batch, chosen: Selection, g: Groups) -> tuple[Sums, Metrics]:
         """Loss and metrics; sums over the tokens that make the gradients of the small parameters,
         and of each decoder row its product with its gradient."""
-        model, acc = self.model, self.state.acc
+        model, acc, N = self.model, self.state.acc, self.tokens(batch)
+        small, active = self._total(batch, chosen, g)
         weights = [term.weight for term in chosen.terms]
         errors, parts, loss, scales = ops.loss_terms(g.sq_errors, g.denominators, weights)
         named = {term.name: part for term, part in zip(chosen.terms, parts, strict=True)}
@@ -202,38 +213,62 @@ class FusedStep:
             "loss": loss,
             "fvu": fvu,
             "auxk_loss": named.get("auxk", torch.zeros_like(loss)),
-            # entries that are not 0
-            "l0": self.communicator.all_reduce(g.offsets[0][-1]).to(acc) / batch.x.shape[0],
+            "l0": active.to(acc) / N,
             "dead": chosen.n_dead.to(acc) / model.d_sae,
         }
         if (other := multi_loss(model, named)) is not None:
             metrics["multi_topk_loss"] = other
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
-        small = self._small(batch, chosen, g)
         more = {}
         if model.activation.penalized:
             assert g.row_of is not None
             penalty, more["log_threshold"] = penalty_and_gradient(
                 model, chosen.codes[0], g.residuals[0], g.grads[0][:, 0], g.row_of[0], scales[0],
-                len(batch.x),
+                active, N,
             )  # fmt: skip
             metrics["loss"] = loss = loss + penalty
+        reduced = None
+        if self.communicator.replicas > 1:
+            reduced = row_gradients(self.communicator, model, batch, chosen, g, scales)
+            of_latents = torch.stack([grad_b_enc, grad_dot_w, *more.values()])
+            grad_b_enc, grad_dot_w, *rest = self.communicator.over_replicas(of_latents)
+            more = dict(zip(more, rest, strict=True))
         along = grad_dot_w if model.normalize_decoder else None
-        return Sums(loss, scales, grad_b_enc, along, more, small), metrics
+        return Sums(loss, scales, grad_b_enc, along, more, small, reduced), metrics
+
+    def _total(
+        self, batch: Batch, chosen: Selection, g: Groups
+    ) -> tuple[dict[str, list[Tensor]], Tensor]:
+        """Sums over the tokens of all ranks: squares, in their place; `_small`; and the number of
+        entries that are not 0, []."""
+        small, active = self._small(batch, chosen, g), g.offsets[0][-1]
+        if self.is_one:
+            return small, active
+        prefixes = [] if g.prefix_errors is None else [g.prefix_errors]
+        b_dec, W_skip, G = small["b_dec"], small.get("W_skip", []), len(g.sq_errors)
+        parts = [active, *(e.sum()[None] for e in g.sq_errors), *b_dec, *W_skip, *prefixes]
+        active, *sums = self.communicator.totals(parts)
+        g.sq_errors = sums[:G]
+        if prefixes:
+            g.prefix_errors = sums.pop()
+        small["b_dec"] = sums[G : G + len(b_dec)]
+        if W_skip:
+            small["W_skip"] = sums[G + len(b_dec) :]
+        return small, active
 
     def _small(self, batch: Batch, chosen: Selection, g: Groups) -> dict[str, list[Tensor]]:
         """Of each term that b_dec is in: what makes the gradients of b_dec and W_skip, for the
-        columns that there are."""
-        own, all_reduce = self.communicator.own, self.communicator.all_reduce
+        columns that there are, of this rank's tokens."""
+        own = self.communicator.own
         n, b_dec, W_skip = len(batch.y), [], []
         for term, residual, done in zip(chosen.terms, g.residuals, g.sums, strict=True):
             rows = own(residual)[:n]  # of the first prefix
             if term.bias_gradients:
-                total = all_reduce(rows.sum(0)) if done is None else done
+                total = rows.sum(0) if done is None else done
                 b_dec.append(total if term.bias_gradients == 1 else term.bias_gradients * total)
             if self.model.W_skip is not None and not term.of_residual:
-                W_skip.append(all_reduce(rows.T @ own(batch.x).to(self.state.acc)))
+                W_skip.append(rows.T @ own(batch.x).to(self.state.acc))
         return {"b_dec": b_dec, "W_skip": W_skip} if W_skip else {"b_dec": b_dec}
 
     # ------------------------------------------------------------------------------------- scalars
@@ -252,9 +287,11 @@ class FusedStep:
         if self.clip_norm is not None:
             norm = self._gradient_norm(batch, chosen, groups, sums, columns)
             metrics["grad_norm"] = norm
-        state = self.state
+        state, before = self.state, sums.scales
+        if sums.reduced is not None:  # whose scale is 1
+            before = torch.cat([before, torch.ones_like(before[:1])])
         hyper, finite, scales = ops.adam_scalars(
-            sums.loss, norm, self.clip_norm, sums.scales, state.lr, state.t, state.constants
+            sums.loss, norm, self.clip_norm, before, state.lr, state.t, state.constants
         )
         if norm is not None and self.clip_norm is not None and self.clip == "always":
             hyper[GRAD_SCALE] = scale_to(self.clip_norm, norm)
@@ -264,29 +301,24 @@ class FusedStep:
         self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, columns: int
     ) -> Tensor:
         """Of all gradients, before clipping, []."""
-        model, acc, all_reduce = self.model, self.state.acc, self.communicator.all_reduce
-        b_dec = model.b_dec if model.centred else None
-        inputs = [batch.x] * len(g.grads)
-        square = ops.row_grad_sq(
-            coefficients=g.grads, offsets=g.offsets, order=g.order, rows=inputs,
-            scales=sums.scales, centre=b_dec, grad_dot_w=None, W=model.W_enc, start=0,
-            row_of=g.token_of,
-        )  # fmt: skip
+        model, acc, over_latents = self.model, self.state.acc, self.communicator.over_latents
+        encoder = self._encoder_rows(batch, g, sums)
+        square = ops.row_grad_sq(**encoder, grad_dot_w=None, W=model.W_enc, start=0)
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
             square += ops.row_grad_sq(
-                coefficients=g.values, offsets=g.offsets, order=g.order, rows=g.residuals,
-                scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w, W=model.W_dec,
-                start=start, row_of=g.row_of,
+                **self._decoder_rows(g, sums), grad_dot_w=sums.grad_dot_w, W=model.W_dec,
+                start=start,
             )  # fmt: skip
-        total = all_reduce(square.sum() + sums.grad_b_enc.double().square().sum())
+        of_latents = square.sum()
+        for gradient in (sums.grad_b_enc, *sums.more.values()):
+            of_latents = of_latents + gradient.double().square().sum()
+        total = over_latents(of_latents)
         zero = torch.zeros_like(sums.loss)
         for name, parts in sums.small.items():
             gradient = sum((s * t for s, t in zip(sums.scales, parts, strict=False)), zero)
             if name == "b_dec" and model.centred:
-                gradient = gradient - all_reduce(model.W_enc.to(acc).T @ sums.grad_b_enc)
-            total = total + gradient.double().square().sum()
-        for gradient in sums.more.values():
+                gradient = gradient - over_latents(model.W_enc.to(acc).T @ sums.grad_b_enc)
             total = total + gradient.double().square().sum()
         return total.sqrt().to(acc)
 
@@ -305,6 +337,8 @@ class FusedStep:
         """Adam for all parameters, the matrices in one pass over their rows; then the counters."""
         model, state = self.model, self.state
         fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
+        if sums.reduced is not None:
+            fired = sums.reduced.fired
         centre_grad = self._update_encoder(batch, g, sums, hyper)
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
@@ -316,9 +350,8 @@ class FusedStep:
         for name, parts in sums.small.items():
             minus = centre_grad if name == "b_dec" else None
             ops.vector_update(parts, sums.scales[: len(parts)], minus, *taken, *state.of(name))
-        model.tokens_since_fired.add_(finite, alpha=batch.x.shape[0]).masked_fill_(
-            fired & finite, 0
-        )
+        since = model.tokens_since_fired
+        since.add_(finite, alpha=self.tokens(batch)).masked_fill_(fired & finite, 0)
         state.t += finite
 
     def _update_encoder(self, batch: Batch, g: Groups, sums: Sums, hyper: Tensor) -> Tensor | None:
@@ -331,14 +364,31 @@ class FusedStep:
         W, master, m, v = state.of("W_enc")
         W_bf16, norms = state.W_bf16 or (None, None)
         ops.row_update(
-            coefficients=g.grads, offsets=g.offsets, order=g.order,
-            rows=[batch.x] * len(g.grads), scales=sums.scales,
-            centre=model.b_dec if centred else None, grad_dot_w=None,
+            **self._encoder_rows(batch, g, sums), grad_dot_w=None,
             grad_b_enc=sums.grad_b_enc if centred else None,
             W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=grad, start=0, normalize=False,
-            W_bf16=W_bf16, rng_state=state.rng_state("W_enc"), norms=norms, row_of=g.token_of,
+            W_bf16=W_bf16, rng_state=state.rng_state("W_enc"), norms=norms,
         )  # fmt: skip
-        return None if grad is None else self.communicator.all_reduce(grad)
+        return None if grad is None else self.communicator.over_latents(grad)
+
+    def _encoder_rows(self, batch: Batch, g: Groups, sums: Sums) -> dict[str, Any]:
+        """What makes the gradients of the rows of W_enc, as the ops take it."""
+        if sums.reduced is not None:
+            return sums.reduced.rows(sums.reduced.encoder, self.model.W_enc, sums.scales)
+        return {
+            "coefficients": g.grads, "offsets": g.offsets, "order": g.order,
+            "rows": [batch.x] * len(g.grads), "scales": sums.scales,
+            "centre": self.model.b_dec if self.model.centred else None, "row_of": g.token_of,
+        }  # fmt: skip
+
+    def _decoder_rows(self, g: Groups, sums: Sums) -> dict[str, Any]:
+        """The same of W_dec, for the columns that the residuals hold."""
+        if sums.reduced is not None:
+            return sums.reduced.rows(sums.reduced.decoder, self.model.W_dec, sums.scales)
+        return {
+            "coefficients": g.values, "offsets": g.offsets, "order": g.order, "rows": g.residuals,
+            "scales": sums.scales, "centre": None, "row_of": g.row_of,
+        }  # fmt: skip
 
     def _take_columns(
         self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, start: int, columns: int
@@ -367,9 +417,7 @@ class FusedStep:
         state = self.state
         W, master, m, v = state.of("W_dec")
         ops.row_update(
-            coefficients=g.values, offsets=g.offsets, order=g.order, rows=g.residuals,
-            scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w, grad_b_enc=None,
+            **self._decoder_rows(g, sums), grad_dot_w=sums.grad_dot_w, grad_b_enc=None,
             W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=None, start=first,
-            normalize=self.model.normalize_decoder and last,
-            rng_state=state.rng_state("W_dec"), row_of=g.row_of,
+            normalize=self.model.normalize_decoder and last, rng_state=state.rng_state("W_dec"),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..coders.activation import JumpReLU
-from ..coders.code import Code
+from ..coders.code import Code, by_row
 from ..coders.coder import SparseCoder
 
 
@@ -19,21 +19,22 @@ def penalty_and_gradient(
     grads: Tensor,
     row_of: Tensor,
     scale: Tensor,
+    active: Tensor,
     N: int,
 ) -> tuple[Tensor, Tensor]:
     """The penalty [], and the gradient of log_threshold [F] of loss and penalty.
 
     Args:
-        code: of a training batch of N tokens, entries below their threshold with value 0.
+        code: of a training batch, entries below their threshold with value 0.
         residual: [rows, d_out]; row_of: the row of each entry, [E].
         grads: of the values that are not 0, before `scale`, [E].
+        active, N: how many values of the whole batch are not 0, [], and its tokens.
     """
     activation = model.activation
     assert isinstance(activation, JumpReLU)
     theta = activation.thresholds(model)  # [F]
     at = theta[code.indices]
-    active = code.values > 0
-    penalty, slope = activation.weigh(active.sum().to(theta.dtype) / max(N, 1))
+    penalty, slope = activation.weigh(active.to(theta.dtype) / max(N, 1))
     near = activation.in_band(code.values, at)
     below = (code.values == 0).nonzero()[:, 0]
     full = grads.clone()
@@ -45,9 +46,7 @@ def penalty_and_gradient(
 
 def _products(residual: Tensor, rows: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """<residual[row], W_dec[index]> of entries in any order: [E]."""
-    order = rows.argsort(stable=True)
-    bounds = torch.arange(len(residual) + 1, device=rows.device, dtype=rows.dtype)
-    offsets = torch.searchsorted(rows[order], bounds)
+    order, offsets = by_row(rows, len(residual))
     products = ops.sparse_decode_backward_values(residual, indices[order, None], W_dec, offsets)
     out = torch.empty_like(products[:, 0])
     out[order] = products[:, 0]

@@ -24,6 +24,7 @@ class Activation:
     ragged: ClassVar[bool] = False  # codes have row offsets: a number of entries of each row's own
     penalized: ClassVar[bool] = False  # a penalty beside the loss, of parameters of its own
     needs_gradient: ClassVar[bool] = False  # selects by the gradient of a downstream loss too
+    observes: ClassVar[bool] = False  # notes something of the smallest value of a training batch
 
     def check(self, owner: str, F: int) -> None:
         """Refuse options that are out of range for a coder of F latents.
@@ -91,7 +92,7 @@ class Activation:
         return self.select(coder, rows, self.k, grad)
 
     def observe(self, coder: SparseCoder, values: Tensor) -> None:
-        """Note the values of a training batch's code."""
+        """Note the smallest positive one of the values [E] of a training batch's code."""
 
     def select_aux(
         self,

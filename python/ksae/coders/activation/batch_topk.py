@@ -44,6 +44,7 @@ class BatchTopK(TopK):
     threshold: str = "running"
 
     ragged: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
 
     def check(self, owner: str, F: int) -> None:
         super().check(owner, F)
