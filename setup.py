@@ -99,7 +99,11 @@ setup(
         "ksae.kernels": "kernels",
         "ksae.bench": "bench",
     },
-    package_data={"ksae": ["py.typed", "*.pyi"], "ksae.analysis.dashboard": ["assets/*"]},
+    package_data={
+        "ksae": ["py.typed", "*.pyi"],
+        "ksae.analysis.attribution": ["assets/*"],
+        "ksae.analysis.dashboard": ["assets/*"],
+    },
     exclude_package_data={
         "ksae.bench": ["*.md", ".gitignore", "results/**", "pytest/*", "cache/*"]
     },

@@ -64,7 +64,8 @@ class Ksae:
         with torch.no_grad():
             for name, value in start.items():
                 getattr(self.model, name).copy_(value)
-        self.trainer = TrainStep(self.model, lr=lr, fused=fused)
+        # the rate of the others, whose losses it is compared with
+        self.trainer = TrainStep(self.model, lr=lr, decoder_lr=1.0, fused=fused)
 
     def step(self, x: Tensor) -> Tensor:
         return self.trainer(x)["loss"]

@@ -24,10 +24,10 @@ import torch
 
 from ..harness import data
 from ..harness.measure import map_each_block, peak_extra, slow_share
-from . import ours, peers
+from . import families, ours, peers
 
 BATCHES = 4
-CHECKED = 5  # the step (counted from 1) whose FVU must agree, after the first
+CHECKED = families.CHECKED  # the step (counted from 1) whose FVU must agree, after the first
 
 OP = "train_step"  # as KSAE_BENCH_SLOW and the rows call it
 
@@ -45,6 +45,7 @@ CONTESTANTS: dict[str, Callable[..., ours.Contestant]] = {
     "dictionary-learning": peers.DictionaryLearning,
     "overcomplete": peers.Overcomplete,
 }
+EVERY = CONTESTANTS | families.CONTESTANTS
 MODULES = {
     "eai-sparsify": "sparsify",
     "sae-lens": "sae_lens",
@@ -169,16 +170,18 @@ def _run(pipe: Connection, name: str, task: Task) -> None:
     torch.set_num_threads(task.threads)
     map_each_block(True)
     start = data.initial_weights(task.F, task.d)
-    contestant = CONTESTANTS[name](start, task.k, task.lr)
+    contestant = EVERY[name](start, task.k, task.lr)
     del start
     slow = slow_share(OP) if name.startswith("ksae") else 0.0
     inputs = data.batches(task.data, task.N, task.d, BATCHES)
+    prepare = getattr(contestant, "prepare", lambda x: None)
     taken = 0
 
     def step() -> tuple[float, float]:
         nonlocal taken
         x = inputs[taken % BATCHES]
         taken += 1
+        prepare(x)
         begin = time.perf_counter()
         loss = contestant.step(x)
         end = time.perf_counter()
@@ -195,6 +198,7 @@ def _run(pipe: Connection, name: str, task: Task) -> None:
             p.grad = None  # gradients that a trainer keeps between steps are a cost of the step
         x = inputs[taken % BATCHES]
         taken += 1
+        prepare(x)
         losses: list[Any] = []
         peak = peak_extra(lambda: losses.append(contestant.step(x)))
         fvu.append(contestant.fvu(losses[0], x))

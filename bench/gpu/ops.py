@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ksae.backends.triton import Kernels
 
 from ..harness import costs
 from ..harness.measure import Times
+from ..suites import latents
 from . import rivals
 from .measure import CHUNK, Inputs, Shape, Timer, Way, add_rows, check
 from .report import Record
@@ -254,40 +255,15 @@ def _measure_latents(record: Record, timer: Timer, i: Inputs, indices: Tensor, c
             check(record, timer, f"group{case} {shape.name} by {way}", got, want, 0)
     add_rows(record, timer, shape, f"group{case}", ways, costs.group_by_latent(N, F, k, s))
 
-    ours, triton = (latent_pass(i, indices, groups, served) for served in (ops, portable))
+    ours, triton = (
+        latents.both_passes(i.x, i.W, i.b_dec, i.values, indices, groups, served)
+        for served in (ops, portable)
+    )
     what = f"latent pass{case} {shape.name} by Triton"
     check(record, timer, what, lambda: triton() - i.W.float(), lambda: ours() - i.W.float(), 1e-2)
-    cost = costs.latent_sums(N, F, k, s) + costs.row_update(N, d, F, k, s, row=s)
-    cost += costs.row_update(N, d, F, k, s, coefficient=s)
+    cost = latents.cost(N, d, F, k, s)
     ways = {"ksae": ours, "Triton": triton}
     add_rows(record, timer, shape, f"latent pass{case}", ways, cost)
-
-
-def latent_pass(
-    i: Inputs, indices: Tensor, groups: tuple[Tensor, Tensor], served: Any
-) -> Callable[[], Tensor]:
-    """Gradients, projection, Adam and unit rows of both matrices, as `served` computes them; the
-    float32 W_dec."""
-    rows = i.W[indices[:, 0]].float()  # a residual's kind of numbers
-    error, grads = i.x.float() - rows, torch.where(i.values == 0, 0, i.values.float())
-    wide = torch.float32
-    masters = [None if i.dtype == wide else i.W.float() for _ in range(2)]
-    W_enc, W_dec = i.W.clone(), i.W.clone()
-    moments = [torch.zeros(i.W.shape, device=i.W.device, dtype=wide) for _ in range(4)]
-    hyper = torch.tensor([1e-4, 0.03, 0.9, 0.999, 1e-8, 1.0, 0.1, 0.001], device=i.W.device)
-    grad_b_dec = torch.empty(i.shape.d, device=i.W.device)
-    scale = torch.full((1,), 1e-6, device=i.W.device)
-    offsets, order = ([t] for t in groups)
-
-    def call() -> Any:
-        b_enc, along = served.latent_sums([i.values], [grads], offsets, order, scale)
-        encoder = ([grads], offsets, order, [i.x], scale, i.b_dec, None, b_enc, W_enc, masters[0])
-        served.row_update(*encoder, moments[0], moments[1], hyper, grad_b_dec, 0, False)
-        decoder = ([i.values], offsets, order, [error], scale, None, along, None, W_dec, masters[1])
-        served.row_update(*decoder, moments[2], moments[3], hyper, None, 0, True)
-        return W_dec if masters[1] is None else masters[1]
-
-    return call
 
 
 SECTIONS = {

@@ -134,7 +134,7 @@ def smoke(device: str) -> None:
     from ksae import ops, reference
     from ksae.backends.triton import Kernels
     from ksae.bench.gpu.measure import Inputs, Shape
-    from ksae.bench.gpu.ops import latent_pass
+    from ksae.bench.suites.latents import both_passes
 
     N, d, F, k = (33, 72, 1100, 9) if device == "cuda" else (5, 24, 140, 4)
     dead = torch.arange(F, device=device) % 10 == 0
@@ -149,7 +149,9 @@ def smoke(device: str) -> None:
         error, _, _ = ops.sparse_residual(values, indices, i.W, i.b_dec, i.x, d)
         ops.sparse_decode_backward_values(error.to(dtype), indices, i.W)
         ops.sparse_decode_backward_weight(error.to(dtype), values, indices, F)
-        latent_pass(i, indices, ops.group_by_latent(values, indices, F), ops)()
+        both_passes(
+            i.x, i.W, i.b_dec, i.values, indices, ops.group_by_latent(values, indices, F), ops
+        )()
     if device == "cuda":
         torch.cuda.synchronize()
 

@@ -12,6 +12,7 @@ from ksae.coders import TopKSAE
 from ksae.step.train_step import TrainStep
 
 from ..harness import costs
+from ..suites import latents
 from . import rivals
 from .measure import Inputs, Shape, Timer, Way, add_rows, memory
 from .report import Record
@@ -44,7 +45,7 @@ def measure_step(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype)
     }
     if dtype != torch.bfloat16:
         del contestants["ksae, bfloat16 moments"]
-    cost = sum(costs.train_step(N, d, F, k, inputs.x.element_size()).values(), costs.Cost())
+    cost = sum(latents.train_step(N, d, F, k, inputs.x.element_size()).values(), costs.Cost())
     first = None
     for name, make in contestants.items():
         if record.left() < 20:

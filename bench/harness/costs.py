@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each op must move and compute, by formula, and the ceilings of this machine, by measuring.
+"""What each op must move and compute, by formula, and the ceilings of this machine, by measuring;
+the passes over latents: ../suites/latents.py.
 
 Bytes count each tensor of an op once: read once, written once, both for what is updated in place.
 Rows that are gathered count once for each row that is touched. An op's fraction of its ceiling is
@@ -108,27 +109,9 @@ def group_by_latent(N: int, F: int, k: int, s: int = F32) -> Cost:
     return Cost(N * k * (s + I64) + (F + 1) * I32 + N * k * I32)
 
 
-def latent_sums(N: int, F: int, k: int, s: int = F32) -> Cost:
-    return Cost(N * k * (s + F32 + I32) + (F + 1) * I32 + 2 * F * F32, 3 * N * k)
-
-
 def adam(parameters: float, s: int = F32) -> Cost:
     """Parameter (or master) and two moments read and written, a rounded copy written."""
     return Cost(parameters * (6 * F32 + (0 if s == F32 else s)), 12 * parameters)
-
-
-def row_grad_sq(N: int, d: int, F: int, k: int, s: int = F32) -> Cost:
-    """Row sums of squares of the encoder's gradient."""
-    read = N * d * s + N * k * (F32 + I32) + (F + 1) * I32
-    return Cost(read + F * 8, 2 * N * k * d + 2 * F * d)
-
-
-def row_update(
-    N: int, d: int, F: int, k: int, s: int = F32, *, row: int = F32, coefficient: int = F32
-) -> Cost:
-    """One matrix: gradient, projection, Adam, unit rows. `row`, `coefficient`: element sizes."""
-    read = N * d * row + N * k * (coefficient + I32) + (F + 1) * I32
-    return Cost(read, 2 * N * k * d + 6 * F * d) + adam(F * d, s)
 
 
 def total_variance(N: int, d: int, s: int = F32) -> Cost:
@@ -147,18 +130,6 @@ def adam_scalars(scales: int = 1) -> Cost:
 def vector_update(size: float, s: int = F32) -> Cost:
     """One gradient, and Adam."""
     return Cost(size * F32) + adam(size, s)
-
-
-def train_step(N: int, d: int, F: int, k: int, s: int = F32) -> dict[str, Cost]:
-    """The fused step by phase; each phase counts its tensors once."""
-    return {
-        "topk_encode": topk_encode(N, d, F, k, s),
-        "sparse_residual": sparse_residual(N, d, F, k, s),
-        "group_by_latent": group_by_latent(N, F, k, s),
-        "latent_sums": latent_sums(N, F, k, s),
-        "row_update W_enc": row_update(N, d, F, k, s, row=s),
-        "row_update W_dec": row_update(N, d, F, k, s, coefficient=s),
-    }
 
 
 def growth(op: str, N: int, d: int, F: int, k: int) -> Cost:

@@ -117,7 +117,7 @@ def ops_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
 def step_table(rows: Sequence[Row]) -> tuple[list[str], Cells]:
     header = ["contestant", "version", "ms", "quartiles", "spread", "time / ksae", "extra MB"]
     header += ["of floor", "remark"]
-    base = next((r for r in rows if r.way == "ksae fp32" and r.times), None)
+    base = next((r for r in rows if r.ours and r.times), None)  # in float32
     cells: Cells = []
     for row in rows:
         version = str(row.extra.get("version") or "")
@@ -227,7 +227,7 @@ def sections(run: Record) -> list[tuple[str, list[str], list[tuple[str, list[str
                     tables.append((said + case, *ops_table(chosen)))
         elif name == "gpu":
             tables = [(case, *ops_table(rows)) for case, rows in by_case.items()]
-        elif name == "step":
+        elif name in ("step", "families"):
             tables = [(case, *step_table(rows)) for case, rows in by_case.items()]
         elif name == "scaling":
             tables = [("Exponents", *scaling_table(run))]
@@ -261,7 +261,7 @@ def terminal(run: Record) -> str:
 def _faster_rivals(run: Record) -> Iterator[tuple[Row, Row, float]]:
     """The best of ksae, a faster rival, and how many times faster; of each thing ksae loses."""
     for suite, case, op, mode in groups(run.rows):
-        if suite not in ("ops", "step", "quality"):
+        if suite not in ("ops", "step", "families", "quality"):
             continue
         members = [r for r in run.rows if r.group == (suite, case, op, mode)]
         ours, rival = best_of_ours(members), best_rival(members)

@@ -57,7 +57,7 @@ def train(site: Pairs, k: int, seed: int, beta: float | None, args: argparse.Nam
     with torch.no_grad():
         for name, value in start.items():
             getattr(sae, name).copy_(value)
-    step = TrainStep(sae, lr=args.lr)
+    step = TrainStep(sae, lr=args.lr, decoder_lr=1.0)
     for number, rows in enumerate(batches(len(site.x), args.batch, args.steps, seed)):
         # a linear fall over the last fifth, as ksae train does
         step.lr = args.lr * min(1.0, (args.steps - number) / (0.2 * args.steps))

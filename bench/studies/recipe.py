@@ -37,7 +37,7 @@ from ksae.step.train_step import TrainStep
 from ..contestants import peers
 from ..contestants.workers import missing
 from ..harness.data import Weights
-from ..harness.measure import describe, machine
+from ..harness.measure import describe, machine, revision
 from ..suites.quality import CHUNK, batches, measure, start_of
 from . import recipe_report
 
@@ -53,6 +53,9 @@ class Recipe:
     peer: str | None = None
     clip: str | None = None  # None: no clipping
     decay: float = 0.0
+    decoder_lr: float = 1.0
+    encoder: float = 1.0  # length of the first rows of the encoder
+    decoder: float = 1.0  # and of the decoder
 
 
 # ksae's `above` with clip_norm = 1 is "free" here: the norm of the FVU's gradient stays below 1
@@ -61,10 +64,22 @@ RECIPES = {
     "always": Recipe(clip="always"),
     "free, decay": Recipe(decay=DECAY),
     "always, decay": Recipe(clip="always", decay=DECAY),
+    "always, decay, decoder x3": Recipe(clip="always", decay=DECAY, decoder_lr=3.0),
+    "always, decay, encoder 0.1": Recipe(clip="always", decay=DECAY, encoder=0.1),
+    "always, decay, decoder x3, encoder 0.1": Recipe(
+        clip="always", decay=DECAY, decoder_lr=3.0, encoder=0.1
+    ),
+    "free, decay, decoder x3, encoder 0.1": Recipe(decay=DECAY, decoder_lr=3.0, encoder=0.1),
     "sae-lens": Recipe("sae-lens"),
     "sae-lens, decay": Recipe("sae-lens", decay=DECAY),
+    "sae-lens, decay, encoder 0.1": Recipe("sae-lens", decay=DECAY, encoder=0.1),
+    # its own start: rows of length 0.1
+    "sae-lens, decay, both 0.1": Recipe("sae-lens", decay=DECAY, encoder=0.1, decoder=0.1),
     "dictionary-learning": Recipe("dictionary-learning"),
     "dictionary-learning, decay": Recipe("dictionary-learning", decay=DECAY),
+    "dictionary-learning, decay, encoder 0.1": Recipe(
+        "dictionary-learning", decay=DECAY, encoder=0.1
+    ),
 }
 PEERS: dict[str, Callable[[Weights, int, float], Any]] = {
     "sae-lens": peers.SaeLens,
@@ -94,8 +109,10 @@ class Ksae:
         with torch.no_grad():
             for name, value in start.items():
                 getattr(self.model, name).copy_(value)
-        clip = {} if recipe.clip is None else {"clip_norm": 1.0, "clip": recipe.clip}
-        self.trainer = TrainStep(self.model, cell.lr, **clip)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"decoder_lr": recipe.decoder_lr}
+        if recipe.clip is not None:
+            options |= {"clip_norm": 1.0, "clip": recipe.clip}
+        self.trainer = TrainStep(self.model, cell.lr, **options)
 
     def step(self, x: Tensor, rate: float) -> None:
         self.trainer.lr = rate
@@ -129,8 +146,10 @@ class Peer:
 def run(cell: Cell, train: Tensor, held: Tensor, batch: int) -> dict[str, Any]:
     """Train one cell and measure it; what goes wrong becomes its result."""
     try:
-        start = start_of(cell.F, train, cell.seed)
         recipe = RECIPES[cell.recipe]
+        start = start_of(cell.F, train, cell.seed)
+        scales = {"W_enc": recipe.encoder, "W_dec": recipe.decoder}
+        start |= {name: start[name] * scale for name, scale in scales.items()}
         begin = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):  # of other libraries
             trained: Any = Peer(start, cell) if recipe.peer else Ksae(start, cell, batch)
@@ -233,7 +252,7 @@ def work(record: dict[str, Any], path: Path, args: argparse.Namespace) -> None:
             sizes = {"rows": len(train), "held_out": len(held)}
             record["machine"] = machine(model="SmolLM2-135M", **sizes)
             print(describe(record["machine"] | record["settings"]), flush=True)
-        row = asdict(cell) | run(cell, train, held, args.batch)
+        row = asdict(cell) | run(cell, train, held, args.batch) | {"revision": revision()}
         kept = [old for old in record["cells"] if recipe_report.key_of(old) != astuple(cell)]
         record["cells"] = [*kept, row]
         content = (json.dumps(record, indent=1) + "\n").encode()

@@ -32,7 +32,8 @@ class SuiteSpec:
 MINUTES = {"quick": 2, "full": 40}
 SUITES = {
     "ops": SuiteSpec("every op by implementation: time and memory", 22, 700),
-    "step": SuiteSpec("a whole training step against other libraries", 28, 1200),
+    "step": SuiteSpec("a whole training step against other libraries", 28, 900),
+    "families": SuiteSpec("the same of other architectures", 60, 300, only_full=True),
     "scaling": SuiteSpec("how cost grows with N, d, F and k", 10, 120),
     "quality": SuiteSpec(
         "what training reaches on real activations, and when", 26, 300, only_full=True

@@ -14,10 +14,8 @@ from torch.nn import functional as nn
 from ksae import ops
 
 from ..harness import costs
-from . import selections
+from . import latents, selections
 from .case import BETA, Call, Case, Problem
-
-HYPER = [1e-2, 0.001**0.5, 0.9, 0.999, 1e-8, 1.0, 0.1, 0.001]  # as row_update takes them, step 1
 
 
 def problems(case: Case, modes: tuple[str, ...] = ("forward", "backward")) -> Iterator[Problem]:
@@ -123,10 +121,8 @@ def _forward(case: Case) -> Iterator[Problem]:
 def _step_ops(case: Case) -> Iterator[Problem]:
     """What only the fused training step calls."""
     N, d, F, k, s = case.N, case.d, case.F, case.k, case.dtype.itemsize
-    values, indices, grads = case.values, case.indices, case.grads
+    values, indices = case.values, case.indices
     code = (values, indices, case.W, case.b_dec, case.x)
-    lists = ([case.offsets], [case.order])
-    encoder = ([grads], *lists, [case.x], case.scale, case.b_dec)
     yield Problem(
         "group_by_latent",
         "forward",
@@ -164,28 +160,7 @@ def _step_ops(case: Case) -> Iterator[Problem]:
         costs.prefix_slice(N, d, F, k, len(widths), d // 5, s),
         lambda impl: partial(impl.prefix_residual_slice, *nested, 0, d // 5),
     )
-    yield Problem(
-        "latent_sums",
-        "forward",
-        costs.latent_sums(N, F, k, s),
-        lambda impl: partial(impl.latent_sums, [values], [grads], *lists, case.scale),
-        check=list,
-    )
-    yield Problem(
-        "row_grad_sq",
-        "forward",
-        costs.row_grad_sq(N, d, F, k, s),
-        lambda impl: partial(impl.row_grad_sq, *encoder, None, case.W, 0),
-    )
-    along = ops.latent_sums([values], [grads], *lists, case.scale)[1]
-    decoder = ([values], *lists, [case.residual], case.scale, None)
-    yield Problem(
-        "row_update",
-        "forward",
-        costs.row_update(N, d, F, k, s, coefficient=s),
-        lambda impl: _update(case, impl, decoder, along),
-        {"index_add_, fused Adam": _torch_update(case)} if s == 4 else {},
-    )
+    yield from latents.forward(case)
     yield from _small(case)
 
 
@@ -231,48 +206,12 @@ def _vector_update(case: Case, impl: Any) -> Call:
     p = case.b_enc.clone()
     master = None if case.dtype == torch.float32 else p.float()
     m, v = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
-    hyper, taken = torch.tensor(HYPER, device=p.device), torch.tensor(True, device=p.device)
+    hyper, taken = torch.tensor(latents.HYPER, device=p.device), torch.tensor(True, device=p.device)
     grad = case.W[:, 0].float()
 
     def call() -> Tensor:
         impl.vector_update([grad], None, None, taken, hyper, p, master, m, v)
         return p
-
-    return call
-
-
-def _update(case: Case, impl: Any, lists: tuple[Any, ...], along: Tensor) -> Call:
-    """The decoder's update on weights and moments of its own."""
-    W = case.W.clone()
-    master = None if case.dtype == torch.float32 else W.float()
-    m, v = (torch.zeros_like(W, dtype=torch.float32) for _ in range(2))
-    hyper = torch.tensor(HYPER, device=W.device)
-
-    def call() -> Tensor:
-        impl.row_update(*lists, along, None, W, master, m, v, hyper, None, 0, True)
-        return W
-
-    return call
-
-
-def _torch_update(case: Case) -> Call:
-    """The same in torch: index_add_, projection, Adam(fused=True), unit rows."""
-    flat = case.indices.reshape(-1)
-    state: list[Any] = []
-
-    def call() -> Tensor:
-        if not state:  # made at the first call: most of the time nobody asks
-            W = torch.nn.Parameter(case.W.clone())
-            state.extend([W, torch.optim.Adam([W], lr=1e-3, fused=True)])
-        W, adam = state
-        rows = case.values[:, :, None] * (case.scale * case.residual)[:, None, :]  # [N, k, d]
-        W.grad = torch.zeros_like(W).index_add_(0, flat, rows.reshape(-1, case.d))
-        W.grad -= (W.grad * W).sum(1, keepdim=True) * W
-        adam.step()
-        with torch.no_grad():
-            W.div_(W.norm(dim=1, keepdim=True))
-        result: Tensor = W.detach()
-        return result
 
     return call
 

@@ -20,6 +20,7 @@ from ..harness import costs
 from ..harness.costs import Ceilings, Cost
 from ..harness.record import Row, low
 from ..harness.session import Session
+from . import latents
 from .case import Call, Case, Problem
 from .opcases import problems
 
@@ -37,7 +38,7 @@ TIMED: dict[str, tuple[Costs, bool]] = {  # op: its formula, and whether it is a
     "sparse_decode": (costs.sparse_decode, False),
     "rest of a step": (
         lambda N, d, F, k: sum(
-            (c for n, c in costs.train_step(N, d, F, k).items() if n != "topk_encode"), Cost()
+            (c for n, c in latents.train_step(N, d, F, k).items() if n != "topk_encode"), Cost()
         ),
         False,
     ),
@@ -123,10 +124,7 @@ def _point(
 def _calls(case: Case) -> dict[str, Call]:
     """The encode, the decode, and what else a step does."""
     found: dict[str, Problem] = {p.op: p for p in problems(case, ("forward",))}
-    rest = [
-        found[op].make(ops)
-        for op in ("sparse_residual", "group_by_latent", "latent_sums", "row_update", "row_update")
-    ]
+    rest = [found[op].make(ops) for op in ("sparse_residual", "group_by_latent", *latents.STEP)]
 
     def step() -> None:
         for call in rest:

@@ -23,6 +23,7 @@ from ..harness import costs
 from ..harness.record import Row
 from ..harness.session import Session
 from ..harness.shapes import NAMED, Shape, available_memory, scaled
+from . import latents
 
 ANCHOR = "dense torch"
 BLOCKS = 4
@@ -60,7 +61,7 @@ def run(session: Session) -> None:
             seconds = session.left() / len(to_come)
             fit = scaled(to_come[0], len(names), memory, flops)
             session.note(f"{fit}; scaled: {fit.scaling}")
-            needed = _shape(session, fit, names, seconds, PATIENCE[size])
+            needed = run_shape(session, fit, names, seconds, PATIENCE[size])
             to_come.pop(0)
             if size == "full" and to_come:
                 share = session.left() / len(to_come)
@@ -79,11 +80,21 @@ def affordable(flops: float, pace: float, seconds: float) -> float:
     return flops
 
 
-def _shape(
-    session: Session, shape: Shape, names: list[str], seconds: float, patience: float
+def run_shape(
+    session: Session,
+    shape: Shape,
+    names: list[str],
+    seconds: float,
+    patience: float,
+    anchor: str = ANCHOR,
+    case: str | None = None,
 ) -> float:
     """One shape: start all, then round after round until the time is spent; the seconds that it
-    needs for LEAST rounds."""
+    needs for LEAST rounds.
+
+    anchor: the contestant that ksae does not change. case: of the rows, whose costs are not known
+    by formula, and of which the first step alone is compared; None: the shape, of TopK.
+    """
     start = session.spent()
     task = Task(shape.N, shape.d, shape.F, shape.k, session.data, LR, session.threads)
     workers = []
@@ -91,13 +102,16 @@ def _shape(
         for name in names:
             workers.append(Worker.start(name, task))
             session.tick(f"starting {name}")
-            if name == ANCHOR:  # those of ours and torch's first: they are quick to import
+            if name == anchor:  # those of ours and torch's first: they are quick to import
                 for worker in workers:
                     worker.ready(patience)
         waited = session.spent()
         for worker in sorted(workers, key=lambda w: "compiled" in w.name):  # it takes longest
             worker.ready(max(1.0, patience - (session.spent() - waited)))
-        rows = {w.name: session.add(_row(shape, w)) for w in workers}
+        rows = {
+            w.name: session.add(_row(session.name, case or str(shape), shape, w, anchor))
+            for w in workers
+        }
         ready = session.spent()
         until, latest = start + seconds, start + (math.inf if session.quick else OVER * seconds)
         rounds = _rounds(session, workers, rows, until, latest)
@@ -105,13 +119,21 @@ def _shape(
         for worker in workers:
             while worker.failure is None and len(worker.fvu) < CHECKED:
                 worker.step(timed=False)
-        _check(workers, rows)
-        session.note(f"{shape.name}: {rounds} rounds")
+        _check(workers, rows, SAME_FVU if case is None else {1: SAME_FVU[1]})
+        name = case or shape.name
+        session.note(f"{name}: {rounds} rounds")
         if rounds < LEAST:
-            session.note(f"{shape.name}: cut by the time, {LEAST} rounds were to be")
+            session.note(f"{name}: cut by the time, {LEAST} rounds were to be")
     finally:
         for worker in workers:
             worker.stop()
+    if case is None:
+        _floors(session, shape, rows)
+    return needed
+
+
+def _floors(session: Session, shape: Shape, rows: dict[str, Row]) -> None:
+    """What ksae's steps would take at this machine's ceilings."""
     limit = costs.ceilings(shape.N, shape.d, shape.F, rounds=2, copied=2**24)
     session.suite.facts.setdefault("ceilings", {})[str(shape)] = limit
     for row in rows.values():
@@ -120,22 +142,21 @@ def _shape(
                 torch.bfloat16 if row.dtype == "bf16" else torch.float32,
                 "unscreened" not in row.way,
             )
-            phases = costs.train_step(**shape.sizes, s=2 if row.dtype == "bf16" else 4)
+            phases = latents.train_step(**shape.sizes, s=2 if row.dtype == "bf16" else 4)
             total = sum(phases.values(), costs.Cost())
             row.bytes, row.flops = total.bytes, total.flops
             row.floor = sum(c.seconds(limit, product) for c in phases.values())
-    return needed
 
 
-def _row(shape: Shape, worker: Worker) -> Row:
+def _row(suite: str, case: str, shape: Shape, worker: Worker, anchor: str) -> Row:
     return Row(
-        "step",
-        str(shape),
+        suite,
+        case,
         OP,
         "step",
         worker.name,
         ours=worker.name.startswith("ksae"),
-        anchor=ANCHOR,
+        anchor=anchor,
         shape=shape.sizes,
         dtype=DTYPES.get(worker.name, "fp32"),
         peak=worker.peak_extra,
@@ -216,14 +237,15 @@ def _is_slow(worker: Worker, workers: list[Worker]) -> bool:
     return bool(worker.seconds) and min(worker.seconds) > 8 * fastest
 
 
-def _check(workers: list[Worker], rows: dict[str, Row]) -> None:
-    """Contestants whose FVU is not ksae's: their timing counts for nothing."""
+def _check(workers: list[Worker], rows: dict[str, Row], same: dict[int, float]) -> None:
+    """Contestants whose FVU is not ksae's at the steps of `same`: their timing counts for
+    nothing."""
     want = next((w.fvu for w in workers if w.name.startswith("ksae") and not w.failure), None)
     for worker in workers:
         if worker.failure is not None or want is None:
             continue
         rows[worker.name].extra["fvu"] = worker.fvu[:CHECKED]
-        for step, tolerance in SAME_FVU.items():
+        for step, tolerance in same.items():
             rounding = 10 if "bf16" in worker.name and step == 1 else 1
             got, should = worker.fvu[step - 1], want[step - 1]
             if not abs(got - should) <= rounding * tolerance * should:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Python module ksae._cpu over ksae/cpu.h. Pointers are integers; python/ksae/backends/ makes them
-// from tensors and owns every check. Kernels run without the GIL.
+// from tensors and owns every check. Kernels run without the GIL. An op that states itself
+// (ksae/op.h) needs nothing here.
 #include "ksae/cpu.h"
 
 #include <pybind11/pybind11.h>
@@ -11,6 +12,8 @@
 #include <tuple>
 #include <variant>
 #include <vector>
+
+#include "ops.h"
 
 namespace py = pybind11;
 using namespace ksae::cpu;
@@ -60,18 +63,6 @@ struct Rows {
   const int32_t* row_of() const { return static_cast<const int32_t*>(table); }
 };
 
-// offsets, order, values or coefficients, grads or rows, k or a tuple of the address of row_of
-using Group = std::tuple<Pointer, Pointer, Pointer, Pointer, Rows::From>;
-
-std::vector<RowGroup> row_groups(const std::vector<Group>& from) {
-  std::vector<RowGroup> groups;
-  for (const auto& [offsets, order, coefficients, rows, k] : from)
-    groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
-                      as<const void>(coefficients), as<const void>(rows), Rows(k).k,
-                      Rows(k).row_of()});
-  return groups;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -91,6 +82,11 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("openmp", openmp_threads);
   m.def("can_screen", can_screen);
+  m.def("indices_in_range", [](Pointer indices, int64_t n, int index_bytes, int64_t F) {
+    const Indices i(indices, index_bytes);
+    py::gil_scoped_release release;
+    return indices_in_range(i.i64, i.i32, n, F);
+  });
 
   m.def("topk", [](int64_t N, int64_t F, int64_t k, int dtype, Pointer x, Pointer values,
                    Pointer indices, const py::function& allocate, int threads) {
@@ -321,61 +317,10 @@ PYBIND11_MODULE(_cpu, m) {
                         as<int32_t>(order)};
     with_workspace(p, allocate, threads, group_by_latent_workspace, group_by_latent);
   });
-  m.def("latent_sums", [](int64_t F, int dtype, const std::vector<Group>& from, Pointer scales,
-                          Pointer grad_b_enc, Pointer grad_dot_w, int threads) {
-    std::vector<LatentSumsGroup> groups;
-    for (const auto& [offsets, order, values, grads, k] : from)
-      groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
-                        as<const void>(values), as<const float>(grads)});
-    py::gil_scoped_release release;
-    latent_sums({F, Dtype(dtype), groups.data(), as<const float>(scales), int(groups.size()),
-                 as<float>(grad_b_enc), as<float>(grad_dot_w)},
-                threads);
-  });
-  const auto row_params = [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
-                             bool encoder, const std::vector<RowGroup>& groups, Pointer scales,
-                             Pointer centre, Pointer grad_dot_w, Pointer W) {
-    RowUpdateParams p{};
-    p.F = F;
-    p.d = d;
-    p.start = start;
-    p.columns = columns;
-    p.dtype = Dtype(dtype);
-    p.encoder = encoder;
-    p.groups = groups.data();
-    p.scales = as<const float>(scales);
-    p.n_groups = int(groups.size());
-    p.centre = as<const void>(centre);
-    p.grad_dot_w = as<float>(grad_dot_w);
-    p.W = as<void>(W);
-    return p;
-  };
-  m.def("row_update", [row_params](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
-                                   bool encoder, const std::vector<Group>& from, Pointer scales,
-                                   Pointer centre, Pointer grad_dot_w, Pointer grad_b_enc,
-                                   Pointer grad_b_dec, Pointer W, Pointer master, Pointer m,
-                                   Pointer v, Pointer hyper, bool normalize,
-                                   const py::function& allocate, int threads) {
-    const auto groups = row_groups(from);
-    RowUpdateParams p =
-        row_params(F, d, start, columns, dtype, encoder, groups, scales, centre, grad_dot_w, W);
-    p.grad_b_enc = as<const float>(grad_b_enc);
-    p.grad_b_dec = as<float>(grad_b_dec);
-    p.master = as<float>(master);
-    p.m = as<float>(m);
-    p.v = as<float>(v);
-    p.hyper = as<const float>(hyper);
-    p.normalize = normalize;
-    with_workspace(p, allocate, threads, row_update_workspace, row_update);
-  });
-  m.def("row_grad_sq", [row_params](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
-                                    bool encoder, const std::vector<Group>& from, Pointer scales,
-                                    Pointer centre, Pointer grad_dot_w, Pointer W, Pointer grad_sq,
-                                    const py::function& allocate, int threads) {
-    const auto groups = row_groups(from);
-    RowUpdateParams p =
-        row_params(F, d, start, columns, dtype, encoder, groups, scales, centre, grad_dot_w, W);
-    p.grad_sq = as<double>(grad_sq);
-    with_workspace(p, allocate, threads, row_update_workspace, row_grad_sq);
-  });
+  ksae::add_ops<int>(
+      m, [](const py::handle& threads) { return threads.cast<int>(); },
+      [](const ksae::Op<int>& op, const ksae::Params& p, void* workspace, int threads) {
+        py::gil_scoped_release release;
+        op.run(p.get(), workspace, threads);
+      });
 }

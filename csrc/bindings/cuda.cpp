@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Python module ksae._cuda over ksae/cuda.h. It imports without a GPU or a driver; its functions
-// then raise CUDA's reason. Pointers and streams are integers; python/ksae/cuda.py makes them.
+// then raise CUDA's reason. Pointers and streams are integers; python/ksae/backends/ makes them.
+// An op that states itself (ksae/op.h) needs nothing here.
 #include "ksae/cuda.h"
 
 #include <pybind11/pybind11.h>
@@ -12,6 +13,8 @@
 #include <utility>
 #include <variant>
 #include <vector>
+
+#include "ops.h"
 
 #ifndef KSAE_CUDA_MODULE
 #define KSAE_CUDA_MODULE _cuda
@@ -85,37 +88,6 @@ DecodeParams decode_params(int64_t N, int64_t d, int64_t F, const Code& code, in
           code.offsets(),
           out_float};
 }
-
-// offsets, order, values or coefficients, grads or rows, k, N * k
-using Group = std::tuple<Pointer, Pointer, Pointer, Pointer, Code::From, int64_t>;
-
-// The arguments of row_update and row_grad_sq; no call is longer than its parameters live.
-struct Rows {
-  std::vector<RowGroup> groups;
-  RowUpdateParams p{};
-
-  Rows(int64_t F, int64_t d, int64_t start, int64_t columns, int dtype, bool encoder,
-       const std::vector<Group>& from, Pointer scales, Pointer centre, Pointer grad_dot_w,
-       Pointer W) {
-    for (const auto& [offsets, order, coefficients, rows, k, entries] : from)
-      groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
-                        as<const void>(coefficients), as<const void>(rows), Code(k).k, entries,
-                        Code(k).row_of()});
-    p.F = F;
-    p.d = d;
-    p.start = start;
-    p.columns = columns;
-    p.dtype = Dtype(dtype);
-    p.encoder = encoder;
-    p.groups = groups.data();
-    p.n_groups = static_cast<int>(groups.size());
-    p.scales = as<const float>(scales);
-    p.centre = as<const void>(centre);
-    p.grad_dot_w = as<float>(grad_dot_w);
-    p.W = as<void>(W);
-  }
-  Rows(const Rows&) = delete;
-};
 
 }  // namespace
 
@@ -217,52 +189,6 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
     check(group_by_latent(p, workspace, as<CUstream_st>(stream)),
           sizes("group_by_latent", N, 0, F, k));
   });
-  module.def("latent_sums", [](int64_t F, int dtype, const std::vector<Group>& from, Pointer scales,
-                               Pointer grad_b_enc, Pointer grad_dot_w, const py::function& allocate,
-                               Pointer stream) {
-    std::vector<LatentSumsGroup> groups;
-    for (const auto& [offsets, order, values, grads, k, entries] : from)
-      groups.push_back({as<const int32_t>(offsets), as<const int32_t>(order),
-                        as<const void>(values), as<const float>(grads), entries});
-    const LatentSumsParams p{F,
-                             Dtype(dtype),
-                             groups.data(),
-                             as<const float>(scales),
-                             static_cast<int>(groups.size()),
-                             as<float>(grad_b_enc),
-                             as<float>(grad_dot_w)};
-    void* workspace = as<void>(allocate(latent_sums_workspace(p)).cast<Pointer>());
-    check(latent_sums(p, workspace, as<CUstream_st>(stream)), sizes("latent_sums", 0, 0, F, 0));
-  });
-  module.def("row_grad_sq", [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
-                               bool encoder, const std::vector<Group>& groups, Pointer scales,
-                               Pointer centre, Pointer grad_dot_w, Pointer W, Pointer grad_sq,
-                               const py::function& allocate, Pointer stream) {
-    Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, grad_dot_w, W);
-    r.p.grad_sq = as<double>(grad_sq);
-    void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());
-    check(row_grad_sq(r.p, workspace, as<CUstream_st>(stream)), sizes("row_grad_sq", 0, d, F, 0));
-  });
-  module.def("row_update", [](int64_t F, int64_t d, int64_t start, int64_t columns, int dtype,
-                              bool encoder, const std::vector<Group>& groups, Pointer scales,
-                              Pointer centre, Pointer grad_dot_w, Pointer grad_b_enc,
-                              Pointer grad_b_dec, Pointer W, Pointer master, Pointer m, Pointer v,
-                              Pointer hyper, bool normalize, Pointer W_bf16, Pointer rng_state,
-                              Pointer norms, const py::function& allocate, Pointer stream) {
-    Rows r(F, d, start, columns, dtype, encoder, groups, scales, centre, grad_dot_w, W);
-    r.p.grad_b_enc = as<const float>(grad_b_enc);
-    r.p.grad_b_dec = as<float>(grad_b_dec);
-    r.p.master = as<float>(master);
-    r.p.m = as<void>(m);
-    r.p.v = as<void>(v);
-    r.p.W_bf16 = as<void>(W_bf16);
-    r.p.norms = as<float>(norms);
-    r.p.rng_state = as<const int64_t>(rng_state);
-    r.p.hyper = as<const float>(hyper);
-    r.p.normalize = normalize;
-    void* workspace = as<void>(allocate(row_update_workspace(r.p)).cast<Pointer>());
-    check(row_update(r.p, workspace, as<CUstream_st>(stream)), sizes("row_update", 0, d, F, 0));
-  });
   module.def("sparse_decode_backward_weight",
              [](int64_t N, int64_t d, int64_t F, const Code::From& from, int dtype, Pointer grad,
                 Pointer values, Pointer offsets, Pointer order, Pointer grad_W, Pointer value_sum,
@@ -340,4 +266,11 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                                           as<float>(v)};
                check(vector_update(p, as<CUstream_st>(stream)), "vector_update");
              });
+  ksae::add_ops<cudaStream_t>(
+      module, [](const py::handle& stream) { return as<CUstream_st>(stream.cast<Pointer>()); },
+      [](const auto& op, const ksae::Params& p, void* workspace, cudaStream_t stream) {
+        const auto size = [&](const char* name) { return ksae::number_of(op, p, name); };
+        check(static_cast<cudaError_t>(op.run(p.get(), workspace, stream)),
+              sizes(op.name, size("N"), size("d"), size("F"), size("k")));
+      });
 }

@@ -134,9 +134,6 @@ struct Kernels {
   void (*backward_values)(const DecodeBackwardValuesParams& p, int64_t row0, int64_t row1);
   void (*backward_weight)(const DecodeBackwardWeightParams& p, const int32_t* offsets,
                           const int32_t* order, int64_t i0, int64_t i1, float* scratch);
-  void (*latent_sums)(const LatentSumsParams& p, int64_t i0, int64_t i1);
-  void (*row_update)(const RowUpdateParams& p, int64_t i0, int64_t i1, float* scratch,
-                     float* grad_b_dec, bool update);
 };
 
 const Kernels& plain_kernels();
@@ -144,6 +141,35 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512bf16_kernels();
 const Kernels& kernels();  // of the current level
+
+// Declares a function `name` of each level, of the function type `Type`, which a file of isa/
+// defines, and `name_here()`: that of the current level. What one op alone calls needs no place in
+// the table. For namespace ksae::cpu.
+#ifdef KSAE_HAVE_X86
+#define KSAE_EACH_LEVEL(Type, name)                                                          \
+  namespace plain {                                                                          \
+  Type name;                                                                                 \
+  }                                                                                          \
+  namespace avx2 {                                                                           \
+  Type name;                                                                                 \
+  }                                                                                          \
+  namespace avx512 {                                                                         \
+  Type name;                                                                                 \
+  }                                                                                          \
+  namespace avx512bf16 {                                                                     \
+  Type name;                                                                                 \
+  }                                                                                          \
+  static Type* name##_here() {                                                               \
+    static Type* const levels[] = {plain::name, avx2::name, avx512::name, avx512bf16::name}; \
+    return levels[current_level()];                                                          \
+  }
+#else
+#define KSAE_EACH_LEVEL(Type, name) \
+  namespace plain {                 \
+  Type name;                        \
+  }                                 \
+  static Type* name##_here() { return plain::name; }
+#endif
 
 constexpr int64_t kVectorPad = 64;      // elements past the end that a whole-vector store may touch
 constexpr int64_t kThresholdRows = 32;  // rows of x that go by a row of W_enc together

@@ -12,7 +12,8 @@
 namespace ksae::cpu {
 namespace {
 
-constexpr int64_t kRoom = 96;  // a row has room for some four times as many candidates
+constexpr int64_t kUnpacked = 2;  // rows for which packing the weights would cost more
+constexpr int64_t kRoom = 96;     // a row has room for some four times as many candidates
 
 int64_t scratch_floats(const ThresholdEncodeParams& p) {
   return kThresholdRows * (p.d + kVectorPad);
@@ -34,6 +35,11 @@ EncodeParams product_of(const ThresholdEncodeParams& p) {
   return e;
 }
 
+// A product of bfloat16 pairs is not the sum that decides: it is a screen too.
+bool screened(const ThresholdEncodeParams& p) {
+  return p.screen && p.N > kUnpacked && kernels().has_dot && p.dtype != Dtype::kFloat16;
+}
+
 size_t scratch_bytes(const ThresholdEncodeParams& p, int threads) {
   return size_t(round_up(std::max(threads, 1) * scratch_floats(p) * 4, 64));
 }
@@ -51,7 +57,7 @@ void count_from(const ThresholdEncodeParams& p, int64_t first, void* workspace, 
 // Returns how many rows are counted.
 int64_t count_screened(const ThresholdEncodeParams& p, void* workspace, int threads) {
   const EncodeParams e = product_of(p);
-  if (p.N == 0 || scoring_of(e) != Scoring::kScreen) return 0;
+  if (!screened(p)) return 0;
   Arena arena{static_cast<char*>(workspace), scratch_bytes(p, threads)};
   Plan plan = plan_chunk(e, {}, Scoring::kScreen, p.F, p.N, threads, arena);
   EncodeChunk& c = plan.chunk;
@@ -75,8 +81,7 @@ int64_t count_screened(const ThresholdEncodeParams& p, void* workspace, int thre
 size_t threshold_encode_workspace(const ThresholdEncodeParams& p, int threads) {
   Arena arena{nullptr, scratch_bytes(p, threads)};
   const EncodeParams e = product_of(p);
-  if (p.N > 0 && scoring_of(e) == Scoring::kScreen)
-    plan_chunk(e, {}, Scoring::kScreen, p.F, p.N, threads, arena);
+  if (screened(p)) plan_chunk(e, {}, Scoring::kScreen, p.F, p.N, threads, arena);
   return arena.used;
 }
 

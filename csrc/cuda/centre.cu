@@ -5,7 +5,7 @@
 // and the shares are added in their order. Rows whose gradient is 0, as of latents without entries,
 // are not read. Bytes: the rows of W that have entries, 8 kShares d of partial sums. Flops: 2 a
 // number read.
-#include "row_update.h"
+#include "latents.h"
 
 namespace ksae::cuda {
 namespace {

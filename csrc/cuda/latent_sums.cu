@@ -4,7 +4,8 @@
 //
 // Bytes an entry: 4 of order, and gathered the value and its gradient; 16 a latent and 32 a piece.
 // Flops: 4 an entry.
-#include "row_update.h"
+#include "ksae/op.h"
+#include "latents.h"
 #include "segments.h"
 
 namespace ksae::cuda {
@@ -142,5 +143,24 @@ cudaError_t value_sums(const ValueSumsParams& p, void* workspace, cudaStream_t s
   all.n_groups = 1;
   return launch(all, p.value_sum, workspace, stream);
 }
+
+namespace {
+
+using Group = LatentSumsGroup;
+const Field kGroup[] = {
+    KSAE_FIELD(Group, offsets),
+    KSAE_FIELD(Group, order),
+    KSAE_FIELD(Group, values),
+    KSAE_FIELD(Group, grads),
+    KSAE_FIELD_AS(Group, entries, "order_size"),
+};
+using P = LatentSumsParams;
+const Field kFields[] = {
+    KSAE_FIELD(P, F),      KSAE_FIELD(P, dtype),      KSAE_LIST(P, groups, n_groups, kGroup),
+    KSAE_FIELD(P, scales), KSAE_FIELD(P, grad_b_enc), KSAE_FIELD(P, grad_dot_w),
+};
+const OpOf<cudaStream_t, P, latent_sums, latent_sums_workspace> op("latent_sums", kFields);
+
+}  // namespace
 
 }  // namespace ksae::cuda

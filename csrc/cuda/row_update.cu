@@ -12,10 +12,11 @@
 // each parameter 24 of moments and parameter and 2 of a 16-bit copy, to read the copy 2; 12 in all
 // with rng_state, and about 35 integer instructions. For a piece of a long segment 8 bytes a
 // column, written and read. Flops: 2 an entry and column, about 14 a parameter. Limits: four
-// groups; N k and 2^31 - 1 entries a group.
+// groups; N k and 2^31 - 4096 entries a group.
 #include "entries.h"
+#include "ksae/op.h"
+#include "latents.h"
 #include "rounding.h"
-#include "row_update.h"
 #include "segments.h"
 
 namespace ksae::cuda {
@@ -337,8 +338,8 @@ template <Pass kPass>
 cudaError_t launch_side(const RowUpdateParams& p, void* workspace, cudaStream_t stream) {
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return p.encoder ? launch<float, T, T, float, kPass>(p, workspace, stream)
-                     : launch<T, float, T, float, kPass>(p, workspace, stream);
+    return p.rows_dtype == p.dtype ? launch<float, T, T, float, kPass>(p, workspace, stream)
+                                   : launch<T, float, T, float, kPass>(p, workspace, stream);
   });
 }
 
@@ -370,8 +371,8 @@ cudaError_t row_update(const RowUpdateParams& p, void* workspace, cudaStream_t s
   if (p.rng_state) {
     using B = __nv_bfloat16;
     if (p.dtype != Dtype::kBFloat16 || p.master || p.start % 4) return cudaErrorInvalidValue;
-    return p.encoder ? launch<float, B, B, B, Pass::kUpdate>(p, workspace, stream)
-                     : launch<B, float, B, B, Pass::kUpdate>(p, workspace, stream);
+    return p.rows_dtype == p.dtype ? launch<float, B, B, B, Pass::kUpdate>(p, workspace, stream)
+                                   : launch<B, float, B, B, Pass::kUpdate>(p, workspace, stream);
   }
   return launch_side<Pass::kUpdate>(p, workspace, stream);
 }
@@ -398,5 +399,49 @@ cudaError_t sparse_decode_backward_weight(const DecodeBackwardWeightParams& p, v
     return launch<T, T, T, float, Pass::kWeight>(row, workspace, stream);
   });
 }
+
+namespace {
+
+const Field kGroup[] = {
+    KSAE_FIELD(RowGroup, offsets),
+    KSAE_FIELD(RowGroup, order),
+    KSAE_FIELD(RowGroup, coefficients),
+    KSAE_FIELD(RowGroup, rows),
+    KSAE_FIELD(RowGroup, k),
+    KSAE_FIELD_AS(RowGroup, entries, "order_size"),
+    KSAE_FIELD(RowGroup, row_of),
+};
+using P = RowUpdateParams;
+const Field kFields[] = {
+    KSAE_FIELD(P, grad_sq),  // of row_grad_sq alone
+    KSAE_FIELD(P, F),
+    KSAE_FIELD(P, d),
+    KSAE_FIELD(P, start),
+    KSAE_FIELD(P, columns),
+    KSAE_FIELD(P, dtype),
+    KSAE_FIELD(P, rows_dtype),
+    KSAE_LIST(P, groups, n_groups, kGroup),
+    KSAE_FIELD(P, scales),
+    KSAE_FIELD(P, centre),
+    KSAE_FIELD(P, grad_dot_w),
+    KSAE_FIELD(P, W),
+    KSAE_FIELD(P, grad_b_enc),  // from here on, of row_update alone
+    KSAE_FIELD(P, grad_b_dec),
+    KSAE_FIELD(P, master),
+    KSAE_FIELD(P, m),
+    KSAE_FIELD(P, v),
+    KSAE_FIELD(P, W_bf16),
+    KSAE_FIELD(P, norms),
+    KSAE_FIELD(P, rng_state),
+    KSAE_FIELD(P, hyper),
+    KSAE_FIELD(P, normalize),
+};
+constexpr size_t kOfNorm = 12, kAll = sizeof(kFields) / sizeof(Field);
+const OpOf<cudaStream_t, P, row_grad_sq, row_update_workspace> norm("row_grad_sq", kFields,
+                                                                    kOfNorm);
+const OpOf<cudaStream_t, P, row_update, row_update_workspace> update("row_update", kFields + 1,
+                                                                     kAll - 1);
+
+}  // namespace
 
 }  // namespace ksae::cuda

@@ -31,7 +31,8 @@ constexpr int kSlice = 128;  // columns a warp
 constexpr int64_t kSharedRow = 11 * 1024;
 constexpr int64_t kShares = 1024;  // of the tokens, for column sums
 
-// The entries base + [from, to) of a token: k, or those between its row offsets.
+// The entries base + [from, to) of a token: k, or those between its row offsets, which are below
+// 2^31 - 4096: a warp counts up to 256 past the last.
 template <bool kOffsets>
 struct Entries {
   static constexpr int64_t from = 0;

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # Built only where nvcc was found. Functions raise RuntimeError with the reason, such as no driver.
 from collections.abc import Callable, Sequence
+from typing import Any
 
 architectures: str
+# Of the ops that state their native parameters themselves: those of each. They are functions of
+# the module too, called by ksae.backends.bridge.
+fields: dict[str, tuple[Any, ...]]
 
 def runtime_version() -> int: ...
 def driver_version() -> int: ...
@@ -13,7 +17,6 @@ _Allocate = Callable[[int], int]
 # Entries a row, or a tuple of the address of row offsets, or where entries are taken one by one of
 # the row of each.
 _Code = int | tuple[int]
-_Groups = list[tuple[int, int, int, int, _Code, int]]
 
 def select(
     rows: int,
@@ -112,57 +115,6 @@ def group_by_latent(
     index_bytes: int,
     offsets: int,
     order: int,
-    allocate: _Allocate,
-    stream: int,
-) -> None: ...
-def latent_sums(
-    F: int,
-    dtype: int,
-    groups: _Groups,
-    scales: int,
-    grad_b_enc: int,
-    grad_dot_w: int,
-    allocate: _Allocate,
-    stream: int,
-) -> None: ...
-def row_grad_sq(
-    F: int,
-    d: int,
-    start: int,
-    columns: int,
-    dtype: int,
-    encoder: bool,
-    groups: _Groups,
-    scales: int,
-    centre: int,
-    grad_dot_w: int,
-    W: int,
-    grad_sq: int,
-    allocate: _Allocate,
-    stream: int,
-) -> None: ...
-def row_update(
-    F: int,
-    d: int,
-    start: int,
-    columns: int,
-    dtype: int,
-    encoder: bool,
-    groups: _Groups,
-    scales: int,
-    centre: int,
-    grad_dot_w: int,
-    grad_b_enc: int,
-    grad_b_dec: int,
-    W: int,
-    master: int,
-    m: int,
-    v: int,
-    hyper: int,
-    normalize: bool,
-    W_bf16: int,
-    rng_state: int,
-    norms: int,
     allocate: _Allocate,
     stream: int,
 ) -> None: ...

@@ -12,7 +12,14 @@ from .ops import accumulator
 
 def _rows(t: Tensor) -> Tensor:
     """[..., n] -> contiguous [N, n]."""
-    return (t.flatten(0, -2) if t.dim() > 1 else t.reshape(1, -1)).contiguous()
+    if t.dim() == 2:
+        return t.contiguous()
+    return (t.flatten(0, -2) if t.dim() > 2 else t.reshape(1, -1)).contiguous()
+
+
+def _leading(out: Tensor, like: Tensor) -> Tensor:
+    """[N, n] -> [..., n] with the leading dimensions of `like`."""
+    return out if like.dim() == 2 else out.reshape(*like.shape[:-1], out.shape[1])
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -38,8 +45,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         (tensor([3., 3.]), tensor([1, 2]))
     """
     values, indices = ops.topk(_rows(x), k)
-    shape = (*x.shape[:-1], k)
-    return values.reshape(shape), indices.reshape(shape)
+    return _leading(values, x), _leading(indices, x)
 
 
 def topk_encode(
@@ -90,8 +96,7 @@ def topk_encode(
         None if b_dec is None else b_dec.contiguous(),
         None if mask is None else mask.contiguous(),
     )
-    shape = (*x.shape[:-1], k)
-    return values.reshape(shape), indices.reshape(shape)
+    return _leading(values, x), _leading(indices, x)
 
 
 def grad_topk_encode(
@@ -169,8 +174,7 @@ def grad_topk_encode(
         mode,
         None if b_dec is None else b_dec.contiguous(),
     )
-    shape = (*x.shape[:-1], k)
-    return values.reshape(shape), indices.reshape(shape)
+    return _leading(values, x), _leading(indices, x)
 
 
 def batch_topk_encode(
@@ -199,8 +203,8 @@ def batch_topk_encode(
         value 0 and keeps its index. `sparse_decode` takes the three.
 
     Raises:
-        ValueError: shapes that do not fit, k outside [1, F], or 2^31 entries and more. TypeError:
-            dtypes that differ.
+        ValueError: shapes that do not fit, k outside [1, F], or more than 2^31 - 4096 entries.
+        TypeError: dtypes that differ.
 
     Numerics: as `topk_encode`; of equal u the earlier row wins, then the smaller index; NaN before
     everything. Gradients for x, W_enc, b_enc and b_dec flow through the entries with value > 0,
@@ -249,7 +253,8 @@ def threshold_encode(
         the entries row_offsets[n] to row_offsets[n + 1] - 1. `sparse_decode` takes the three.
 
     Raises:
-        ValueError: shapes that do not fit, or 2^31 entries and more. TypeError: dtypes that differ.
+        ValueError: shapes that do not fit, or more than 2^31 - 4096 entries. TypeError: dtypes
+            that differ.
 
     Numerics: u is accumulated in float32 whatever the dtype (float64 for float64) and compared, as
     theta is, before it is rounded; NaN is not above; the same bits on every run and for every
@@ -327,4 +332,4 @@ def sparse_decode(
         )
         return recon
     out = ops.sparse_decode(_rows(values), _rows(indices), W_dec.contiguous(), bias)
-    return out.reshape(*values.shape[:-1], W_dec.shape[1])  # type: ignore[no-any-return]
+    return _leading(out, values)

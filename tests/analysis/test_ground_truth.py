@@ -69,6 +69,24 @@ def test_a_coder_that_knows_the_features() -> None:
         compare_with_truth(ksae.TopKSAE(8, 16, 2), source)
 
 
+def test_a_code_with_a_number_of_entries_of_each_row() -> None:
+    """BatchTopK's counts are those of the same code written out."""
+    world = World(WorldConfig(features=40, d=12, roots=4, depth=1, rank=2, steps=0, least=0.05))
+    source = SyntheticSource(world, held_out=300)
+    torch.manual_seed(0)
+    sae = ksae.SAE(12, 20, ksae.BatchTopK(3)).eval()
+    got = compare_with_truth(sae, source, batch_size=300)
+    assert got["l0"] == pytest.approx(3.0)
+    (draw,) = source.draws(300)
+    dense = sae(world.activations(draw)).code.dense(20)
+    matches = Matches(sae.W_dec, world.directions)
+    indices = torch.arange(20).expand(300, 20)
+    matches.update(dense, indices, draw.values, draw.indices)
+    for name, value in matches.results().items():
+        assert got[name] == pytest.approx(value), name
+    assert 0 < got["f1"] < 1
+
+
 def test_the_mean_correlation_pairs_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("scipy") is None:
         with pytest.raises(UserError, match="pip install scipy"):

@@ -89,7 +89,7 @@ def test_shapes_that_the_run_did_not_reach_are_rows_that_say_so(tmp_path, monkey
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(step, "_shape", interrupted)
+    monkeypatch.setattr(step, "run_shape", interrupted)
     session = Session(Record({}, "full"), tmp_path / "x.json", quick=False)
     session.begin("step", 1000.0)
     with pytest.raises(KeyboardInterrupt):

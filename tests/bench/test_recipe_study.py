@@ -63,7 +63,7 @@ def test_a_cell_is_what_the_step_gives(study: Any) -> None:
     with torch.no_grad():
         for name, value in start.items():
             getattr(model, name).copy_(value)
-    step = ksae.TrainStep(model, 3e-3, clip_norm=1.0, clip="always")
+    step = ksae.TrainStep(model, 3e-3, decoder_lr=1.0, clip_norm=1.0, clip="always")
     falls = {9: 1.0, 10: 2 / 3, 11: 1 / 3}  # the last fifth of 12 steps, from where it falls on
     for t, rows in enumerate(quality.batches(train, BATCH, STEPS, 1)):
         step.lr = 3e-3 * falls.get(t, 1.0)

@@ -59,7 +59,7 @@ def auxk(name: str, model: ksae.SAE, x: Tensor, y: Tensor, dead: Tensor) -> Tens
             return scale * (ehat + b_dec - e.detach()).square().sum() / of_y
         case "saelens":
             scale = min(n_dead / (d // 2), 1.0)
-            ehat = chosen @ W_dec[dead] + b_dec
+            ehat = chosen @ W_dec[dead]
             return scale * (ehat - e.detach()).square().sum(1).mean() / d
         case "batch_topk":
             return (ehat + b_dec - e).square().mean()

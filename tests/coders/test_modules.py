@@ -375,6 +375,21 @@ def test_initialize_from() -> None:
     model = ksae.TopKSAE(D, F, K)
     initialize_from(model, x.reshape(5, 10, D))
     torch.testing.assert_close(model.b_dec.detach(), geometric_median(x))
+    torch.testing.assert_close(model.W_enc.detach(), 0.1 * model.W_dec.detach())
+    for again in (model, ksae.TopKSAE(D, F, K)):  # one that is not as it was made is left
+        with torch.no_grad():
+            again.W_enc[0, 0] += 1
+        before = again.W_enc.detach().clone()
+        initialize_from(again, x)
+        assert torch.equal(again.W_enc, before)
+    tied = ksae.TopKSAE(D, F, K)
+    initialize_from(tied, x, encoder_scale=1.0)
+    assert torch.equal(tied.W_enc, tied.W_dec)
+    jump = ksae.SAE(D, F, ksae.JumpReLU())
+    initialize_from(jump, x)
+    assert torch.equal(jump.W_enc, jump.W_dec)
+    with pytest.raises(ValueError, match="encoder_scale must be a finite number above 0, got 0"):
+        initialize_from(model, x, encoder_scale=0)
     other = ksae.Transcoder(D, OUT, F, K)
     initialize_from(other, x, y)
     torch.testing.assert_close(other.b_dec.detach(), y.mean(0))

@@ -55,7 +55,7 @@ def test_two_calls_around_torchs_adam_keep_unit_rows_and_are_train_steps_update(
         sae.set_decoder_norm_to_unit_norm,
         n=3,
     )
-    step = ksae.TrainStep(stepped, lr=1e-2)
+    step = ksae.TrainStep(stepped, lr=1e-2, decoder_lr=1.0)
     for batch in torch.randn(3, 64, d, generator=torch.Generator().manual_seed(1)):
         step(*target(kind, batch))
     assert (norms(sae) - 1).abs().max() < 1e-6

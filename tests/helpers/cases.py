@@ -352,6 +352,27 @@ def assert_close(
     )
 
 
+def special_rows(d: int) -> Tensor:
+    """Weights whose norms are hard to bound."""
+    W = integers(20, d, top=511)  # of more bits than bf16 has
+    W[0] = 0
+    W[1], W[1, -1] = -0.0, 1e30  # its square overflows
+    W[2] = 2.0**57.5  # a norm below 2^60, and above it for many columns
+    W[3] = 2.0**61 / d**0.5
+    W[4] = 2.0**58 / d**0.5
+    W[5], W[6] = W[5] * 2.0**-70, W[6] * 2.0**-80  # squares underflow
+    W[7], W[8] = W[7] * 2.0**-149, 2.0**-149
+    W[9, 0], W[10, -1], W[11, d // 2] = torch.nan, torch.inf, -torch.inf
+    W[12, 0] = 3.4e38  # its copy is infinite
+    W[13] = 2.0**-60 * (1 + 2.0**-9)  # the copy loses most
+    return W
+
+
+def assert_rounded(what: str, got: Tensor, exact: Tensor, floor: float | None = None) -> None:
+    """The tolerance rule with `exact`, rounded, for plain torch: what the reference is held to."""
+    assert_close(what, got, exact.to(got.dtype), exact, floor)
+
+
 def assert_norms(norms: Tensor, W: Tensor, W_bf16: Tensor) -> None:
     """norms [3, F] are the bounds of reference.bf16_norms, from above and not far."""
     d, exact = W.shape[1], [t.double() for t in (W, W_bf16)]

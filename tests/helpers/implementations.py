@@ -84,9 +84,12 @@ class Kernels(Implementation):
         self.kernels = kernels
 
     def __getattr__(self, op: str) -> Any:
-        kernel = getattr(self.kernels, op)
         name = op.removeprefix("fused_")
+        kernel = self.find(op)
         return as_op(name, kernel) if name in BY_NAME else kernel
+
+    def find(self, op: str) -> Any:
+        return getattr(self.kernels, op)
 
 
 class Emulated(Kernels):
@@ -96,6 +99,9 @@ class Emulated(Kernels):
         from ksae.backends import cuda
 
         super().__init__(EMULATED, cuda.Kernels(emulator.module))
+
+    def find(self, op: str) -> Any:
+        return self.kernels.kernel(BY_NAME[op]) if op in BY_NAME else super().find(op)
 
 
 class Interpreted(Kernels):

@@ -79,6 +79,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "clip, loose": ("sae", {}, {"clip_norm": 50.0}),
     "clip, always": ("sae", {"k_aux": 20, "dead": 9}, {"clip_norm": 1.0, "clip": "always"}),
     "skip, clip always": ("skip", {"multi_topk": True}, {"clip_norm": 0.05, "clip": "always"}),
+    "decoder's rate": ("sae", {"k_aux": 20, "dead": 9}, {"decoder_lr": 3.0}),
+    "skip, decoder's rate": ("skip", {}, {"decoder_lr": 0.5, "clip_norm": 0.05}),
     "few dead": ("sae", {"k_aux": 20, "dead": 9}, {"clip_norm": 0.05}),
     "more dead than k_aux": ("sae", {"k_aux": 6, "dead": 2}, {}),
     "all dead": ("sae", {"k_aux": 6, "dead": 1, "auxk_alpha": 1.0}, {}),

@@ -21,6 +21,7 @@ from cases import (
     integers,
     randn,
     row_arguments,
+    special_rows,
 )
 from implementations import EVERY, INTERPRETED, INTERPRETED_FUSED, KERNELS
 from torch import Tensor
@@ -52,22 +53,6 @@ def test_norms_are_of_the_row_as_it_is_stored(impl: Implementation, side: str, d
     assert_same("W", a["W"], plain["W"])
     assert_same("W_bf16", W_bf16, a["W"].bfloat16())
     assert_norms(norms, a["W"], W_bf16)
-
-
-def special_rows(d: int) -> Tensor:
-    """Weights whose norms are hard to bound."""
-    W = integers(20, d, top=511)  # of more bits than bf16 has
-    W[0] = 0
-    W[1], W[1, -1] = -0.0, 1e30  # its square overflows
-    W[2] = 2.0**57.5  # a norm below 2^60, and above it for many columns
-    W[3] = 2.0**61 / d**0.5
-    W[4] = 2.0**58 / d**0.5
-    W[5], W[6] = W[5] * 2.0**-70, W[6] * 2.0**-80  # squares underflow
-    W[7], W[8] = W[7] * 2.0**-149, 2.0**-149
-    W[9, 0], W[10, -1], W[11, d // 2] = torch.nan, torch.inf, -torch.inf
-    W[12, 0] = 3.4e38  # its copy is infinite
-    W[13] = 2.0**-60 * (1 + 2.0**-9)  # the copy loses most
-    return W
 
 
 @pytest.mark.parametrize("d", [1, 23, 1300])

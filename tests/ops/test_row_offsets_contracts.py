@@ -11,10 +11,13 @@ import torch
 from calls import F, N, d, threshold_coder
 from cases import integers, norm_arguments, randn, row_arguments
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import ksae
 from ksae import ops, reference
+from ksae.ops.specs import BY_NAME
+from ksae.reference.dtypes import ENTRIES
 
 
 def ragged(wants_gradient: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,3 +169,39 @@ def test_messages_of_codes_with_row_offsets() -> None:
         ops.row_update(*update.values())
     with pytest.raises(ValueError, match=re.escape("row_of must be 2 tensors, one for each")):
         ops.row_update(*update.values(), None, None, None, [offsets.int()])
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        "sparse_decode",
+        "sparse_decode_backward_values",
+        "sparse_decode_backward_weight",
+        "sparse_residual",
+        "sparse_residual_slice",
+        "prefix_residual",
+        "prefix_residual_slice",
+        "group_by_latent",
+    ],
+)
+def test_more_entries_than_kernels_can_number_are_refused(op: str) -> None:
+    """Positions are int32 there, and loops count past the last."""
+    spec = BY_NAME[op]
+    with FakeTensorMode():
+        W, rows, sums = torch.empty(F, d), torch.empty(N, d), torch.empty(2)
+        values, latents = torch.empty(ENTRIES + 1, 1), torch.empty(ENTRIES + 1, 1, dtype=torch.long)
+        given = {
+            "values": values, "indices": latents, "W_dec": W, "grad": rows, "target": rows, "F": F,
+            "columns": d, "start": 0, "stop": d, "widths": sums.long(), "shares": sums,
+            "row_offsets": torch.empty(N + 1, dtype=torch.long),
+        }  # fmt: skip
+        arguments = spec.defaults | {name: given.get(name) for name in spec.names}
+        arguments |= {"partial": False} if op == "sparse_decode" else {}
+        with pytest.raises(
+            ValueError, match=f"^{op}: .* must be of at most {ENTRIES} entries, got"
+        ):
+            spec.check(arguments)
+        for name in ("values", "indices"):
+            if name in spec.names:
+                arguments[name] = given[name][:-1]
+        spec.check(arguments)

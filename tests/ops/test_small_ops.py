@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import (
     Implementation,
-    assert_close,
+    assert_rounded,
     clone_all,
     randn,
     scalars_arguments,
@@ -19,6 +19,7 @@ from cases import (
     written,
 )
 from implementations import HOST, INTERPRETED, ON_CUDA
+from torch import Tensor
 
 from ksae import reference
 
@@ -27,12 +28,18 @@ pytestmark = pytest.mark.implementations("reference", HOST, *ON_CUDA, INTERPRETE
 SIZES = ((0, 5), (1, 7), (5, 1), (7, 17), (19, 512), (301, 130), (1030, 33))
 
 
+def variance(y: Tensor) -> Tensor:
+    """By its definition, in float64."""
+    y = y.double()
+    return (y - y.mean(0)).square().sum() if len(y) else y.sum()
+
+
 @pytest.mark.parametrize("N,d", SIZES)
 def test_total_variance(impl: Implementation, dtype: torch.dtype, N: int, d: int) -> None:
     y = randn(N, d, dtype=dtype) * 3
-    got, plain = impl.total_variance(y), reference.total_variance(y)
+    got = impl.total_variance(y)
     assert got.dtype == torch.float32 and got.shape == ()
-    assert_close("variance", got, plain, reference.total_variance(y.double()))
+    assert_rounded("variance", got, variance(y))
 
 
 @pytest.mark.parametrize("case", ["mean", "first row", "late row", "constant", "slice"])
@@ -54,8 +61,7 @@ def test_total_variance_of_large_numbers(
             return
         case "slice":
             y = y[3:401, 5:36]
-    plain, exact = reference.total_variance(y), reference.total_variance(y.double())
-    assert_close("variance", impl.total_variance(y), plain, exact)
+    assert_rounded("variance", impl.total_variance(y), variance(y))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -88,12 +94,15 @@ def test_loss_terms_without_a_denominator(impl: Implementation, below: float, te
 
 
 def check_terms(impl: Implementation, a: dict[str, Any]) -> Any:
-    got, plain = impl.loss_terms(*a.values()), reference.loss_terms(*a.values())
-    exact = reference.loss_terms(*(to_float64(a) | {"shares": a["shares"]}).values())
-    names = ("errors", "terms", "loss", "scales")
-    for name, g, p, e in zip(names, got, plain, exact, strict=True):
+    got = impl.loss_terms(*a.values())
+    errors = torch.stack([e.sum() for e in a["sq_errors"]])
+    below, share = torch.stack(a["denominators"]).double(), torch.tensor(a["shares"]).double()
+    counts = (below > 0) | (torch.arange(len(below)) == 0)
+    terms, scales = (torch.where(counts, t / below, 0) for t in (errors, 2 * share))
+    exact = (errors, terms, (share * terms).sum(), scales)
+    for name, g, e in zip(("errors", "terms", "loss", "scales"), got, exact, strict=True):
         assert g.dtype == torch.float32
-        assert_close(name, g, p, e)
+        assert_rounded(name, g, e)
     return got
 
 
@@ -111,7 +120,6 @@ def test_adam_scalars(
     hyper, taken, scales = impl.adam_scalars(*a.values())
     exact = reference.adam_scalars(*to_float64(a).values())
     assert hyper.dtype == torch.float32 and taken.dtype == torch.bool and bool(taken)
-    assert_close("hyper", hyper, reference.adam_scalars(*a.values())[0], exact[0])
     torch.testing.assert_close(hyper, exact[0].float(), rtol=3e-7, atol=0)  # each of them
     assert torch.equal(scales, a["scales"])
 
@@ -133,12 +141,11 @@ def test_vector_update(
     impl: Implementation, dtype: torch.dtype, shape: tuple[int, ...], G: int, extras: bool
 ) -> None:
     a = vector_arguments(dtype, *shape, G=G, extras=extras)
-    plain, exact = clone_all(a), to_float64(a)
+    exact = to_float64(a)
     impl.vector_update(*a.values())
-    reference.vector_update(*plain.values())
     reference.vector_update(*exact.values())
     for name, t in written(a).items():
-        assert_close(name, t, written(plain)[name], written(exact)[name])
+        assert_rounded(name, t, written(exact)[name])
     if a["master"] is not None:
         assert torch.equal(a["p"], a["master"].to(dtype))
 

@@ -301,8 +301,9 @@ def test_a_resumed_run_must_be_the_same_run(tmp_path):
     assert records(tmp_path / "a") == records(tmp_path / "b")
     compare({"train": {"lr": 1}}, {"train": {"lr": 1, "threads": 3}}, "x")
     # runs that were started before there was the setting
-    compare({"train": {"lr": 1}}, {"train": {"lr": 1, "clip": "above"}}, "x")
-    refused(lambda: again(clip="always"), "train.clip must be 'above'", "got 'always'")
+    compare({"train": {"lr": 1}}, {"train": {"lr": 1, "clip": "above", "decoder_lr": 1.0}}, "x")
+    refused(lambda: compare({}, {"train": {"decoder_lr": 3.0}}, "x"), "decoder_lr must be 1.0")
+    refused(lambda: again(clip="above"), "train.clip must be 'always'", "got 'above'")
 
 
 def test_services_that_are_not_installed_are_named(tmp_path):

@@ -156,6 +156,38 @@ def test_clipping_always_leaves_gradients_of_zero_at_zero(fused: bool) -> None:
         assert torch.equal(parameter, before[name]), name
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+def test_the_decoder_moves_at_its_own_rate(fused: bool) -> None:
+    """Of the same step W_dec moves decoder_lr as far, also at a rate set later, and nothing else
+    does; free norms, so that no row is made to be of length 1 again."""
+    moved = {}
+    for rate in (1.0, 3.0, 0.0):
+        model, (x,) = build("sae", torch.float64, normalize_decoder=False), batch("sae")
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        step = ksae.TrainStep(model, 1.0, decoder_lr=rate, fused=fused)
+        step.lr = 1e-3
+        step(x.double())
+        moved[rate] = {n: p.detach() - before[n] for n, p in model.named_parameters()}
+    for name, usual in moved[1.0].items():
+        for rate in (3.0, 0.0):
+            want = usual * rate if name == "W_dec" else usual
+            torch.testing.assert_close(moved[rate][name], want, rtol=1e-9, atol=1e-15, msg=name)
+    assert moved[1.0]["W_dec"].abs().max() > 0.9e-3
+
+
+def test_the_rate_of_the_decoder_is_thrice_that_of_the_others_by_default() -> None:
+    """Where it was measured: autoencoders with unit rows."""
+    for kind, settings, want in (
+        ("sae", {}, 3.0),
+        ("sae", {"normalize_decoder": False}, 1.0),
+        ("transcoder", {}, 1.0),
+        ("transcoder", {"normalize_decoder": True}, 1.0),
+    ):
+        step = ksae.TrainStep(build(kind, torch.float32, **settings))
+        assert step.decoder_lr == want, (kind, settings)
+        assert ksae.TrainStep(step.model, decoder_lr=2.0).decoder_lr == 2.0
+
+
 # ----------------------------------------------------------------------------- what must not change
 
 
@@ -312,6 +344,7 @@ def test_the_input_is_left_alone_and_autocast_does_not_reach_the_step() -> None:
     [
         ({"lr": -1.0}, "TrainStep: lr must be a finite number >= 0, got -1.0"),
         ({"lr": float("nan")}, "TrainStep: lr must be a finite number >= 0, got nan"),
+        ({"decoder_lr": -1.0}, "TrainStep: decoder_lr must be a finite number >= 0, got -1.0"),
         ({"betas": (0.9, 1.0)}, "TrainStep: betas must be in [0, 1), got (0.9, 1.0)"),
         ({"eps": 0.0}, "TrainStep: eps must be > 0, got 0.0"),
         (

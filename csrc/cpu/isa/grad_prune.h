@@ -15,12 +15,12 @@ template <Scoring kScoring>
 void pruned_tile(const EncodeChunk& c, const Score& score, const float* x, const float* w,
                  int64_t at, int64_t r0, const Scratch& s) {
   const GradChunk& g = *c.grad;
+  const int rows = c.R - r0 < kTileRows ? int(c.R - r0) : kTileRows;
   Vec acc[kTileRows][2];
-  product<kScoring>(x, w, steps(c), acc);
+  product<kScoring>(rows, x, w, steps(c), acc);
   alignas(64) float u[kTileRows][kPanel], hi[kTileRows][kPanel];
   uint32_t hits[kTileRows];
   const int64_t m0 = at * kPanel;
-  const int rows = c.R - r0 < kTileRows ? int(c.R - r0) : kTileRows;
   const uint32_t lanes = lanes_of(c, m0);
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {

@@ -80,10 +80,11 @@ void grad_tile(const EncodeChunk& c, const Score& score, const float* x, const f
                const float* gx, const float* gw, int64_t at, int64_t r0, const Scratch& s) {
   const GradChunk& g = *c.grad;
   alignas(64) float u[kTileRows][kPanel], a[kTileRows][kPanel];
-  const auto multiply = [](const EncodeChunk& p, const float* rows, const float* panel,
-                           const float* bias, float (&out)[kTileRows][kPanel]) {
+  const int rows = c.R - r0 < kTileRows ? int(c.R - r0) : kTileRows;
+  const auto multiply = [rows](const EncodeChunk& p, const float* x_pack, const float* panel,
+                               const float* bias, float (&out)[kTileRows][kPanel]) {
     Vec acc[kTileRows][2];
-    product<kScoring>(rows, panel, steps(p), acc);
+    product<kScoring>(rows, x_pack, panel, steps(p), acc);
     const Vec b0 = load(bias), b1 = load(bias + kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
@@ -94,7 +95,6 @@ void grad_tile(const EncodeChunk& c, const Score& score, const float* x, const f
   const int64_t m0 = at * kPanel;
   multiply(c, x, w, c.bias + m0, u);
   multiply(g.a, gx, gw, g.a.bias + m0, a);
-  const int rows = c.R - r0 < kTileRows ? int(c.R - r0) : kTileRows;
   const uint32_t lanes = lanes_of(c, m0);
   for (int i = 0; i < rows; ++i) {
     const int64_t r = r0 + i;

@@ -5,9 +5,8 @@
 #include "gate.h"
 
 namespace ksae::cpu::KSAE_ISA {
-namespace {
 
-void latent_sums(const LatentSumsParams& p, int64_t i0, int64_t i1) {
+void sums_pass(const LatentSumsParams& p, int64_t i0, int64_t i1) {
   with_dtype(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     for (int64_t i = i0; i < i1; ++i) {
@@ -28,9 +27,5 @@ void latent_sums(const LatentSumsParams& p, int64_t i0, int64_t i1) {
     }
   });
 }
-
-}  // namespace
-
-void latent_sums_table(Kernels& t) { t.latent_sums = latent_sums; }
 
 }  // namespace ksae::cpu::KSAE_ISA

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// row_update and row_grad_sq: the tokens that chose a latent are summed into its gradient row,
-// which lives in L1 only: projection, Adam and unit norm follow at once.
+// The pass over the rows of a matrix: the tokens that chose a latent are summed into its gradient
+// row, which lives in L1 only: its square, or projection, Adam and unit norm follow at once.
 //
 // Cost: bytes 24 a parameter (weight and two moments, read and written; + 2 for a 16-bit copy) and
 // d elements gathered an entry, from L2 or L3 where the table [N, d] fits; flops 2 d an entry, 12 a
@@ -115,11 +115,12 @@ template <class T>
 void update_rows(const RowUpdateParams& p, int64_t i0, int64_t i1, float* grad, float* grad_b_dec,
                  bool update) {
   const Adam a = update ? adam_of(p.hyper) : Adam{};
+  const bool encoder = p.rows_dtype == p.dtype;
   for (int64_t i = i0; i < i1; ++i) {
     bool hit = false;
     for (int g = 0; g < p.n_groups; ++g) hit |= p.groups[g].offsets[i] < p.groups[g].offsets[i + 1];
-    if (hit && p.encoder) gradient_row<T, float, T>(p, i, grad, update);
-    if (hit && !p.encoder) gradient_row<T, T, float>(p, i, grad, update);
+    if (hit && encoder) gradient_row<T, float, T>(p, i, grad, update);
+    if (hit && !encoder) gradient_row<T, T, float>(p, i, grad, update);
     if (!update) {
       double squares = 0;
       for (int64_t c = 0; hit && c < p.columns; ++c) squares += double(grad[c]) * grad[c];
@@ -137,15 +138,13 @@ void update_rows(const RowUpdateParams& p, int64_t i0, int64_t i1, float* grad, 
   }
 }
 
-void row_update(const RowUpdateParams& p, int64_t i0, int64_t i1, float* scratch, float* grad_b_dec,
-                bool update) {
+}  // namespace
+
+void row_pass(const RowUpdateParams& p, int64_t i0, int64_t i1, float* scratch, float* grad_b_dec,
+              bool update) {
   with_dtype(p.dtype, [&](auto tag) {
     update_rows<typename decltype(tag)::type>(p, i0, i1, scratch, grad_b_dec, update);
   });
 }
-
-}  // namespace
-
-void row_update_table(Kernels& t) { t.row_update = row_update; }
 
 }  // namespace ksae::cpu::KSAE_ISA

@@ -12,8 +12,6 @@ void threshold_encode_table(Kernels& t);
 void sparse_decode_table(Kernels& t);
 void prefix_residual_table(Kernels& t);
 void backward_weight_table(Kernels& t);
-void latent_sums_table(Kernels& t);
-void row_update_table(Kernels& t);
 }  // namespace KSAE_ISA
 
 #define KSAE_JOIN2(a, b) a##b
@@ -30,8 +28,6 @@ const Kernels& KSAE_JOIN(KSAE_ISA, _kernels)() {
     KSAE_ISA::sparse_decode_table(table);
     KSAE_ISA::prefix_residual_table(table);
     KSAE_ISA::backward_weight_table(table);
-    KSAE_ISA::latent_sums_table(table);
-    KSAE_ISA::row_update_table(table);
     return true;
   }();
   (void)filled;

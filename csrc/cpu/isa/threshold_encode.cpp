@@ -4,12 +4,12 @@
 // count: a few rows of W_enc at a time pass a block of rows of x, and a bit says which products are
 // above. fill: the products of these alone are taken once more, with the same bits (dots.h), and
 // written in the order of latents.
-// Screened (float32, BF16 dot instructions), the product is topk_encode's: with s^ the screened u,
-// less theta, and its margin m, s^ - m > 0 is above, s^ + m <= 0 is not, and between them the
-// product of count decides: m bounds the error of any order of summation (topk_encode.cpp).
-// Cost: flops 2 N F d and 2 d an entry; W_enc is read once for kThresholdRows rows; N F / 8 bytes
-// of marks, and no other memory than the exact result. Limits, where it is not screened: dot
-// products without a register tile, about twice topk_encode's time.
+// Screened (float32 or bfloat16, BF16 dot instructions), the product is topk_encode's: with s^ the
+// screened u, less theta, and its margin m, s^ - m > 0 is above, s^ + m <= 0 is not, and between
+// them the product of count decides: m bounds the error of any order of summation
+// (topk_encode.cpp). Cost: flops 2 N F d and 2 d an entry; W_enc is read once for kThresholdRows
+// rows; N F / 8 bytes of marks, and no other memory than the exact result. Limits, where it is not
+// screened: dot products without a register tile, about twice topk_encode's time.
 #include "dots.h"
 #include "topk_encode.h"
 
@@ -91,15 +91,16 @@ void fill_rows(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, float
   }
 }
 
-void threshold_decide(const ThresholdEncodeParams& p, const EncodeChunk& c, int64_t r0, int64_t r1,
-                      float* scratch) {
+template <class T>
+void decide_rows(const ThresholdEncodeParams& p, const EncodeChunk& c, int64_t r0, int64_t r1,
+                 float* scratch) {
   const int64_t words = (p.F + 31) / 32;
-  const auto* W = static_cast<const float*>(p.W_enc);
-  const auto* b = static_cast<const float*>(p.b_enc);
+  const T* W = static_cast<const T*>(p.W_enc);
+  const T* b = static_cast<const T*>(p.b_enc);
   for (int64_t r = r0; r < r1; ++r) {
     const int64_t n = row_of(c, r);
     if (c.redo[r]) {
-      count_rows<float>(p, n, n + 1, scratch);
+      count_rows<T>(p, n, n + 1, scratch);
       continue;
     }
     uint32_t* above = p.above + n * words;
@@ -112,18 +113,24 @@ void threshold_decide(const ThresholdEncodeParams& p, const EncodeChunk& c, int6
       const int32_t i = index[j];
       bool is_above = score[j] - margin(c, r, i) > 0;
       if (!is_above && !(score[j] + margin(c, r, i) <= 0)) {
-        if (!centred) center_row<float>(p, n, scratch);
+        if (!centred) center_row<T>(p, n, scratch);
         centred = true;
-        const float* w[1] = {W + i * p.d};
+        const T* w[1] = {W + i * p.d};
         float u[1];
         dots<2>(1, scratch, w, p.d, w, u);
-        is_above = u[0] + b[i] > p.theta[i];
+        is_above = u[0] + to_float(b[i]) > p.theta[i];
       }
       above[i / 32] |= uint32_t(is_above) << i % 32;
       count += is_above;
     }
     p.row_offsets[n + 1] = count;
   }
+}
+
+void threshold_decide(const ThresholdEncodeParams& p, const EncodeChunk& c, int64_t r0, int64_t r1,
+                      float* scratch) {
+  with_dtype(p.dtype,
+             [&](auto tag) { decide_rows<typename decltype(tag)::type>(p, c, r0, r1, scratch); });
 }
 
 void threshold_count(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, float* scratch) {

@@ -112,13 +112,13 @@ void append(const EncodeChunk& c, int64_t r, int64_t m0, uint32_t hits, const fl
 template <Scoring kScoring>
 void score_tile(const EncodeChunk& c, const float* x, const float* w, int64_t n_steps, int64_t at,
                 int64_t r0, uint32_t* keys) {
+  const int rows = c.R - r0 < kTileRows ? int(c.R - r0) : kTileRows;
   Vec acc[kTileRows][2];
-  product<kScoring>(x, w, n_steps, acc);
+  product<kScoring>(rows, x, w, n_steps, acc);
   // The gate. Appending is left for after the loop, so that the accumulators never spill.
   alignas(64) float tile[kTileRows][kPanel];
   uint32_t hits[kTileRows];
   const int64_t m0 = at * kPanel;
-  const int rows = c.R - r0 < kTileRows ? int(c.R - r0) : kTileRows;
   const uint32_t lanes = lanes_of(c, m0);
   const Vec b0 = load(c.bias + m0), b1 = load(c.bias + m0 + kWidth);
 #pragma GCC unroll 16

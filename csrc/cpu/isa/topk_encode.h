@@ -14,6 +14,7 @@ constexpr int kTileRows = 6;  // 12 + 2 + 1 of 16 registers
 #else
 constexpr int kTileRows = 2;  // 2 x 2 pairs of SSE registers
 #endif
+constexpr int kFewRows = kTileRows > 4 ? kTileRows / 3 : 1;  // a token or a few
 constexpr int kPanel = 2 * kWidth;
 
 // Steps of the inner loop: columns, or pairs of columns.
@@ -69,16 +70,15 @@ KSAE_INLINE float panel_margin(const EncodeChunk& c, int64_t at, int64_t r) {
   return margin;
 }
 
-// The products of a tile of packed rows with a panel of packed weights.
-template <Scoring kScoring>
-KSAE_INLINE void product(const float* x, const float* w, int64_t n_steps,
-                         Vec (&acc)[kTileRows][2]) {
+template <Scoring kScoring, int kRows>
+KSAE_INLINE void product_of_rows(const float* x, const float* w, int64_t n_steps,
+                                 Vec (&acc)[kTileRows][2]) {
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = splat(0);
   for (int64_t s = 0; s < n_steps; ++s, x += kTileRows, w += kPanel) {
     const Vec w0 = load(w), w1 = load(w + kWidth);
 #pragma GCC unroll 16
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const Vec a = splat(x[r]);
       if constexpr (kScoring == Scoring::kFloat) {
         acc[r][0] = fma(a, w0, acc[r][0]);
@@ -90,6 +90,18 @@ KSAE_INLINE void product(const float* x, const float* w, int64_t n_steps,
 #endif
       }
     }
+  }
+}
+
+// The products of a tile of packed rows, of which `rows` are wanted, with a panel of packed
+// weights.
+template <Scoring kScoring>
+KSAE_INLINE void product(int64_t rows, const float* x, const float* w, int64_t n_steps,
+                         Vec (&acc)[kTileRows][2]) {
+  if (rows <= kFewRows) {
+    product_of_rows<kScoring, kFewRows>(x, w, n_steps, acc);
+  } else {
+    product_of_rows<kScoring, kTileRows>(x, w, n_steps, acc);
   }
 }
 

@@ -43,45 +43,55 @@ KSAE_INLINE Vec round_pairs(const float* w, Vec& rounded, Vec& lost) {
 }
 #endif
 
-// Packs kWidth rows of weights (null: zeros) into lanes [0, kWidth) of a panel.
+// Packs kWidth rows of weights (null: zeros) into lanes [0, kWidth) of a panel, and fetches as many
+// columns of the kWidth rows that lie behind them.
 template <class T>
 void pack_rows(const EncodeChunk& c, const T* const* w, float* panel, float* squares) {
   const int64_t d = c.p->d;
   Vec block[kWidth];
-  (void)squares;
+  (void)squares;  // of levels that screen
   if (c.scoring == Scoring::kFloat) {
     for (int64_t j = 0; j < d; j += kWidth) {
       const int lanes = d - j < kWidth ? int(d - j) : kWidth;
-      for (int l = 0; l < kWidth; ++l)
+      for (int l = 0; l < kWidth; ++l) {
         block[l] = !w[l] ? splat(0) : lanes == kWidth ? load(w[l] + j) : load_n(w[l] + j, lanes);
+        __builtin_prefetch(w[l] + j + kWidth * d);
+      }
       transpose(block);
       for (int s = 0; s < lanes; ++s) store(panel + (j + s) * kPanel, block[s]);
     }
     return;
   }
 #if defined(__AVX512BF16__)
+  const bool screen = c.scoring == Scoring::kScreen;
   Vec rounded[kWidth], lost[kWidth];
   for (int l = 0; l < kWidth; ++l) rounded[l] = lost[l] = splat(0);
   for (int64_t j = 0; j < d; j += 2 * kWidth) {
     const int lanes = d - j < 2 * kWidth ? int(d - j) : 2 * kWidth;
     for (int l = 0; l < kWidth; ++l) {
-      T part[2 * kWidth] = {};
+      T part[2 * kWidth];
       const T* from = part;
       if (w[l] && lanes == 2 * kWidth) {
         from = w[l] + j;
-      } else if (w[l]) {
-        for (int s = 0; s < lanes; ++s) part[s] = w[l][j + s];
+        for (int s = 0; s < lanes; s += int(64 / sizeof(T)))
+          __builtin_prefetch(w[l] + j + s + kWidth * d);
+      } else {
+        for (int s = 0; s < 2 * kWidth; ++s) part[s] = w[l] && s < lanes ? w[l][j + s] : T{};
       }
       if constexpr (sizeof(T) == 4) {
         block[l] = round_pairs(from, rounded[l], lost[l]);
       } else {
         block[l] = {_mm512_loadu_ps(from)};
+        if (screen) {
+          const Vec lo = load(from), hi = load(from + kWidth);
+          rounded[l] = fma(lo, lo, fma(hi, hi, rounded[l]));
+        }
       }
     }
     transpose(block);
     for (int s = 0; s < (lanes + 1) / 2; ++s) store(panel + (j / 2 + s) * kPanel, block[s]);
   }
-  if (squares) {
+  if (screen) {
     for (int l = 0; l < kWidth; ++l) {
       squares[2 * l] = sum(lost[l]);
       squares[2 * l + 1] = sum(rounded[l]);

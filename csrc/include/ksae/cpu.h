@@ -207,9 +207,13 @@ struct GroupParams {
 size_t group_by_latent_workspace(const GroupParams& p, int threads);
 void group_by_latent(const GroupParams& p, void* workspace, int threads);
 
+// Whether all of n indices, of either width, are in [0, F); false may be said of F - 1 where it is
+// the largest int32.
+bool indices_in_range(const int64_t* indices64, const int32_t* indices32, int64_t n, int64_t F);
+
 // ---- latent passes: each latent's gradient row is formed, used and forgotten ------------------
 // A group is one term of the loss: its code grouped by latent, and its scale (dL/drecon = scale *
-// residual). Passes do nothing if a scale is not finite.
+// residual). If a scale is not finite, sums and squares are 0, and nothing else is written.
 struct LatentSumsGroup {
   const int32_t* offsets;  // [F + 1]
   const int32_t* order;    // [N * k]
@@ -243,7 +247,7 @@ struct RowUpdateParams {
   int64_t F, d;
   int64_t start, columns;  // which columns of W are updated
   Dtype dtype;
-  bool encoder;
+  Dtype rows_dtype;  // of the groups' rows: dtype (encoder), or float32 (decoder)
   const RowGroup* groups;
   const float* scales;  // [n_groups]
   int n_groups;

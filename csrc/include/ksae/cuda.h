@@ -150,7 +150,7 @@ struct RowUpdateParams {
   int64_t F, d;
   int64_t start, columns;  // which columns of W are updated
   Dtype dtype;
-  bool encoder;
+  Dtype rows_dtype;  // of the groups' rows: dtype (encoder), or float32 (decoder)
   const RowGroup* groups;
   const float* scales;  // [n_groups]
   int n_groups;

@@ -119,6 +119,7 @@ def compare_with_truth(
             x = world.activations(draw)
             output = model(x)
             accumulator.update(x, output.recon, output.values, output.indices)
-            matches.update(output.values, output.indices, draw.values, draw.indices)
+            values, indices = output.code.padded()
+            matches.update(values, indices, draw.values, draw.indices)
     found = accumulator.results() | matches.results()
     return {name: found[name] for name in DEFINITIONS}

@@ -2,9 +2,10 @@
 """Bridge from torch tensors to the CUDA kernels: the one place where tensors become pointers.
 
 Each method of `Kernels` has the name and meaning of its reference and names the arguments that it
-serves; with others that are optional, the reference serves the call. Tensors come checked,
-contiguous and in float32, bfloat16 or float16 (ksae.ops sees to it). Outputs and workspaces are
-torch's; work goes to torch's current stream on the tensors' device.
+serves; with others that are optional, the reference serves the call. An op that states its native
+parameters itself has no method (bridge.py). Tensors come checked, contiguous and in float32,
+bfloat16 or float16 (ksae.ops sees to it). Outputs and workspaces are torch's; work goes to torch's
+current stream on the tensors' device.
 
 Environment, read once at import: KSAE_NATIVE=0 leaves the native code out.
 """
@@ -23,10 +24,11 @@ from torch import Tensor
 from .. import env
 from ..reference.dtypes import MODES
 from ..reference.group import rows_of
+from . import bridge
+from .bridge import DTYPES
 from .driver import why_not_by_version
 from .product import Encode
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 OLDEST = (8, 0)  # compute capability
 _known: set[torch.device] = set()  # devices that have it
 
@@ -46,26 +48,13 @@ class _Workspace:
         return (self.memory.data_ptr() + 255) & ~255
 
 
-def _groups(
-    coefficients: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    order: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    row_of: Sequence[Tensor] | None = None,
-) -> list[tuple[int, int, int, int, int | tuple[int], int]]:
-    of = [None] * len(rows) if row_of is None else row_of
-    return [
-        (_pointer(f), _pointer(o), _pointer(c), _pointer(r), _entries(c, n), c.numel())
-        for c, f, o, r, n in zip(coefficients, offsets, order, rows, of, strict=True)
-    ]
-
-
 def _entries(code: Tensor, table: Tensor | None) -> int | tuple[int]:
     """Entries a row, or their row offsets or rows, as the native side takes them."""
     return code.shape[1] if table is None else (_pointer(table),)
 
 
-def _guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
+def guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the device of `t`."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
@@ -78,6 +67,15 @@ class Kernels(Encode):
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
+
+    def kernel(self, spec: Any) -> Callable[..., Any] | None:
+        """The op of `spec` (ksae.ops.spec.Spec); None where there is no kernel."""
+        fields = getattr(self.module, "fields", {}).get(spec.name)
+        if fields is None:
+            return getattr(self, spec.name, None)
+        known = {"guard": guard, "Workspace": _Workspace, "stream": _stream}
+        run = "with guard(like): call({values}, Workspace(like.device), stream(like))"
+        return bridge.native(spec, fields, getattr(self.module, spec.name), run, known)
 
     def _select(
         self,
@@ -95,9 +93,9 @@ class Kernels(Encode):
     ) -> None:
         rows, F = scores.shape
         number = 0 if mode is None else 1 + MODES.index(mode)
-        with _guard(scores):
+        with guard(scores):
             self.module.select(
-                rows, F, k, _DTYPES[scores.dtype], _DTYPES[values.dtype], _pointer(scores),
+                rows, F, k, DTYPES[scores.dtype], DTYPES[values.dtype], _pointer(scores),
                 _pointer(second), number, beta, _pointer(informed), _pointer(bias), 0,
                 _pointer(columns), relu, _pointer(values), _pointer(indices),
                 _Workspace(scores.device), _stream(scores),
@@ -106,7 +104,7 @@ class Kernels(Encode):
     def _list_columns(self, mask: Tensor) -> Tensor:
         """The positions of True in mask [F], ascending, and in the last of [F + 1] their number."""
         columns = mask.new_empty(mask.numel() + 1, dtype=torch.int32)
-        with _guard(mask):
+        with guard(mask):
             self.module.list_columns(mask.numel(), _pointer(mask), _pointer(columns), _stream(mask))
         return columns
 
@@ -122,9 +120,9 @@ class Kernels(Encode):
         N = len(values) if row_offsets is None else row_offsets.numel() - 1
         (F, d), k = W_dec.shape, _entries(values, row_offsets)
         out = values.new_empty(N, d, dtype=torch.float32 if partial else values.dtype)
-        with _guard(values):
+        with guard(values):
             self.module.sparse_decode(
-                N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+                N, d, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
                 indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(out), partial,
                 _stream(values),
             )  # fmt: skip
@@ -177,9 +175,9 @@ class Kernels(Encode):
     ) -> Tensor:
         N, k, (F, d) = len(target), _entries(values, row_offsets), W_dec.shape
         residual = target.new_empty(N, stop - start, dtype=torch.float32)
-        with _guard(values):
+        with guard(values):
             self.module.sparse_residual(
-                N, d, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+                N, d, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
                 indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(target),
                 target.dtype == torch.float32, start, stop - start, _pointer(residual),
                 _pointer(sq_error), _pointer(grad_values), _pointer(column_sums),
@@ -194,9 +192,9 @@ class Kernels(Encode):
         N, (F, d) = len(indices), W_dec.shape
         row_of = None if row_offsets is None else rows_of(row_offsets, N)
         out = grad.new_empty(indices.shape)
-        with _guard(grad):
+        with guard(grad):
             self.module.sparse_decode_backward_values(
-                N, d, F, _entries(indices, row_of), _DTYPES[W_dec.dtype], _pointer(grad),
+                N, d, F, _entries(indices, row_of), DTYPES[W_dec.dtype], _pointer(grad),
                 _pointer(indices), indices.element_size(), _pointer(W_dec), _pointer(out),
                 grad.dtype != W_dec.dtype, _stream(grad),
             )  # fmt: skip
@@ -206,9 +204,9 @@ class Kernels(Encode):
         N, k = values.shape
         offsets = values.new_empty(F + 1, dtype=torch.int32)
         order = values.new_empty(N * k, dtype=torch.int32)
-        with _guard(values):
+        with guard(values):
             self.module.group_by_latent(
-                N, F, k, _DTYPES[values.dtype], _pointer(values), _pointer(indices),
+                N, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
                 indices.element_size(), _pointer(offsets), _pointer(order),
                 _Workspace(values.device), _stream(values),
             )  # fmt: skip
@@ -226,98 +224,20 @@ class Kernels(Encode):
         row_of = None if row_offsets is None else rows_of(row_offsets, N)
         grad_W, value_sum = grad.new_empty(F, d), grad.new_empty(F)
         offsets, order = self.group_by_latent(values, indices, F)
-        with _guard(grad):
+        with guard(grad):
             self.module.sparse_decode_backward_weight(
-                N, d, F, _entries(values, row_of), _DTYPES[grad.dtype], _pointer(grad),
+                N, d, F, _entries(values, row_of), DTYPES[grad.dtype], _pointer(grad),
                 _pointer(values), _pointer(offsets), _pointer(order), _pointer(grad_W),
                 _pointer(value_sum), _Workspace(grad.device), _stream(grad),
             )  # fmt: skip
         return grad_W, value_sum
 
-    def latent_sums(
-        self,
-        values: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        offsets: Sequence[Tensor],
-        order: Sequence[Tensor],
-        scales: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        F = offsets[0].numel() - 1
-        grad_b_enc, grad_dot_w = scales.new_empty(F), scales.new_empty(F)
-        with _guard(scales):
-            self.module.latent_sums(
-                F, _DTYPES[values[0].dtype], _groups(values, offsets, order, grads),
-                _pointer(scales), _pointer(grad_b_enc), _pointer(grad_dot_w),
-                _Workspace(scales.device), _stream(scales),
-            )  # fmt: skip
-        return grad_b_enc, grad_dot_w
-
-    def row_grad_sq(
-        self,
-        coefficients: Sequence[Tensor],
-        offsets: Sequence[Tensor],
-        order: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        scales: Tensor,
-        centre: Tensor | None,
-        grad_dot_w: Tensor | None,
-        W: Tensor,
-        start: int,
-        row_of: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        F, d = W.shape
-        grad_sq = scales.new_empty(F, dtype=torch.float64)
-        with _guard(W):
-            self.module.row_grad_sq(
-                F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
-                _groups(coefficients, offsets, order, rows, row_of), _pointer(scales),
-                _pointer(centre),
-                _pointer(grad_dot_w), _pointer(W), _pointer(grad_sq), _Workspace(W.device),
-                _stream(W),
-            )  # fmt: skip
-        return grad_sq
-
-    def row_update(
-        self,
-        coefficients: Sequence[Tensor],
-        offsets: Sequence[Tensor],
-        order: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        scales: Tensor,
-        centre: Tensor | None,
-        grad_dot_w: Tensor | None,
-        grad_b_enc: Tensor | None,
-        W: Tensor,
-        master: Tensor | None,
-        m: Tensor,
-        v: Tensor,
-        hyper: Tensor,
-        grad_b_dec: Tensor | None,
-        start: int,
-        normalize: bool,
-        W_bf16: Tensor | None = None,
-        rng_state: Tensor | None = None,
-        norms: Tensor | None = None,
-        row_of: Sequence[Tensor] | None = None,
-    ) -> None:
-        F, d = W.shape
-        with _guard(W):
-            self.module.row_update(
-                F, d, start, rows[0].shape[1], _DTYPES[W.dtype], rows[0].dtype == W.dtype,
-                _groups(coefficients, offsets, order, rows, row_of), _pointer(scales),
-                _pointer(centre),
-                _pointer(grad_dot_w), _pointer(grad_b_enc), _pointer(grad_b_dec), _pointer(W),
-                _pointer(master), _pointer(m), _pointer(v), _pointer(hyper), normalize,
-                _pointer(W_bf16), _pointer(rng_state), _pointer(norms), _Workspace(W.device),
-                _stream(W),
-            )  # fmt: skip
-
     def total_variance(self, y: Tensor) -> Tensor:
         N, d = y.shape
         variance = y.new_empty((), dtype=torch.float32)
-        with _guard(y):
+        with guard(y):
             self.module.total_variance(
-                N, d, _DTYPES[y.dtype], _pointer(y), _pointer(variance), _Workspace(y.device),
+                N, d, DTYPES[y.dtype], _pointer(y), _pointer(variance), _Workspace(y.device),
                 _stream(y),
             )  # fmt: skip
         return variance
@@ -333,7 +253,7 @@ class Kernels(Encode):
             for e, d, share in zip(sq_errors, denominators, shares, strict=True)
         ]
         out = (_pointer(errors), _pointer(terms), _pointer(loss), _pointer(scales))
-        with _guard(first):
+        with guard(first):
             self.module.loss_terms(given, *out, _stream(first))
         return errors, terms, loss, scales
 
@@ -349,7 +269,7 @@ class Kernels(Encode):
     ) -> tuple[Tensor, Tensor, Tensor]:
         hyper, taken_scales = loss.new_empty(8), torch.empty_like(scales)
         taken = loss.new_empty((), dtype=torch.bool)
-        with _guard(loss):
+        with guard(loss):
             self.module.adam_scalars(
                 _pointer(loss), _pointer(norm), clip_norm or 0, _pointer(scales), scales.numel(),
                 _pointer(lr), _pointer(t), _pointer(constants), _pointer(hyper), _pointer(taken),
@@ -369,9 +289,9 @@ class Kernels(Encode):
         m: Tensor,
         v: Tensor,
     ) -> None:
-        with _guard(p):
+        with guard(p):
             self.module.vector_update(
-                p.numel(), _DTYPES[p.dtype], [_pointer(g) for g in grads], _pointer(scales),
+                p.numel(), DTYPES[p.dtype], [_pointer(g) for g in grads], _pointer(scales),
                 _pointer(minus), _pointer(taken), _pointer(hyper), _pointer(p), _pointer(master),
                 _pointer(m), _pointer(v), _stream(p),
             )  # fmt: skip
@@ -394,9 +314,8 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def served(op: str, by: Kernels) -> Callable[..., Any]:
-    """The op as `by` computes it, for GPUs that it can run on; a failed launch names the op."""
-    function = getattr(by, op)
+def served(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The op by `function`, for GPUs that it can run on; a failed launch names the op."""
 
     @functools.wraps(function)
     def run(**args: Any) -> Any:

@@ -100,12 +100,14 @@ def screens(W_enc: Tensor, k: int, aux: bool = False) -> bool:
     return way(W_enc, aux) == "fused" and triton.takes(k)
 
 
-def kernel(name: str) -> tuple[Callable[..., Any], str] | None:
-    """What serves an op on CUDA tensors and its name; None where the reference does, as for ops
-    without a kernel for GPUs."""
+def kernel(spec: Any) -> tuple[Callable[..., Any], str] | None:
+    """What serves the op of `spec` (ksae.ops.spec.Spec) on CUDA tensors and its name; None where
+    the reference does, as for ops without a kernel for GPUs."""
+    name: str = spec.name
     found: list[tuple[Callable[..., Any], str]] = []
-    if cuda.kernels is not None and hasattr(cuda.kernels, name):
-        found.append((cuda.served(name, cuda.kernels), "native"))
+    native = None if cuda.kernels is None else cuda.kernels.kernel(spec)
+    if native is not None:
+        found.append((cuda.served(name, native), "native"))
     if triton.kernels is not None and hasattr(triton.kernels, name):
         found.append((getattr(triton.kernels, name), "triton"))
     if not found:

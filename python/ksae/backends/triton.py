@@ -28,10 +28,11 @@ from torch import Tensor
 from .. import env
 from ..reference.group import rows_of
 from . import product as products
-from .cuda import _guard
+from .cuda import guard
+from .latents import Latents
 
 
-class Kernels(products.Encode):
+class Kernels(products.Encode, Latents):
     """The ops in Triton."""
 
     def _select(
@@ -50,7 +51,7 @@ class Kernels(products.Encode):
     ) -> None:
         from ..kernels.topk import select
 
-        with _guard(scores):
+        with guard(scores):
             select(
                 scores, k, values, indices, bias=bias, mask=columns, relu=relu, second=second,
                 informed=informed, mode=mode or "plain", beta=beta,
@@ -76,7 +77,7 @@ class Kernels(products.Encode):
 
         if k > gate.MAX_K:
             return self.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
-        with _guard(x):
+        with guard(x):
             if x.dtype != torch.float32:
                 return encode.topk_encode(x, W_enc, b_enc, k, b_dec, mask)
             kept = None if W_bf16 is None or norms is None else screen.Bf16Copy(W_bf16, norms)
@@ -100,7 +101,7 @@ class Kernels(products.Encode):
 
         if k > gate.MAX_K:
             return self.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
-        with _guard(x):
+        with guard(x):
             return grad_encode.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
 
     def fused_topk_encode_aux(
@@ -147,7 +148,7 @@ class Kernels(products.Encode):
         d = W_dec.shape[1]
         N = len(values) if row_offsets is None else row_offsets.numel() - 1
         out = values.new_empty(N, d, dtype=torch.float32 if partial else values.dtype)
-        with _guard(values):
+        with guard(values):
             decode(values, indices, W_dec, b_dec, None, 0, d, out, row_offsets)
         return out
 
@@ -169,7 +170,7 @@ class Kernels(products.Encode):
         square = target.new_empty(N, dtype=torch.float64)
         grads = target.new_empty(values.shape, dtype=torch.float32)
         chunk = max(products.chunk_bytes // (4 * max(d, 1)), 1)
-        with _guard(values):
+        with guard(values):
             decode.sparse_residual(
                 values, indices, W_dec, b_dec, target, residual, square, grads, chunk,
                 row_offsets, _rows_of(row_offsets, values),
@@ -196,7 +197,7 @@ class Kernels(products.Encode):
         from ..kernels.sparse_decode import decode
 
         residual = target.new_empty(target.shape[0], stop - start, dtype=torch.float32)
-        with _guard(values):
+        with guard(values):
             decode(values, indices, W_dec, b_dec, target, start, stop, residual, row_offsets)
         return residual
 
@@ -206,15 +207,9 @@ class Kernels(products.Encode):
         from ..kernels.sparse_decode import value_products
 
         out = grad.new_empty(indices.shape)
-        with _guard(grad):
+        with guard(grad):
             value_products(grad, None, indices, W_dec, out, _rows_of(row_offsets, indices))
         return out
-
-    def group_by_latent(self, values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
-        from ..kernels.group_by_latent import group_by_latent
-
-        with _guard(values):
-            return group_by_latent(values, indices, F)
 
     def sparse_decode_backward_weight(
         self,
@@ -224,89 +219,20 @@ class Kernels(products.Encode):
         F: int,
         row_offsets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        from ..kernels.row_update import Groups, weight_gradient
+        from ..kernels.row_pass import Groups, weight_gradient
 
-        row_of = _rows_of(row_offsets, values)
         offsets, order = self.group_by_latent(values, indices, F)
         grad_W, value_sum = grad.new_empty(F, grad.shape[1]), grad.new_empty(F)
-        with _guard(grad):
-            of = None if row_of is None else [row_of]
+        with guard(grad):
+            of = None if row_offsets is None else [rows_of(row_offsets, len(values))]
             groups = Groups([values], [offsets], [order], [grad], None, None, of)
             weight_gradient(groups, grad_W, value_sum)
         return grad_W, value_sum
 
-    def latent_sums(
-        self,
-        values: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        offsets: Sequence[Tensor],
-        order: Sequence[Tensor],
-        scales: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        from ..kernels.latent_sums import latent_sums
-
-        F = offsets[0].numel() - 1
-        grad_b_enc, grad_dot_w = scales.new_empty(F), scales.new_empty(F)
-        with _guard(scales):
-            latent_sums(values, grads, offsets, order, scales, grad_b_enc, grad_dot_w)
-        return grad_b_enc, grad_dot_w
-
-    def row_grad_sq(
-        self,
-        coefficients: Sequence[Tensor],
-        offsets: Sequence[Tensor],
-        order: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        scales: Tensor,
-        centre: Tensor | None,
-        grad_dot_w: Tensor | None,
-        W: Tensor,
-        start: int,
-        row_of: Sequence[Tensor] | None = None,
-    ) -> Tensor:
-        from ..kernels.row_update import Groups, row_grad_sq
-
-        grad_sq = scales.new_empty(W.shape[0], dtype=torch.float64)
-        with _guard(W):
-            groups = Groups(coefficients, offsets, order, rows, scales, centre, row_of)
-            row_grad_sq(groups, scales, centre, grad_dot_w, W, start, grad_sq)
-        return grad_sq
-
-    def row_update(
-        self,
-        coefficients: Sequence[Tensor],
-        offsets: Sequence[Tensor],
-        order: Sequence[Tensor],
-        rows: Sequence[Tensor],
-        scales: Tensor,
-        centre: Tensor | None,
-        grad_dot_w: Tensor | None,
-        grad_b_enc: Tensor | None,
-        W: Tensor,
-        master: Tensor | None,
-        m: Tensor,
-        v: Tensor,
-        hyper: Tensor,
-        grad_b_dec: Tensor | None,
-        start: int,
-        normalize: bool,
-        W_bf16: Tensor | None = None,
-        norms: Tensor | None = None,
-        row_of: Sequence[Tensor] | None = None,
-    ) -> None:
-        from ..kernels.row_update import Groups, row_update
-
-        with _guard(W):
-            groups = Groups(coefficients, offsets, order, rows, scales, centre, row_of)
-            row_update(
-                groups, scales, centre, grad_dot_w, grad_b_enc, W, master, m, v, hyper, grad_b_dec,
-                start, normalize, W_bf16, norms,
-            )  # fmt: skip
-
     def total_variance(self, y: Tensor) -> Tensor:
         from ..kernels.total_variance import total_variance
 
-        with _guard(y):
+        with guard(y):
             return total_variance(y)
 
     def loss_terms(
@@ -314,7 +240,7 @@ class Kernels(products.Encode):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from ..kernels.loss_terms import loss_terms
 
-        with _guard(denominators[0]):
+        with guard(denominators[0]):
             return loss_terms(sq_errors, denominators, shares)
 
     def adam_scalars(
@@ -329,7 +255,7 @@ class Kernels(products.Encode):
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ..kernels.adam_scalars import adam_scalars
 
-        with _guard(loss):
+        with guard(loss):
             return adam_scalars(loss, norm, clip_norm, scales, lr, t, constants)
 
     def vector_update(
@@ -346,7 +272,7 @@ class Kernels(products.Encode):
     ) -> None:
         from ..kernels.vector_update import vector_update
 
-        with _guard(p):
+        with guard(p):
             vector_update(grads, scales, minus, taken, hyper, p, master, m, v)
 
 
@@ -366,7 +292,7 @@ def bf16_copy(W: Tensor) -> tuple[Tensor, Tensor]:
     """The arguments W_bf16 and norms of `topk_encode`, of float32 weights W [F, d]."""
     from ..kernels import screen
 
-    with _guard(W):
+    with guard(W):
         return screen.bf16_copy(W)
 
 

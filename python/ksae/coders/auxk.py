@@ -42,6 +42,6 @@ AUXK = {
     "dictionary_learning": AuxK(),
     "openai": AuxK(bias=True, bias_in_target=True),
     "sparsify": AuxK(bias=True, unit="target", scaled=True),
-    "saelens": AuxK(bias=True, unit="elements", scaled=True, signed=True),
+    "saelens": AuxK(unit="elements", scaled=True, signed=True),
     "batch_topk": AuxK(bias=True, unit="elements", detached=False),
 }

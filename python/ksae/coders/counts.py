@@ -18,6 +18,7 @@ class Counts(nn.Module):
 
     activation: Activation
     tokens_since_fired: Tensor  # [F] int64
+    ranks: Any = None  # of `ksae.shard`, where the tensors hold the latents of one rank only
     peers: Any = None  # of `ksae.count_over_ranks`: processes that hold other tokens of a batch
 
     def of_batch(self, part: Tensor) -> Tensor:
@@ -32,18 +33,27 @@ class Counts(nn.Module):
         variance: Tensor = self.peers.variance(y.detach())
         return variance
 
+    def observed(self, values: Tensor) -> Tensor:
+        """Values whose smallest positive one is that of the whole batch, from those here [E]."""
+        others = self.ranks or self.peers
+        every: Tensor = values if others is None else others.observed(values)
+        return every
+
+    def entries_a_token(self, code: Code) -> float:
+        """Mean number in the whole batch; code: of the tokens here, with row offsets."""
+        assert code.offsets is not None
+        E, N = len(code.values), len(code.offsets) - 1
+        others = self.ranks or self.peers
+        mean: float = E / max(N, 1) if others is None else others.mean_entries(E, N)
+        return mean
+
     def _count(self, code: Code, N: int) -> None:
         """Of integers: a block without gradients would keep an exported graph from being saved."""
         hits = torch.zeros_like(self.tokens_since_fired)
-        hits.index_add_(0, code.indices.reshape(-1), (code.values > 0).reshape(-1).to(hits.dtype))
+        hits.index_add_(0, code.indices.reshape(-1), (code.values != 0).reshape(-1).to(hits.dtype))
         if self.peers is None:
             since = self.tokens_since_fired + N
         else:
             hits = self.of_batch((hits > 0).short())
             since = self.tokens_since_fired + self.of_batch(torch.tensor(N, device=hits.device))
         self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))
-
-    def _observe(self, values: Tensor) -> None:
-        if self.activation.observes:
-            every = values if self.peers is None else self.peers.observed(values)
-            self.activation.observe(self, every)  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Biases from a sample of activations, before training (arXiv 2406.04093)."""
+"""The start of training, from a sample of activations (arXiv 2406.04093)."""
 
 from __future__ import annotations
 
@@ -62,18 +62,29 @@ def is_new(model: SparseCoder) -> bool:
 
 
 @torch.no_grad()
-def initialize_from(model: SparseCoder, x: Tensor, y: Tensor | None = None) -> None:
+def initialize_from(
+    model: SparseCoder, x: Tensor, y: Tensor | None = None, *, encoder_scale: float = 0.1
+) -> None:
     """Set the biases from a sample x [..., d_in] (and y [..., d_out]), before training.
 
-    TopKSAE: b_dec is the geometric median of x. Transcoder: b_dec is the mean of y, and b_enc =
+    TopKSAE: b_dec is the geometric median of x, and W_enc = encoder_scale * W_dec if it is W_dec,
+    as the constructor leaves it: short rows turn faster towards the data at the same learning rate,
+    and k of them reconstruct too little at first, not too much. 1 leaves it; so do activations with
+    thresholds, which have a scale of their own. Transcoder: b_dec is the mean of y, and b_enc =
     -W_enc mean(x), so that the pre-activations start centred.
 
     Raises:
-        ValueError: shapes that do not fit, an empty or non-finite sample, or no y for a transcoder.
+        ValueError: shapes that do not fit, an empty or non-finite sample, no y for a transcoder, or
+            encoder_scale not a finite number above 0.
     """
+    if not 0 < encoder_scale < float("inf"):
+        want = "a finite number above 0"
+        raise ValueError(f"initialize_from: encoder_scale must be {want}, got {encoder_scale}")
     rows = model.rows("x", x, model.d_in)
     if model.centred:
         model.b_dec.copy_(geometric_median(rows))
+        if torch.equal(model.W_enc, model.W_dec) and not model.activation.penalized:
+            model.W_enc.mul_(encoder_scale)
         return
     target = model.targets(x, rows, y)
     if target is None:

@@ -38,7 +38,9 @@ def _topk(ctx: Any, grad: Tensor | None, _: None) -> Gradients:
     if grad is None:
         return None, None
     (indices,) = ctx.saved_tensors
-    return grad.new_zeros(grad.shape[0], ctx.F).scatter(1, indices, grad), None
+    # of torch.topk: writes into the zeros that it makes, but where vmap cannot
+    full = torch.ops.aten.value_selecting_reduction_backward
+    return full(grad, 1, indices, [grad.shape[0], ctx.F], True), None
 
 
 def _save_topk_encode(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

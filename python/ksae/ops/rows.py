@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference.dtypes import ENTRIES
 from .grammar import Argument
 from .messages import fail, text, wrong_type
 
@@ -49,4 +50,6 @@ def settle(op: str, of: Offsets, values: dict[str, Any], dims: dict[Any, Any]) -
         raise fail(op, of.name, f"of shape [{want}]", text(shape))
     if entries.dim() != 2 or entries.shape[1] != 1:
         raise fail(op, of.entries, f"of shape [*, 1] with {of.name}", text(entries.shape))
+    if entries.shape[0] > ENTRIES:
+        raise fail(op, of.entries, f"of at most {ENTRIES} entries", text(entries.shape))
     dims[of.N], dims[of.E] = shape[0] - 1, entries.shape[0]

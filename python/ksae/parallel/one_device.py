@@ -12,9 +12,10 @@ from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 
-# Values and indices [N, k] or, of codes with row offsets, [E]; and what `codes` needs besides: row
-# offsets, or for shards by what was chosen, scores [N, k] float32, None being the values
-Selected = tuple[Tensor, Tensor, Tensor | None]
+# Values and indices [N, k] or, of codes with row offsets, [E]; what `codes` needs besides: row
+# offsets, or for shards by what was chosen, scores [N, k] float32, None being the values; and
+# pre-activations [E], where values are more
+Selected = tuple[Any, ...]
 
 
 class OneDevice:
@@ -60,10 +61,6 @@ class OneDevice:
         """`total_variance` of the rows of all ranks: [], from this one's [n, d]."""
         return ops.total_variance(y)  # type: ignore[no-any-return]
 
-    def observed(self, values: Tensor) -> Tensor:
-        """Values whose smallest positive one is that of the values of all ranks."""
-        return values
-
     def select(
         self,
         model: SparseCoder,
@@ -75,12 +72,11 @@ class OneDevice:
     ) -> list[Selected]:
         """The selection of this rank's latents, and for k_aux > 0 that of AuxK."""
         if not k_aux:
-            values, indices, *offsets = model.select(rows, k, grad, W_bf16)
-            return [(values, indices, offsets[0] if offsets else None)]
+            chosen = model.select(rows, k, grad, W_bf16)
+            return [chosen if len(chosen) > 2 else (*chosen, None)]
         chosen = model.select_aux(rows, k, k_aux, grad, W_bf16)
-        values, indices, *offsets = chosen[:-2]
-        main = (values, indices, offsets[0] if offsets else None)
-        return [main, (chosen[-2], chosen[-1], None)]
+        main, aux = chosen[:-2], chosen[-2:]
+        return [main if len(main) > 2 else (*main, None), (*aux, None)]
 
     def codes(
         self, values: Tensor, indices: Tensor, by: Tensor | None, ks: Sequence[int]

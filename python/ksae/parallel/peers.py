@@ -40,6 +40,10 @@ class Peers:
         """Values whose smallest positive one is that of the values of all."""
         return values if self.ranks is None else self.ranks.observed(values)
 
+    def mean_entries(self, E: int, N: int) -> float:
+        """A token of all, of E on this process's N."""
+        return E / max(N, 1) if self.ranks is None else self.ranks.mean_entries(E, N)
+
 
 def count_over_ranks(
     sae: SparseCoder, mesh: Any = None, *, global_variance: bool = False

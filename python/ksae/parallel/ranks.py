@@ -141,6 +141,11 @@ class Ranks:
         every = self.gather(least[None], "least values")
         return torch.where(every.isinf(), 0, every)
 
+    def mean_entries(self, E: int, N: int) -> float:
+        """A token of all ranks, of E on this one's N tokens."""
+        total, tokens = self.totals([torch.tensor(n, device=self.device) for n in (E, N)])
+        return float(total) / max(int(tokens), 1)
+
     # ---------------------------------------------------------------------------------- agreement
 
     def agree(self, what: str, facts: dict[str, Any]) -> None:

@@ -52,7 +52,12 @@ class Replicas(OneDevice):
         return self.everyone.variance(y)
 
     def observed(self, values: Tensor) -> Tensor:
+        """Of all, as `Ranks.observed`."""
         return self.everyone.observed(values)
+
+    def mean_entries(self, E: int, N: int) -> float:
+        """A token of all, of E on this rank's N."""
+        return self.everyone.mean_entries(E, N)
 
     def select(
         self,

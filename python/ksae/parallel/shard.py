@@ -153,6 +153,8 @@ def _check(sae: SparseCoder, R: int) -> None:
         raise TypeError(f"shard: sae must have an activation of {wanted}, got {kind.__name__}")
     if kind is BatchTopK and sae.W_enc.dtype != torch.float32:  # its order is by float32 values
         raise TypeError(f"shard: sae must be float32 with BatchTopK, got {sae.W_enc.dtype}")
+    if isinstance(sae.activation, JumpReLU) and sae.activation.penalty == "tanh":
+        raise TypeError("shard: sae must have JumpReLU with the penalty l0 or target_l0, got tanh")
     if sae.W_enc.dtype == torch.float64:  # keys are of float32 scores
         raise TypeError("shard: sae must be float32, bfloat16 or float16, got torch.float64")
     if sae.d_sae < R:

@@ -75,6 +75,11 @@ class Shards(Ranks):
     def observed(self, values: Tensor) -> Tensor:
         return super().observed(values) if self.everyone is self else self.everyone.observed(values)
 
+    def mean_entries(self, E: int, N: int) -> float:
+        """A token, of E of this rank's latents for N tokens."""
+        (total,) = self.totals([torch.tensor(E, device=self.device)])
+        return float(total) / max(N * self.replicas, 1)
+
     def over_latents(self, part: Tensor) -> Tensor:
         return self.all_reduce(part)
 

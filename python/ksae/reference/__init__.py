@@ -8,56 +8,29 @@ benchmarks; a faster kernel that differs from them is wrong.
 
 Selection: larger first, equal scores by the smaller index, NaN before everything, -0 equal to +0.
 An entry with value 0 contributes nothing to any product, even if the other factor is not finite.
+
+The names here are those that the modules list in their `__all__`.
 """
 
-from .batch_topk import batch_topk_encode
-from .decode import (
-    sparse_decode,
-    sparse_decode_backward_values,
-    sparse_decode_backward_weight,
-    sparse_residual,
-    sparse_residual_slice,
-)
-from .dtypes import accumulator
-from .encode import (
-    grad_topk_encode,
-    scored_encode,
-    threshold_encode,
-    topk_encode,
-    topk_encode_aux,
-)
-from .group import group_by_latent, latent_sums, rows_of
-from .prefixes import prefix_residual, prefix_residual_slice
-from .rounding import stochastic_bfloat16
-from .rows import bf16_norms, row_grad_sq, row_update
-from .scalars import adam_scalars, loss_terms, total_variance, vector_update
+from . import batch_topk, decode, dtypes, encode, group, prefixes, rounding, rows, scalars
+from .batch_topk import *
+from .decode import *
+from .dtypes import *
+from .encode import *
+from .group import *
+from .prefixes import *
+from .rounding import *
+from .rows import *
+from .scalars import *
 from .topk import topk
 
-__all__ = [
-    "accumulator",
-    "adam_scalars",
-    "batch_topk_encode",
-    "bf16_norms",
-    "grad_topk_encode",
-    "group_by_latent",
-    "latent_sums",
-    "loss_terms",
-    "prefix_residual",
-    "prefix_residual_slice",
-    "row_grad_sq",
-    "row_update",
-    "rows_of",
-    "scored_encode",
-    "sparse_decode",
-    "sparse_decode_backward_values",
-    "sparse_decode_backward_weight",
-    "sparse_residual",
-    "sparse_residual_slice",
-    "stochastic_bfloat16",
-    "threshold_encode",
-    "topk",
-    "topk_encode",
-    "topk_encode_aux",
-    "total_variance",
-    "vector_update",
-]
+__all__ = ["topk"]
+__all__ += batch_topk.__all__
+__all__ += decode.__all__
+__all__ += dtypes.__all__
+__all__ += encode.__all__
+__all__ += group.__all__
+__all__ += prefixes.__all__
+__all__ += rounding.__all__
+__all__ += rows.__all__
+__all__ += scalars.__all__

@@ -9,6 +9,8 @@ from torch import Tensor
 from .dtypes import accumulator
 from .topk import _largest
 
+__all__ = ["batch_topk_encode"]
+
 
 def batch_topk_encode(
     x: Tensor,  # [N, d]

@@ -14,6 +14,14 @@ from .dtypes import accumulator
 from .encode import _scaled
 from .group import rows_of
 
+__all__ = [
+    "sparse_decode",
+    "sparse_decode_backward_values",
+    "sparse_decode_backward_weight",
+    "sparse_residual",
+    "sparse_residual_slice",
+]
+
 
 def _decode(
     values: Tensor, indices: Tensor, W_dec: Tensor, row_offsets: Tensor | None = None

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import torch
 
+__all__ = ["accumulator"]
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MODES = ("additive", "multiplicative", "signed")  # of the score of grad_topk_encode
-ENTRIES = 2**31 - 1  # flat positions are int32
+ENTRIES = 2**31 - 2**12  # flat positions are int32; loops step past the last by less than 2^12
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

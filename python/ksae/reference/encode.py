@@ -9,6 +9,14 @@ from torch import Tensor
 from .dtypes import ENTRIES, accumulator
 from .topk import _largest
 
+__all__ = [
+    "grad_topk_encode",
+    "scored_encode",
+    "threshold_encode",
+    "topk_encode",
+    "topk_encode_aux",
+]
+
 
 def _scaled(value: Tensor, row: Tensor) -> Tensor:
     """value [N] times row [N, d], exactly zero where the value is zero."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = ["group_by_latent", "latent_sums", "rows_of"]
+
 
 def rows_of(row_offsets: Tensor, E: int) -> Tensor:
     """The row of each entry of a code with row_offsets [N+1]: [E] int32."""

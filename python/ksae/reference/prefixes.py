@@ -14,6 +14,8 @@ from .dtypes import accumulator
 from .encode import _scaled
 from .group import rows_of
 
+__all__ = ["prefix_residual", "prefix_residual_slice"]
+
 
 def prefix_of(indices: Tensor, widths: Tensor) -> Tensor:
     """The group of each latent, of the shape of indices, int64."""

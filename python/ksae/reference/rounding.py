@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = ["stochastic_bfloat16"]
+
 _WORD = 0xFFFFFFFF
 
 

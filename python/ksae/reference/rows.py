@@ -12,6 +12,8 @@ from .decode import sparse_decode_backward_weight
 from .group import _ungroup
 from .rounding import stochastic_bfloat16
 
+__all__ = ["bf16_norms", "row_grad_sq", "row_update"]
+
 
 def _row_gradient(
     coefficients: Sequence[Tensor],

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .dtypes import accumulator
 
+__all__ = ["adam_scalars", "loss_terms", "total_variance", "vector_update"]
+
 
 def total_variance(y: Tensor) -> Tensor:
     """sum (y - mean over the batch of y)^2: y [N, d] T -> [] float32; the denominator of the FVU.

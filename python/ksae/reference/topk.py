@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["topk"]
+
 
 def _largest(score: Tensor, k: int) -> Tensor:
     """Positions [N, k] int64 of the k first columns of `score` [N, F] in the order of selection."""

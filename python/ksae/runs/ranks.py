@@ -25,8 +25,9 @@ from ksae.parallel.checkpoint import save_sharded
 from ksae.parallel.cost import Sizes
 from ksae.parallel.layout import best_replicas
 from ksae.parallel.ranks import Ranks
-from ksae.parallel.shard import shard, unshard
+from ksae.parallel.shard import SERVED, shard, unshard
 from ksae.runs import checkpoint
+from ksae.runs.activation import NAMES
 from ksae.runs.config import LogConfig, RunConfig, TrainConfig
 from ksae.runs.directory import held
 from ksae.runs.log import RunLog
@@ -50,7 +51,7 @@ def quiet(config: RunConfig) -> RunConfig:
     """The configuration of a rank: rank 0 alone logs.
 
     Raises:
-        UserError: a batch cannot be divided among the ranks.
+        UserError: a batch cannot be divided among the ranks, or they do not serve something.
     """
     R = dist.get_world_size()
     if config.train.batch_size % R:
@@ -61,6 +62,18 @@ def quiet(config: RunConfig) -> RunConfig:
     if (replicas := config.train.replicas) is not None and (replicas < 1 or R % replicas):
         raise UserError(
             f"train: train.replicas must divide the {R} processes, or be left out, got {replicas}"
+        )
+    served = [name for kind, name in NAMES.items() if kind in SERVED]
+    if config.model.start is None and config.model.activation not in served:
+        names = ", ".join(dict.fromkeys(served))
+        raise UserError(
+            f"train: model.activation must be one of {names} for several processes, got"
+            f" {config.model.activation}"
+        )
+    if config.model.activation == "batch_topk" and config.train.dtype != "float32":
+        raise UserError(
+            "train: train.dtype must be float32 with batch_topk for several processes, got"
+            f" {config.train.dtype}"
         )
     if not config.train.fused:
         raise UserError("train: train.fused must be true for several processes, got false")

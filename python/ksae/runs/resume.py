@@ -19,6 +19,7 @@ FREE = frozenset(
         "train.checkpoint_every",
         "train.keep_last",
         "train.eval_tokens",
+        "train.encoder_scale",  # of a run's start
         "data.cache",
     ]
 )
@@ -36,6 +37,10 @@ CHANGEABLE = frozenset(
         "train.eps",
         "train.clip_norm",
         "train.clip",
+        "train.decoder_lr",
+        "train.k_start",
+        "train.k_steps",
+        "train.penalty_warmup",
         "model.dead_after",
         "model.auxk_alpha",
         "model.k_aux",
@@ -48,7 +53,13 @@ CHANGEABLE = frozenset(
 )
 
 
-BEFORE = {"train.clip": "above"}  # what runs did before there was the setting
+# what runs did before there was the setting
+BEFORE = {
+    "train.clip": "above",
+    "train.decoder_lr": 1.0,
+    "train.k_start": None,
+    "train.penalty_warmup": 0,
+}
 VALUES = "source.values"  # the fingerprint of the activations
 
 

@@ -31,16 +31,22 @@ from ksae.coders.file import save
 from ksae.coders.initialize import initialize_from, is_new
 from ksae.errors import UserError, first_line
 from ksae.files.atomic import clean
-from ksae.runs import checkpoint, checks, finish
+from ksae.runs import checkpoint, checks, finish, schedules
 from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
 from ksae.runs.batches import Batches
-from ksae.runs.config import LogConfig, RunConfig, TrainConfig, total_steps, warmup_steps
+from ksae.runs.config import (
+    LogConfig,
+    RunConfig,
+    TrainConfig,
+    k_steps,
+    total_steps,
+    warmup_steps,
+)
 from ksae.runs.directory import drop, held
 from ksae.runs.log import RunLog
 from ksae.runs.resume import compare
 from ksae.runs.signals import Interrupted, Signals
-from ksae.step.schedule import learning_rate
 from ksae.step.train_step import TrainStep
 
 _FINITE = ("loss", "grad_norm")  # a step of which one is not is not taken
@@ -109,7 +115,11 @@ class Trainer:
         self.steps, self.warmup = total_steps(self.config), warmup_steps(self.config)
         self.identity: dict[str, Any] = {
             "model": model.config(),
-            "train": {**dataclasses.asdict(self.config), "warmup": self.warmup},
+            "train": {
+                **dataclasses.asdict(self.config),
+                "warmup": self.warmup,
+                "k_steps": k_steps(self.config),
+            },
             "source": {"tokens": source.num_tokens, "values": source.fingerprint()},
         }
         if run is not None:
@@ -139,8 +149,10 @@ class Trainer:
             eps=config.eps,
             clip_norm=config.clip_norm,
             clip=config.clip,
+            decoder_lr=config.decoder_lr,
             fused=config.fused,
         )
+        schedules.check(self.train_step, config)
 
     def run(self) -> TrainResult:
         """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input;
@@ -246,15 +258,7 @@ class Trainer:
         with contextlib.closing(batches):
             while self.step < self.steps and not self._stop(signals):
                 x, y, g = self._batches.next(batches, self.step)
-                rate = learning_rate(
-                    self.step,
-                    lr=config.lr,
-                    steps=self.steps,
-                    warmup=self.warmup,
-                    decay=config.decay,
-                    shape=config.decay_shape,
-                )
-                self.train_step.lr = rate
+                rate = schedules.follow(self.train_step, config, self.step)
                 metrics = self._take(x, y, g)
                 if self.step == first:
                     metrics[_EQUAL] = checks.without_variance(model, x if y is None else y)
@@ -297,7 +301,7 @@ class Trainer:
             raise UserError(checks.not_finite(self.source, dtype, "the first batches"))
         if bool(checks.without_variance(self.model, x if y is None else y)):
             raise UserError(checks.no_variance(self.source, "the first batches"))
-        initialize_from(self.model, x, y)
+        initialize_from(self.model, x, y, encoder_scale=self.config.encoder_scale)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.log_config.every == 0 or step == self.steps

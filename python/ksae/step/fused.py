@@ -7,24 +7,25 @@ What shards of the latents exchange goes through the communicator.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..coders.activation.base import Goal
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
+from .entries import of_zeros, pass_on
 from .nested import Nested, prefix_metrics, together
 from .phases import Batch, Groups, Selection, Sums
-from .row_gradients import row_gradients
+from .row_gradients import decoder_rows, encoder_rows, over_replicas
 from .state import State
-from .thresholds import penalty_and_gradient
-from .unfused import GRAD_SCALE, Metrics, scale_to
+from .unfused import GRAD_SCALE, RATE, Metrics, scale_to
 
 
 class FusedStep:
@@ -32,7 +33,7 @@ class FusedStep:
 
     Args:
         model, state: what is updated.
-        clip_norm, clip: as of TrainStep.
+        clip_norm, clip, decoder_lr: as of TrainStep.
         communicator: between the shards of the model's latents and its replicas.
     """
 
@@ -43,8 +44,10 @@ class FusedStep:
         clip_norm: float | None,
         communicator: OneDevice | Shards,
         clip: str = "above",
+        decoder_lr: float = 1.0,
     ) -> None:
         self.model, self.state, self.clip_norm, self.clip = model, state, clip_norm, clip
+        self.decoder_lr = decoder_lr
         self.communicator, self.is_whole = communicator, communicator.size == 1
         self.is_one = self.is_whole and communicator.replicas == 1
         self.latents = model.W_enc.shape[0]  # of this rank
@@ -69,6 +72,7 @@ class FusedStep:
         columns = self.columns(batch, chosen)
         groups = self.residual(batch, chosen, columns)
         sums, metrics = self.sums(batch, chosen, groups)
+        model.activation.observe(model, chosen.codes[0])
         hyper, finite, scales = self.scalars(batch, chosen, groups, sums, metrics, columns)
         self.update(batch, chosen, groups, sums._replace(scales=scales), hyper, finite, columns)
         return metrics, finite
@@ -86,14 +90,14 @@ class FusedStep:
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         chosen = communicator.select(model, batch.x, k, k_aux, *how)
-        prefixes = communicator.codes(*chosen[0], ks)
-        if model.activation.observes:
-            model.activation.observe(model, communicator.observed(prefixes[0].values))
-        found = iter(prefixes)
+        values, indices, by, *pre = chosen[0]
+        first, *more = communicator.codes(values, indices, by, ks)
+        first = replace(first, pre=pre[0]) if pre else first
+        prefixes = iter([first, *more])
         codes: list[Code] = []
         for term in terms:
             if term.aux is None:
-                codes.append(next(found))
+                codes.append(next(prefixes))
                 continue
             aux_values, aux_indices, by = chosen[1]
             if term.aux.signed:
@@ -220,22 +224,21 @@ class FusedStep:
             metrics["multi_topk_loss"] = other
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
-        more = {}
-        if model.activation.penalized:
-            assert g.row_of is not None
-            penalty, more["log_threshold"] = penalty_and_gradient(
-                model, chosen.codes[0], g.residuals[0], g.grads[0][:, 0], g.row_of[0], scales[0],
-                active, N,
-            )  # fmt: skip
-            metrics["loss"] = loss = loss + penalty
-        reduced = None
-        if self.communicator.replicas > 1:
-            reduced = row_gradients(self.communicator, model, batch, chosen, g, scales)
-            of_latents = torch.stack([grad_b_enc, grad_dot_w, *more.values()])
-            grad_b_enc, grad_dot_w, *rest = self.communicator.over_replicas(of_latents)
-            more = dict(zip(more, rest, strict=True))
         along = grad_dot_w if model.normalize_decoder else None
-        return Sums(loss, scales, grad_b_enc, along, more, small, reduced), metrics
+        more: dict[str, Tensor] = {}
+        if model.activation.penalized:
+            penalty, more, norms = self._pass_on(batch, chosen, g, scales[0], active)
+            metrics["loss"] = loss = loss + penalty
+            coefficients, *grouped = g.of_encoder()
+            pre = [_pre(chosen.codes[0])[:, None], *g.values[1:]]
+            grad_b_enc, _ = ops.latent_sums(pre, coefficients, *grouped, scales)
+            if "b_enc" in more:
+                more["b_enc"] = more["b_enc"] + grad_b_enc
+            along = -norms if along is None and norms is not None else along
+        sums = Sums(loss, scales, grad_b_enc, along, more, small, None)
+        if self.communicator.replicas > 1:
+            sums = over_replicas(self.communicator, model, batch, chosen, g, sums)
+        return sums, metrics
 
     def _total(
         self, batch: Batch, chosen: Selection, g: Groups
@@ -256,6 +259,24 @@ class FusedStep:
         if W_skip:
             small["W_skip"] = sums[G + len(b_dec) :]
         return small, active
+
+    def _pass_on(
+        self, batch: Batch, chosen: Selection, g: Groups, scale: Tensor, active: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The penalty [] and gradients of the activation's parameters [F] and of the decoder's
+        norms, times these; those of the pre-activations go to `g`."""
+        model, code, grads = self.model, chosen.codes[0], g.grads[0][:, 0]
+        if model.activation.keeps_zeros:
+            assert g.row_of is not None
+            grads = of_zeros(model, code, g.residuals[0], grads, g.row_of[0])
+        elsewhere = (active - g.offsets[0][-1]).to(grads.dtype)
+        goal = Goal(batch.x, batch.target, g.denominators[0], self.tokens(batch), elsewhere)
+        passed = pass_on(model, goal, code, grads, scale)
+        grouped = (g.offsets[0], g.order[0])
+        if model.activation.opens_more:
+            grouped = ops.group_by_latent(_pre(code)[:, None], code.indices[:, None], self.latents)
+        g.through.append((passed.grads[:, None], *grouped))
+        return passed.penalty, passed.more, passed.norms
 
     def _small(self, batch: Batch, chosen: Selection, g: Groups) -> dict[str, list[Tensor]]:
         """Of each term that b_dec is in: what makes the gradients of b_dec and W_skip, for the
@@ -302,16 +323,17 @@ class FusedStep:
     ) -> Tensor:
         """Of all gradients, before clipping, []."""
         model, acc, over_latents = self.model, self.state.acc, self.communicator.over_latents
-        encoder = self._encoder_rows(batch, g, sums)
+        encoder = encoder_rows(model, batch, g, sums)
         square = ops.row_grad_sq(**encoder, grad_dot_w=None, W=model.W_enc, start=0)
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
             square += ops.row_grad_sq(
-                **self._decoder_rows(g, sums), grad_dot_w=sums.grad_dot_w, W=model.W_dec,
+                **decoder_rows(self.model, g, sums), grad_dot_w=sums.grad_dot_w, W=model.W_dec,
                 start=start,
             )  # fmt: skip
+        more = {"b_enc": sums.grad_b_enc} | sums.more  # the activation may have another for b_enc
         of_latents = square.sum()
-        for gradient in (sums.grad_b_enc, *sums.more.values()):
+        for gradient in more.values():
             of_latents = of_latents + gradient.double().square().sum()
         total = over_latents(of_latents)
         zero = torch.zeros_like(sums.loss)
@@ -336,16 +358,19 @@ class FusedStep:
     ) -> None:
         """Adam for all parameters, the matrices in one pass over their rows; then the counters."""
         model, state = self.model, self.state
-        fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
+        fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value (finite loss: no NaN)
         if sums.reduced is not None:
             fired = sums.reduced.fired
         centre_grad = self._update_encoder(batch, g, sums, hyper)
+        of_decoder = hyper
+        if self.decoder_lr != 1:
+            of_decoder = hyper.clone()
+            of_decoder[RATE] *= self.decoder_lr
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
-            self._update_decoder(g, sums, hyper, start, start + columns >= model.d_out)
+            self._update_decoder(g, sums, of_decoder, start, start + columns >= model.d_out)
         taken = (finite, hyper)
-        ops.vector_update([sums.grad_b_enc], None, None, *taken, *state.of("b_enc"))
-        for name, gradient in sums.more.items():
+        for name, gradient in ({"b_enc": sums.grad_b_enc} | sums.more).items():
             ops.vector_update([gradient], None, None, *taken, *state.of(name))
         for name, parts in sums.small.items():
             minus = centre_grad if name == "b_dec" else None
@@ -364,31 +389,12 @@ class FusedStep:
         W, master, m, v = state.of("W_enc")
         W_bf16, norms = state.W_bf16 or (None, None)
         ops.row_update(
-            **self._encoder_rows(batch, g, sums), grad_dot_w=None,
+            **encoder_rows(model, batch, g, sums), grad_dot_w=None,
             grad_b_enc=sums.grad_b_enc if centred else None,
             W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=grad, start=0, normalize=False,
             W_bf16=W_bf16, rng_state=state.rng_state("W_enc"), norms=norms,
         )  # fmt: skip
         return None if grad is None else self.communicator.over_latents(grad)
-
-    def _encoder_rows(self, batch: Batch, g: Groups, sums: Sums) -> dict[str, Any]:
-        """What makes the gradients of the rows of W_enc, as the ops take it."""
-        if sums.reduced is not None:
-            return sums.reduced.rows(sums.reduced.encoder, self.model.W_enc, sums.scales)
-        return {
-            "coefficients": g.grads, "offsets": g.offsets, "order": g.order,
-            "rows": [batch.x] * len(g.grads), "scales": sums.scales,
-            "centre": self.model.b_dec if self.model.centred else None, "row_of": g.token_of,
-        }  # fmt: skip
-
-    def _decoder_rows(self, g: Groups, sums: Sums) -> dict[str, Any]:
-        """The same of W_dec, for the columns that the residuals hold."""
-        if sums.reduced is not None:
-            return sums.reduced.rows(sums.reduced.decoder, self.model.W_dec, sums.scales)
-        return {
-            "coefficients": g.values, "offsets": g.offsets, "order": g.order, "rows": g.residuals,
-            "scales": sums.scales, "centre": None, "row_of": g.row_of,
-        }  # fmt: skip
 
     def _take_columns(
         self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, start: int, columns: int
@@ -417,7 +423,12 @@ class FusedStep:
         state = self.state
         W, master, m, v = state.of("W_dec")
         ops.row_update(
-            **self._decoder_rows(g, sums), grad_dot_w=sums.grad_dot_w, grad_b_enc=None,
+            **decoder_rows(self.model, g, sums), grad_dot_w=sums.grad_dot_w, grad_b_enc=None,
             W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=None, start=first,
             normalize=self.model.normalize_decoder and last, rng_state=state.rng_state("W_dec"),
         )  # fmt: skip
+
+
+def _pre(code: Code) -> Tensor:
+    assert code.pre is not None
+    return code.pre

@@ -13,7 +13,8 @@ from .state import State
 
 Metrics = dict[str, Tensor]
 CLIPS = ("above", "always")
-GRAD_SCALE = 5  # where adam_scalars puts the factor of all gradients
+# where adam_scalars puts the rate over its bias correction, and the factor of all gradients
+RATE, GRAD_SCALE = 0, 5
 
 
 def scale_to(length: float, norm: Tensor) -> Tensor:
@@ -30,17 +31,19 @@ class Unfused:
         self,
         model: SparseCoder,
         state: State,
-        *,
         betas: tuple[float, float],
         eps: float,
         clip_norm: float | None,
-        clip: str = "above",
+        clip: str,
+        decoder_lr: float,
     ) -> None:
         self.model, self.clip_norm, self.clip = model, clip_norm, clip
         self.parameters, self.masters, self.theta = state.parameters, state.masters, state.theta
-        self.acc, self.t = state.acc, state.t
-        thetas = list(self.theta.values())
-        self.optimizer = torch.optim.Adam(thetas, lr=0.0, betas=betas, eps=eps, foreach=False)
+        self.acc, self.t, self.lr, self.decoder_lr = state.acc, state.t, state.lr, decoder_lr
+        decoder = {"params": [self.theta["W_dec"]]}
+        others = {"params": [t for name, t in self.theta.items() if name != "W_dec"]}
+        groups = [others, decoder]
+        self.optimizer = torch.optim.Adam(groups, lr=0.0, betas=betas, eps=eps, foreach=False)
         for name, tensor in self.theta.items():
             m, v = state.moments[name]
             entry = {"step": torch.tensor(float(self.t)), "exp_avg": m, "exp_avg_sq": v}
@@ -54,6 +57,9 @@ class Unfused:
     def step(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
         """A step on x [N, d_in] and y [N, d_out]: metrics, and whether all was finite, [] bool."""
         model = self.model
+        others, decoder = self.optimizer.param_groups
+        others["lr"] = float(self.lr)
+        decoder["lr"] = others["lr"] * self.decoder_lr
         training, since = model.training, model.tokens_since_fired.clone()
         dead = model.dead.to(self.acc).mean()
         model.train()
@@ -65,7 +71,7 @@ class Unfused:
             "loss": out.loss.detach(),
             "fvu": out.fvu,
             "auxk_loss": out.auxk_loss.detach(),
-            "l0": (out.values > 0).sum().to(self.acc) / x.shape[0],
+            "l0": (out.values != 0).sum().to(self.acc) / x.shape[0],
             "dead": dead,
         }
         if out.prefix_fvu is not None:

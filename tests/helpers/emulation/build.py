@@ -78,7 +78,7 @@ def _build(name: str, sources: Sequence[Path], instead: Mapping[str, str]) -> Pa
     import pybind11  # tests/peers, which share conftest.py, do without it
 
     headers = [*(ROOT / "csrc" / "include").rglob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.h")]
-    headers += HERE.glob("*.h")
+    headers += [*(ROOT / "csrc" / "bindings").glob("*.h"), *HERE.glob("*.h")]
     texts = {path: path.read_text() for path in sorted({*sources, *EMULATOR, *headers})}
     for file, text in instead.items():
         (path,) = [p for p in texts if p.name == file]

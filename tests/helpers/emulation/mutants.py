@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from cases import (
     assert_norms,
+    at_rest,
     clone_all,
     code,
     integers,
@@ -33,16 +34,17 @@ from cases import (
     row_arguments,
     scalars_arguments,
     scores,
+    special_rows,
     terms_arguments,
     vector_arguments,
     written,
 )
 from emulation.build import Emulator
+from implementations import Emulated
 from torch import Tensor
 
 from ksae import reference
 from ksae.backends import cuda
-from ksae.backends.cuda import Kernels
 
 SECONDS = 60  # of processor time for one child: a busy machine is no mutant
 ROOM = 1 << 16  # numbers
@@ -57,7 +59,7 @@ def all_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> bool:
     return all(same(g, w) for g, w in zip(got, want, strict=True))
 
 
-def select(kernels: Kernels) -> Iterator[Case]:
+def select(kernels: Emulated) -> Iterator[Case]:
     for kind, F in (("ties", 1001), ("nan", 1001), ("one late winner", 1001), ("random", 5000)):
         x = scores(kind, 2, F, torch.float32)
         for k in (5, 700):
@@ -87,7 +89,7 @@ def select(kernels: Kernels) -> Iterator[Case]:
     )
 
 
-def decode(kernels: Kernels) -> Iterator[Case]:
+def decode(kernels: Emulated) -> Iterator[Case]:
     for N, d, F, k in ((3, 21, 33, 35), (3, 11_300, 7, 3)):  # the second: rows in the workspace
         values, indices = code(N, F, k, torch.float32)
         values = (values * 2).round()
@@ -137,7 +139,7 @@ def decode(kernels: Kernels) -> Iterator[Case]:
     )
 
 
-def group(kernels: Kernels) -> Iterator[Case]:
+def group(kernels: Emulated) -> Iterator[Case]:
     for N, F, k in ((1, 3, 1), (37, 40, 9), (130, 1000, 33)):  # the last: several tiles and digits
         values, indices = code(N, F, k, torch.float32)
         hot = torch.where(indices % 3 == 0, F - 1, indices)
@@ -175,7 +177,7 @@ def bounds(norms: Tensor, W: Tensor, W_bf16: Tensor) -> bool:
     return True
 
 
-def latent(kernels: Kernels) -> Iterator[Case]:
+def latent(kernels: Emulated) -> Iterator[Case]:
     for side in ("encoder", "decoder"):
         for slices in ((0, 21), (0, 8, 21)):
             a = long_segments(side)
@@ -199,9 +201,14 @@ def latent(kernels: Kernels) -> Iterator[Case]:
         W_bf16, norms = a["W"].bfloat16(), a["W"].new_empty(3, a["W"].shape[0])
         kernels.row_update(*a.values(), W_bf16, None, norms)
         yield f"norms of the bf16 copy, {side}", bounds(norms, a["W"], W_bf16)
+    for d in (1, 23):
+        a = at_rest(special_rows(d))
+        W_bf16, norms = a["W"].bfloat16(), a["W"].new_empty(3, a["W"].shape[0])
+        kernels.row_update(*a.values(), W_bf16, None, norms)
+        yield f"norms of special rows, d={d}", bounds(norms, a["W"], W_bf16)
 
 
-def sums(kernels: Kernels) -> Iterator[Case]:
+def sums(kernels: Emulated) -> Iterator[Case]:
     a = long_segments("decoder")
     grads = [integers(*c.shape, seed=7 + g) for g, c in enumerate(a["coefficients"])]
     grads = [torch.where(c == 0, 0, g) for c, g in zip(a["coefficients"], grads, strict=True)]
@@ -214,13 +221,13 @@ def sums(kernels: Kernels) -> Iterator[Case]:
     yield "weight gradient", all_same(*pair)
 
 
-def variance(kernels: Kernels) -> Iterator[Case]:
+def variance(kernels: Emulated) -> Iterator[Case]:
     for N, d in ((1, 3), (300, 37), (259, 600)):  # the others: shares of two rows; two slices
         y = integers(N, d)
         yield f"N={N}, d={d}", close(kernels.total_variance(y), reference.total_variance(y))
 
 
-def scalars(kernels: Kernels) -> Iterator[Case]:
+def scalars(kernels: Emulated) -> Iterator[Case]:
     terms = terms_arguments(torch.float32, N=1100)
     terms["denominators"][2].zero_()
     pair = (g.loss_terms(*terms.values()) for g in (kernels, reference))
@@ -234,7 +241,7 @@ def scalars(kernels: Kernels) -> Iterator[Case]:
         yield f"loss {loss}", close(hyper, want_hyper) and all_same(tuple(got), tuple(want))
 
 
-def vector(kernels: Kernels) -> Iterator[Case]:
+def vector(kernels: Emulated) -> Iterator[Case]:
     for size, extras in ((33, True), (700, False)):
         a = vector_arguments(torch.float32, size, extras=extras)
         want = clone_all(a)
@@ -244,7 +251,7 @@ def vector(kernels: Kernels) -> Iterator[Case]:
         yield f"{size} numbers", all(itertools.starmap(close, pairs))
 
 
-CASES: dict[str, Callable[[Kernels], Iterator[Case]]] = {
+CASES: dict[str, Callable[[Emulated], Iterator[Case]]] = {
     "select": select,
     "decode": decode,
     "group": group,
@@ -272,7 +279,7 @@ def leave_room() -> None:
 def outcome(emulator: Emulator, name: str) -> str:
     leave_room()
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
-    kernels = Kernels(emulator.module)
+    kernels = Emulated(emulator)
     emulator.step_limit(2**26)
     for seed in range(2):
         emulator.seed(seed)

@@ -70,7 +70,7 @@ def test_an_old_gpu_is_refused_and_a_new_one_asked_once(monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda, "_known", set())
     ran = []
     kernels: Any = SimpleNamespace(topk=lambda x, k: ran.append(x.device.index))
-    topk = cuda.served("topk", kernels)
+    topk = cuda.served("topk", kernels.topk)
     with FakeTensorMode():
         new, old = (torch.empty(3, 9, device=f"cuda:{n}") for n in range(2))
     topk(x=new, k=2)
@@ -88,11 +88,11 @@ def test_a_failed_launch_names_the_op_that_was_called() -> None:
     def fails(**args: Any) -> None:
         raise RuntimeError(text)
 
-    topk_encode = cuda.served("topk_encode", SimpleNamespace(topk_encode=fails))  # type: ignore[arg-type]
+    topk_encode = cuda.served("topk_encode", fails)
     with pytest.raises(RuntimeError) as caught:
         topk_encode(x=randn(3, 4), W_enc=randn(9, 4), b_enc=randn(9), k=2)
     assert str(caught.value) == f"topk_encode: {text}"
-    own = cuda.served("select", SimpleNamespace(select=fails))  # type: ignore[arg-type]
+    own = cuda.served("select", fails)
     with pytest.raises(RuntimeError) as caught:
         own()
     assert str(caught.value) == text
@@ -102,7 +102,7 @@ def test_a_failed_launch_names_the_op_that_was_called() -> None:
         raise full
 
     with pytest.raises(torch.OutOfMemoryError):  # torch's own errors stay what they are
-        cuda.served("topk", SimpleNamespace(topk=allocates))()  # type: ignore[arg-type]
+        cuda.served("topk", allocates)()
 
 
 def checked(*args: Any) -> None:

@@ -30,7 +30,8 @@ from ksae.ops.specs import BY_NAME
 ROOT = Path(__file__).parents[3]
 # The files of which Triton's interpreter runs what they mark, and at least so many tests of each.
 TESTS = {
-    "ops/test_ops.py": 56,
+    "ops/test_ops.py": 39,
+    "ops/test_latents.py": 17,
     "ops/test_small_ops.py": 145,
     "ops/test_bf16_copy.py": 13,
     "ops/test_row_offsets.py": 63,
@@ -109,7 +110,7 @@ def test_the_reference_serves_an_op_without_a_kernel(
 ) -> None:
     monkeypatch.setattr(gpu.triton, "kernels", Kernels())
     monkeypatch.setattr(gpu.cuda, "kernels", cuda.Kernels(types.ModuleType("_cuda")))
-    assert gpu.kernel(name) is None
+    assert gpu.kernel(BY_NAME[name]) is None
 
 
 def row(way: str) -> gpu.Row:
@@ -152,7 +153,8 @@ def test_precedence(
     monkeypatch.setattr(gpu.cuda, "kernels", IMPLEMENTATIONS["cuda"] if native_ else None)
     monkeypatch.setattr(gpu.triton, "kernels", Kernels() if portable else None)
     monkeypatch.setattr(gpu, "TABLE", tuple(map(row, ways)))
-    found = map(gpu.kernel, ("sparse_decode", "topk_encode", "grad_topk_encode"))
+    ops = ("sparse_decode", "topk_encode", "grad_topk_encode")
+    found = [gpu.kernel(BY_NAME[name]) for name in ops]
     assert tuple(f and f[1] for f in found) == served
 
 
@@ -178,7 +180,7 @@ def test_a_call_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch, w
     for op, args in calls.items():
         for name in (f"fused_{op}", op):
             monkeypatch.setattr(Kernels, name, answering(getattr(Kernels, name), name))
-        encode, server = gpu.kernel(op) or (None, None)
+        encode, server = gpu.kernel(BY_NAME[op]) or (None, None)
         got = encode(**BY_NAME[op].bind(args))
         assert server == "triton" and got == ("fused_" if way == "fused" else "") + op
 

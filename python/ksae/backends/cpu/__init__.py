@@ -2,7 +2,8 @@
 """Bridge from torch tensors to the native CPU kernels: the one place where tensors become pointers.
 
 Each function has the name and meaning of its reference and names the arguments that it serves; with
-others that are optional, the reference serves the call. Tensors come checked, contiguous and in
+others that are optional, the reference serves the call. An op that states its native parameters
+itself has no function here (bridge.py). Tensors come checked, contiguous and in
 float32, bfloat16 or float16 (ksae.ops sees to it). Outputs and workspaces are torch's; the
 thread count is torch.get_num_threads().
 
@@ -11,8 +12,16 @@ KSAE_ISA=plain|avx2|avx512|avx512bf16 lowers the instruction set, KSAE_SCREEN=of
 screening of float32 encodes off (on where the CPU has BF16 dot instructions).
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import bridge
 from . import calls, encode
-from .calls import available, reason
+from .calls import _Workspace, available, in_range, reason
 from .decode import (
     prefix_residual,
     prefix_residual_slice,
@@ -36,7 +45,7 @@ from .encode import (
     topk_encode_aux,
     topk_encode_counted,
 )
-from .rows import group_by_latent, latent_sums, row_grad_sq, row_update
+from .group import group_by_latent
 
 __all__ = [
     "available",
@@ -48,12 +57,11 @@ __all__ = [
     "grad_topk_encode",
     "grad_topk_encode_counted",
     "group_by_latent",
-    "latent_sums",
+    "in_range",
+    "kernel",
     "prefix_residual",
     "prefix_residual_slice",
     "reason",
-    "row_grad_sq",
-    "row_update",
     "scored_encode",
     "sparse_decode",
     "sparse_decode_backward_values",
@@ -67,3 +75,16 @@ __all__ = [
     "topk_encode_aux",
     "topk_encode_counted",
 ]
+
+
+def kernel(spec: Any) -> Callable[..., Any] | None:
+    """The op of `spec` (ksae.ops.spec.Spec) on CPU tensors; None where the reference serves it."""
+    if not available():
+        return None
+    if spec.name not in calls._cpu.fields:
+        found: Callable[..., Any] | None = globals().get(spec.name)
+        return found
+    known = {"Workspace": _Workspace, "get_num_threads": torch.get_num_threads}
+    run = "call({values}, Workspace(), get_num_threads())"
+    fields, call = calls._cpu.fields[spec.name], getattr(calls._cpu, spec.name)
+    return bridge.native(spec, fields, call, run, known)

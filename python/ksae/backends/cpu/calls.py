@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ... import env
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _reason = ""
 _cpu: Any = None
 if env.read("KSAE_NATIVE") == "0":
@@ -35,6 +34,16 @@ def available() -> bool:
 def reason() -> str:
     """Why they cannot, in one line; empty if they can."""
     return _reason
+
+
+def in_range(indices: Tensor, F: int) -> bool:
+    """Whether all indices are seen to lie in [0, F); False: look again, or there is no module."""
+    if _reason or not indices.is_contiguous():
+        return False
+    inside: bool = _cpu.indices_in_range(
+        indices.data_ptr(), indices.numel(), indices.element_size(), F
+    )
+    return inside
 
 
 def _pointer(t: Tensor | None) -> int:

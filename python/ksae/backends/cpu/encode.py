@@ -9,7 +9,8 @@ from torch import Tensor
 from ... import env
 from ...reference.dtypes import MODES
 from ...reference.encode import refuse_entries
-from .calls import _DTYPES, _cpu, _pointer, _Workspace
+from ..bridge import DTYPES
+from .calls import _cpu, _pointer, _Workspace
 
 _ROUTES = ("auto", "dual", "pruned")  # of grad_topk_encode; as in ksae/cpu.h, as is MODES
 screening = env.read("KSAE_SCREEN") != "off"
@@ -19,7 +20,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     N, F = x.shape
     values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
     _cpu.topk(
-        N, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(values), _pointer(indices), _Workspace(),
+        N, F, k, DTYPES[x.dtype], _pointer(x), _pointer(values), _pointer(indices), _Workspace(),
         torch.get_num_threads()
     )  # fmt: skip
     return values, indices
@@ -60,7 +61,7 @@ def topk_encode_counted(
         screen = screening and 100 * k <= F
     values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
     counts = _cpu.topk_encode(
-        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
+        N, d, F, k, DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
         _pointer(b_dec), _pointer(mask), _pointer(values), _pointer(indices),
         screen, slack, product_only, _pointer(scores), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
@@ -98,7 +99,7 @@ def batch_topk_encode_counted(
     values, indices = x.new_empty(N * k), x.new_empty(N * k, dtype=torch.int64)
     row_offsets = x.new_empty(N + 1, dtype=torch.int64)
     counts = _cpu.batch_topk_encode(
-        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
+        N, d, F, k, DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
         _pointer(b_dec), _pointer(values), _pointer(indices), _pointer(row_offsets), screen, slack,
         _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
@@ -147,7 +148,7 @@ def grad_topk_encode_counted(
         screen = screening and 100 * k <= F
     values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
     counts = _cpu.grad_topk_encode(
-        N, d, F, k, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
+        N, d, F, k, DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
         _pointer(b_dec), _pointer(values), _pointer(indices), screen, slack,
         d_out, _pointer(grad), _pointer(W_dec), MODES.index(mode), beta, _ROUTES.index(route),
         _pointer(scores), _Workspace(), torch.get_num_threads(),
@@ -226,7 +227,7 @@ def threshold_encode_by(
     above = torch.empty(N, (F + 31) // 32, dtype=torch.int32)  # a bit a pre-activation
     row_offsets = torch.empty(N + 1, dtype=torch.int64)
     of_all = (
-        N, d, F, _DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc), _pointer(b_dec),
+        N, d, F, DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc), _pointer(b_dec),
         _pointer(theta), _pointer(above), _pointer(row_offsets),
     )  # fmt: skip
     _cpu.threshold_encode_count(*of_all, screen, slack, _Workspace(), torch.get_num_threads())

@@ -13,6 +13,7 @@ from ... import functional
 from .topk import TopK
 
 if TYPE_CHECKING:
+    from ..code import Code
     from ..coder import SparseCoder
 
 ESTIMATORS = ("running", "saelens", "dictionary_learning")
@@ -44,7 +45,6 @@ class BatchTopK(TopK):
     threshold: str = "running"
 
     ragged: ClassVar[bool] = True
-    observes: ClassVar[bool] = True
 
     def check(self, owner: str, F: int) -> None:
         super().check(owner, F)
@@ -90,9 +90,10 @@ class BatchTopK(TopK):
         return functional.threshold_encode(rows, coder.W_enc, coder.b_enc, theta, b_dec)
 
     @torch.no_grad()
-    def observe(self, coder: SparseCoder, values: Tensor) -> None:
+    def observe(self, coder: SparseCoder, code: Code) -> None:
         theta, batches = coder.get_buffer("threshold"), coder.get_buffer("threshold_batches")
         batches += 1
+        values = coder.observed(code.values)
         positive = values > 0
         least = torch.where(positive, values, torch.inf).min() if len(values) else values.sum()
         some = positive.any()

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from .bound import norms_above
 from .latent_sums import finite, value_sums
-from .launch import registers
 
 CUT = 8 if triton.knobs.runtime.interpret else 256
 SHARES = 512  # of the latents, for grad_b_dec
@@ -366,39 +365,13 @@ def warps(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-def row_update(
-    groups: Groups,
-    scales: Tensor,  # [G] float32
-    centre: Tensor | None,  # [columns] T
-    grad_dot_w: Tensor | None,  # [F] float32
-    grad_b_enc: Tensor | None,  # [F] float32
-    W: Tensor,  # [F, d] T
-    master: Tensor | None,  # [F, d] float32
-    m: Tensor,  # [F, d] float32
-    v: Tensor,  # [F, d] float32
-    hyper: Tensor,  # [8] float32
-    grad_b_dec: Tensor | None,  # [d] float32
-    start: int,
-    normalize: bool,
-    W_bf16: Tensor | None,  # [F, d] bfloat16
-    norms: Tensor | None,  # [3, F] float32
-) -> None:
-    """Gradient, projection, Adam and unit rows, in place; W.T @ grad_b_enc with W as it was."""
-    F, d = W.shape
-    if grad_b_dec is not None and grad_b_enc is not None:
-        _centre_gradient(W, grad_b_enc, scales, groups.count, grad_b_dec)
-    block, block_d = (triton.next_power_of_2(max(n, 1)) for n in (groups.columns, d))
-    update_kernel[(F,)](
-        *groups.arguments, scales, W if centre is None else centre,
-        scales if grad_dot_w is None else grad_dot_w, W, W if master is None else master, m, v,
-        hyper, W_bf16, norms, F, d, groups.columns, start, GROUPS=groups.count,
-        CENTRE=centre is not None, PROJECT=grad_dot_w is not None, FIRST=start == 0,
-        MASTER=master is not None, NORMALIZE=normalize, WHOLE=groups.columns == d, CUT=CUT,
-        BLOCK=block, BLOCK_D=block_d, num_warps=warps(block_d), **registers(REGISTERS),
-    )  # fmt: skip
+def blocks(columns: int, d: int) -> tuple[int, int]:
+    """Of the columns that are updated, and of a whole row."""
+    return triton.next_power_of_2(max(columns, 1)), triton.next_power_of_2(max(d, 1))
 
 
-def _centre_gradient(W: Tensor, sums: Tensor, scales: Tensor, groups: int, out: Tensor) -> None:
+def centre_gradient(W: Tensor, sums: Tensor, scales: Tensor, groups: int, out: Tensor) -> None:
+    """W.T @ sums, [d]; zeros where a scale is not finite."""
     F, d = W.shape
     share = triton.cdiv(F, SHARES)
     shares = triton.cdiv(F, share)
@@ -406,26 +379,6 @@ def _centre_gradient(W: Tensor, sums: Tensor, scales: Tensor, groups: int, out: 
     slices = triton.cdiv(d, COLUMNS)
     centre_kernel[shares, slices](W, sums, parts, F, d, share, ROWS=ROWS, COLUMNS=COLUMNS)
     centre_sum_kernel[(slices,)](parts, scales, out, d, shares, GROUPS=groups, COLUMNS=COLUMNS)
-
-
-def row_grad_sq(
-    groups: Groups,
-    scales: Tensor,  # [G] float32
-    centre: Tensor | None,  # [columns] T
-    grad_dot_w: Tensor | None,  # [F] float32
-    W: Tensor,  # [F, d] T
-    start: int,
-    out: Tensor,  # [F] float64, written
-) -> None:
-    """Row sums of squares of the gradient of `row_update`."""
-    F, d = W.shape
-    block, block_d = (triton.next_power_of_2(max(n, 1)) for n in (groups.columns, d))
-    grad_sq_kernel[(F,)](
-        *groups.arguments, scales, W if centre is None else centre,
-        scales if grad_dot_w is None else grad_dot_w, W, out, d, groups.columns, start,
-        GROUPS=groups.count, CENTRE=centre is not None, PROJECT=grad_dot_w is not None, CUT=CUT,
-        BLOCK=block, BLOCK_D=block_d, num_warps=warps(block_d), **registers(REGISTERS),
-    )  # fmt: skip
 
 
 def weight_gradient(groups: Groups, out: Tensor, value_sum: Tensor) -> None:
