@@ -26,7 +26,7 @@ def losses(
     n_dead = dead.sum() if has_numbers(dead) else None
     terms = terms_of(model, aux_width(model, n_dead))
     variance = model.variance(target)
-    size = len(target), model.d_out
+    size = target.shape[0], model.d_out  # len() would fix it in an exported graph
     loss, parts = torch.zeros_like(variance), {}
     nested = prefix_recons(model, rows, recon, wide.first(model.k))
     for term in terms:
