@@ -39,6 +39,7 @@ __all__ = [
     "__version__",
     "batch_topk_encode",
     "config",
+    "count_over_ranks",
     "grad_topk_encode",
     "load",
     "pursuit",

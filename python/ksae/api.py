@@ -36,6 +36,7 @@ from .functional import (
     topk,
     topk_encode,
 )
+from .parallel.peers import count_over_ranks
 from .parallel.shard import shard, unshard
 from .step.train_step import TrainStep
 
@@ -64,6 +65,7 @@ __all__ = [
     "Transcoder",
     "UnitRows",
     "batch_topk_encode",
+    "count_over_ranks",
     "grad_topk_encode",
     "pursuit",
     "shard",

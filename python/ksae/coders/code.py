@@ -94,6 +94,13 @@ class Code:
         return dense.index_put((self.rows(), self.indices), self.values)
 
 
+def by_row(row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Entries [E] in the order of their rows, in [0, rows), and where each row begins [rows+1]."""
+    order = row.argsort(stable=True)
+    bounds = torch.arange(rows + 1, device=row.device, dtype=row.dtype)
+    return order, torch.searchsorted(row[order], bounds)
+
+
 def has_numbers(t: Tensor) -> bool:
     """Whether a number of t may be read: not where a graph is recorded or captured, which has no
     branch on data, and not of tensors without data (fake and meta ones)."""

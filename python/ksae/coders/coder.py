@@ -18,8 +18,9 @@ from .. import functional
 from ..ops import accumulator
 from . import registry
 from .activation import Activation, from_fields
-from .code import Code, has_numbers, recomputes
+from .code import Code, recomputes
 from .config import Config, Options, floating
+from .counts import Counts
 from .losses import losses
 from .output import Output
 from .terms import multi_loss
@@ -33,7 +34,7 @@ def _setting(name: str, kind: type[_T]) -> _T:
     return cast(_T, property(lambda self: getattr(self.settings, name)))
 
 
-class SparseCoder(nn.Module):
+class SparseCoder(Counts):
     """The base of `SAE` and `Transcoder`: an activation, a linear decoder, a loss.
 
     u = (x - b_dec if centred else x) @ W_enc.T + b_enc; the activation makes a sparse code of u;
@@ -65,15 +66,12 @@ class SparseCoder(nn.Module):
     topology: str  # what is read and predicted, by name
     centred: bool  # whether b_dec is subtracted from the input
     shares_memory = False  # with parameters of others, whose writes do not show in these
-    ranks: Any = None  # of `ksae.shard`, where the tensors hold the latents of one rank only
 
     W_enc: nn.Parameter  # [F, d_in]
     b_enc: nn.Parameter  # [F]
     W_dec: nn.Parameter  # [F, d_out]
     b_dec: nn.Parameter  # [d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
-    tokens_since_fired: Tensor  # [F] int64
-    _since_before: Tensor | None = None  # before the last forward pass
 
     # What needs higher folders; set by ksae.api, which may know of them.
     attached: ClassVar[Callable[..., Any]]  # in a language model: ksae.analysis.attached
@@ -234,7 +232,8 @@ class SparseCoder(nn.Module):
             ValueError: the coder is spread over ranks.
         """
         if self.ranks is not None:
-            got = f"the part of rank {self.ranks.rank} of {self.ranks.size}"
+            everyone = self.ranks.everyone
+            got = f"the part of rank {everyone.rank} of {everyone.size}"
             raise ValueError(
                 f"{type(self).__name__}: {method} must be called on a whole coder, got {got}:"
                 " ksae.unshard makes it whole"
@@ -413,12 +412,3 @@ class SparseCoder(nn.Module):
         """Give the decoder rows [F, d_out] length 1, after the step of a torch optimizer; rows of
         zeros stay. Norms in float32 (float64). `ksae.UnitRows` is the same as a parametrisation."""
         self.W_dec.copy_(unit_rows(self.W_dec))
-
-    def _count(self, code: Code, N: int) -> None:
-        """Of integers: a block without gradients would keep an exported graph from being saved."""
-        hits = torch.zeros_like(self.tokens_since_fired)
-        hits.index_add_(0, code.indices.reshape(-1), (code.values != 0).reshape(-1).to(hits.dtype))
-        since = self.tokens_since_fired + N
-        if has_numbers(since):
-            self._since_before = since - N  # for a recomputation of this pass
-        self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..coders.code import Code
@@ -12,7 +13,8 @@ from ..coders.terms import Term
 
 
 class Batch(NamedTuple):
-    """The rows of a batch: of N tokens, n of which are this rank's own. On one device n = N."""
+    """The rows of a batch: of the N tokens that this rank's latents are scored for, n of which are
+    its own. On one device n = N."""
 
     x: Tensor  # [N, d_in]
     y: Tensor  # [n, d_out]
@@ -70,3 +72,25 @@ class Sums(NamedTuple):
     # gradients of other parameters of the activation
     more: dict[str, Tensor]
     small: dict[str, list[Tensor]]  # gradients whose sum, weighted by the scales, is a parameter's
+    reduced: RowGradients | None  # of the matrices, where the coder has replicas
+
+
+class RowGradients(NamedTuple):
+    """Gradients of the rows that have any, of the tokens of all replicas: of U of F latents."""
+
+    encoder: Tensor  # [U, d_in] float32
+    decoder: Tensor  # [U, d_out] float32
+    offsets: Tensor  # [F+1] int32: as of `group_by_latent`, an entry each
+    order: Tensor  # [U] int32
+    terms: int  # of the loss
+    fired: Tensor  # [F] bool: has a value > 0 in the first term
+
+    def rows(self, gradients: Tensor, W: Tensor, scales: Tensor) -> dict[str, Any]:
+        """As `row_update` takes them: each the coefficient 1 times its row. The scale is 1, or with
+        the terms' scales after a step's scalars the last."""
+        ones = torch.ones(len(gradients), 1, dtype=W.dtype, device=W.device)
+        scale = scales[-1:] if len(scales) > self.terms else torch.ones_like(scales[:1])
+        return {
+            "coefficients": [ones], "offsets": [self.offsets], "order": [self.order],
+            "rows": [gradients], "scales": scale, "centre": None, "row_of": None,
+        }  # fmt: skip

@@ -24,6 +24,8 @@ class Goal(NamedTuple):
     rows: Tensor  # [N, d_in]
     target: Tensor  # [N, d_out], less what a skip connection predicts
     unit: Tensor  # [], what the loss divides squared errors by
+    tokens: int | None = None  # of the whole batch; None: N
+    elsewhere: Tensor | float = 0.0  # entries other than 0 that other ranks have
 
 
 class Activation:

@@ -119,9 +119,10 @@ class GradTopK(TopK):
             square, seen = coder.get_buffer("grad_square"), coder.get_buffer("grad_rows")
             if training and not recomputes():
                 counted = norm.isfinite() & (norm > 0)
-                seen += counted.sum()
                 mean = square.double()
                 more = torch.where(counted, norm.square() - mean, 0).sum()
+                rows, more = coder.of_batch(torch.stack([counted.sum().double(), more])).unbind()
+                seen += rows.long()
                 square.copy_(mean + more / seen.clamp(min=1))
             norm = square.double().sqrt()
         scale = torch.where(norm > 0, 1 / norm, 1)
