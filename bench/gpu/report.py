@@ -106,10 +106,9 @@ def goals(rows: list[dict[str, Any]]) -> list[tuple[str, float, str, float, bool
         wanted.append((f"{shape} fused encode / product", share, "<=", encode))
         share = ratio(shape, "grad encode + select", way, "products alone")
         wanted.append((f"{shape} fused grad encode / both products", share, "<=", 1.15))
-        for of in (way, f"{way}, kept bf16 copy"):
+        for of in ("ksae", way):
             share = ratio(shape, "encode float32", of, "bf16 product alone")
-            name = of.replace(way, "screened float32")
-            wanted.append((f"{shape} {name} / bf16 product", share, "<=", screened))
+            wanted.append((f"{shape} float32 by {of} / bf16 product", share, "<=", screened))
     extra = found.get(("A", "encode + select", way), {}).get("extra_bytes")
     gigabytes = None if extra is None else extra / 1e9
     wanted.append(("A fused encode: GB of its own", gigabytes, "<=", 0.2))

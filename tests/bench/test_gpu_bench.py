@@ -60,7 +60,10 @@ def test_every_op_and_way_is_measured(results):
         "encode float32": {
             "ksae",
             "fused Triton",
-            "fused Triton, kept bf16 copy",
+            "fused Triton, new copy",
+            "screened product",
+            "screened product, new copy",
+            "screened product, Triton",
             "product + select",
             "bf16 product alone",
             "product alone",
@@ -88,12 +91,15 @@ def test_every_op_and_way_is_measured(results):
 def test_the_row_for_the_table_of_ways_to_encode_is_printed(results):
     data, table = results
     for shape in ("A", "B"):
-        found = data["choice"][shape]
-        row = eval(found["row"], {"Row": gpu.Row})
-        assert found["encode"][row.way] == min(found["encode"].values())
-        assert found["aux"][row.aux] == min(found["aux"].values())
-        assert " ms" in row.measured and {*found["encode"], *found["aux"]} == {*gpu.WAYS}
-        assert f"for the table in ksae/backends/serving.py: {row}" in table
+        for kind, ways in (("16 bit", {"product", "fused"}), ("float32", {*gpu.WAYS})):
+            found = data["choice"][f"{shape}, {kind}"]
+            row = eval(found["row"], {"Row": gpu.Row})
+            assert row.kind == kind and found["encode"].keys() == ways
+            assert found["encode"][row.way] == min(found["encode"].values())
+            if "aux" in found:
+                assert found["aux"][row.aux] == min(found["aux"].values())
+            assert " ms" in row.measured
+            assert f"for the table in ksae/backends/serving.py: {row}" in table
 
 
 def test_the_hot_latent_is_selected_by_every_token():

@@ -112,11 +112,11 @@ def shares_of(prefixes: Sequence[int], weights: str | Sequence[float]) -> tuple[
     return (1 / {"mean": P, "sum": 1, "dictionary_learning": P * P}[weights],) * P
 
 
-def aux_width(model: SparseCoder, n_dead: Tensor | None) -> int:
+def aux_width(model: SparseCoder, n_dead: Tensor | int | None) -> int:
     """Entries a token of AuxK's code, no more than latents are dead; 0: none are, or no AuxK.
 
-    n_dead: []; None: it may not be read from its device. Then the last entries may be of living
-    latents, whose values are 0.
+    n_dead: [], or a bound of it; None: it may not be read from its device. Then and by a bound the
+    last entries may be of living latents, whose values are 0.
     """
     if model.auxk_alpha <= 0:
         return 0

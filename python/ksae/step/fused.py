@@ -8,6 +8,7 @@ What shards of the latents exchange goes through the communicator.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
+from .dead_latents import DeadLatents, padded
+from .dense_auxk import dense_auxk, pays
 from .entries import of_zeros, pass_on
 from .nested import Nested, prefix_metrics, together
-from .phases import Batch, Groups, Selection, Sums
+from .phases import Batch, Groups, Selection, Sums, weighted_rows
 from .row_gradients import decoder_rows, encoder_rows, over_replicas
 from .state import State
 from .unfused import GRAD_SCALE, RATE, Metrics, scale_to
@@ -53,7 +56,11 @@ class FusedStep:
         self.latents = model.W_enc.shape[0]  # of this rank
         # one reading of the residual less
         self.sums_in_decode = model.W_enc.is_cuda and self.is_one
-        self.asks_for_dead = not model.W_enc.is_cuda  # on CUDA only the device knows how many
+        # on CUDA only the device knows how many are dead; of ranks, nobody does
+        self.dead_latents: DeadLatents | None = None
+        self.asks_for_dead = not model.W_enc.is_cuda
+        if model.W_enc.is_cuda and self.is_one and model.auxk_alpha > 0:
+            self.dead_latents = DeadLatents(model)
         self.nested = Nested(model, state.acc, communicator) if model.prefixes else None
 
     @torch.no_grad()
@@ -66,7 +73,7 @@ class FusedStep:
         model, acc = self.model, self.state.acc
         target = y
         if model.W_skip is not None:
-            target = y.to(acc) - self.communicator.own(x).to(acc) @ model.W_skip.to(acc).T
+            target = y.to(acc) - ops.product(self.communicator.own(x), model.W_skip.T)
         batch = Batch(x, y, target, grad)
         chosen = self.encode(batch)
         columns = self.columns(batch, chosen)
@@ -83,11 +90,13 @@ class FusedStep:
         """The code of each term: prefixes of one selection, and for AuxK that of dead latents."""
         model, communicator = self.model, self.communicator
         n_dead = communicator.over_latents(model.dead.sum())
-        k_aux = aux_width(model, n_dead if self.asks_for_dead else None)
+        most = None if self.dead_latents is None else self.dead_latents.most()
+        k_aux = aux_width(model, n_dead if self.asks_for_dead else most)
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
         ks = [term.k for term in terms if term.aux is None]
-        k, k_aux = min(max(ks), self.latents), min(k_aux, self.latents)
-        self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
+        dense = self._dense(terms[-1], most)
+        k, k_aux = min(max(ks), self.latents), 0 if dense else min(k_aux, self.latents)
+        self.state.keep_bf16_copy(k, k_aux, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         chosen = communicator.select(model, batch.x, k, k_aux, *how)
         values, indices, by, *pre = chosen[0]
@@ -99,12 +108,24 @@ class FusedStep:
             if term.aux is None:
                 codes.append(next(prefixes))
                 continue
+            if dense:
+                break
             aux_values, aux_indices, by = chosen[1]
             if term.aux.signed:
                 aux_values = unrectified(model, batch.x, aux_values, aux_indices, model.dead)
             (code,) = communicator.codes(aux_values, aux_indices, by, [term.k])
             codes.append(code if term.of_residual else together(codes[0], code))
-        return Selection(terms, codes, n_dead)
+        return Selection(terms, codes, n_dead, dense)
+
+    def _dense(self, term: Term, most: int | None) -> int:
+        """How many latents are dead at most, where AuxK is cheaper as products of their rows; 0
+        where it is not."""
+        if most is None or not term.of_residual:
+            return 0
+        kind = self.model.W_enc.dtype
+        if kind not in (torch.float32, torch.bfloat16):  # float16 overflows in what it divides
+            return 0
+        return most if pays(term.k, padded(most, self.latents), kind.itemsize) else 0
 
     def tokens(self, batch: Batch) -> int:
         """Of all ranks."""
@@ -138,11 +159,19 @@ class FusedStep:
         """Each term's residual, the gradients of its values, and its code grouped by latent."""
         model, communicator, groups = self.model, self.communicator, Groups()
         groups.variance = communicator.variance(batch.y)
-        for term, code in zip(chosen.terms, chosen.codes, strict=True):
+        for term, code in zip_longest(chosen.terms, chosen.codes):
             target, variance = batch.target, groups.variance
             if term.of_residual:
                 target = -self._whole_residual(batch, chosen, groups)  # y - recon
                 variance = communicator.variance(target)
+            if code is None:
+                dead = (model.dead, chosen.most_dead)
+                groups.dense = dense_auxk(model, batch.x, target, term, *dead)
+                groups.sq_errors.append(groups.dense.sq_error)
+                N, d = self.tokens(batch), model.d_out
+                below = term.denominator(N, d, groups.variance, variance, chosen.n_dead)
+                groups.denominators.append(below)
+                continue
             residual, square, grads, sums = self._residual(term, code, target, groups, columns)
             if groups.residuals and columns < model.d_out:
                 groups.whole.append(residual)
@@ -160,7 +189,8 @@ class FusedStep:
             below = term.denominator(N, d, groups.variance, variance, chosen.n_dead)
             groups.denominators.append(below)
         if self.nested is not None:
-            groups.row_of = self.nested.row_of(chosen.terms, chosen.codes, len(batch.y))
+            terms = chosen.terms[: len(chosen.codes)]
+            groups.row_of = self.nested.row_of(terms, chosen.codes, len(batch.y))
         if any(code.offsets is not None for code in chosen.codes):
             groups.token_of = [code.rows().reshape(-1).int() for code in chosen.codes]
             groups.row_of = groups.row_of or groups.token_of
@@ -223,7 +253,11 @@ class FusedStep:
         if (other := multi_loss(model, named)) is not None:
             metrics["multi_topk_loss"] = other
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
-        grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
+        own = scales[: len(g.values)]
+        grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, own)
+        if g.dense is not None:
+            grad_b_enc += scales[-1] * g.dense.of_latents(g.dense.b_enc)
+            grad_dot_w += scales[-1] * g.dense.of_latents(g.dense.along)
         along = grad_dot_w if model.normalize_decoder else None
         more: dict[str, Tensor] = {}
         if model.activation.penalized:
@@ -231,7 +265,9 @@ class FusedStep:
             metrics["loss"] = loss = loss + penalty
             coefficients, *grouped = g.of_encoder()
             pre = [_pre(chosen.codes[0])[:, None], *g.values[1:]]
-            grad_b_enc, _ = ops.latent_sums(pre, coefficients, *grouped, scales)
+            grad_b_enc, _ = ops.latent_sums(pre, coefficients, *grouped, own)
+            if g.dense is not None:
+                grad_b_enc += scales[-1] * g.dense.of_latents(g.dense.b_enc)
             if "b_enc" in more:
                 more["b_enc"] = more["b_enc"] + grad_b_enc
             along = -norms if along is None and norms is not None else along
@@ -283,13 +319,17 @@ class FusedStep:
         columns that there are, of this rank's tokens."""
         own = self.communicator.own
         n, b_dec, W_skip = len(batch.y), [], []
-        for term, residual, done in zip(chosen.terms, g.residuals, g.sums, strict=True):
+        for term, residual, done in zip(chosen.terms, g.residuals, g.sums, strict=False):
             rows = own(residual)[:n]  # of the first prefix
             if term.bias_gradients:
                 total = rows.sum(0) if done is None else done
                 b_dec.append(total if term.bias_gradients == 1 else term.bias_gradients * total)
             if self.model.W_skip is not None and not term.of_residual:
-                W_skip.append(rows.T @ own(batch.x).to(self.state.acc))
+                inputs = own(batch.x)
+                rows = rows.to(inputs.dtype) if rows.is_cuda else rows  # one product in bf16
+                W_skip.append(ops.product(rows.T, inputs))
+        if g.dense is not None and (counts := chosen.terms[-1].bias_gradients):
+            b_dec.append(counts * g.dense.bias)
         return {"b_dec": b_dec, "W_skip": W_skip} if W_skip else {"b_dec": b_dec}
 
     # ------------------------------------------------------------------------------------- scalars
@@ -340,7 +380,7 @@ class FusedStep:
         for name, parts in sums.small.items():
             gradient = sum((s * t for s, t in zip(sums.scales, parts, strict=False)), zero)
             if name == "b_dec" and model.centred:
-                gradient = gradient - over_latents(model.W_enc.to(acc).T @ sums.grad_b_enc)
+                gradient = gradient - over_latents(weighted_rows(model.W_enc, sums.grad_b_enc))
             total = total + gradient.double().square().sum()
         return total.sqrt().to(acc)
 
@@ -378,6 +418,8 @@ class FusedStep:
         since = model.tokens_since_fired
         since.add_(finite, alpha=self.tokens(batch)).masked_fill_(fired & finite, 0)
         state.t += finite
+        if self.dead_latents is not None:
+            self.dead_latents.after_step(batch.x.shape[0])
 
     def _update_encoder(self, batch: Batch, g: Groups, sums: Sums, hyper: Tensor) -> Tensor | None:
         """Returns what centring adds to the gradient of b_dec [d_in], None without centring."""

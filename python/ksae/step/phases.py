@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..coders.code import Code
 from ..coders.terms import Term
+from .dense_auxk import DenseAuxK
 
 
 class Batch(NamedTuple):
@@ -26,8 +28,9 @@ class Selection(NamedTuple):
     """What the encode phase chose."""
 
     terms: list[Term]  # those with a bias first
-    codes: list[Code]  # one a term
+    codes: list[Code]  # one a term, but for AuxK that is dense
     n_dead: Tensor  # [] int64
+    most_dead: int  # of AuxK that is dense; 0: it is not
 
 
 class Groups:
@@ -52,6 +55,7 @@ class Groups:
         # [N, d] of terms after the first, where columns come in parts
         self.whole: list[Tensor] = []
         self.prefix_errors: Tensor | None = None  # [P]: sums of squares of each prefix
+        self.dense: DenseAuxK | None = None  # the last term, in place of the lists' entry
 
     def of_encoder(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Gradients of the pre-activations, offsets and order, one a term."""
@@ -60,6 +64,34 @@ class Groups:
         rest = zip(self.grads[1:], self.offsets[1:], self.order[1:], strict=True)
         grads, offsets, order = zip(*self.through, *rest, strict=True)
         return list(grads), list(offsets), list(order)
+
+    def encoder(self, x: Tensor) -> dict[str, Any]:
+        """What the row pass over W_enc takes; x [N, d_in]."""
+        coefficients, offsets, order = self.of_encoder()
+        lists = {"coefficients": coefficients, "offsets": offsets, "order": order}
+        lists |= {"rows": [x] * len(coefficients)}
+        dense = None if self.dense is None else self.dense.encoder(x.dtype)
+        return _with(lists, self.token_of, dense)
+
+    def decoder(self) -> dict[str, Any]:
+        """What the row pass over W_dec takes."""
+        lists = {"coefficients": self.values, "offsets": self.offsets, "order": self.order}
+        lists |= {"rows": self.residuals}
+        dense = None if self.dense is None else self.dense.decoder(self.values[0].dtype)
+        return _with(lists, self.row_of, dense)
+
+
+def _with(
+    lists: dict[str, list[Tensor]],
+    row_of: list[Tensor] | None,
+    dense: dict[str, list[Tensor]] | None,
+) -> dict[str, Any]:
+    if dense is None:
+        return {**lists, "row_of": row_of}
+    if row_of is not None:
+        E = dense["order"][0].numel()
+        row_of = [*row_of, torch.arange(E, dtype=torch.int32, device=row_of[0].device)]
+    return {**{name: [*own, *dense[name]] for name, own in lists.items()}, "row_of": row_of}
 
 
 class Sums(NamedTuple):
@@ -94,3 +126,18 @@ class RowGradients(NamedTuple):
             "coefficients": [ones], "offsets": [self.offsets], "order": [self.order],
             "rows": [gradients], "scales": scale, "centre": None, "row_of": None,
         }  # fmt: skip
+
+
+def weighted_rows(W: Tensor, g: Tensor) -> Tensor:
+    """W.T @ g [d], of W [F, d] and g [F] in the accumulator's type. On a GPU without a copy of W in
+    it: g is three numbers of W's type, which lose nothing that counts."""
+    if not W.is_cuda:
+        return W.to(g.dtype).T @ g
+    if W.dtype != torch.bfloat16:
+        return ops.product(g[None], W)[0]
+    parts, rest = [], g
+    for _ in range(3):
+        parts.append(rest.to(W.dtype))
+        rest = rest - parts[-1]
+    total: Tensor = ops.product(torch.stack(parts), W).sum(0)
+    return total

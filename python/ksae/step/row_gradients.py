@@ -20,22 +20,15 @@ def encoder_rows(model: SparseCoder, batch: Batch, g: Groups, sums: Sums) -> dic
     """What makes the gradients of the rows of W_enc, as the ops take it."""
     if sums.reduced is not None:
         return sums.reduced.rows(sums.reduced.encoder, model.W_enc, sums.scales)
-    coefficients, offsets, order = g.of_encoder()
-    return {
-        "coefficients": coefficients, "offsets": offsets, "order": order,
-        "rows": [batch.x] * len(g.grads), "scales": sums.scales,
-        "centre": model.b_dec if model.centred else None, "row_of": g.token_of,
-    }  # fmt: skip
+    centre = model.b_dec if model.centred else None
+    return {**g.encoder(batch.x), "scales": sums.scales, "centre": centre}
 
 
 def decoder_rows(model: SparseCoder, g: Groups, sums: Sums) -> dict[str, Any]:
     """The same of W_dec, for the columns that the residuals hold."""
     if sums.reduced is not None:
         return sums.reduced.rows(sums.reduced.decoder, model.W_dec, sums.scales)
-    return {
-        "coefficients": g.values, "offsets": g.offsets, "order": g.order, "rows": g.residuals,
-        "scales": sums.scales, "centre": None, "row_of": g.row_of,
-    }  # fmt: skip
+    return {**g.decoder(), "scales": sums.scales, "centre": None}
 
 
 def over_replicas(
