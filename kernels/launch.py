@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of a launch, and its device. Imports no Triton."""
+"""Options of a launch."""
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
-from torch import Tensor
 
 
 def registers(most: int) -> dict[str, int]:
@@ -20,8 +17,3 @@ def registers(most: int) -> dict[str, int]:
 def warps_of(keys: int) -> int:
     """Warps of a program that holds so many keys: up to 16 warps, a thread has 16 of them."""
     return min(16, max(4, keys // 512))
-
-
-def guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the device of `t`."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()

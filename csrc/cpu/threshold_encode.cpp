@@ -12,7 +12,8 @@
 namespace ksae::cpu {
 namespace {
 
-constexpr int64_t kRoom = 96;  // a row has room for some four times as many candidates
+constexpr int64_t kUnpacked = 2;  // rows for which packing the weights would cost more
+constexpr int64_t kRoom = 96;     // a row has room for some four times as many candidates
 
 int64_t scratch_floats(const ThresholdEncodeParams& p) {
   return kThresholdRows * (p.d + kVectorPad);
@@ -36,7 +37,7 @@ EncodeParams product_of(const ThresholdEncodeParams& p) {
 
 // A product of bfloat16 pairs is not the sum that decides: it is a screen too.
 bool screened(const ThresholdEncodeParams& p) {
-  return p.screen && p.N > 0 && kernels().has_dot && p.dtype != Dtype::kFloat16;
+  return p.screen && p.N > kUnpacked && kernels().has_dot && p.dtype != Dtype::kFloat16;
 }
 
 size_t scratch_bytes(const ThresholdEncodeParams& p, int threads) {

@@ -19,12 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SAE",
+    "AbsTopK",
     "BatchTopK",
+    "Gated",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
+    "GroupMax",
     "JumpReLU",
+    "NormTopK",
     "Output",
+    "ReLU",
     "SparseCoder",
     "TopK",
     "TopKSAE",

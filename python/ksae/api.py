@@ -7,14 +7,20 @@ from contextlib import AbstractContextManager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from . import torch_version  # noqa: F401
 from .coders import (
     SAE,
+    AbsTopK,
     BatchTopK,
+    Gated,
     GradTopK,
     GradTopKSAE,
     GradTopKTranscoder,
+    GroupMax,
     JumpReLU,
+    NormTopK,
     Output,
+    ReLU,
     SparseCoder,
     TopK,
     TopKSAE,
@@ -38,12 +44,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SAE",
+    "AbsTopK",
     "BatchTopK",
+    "Gated",
     "GradTopK",
     "GradTopKSAE",
     "GradTopKTranscoder",
+    "GroupMax",
     "JumpReLU",
+    "NormTopK",
     "Output",
+    "ReLU",
     "SparseCoder",
     "TopK",
     "TopKSAE",

@@ -46,6 +46,18 @@ def test_import_ksae_registers_the_ops():
     assert "topk_encode" in python("import ksae, torch; print(torch.ops.ksae.topk_encode)")
 
 
+def test_an_import_writes_no_code_of_ops():
+    """Which was half of what `import ksae` added to the time of `import torch`."""
+    code = (
+        "import ksae; from ksae.ops import straight, specs; written = []; write = straight._write;"
+    )
+    code += " straight._write = lambda *a: written.append(a[1].name) or write(*a);"
+    code += " before = len(written), sum('_compiled' in vars(s) for s in specs.SPECS);"
+    code += " import torch; ksae.topk(torch.ones(1, 2), 1); ksae.topk(torch.ones(1, 2), 1);"
+    code += " print(*before, *written)"
+    assert python(code).split() == ["0", "0", "topk"]
+
+
 def test_names_of_the_package_are_there_in_the_console_script():
     assert "True" in python("import ksae_cli, ksae; print(ksae.TopKSAE is ksae.api.TopKSAE)")
 

@@ -26,8 +26,15 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows whose selection no rounding decides: in every step of a run each token's k-th and next
+    pre-activation differ by 2.6e-5 of their size or more, 200 times what a float32 rounds off.
+
+    Of seed 0, say, token 111 of step 26 has 1.89550582 (latent 45) and 1.89550572 (latent 84), less
+    than the spacing of float32 apart. Two processes, whose weights differ there by 9e-8, choose the
+    one and one process the other, which is 8.9e-4 of that step's loss and 2e-5 of later ones.
+    """
     path = tmp_path_factory.mktemp("data") / "x.npy"
-    gen = torch.Generator().manual_seed(0)
+    gen = torch.Generator().manual_seed(3)
     codes = torch.rand(4000, 64, generator=gen) * (torch.rand(4000, 64, generator=gen) < 0.06)
     np.save(path, (codes @ torch.randn(64, 24, generator=gen)).numpy())
     return path
@@ -59,15 +66,11 @@ def two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_losses(one: Path, other: Path, exact: bool) -> None:
-    """The same bits; or 20 steps by rounding, and later ones but for a token whose k-th latent is
-    another by rounding."""
+    """The same bits; or but for rounding, at every step."""
     lines = [runlog.read(folder / "metrics.jsonl") for folder in (one, other)]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     losses = [[line["loss"] for line in run] for run in lines]
-    if exact:
-        assert losses[0] == losses[1]
-    assert losses[0][:20] == pytest.approx(losses[1][:20], rel=2e-6)
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0] == (losses[1] if exact else pytest.approx(losses[1], rel=1e-6))
 
 
 def test_two_processes_do_the_run_of_one(data: Path, two: Path, tmp_path: Path) -> None:

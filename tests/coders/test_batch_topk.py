@@ -15,6 +15,7 @@ from torch.nn import functional as nnf
 
 import ksae
 from ksae.analysis.evaluate import evaluate
+from ksae.coders.code import Code
 from ksae.coders.coder import SparseCoder
 
 N, D, OUT, F, K = 60, 17, 23, 97, 5
@@ -28,6 +29,12 @@ CASES: dict[str, dict[str, Any]] = {
     "skip": {"dead_after": 100, "k_aux": 4},
 }
 cases = pytest.mark.parametrize("case", CASES)
+
+
+def ragged(values: Tensor) -> Code:
+    """A code of these values in one row."""
+    E = len(values)
+    return Code(values, torch.arange(E), torch.tensor([0, E]))
 
 
 def build(case: str, dtype: torch.dtype = torch.float64, **settings: Any) -> SparseCoder:
@@ -188,7 +195,7 @@ def test_thresholds_follow_their_estimators(rule: Any) -> None:
     model = build("sae", torch.float32, activation=activation)
     stream = [float(m) for m in randn(1105, seed=7).abs() + 0.1]
     for m in stream:
-        activation.observe(model, torch.tensor([0.0, m, m + 1, 0.0]))
+        activation.observe(model, ragged(torch.tensor([0.0, m, m + 1, 0.0])))
     assert float(model.threshold) == pytest.approx(rule(stream), rel=1e-12)
     assert model.threshold_batches == len(stream)
 
@@ -211,9 +218,9 @@ def test_a_step_observes_its_batch_once(fused: bool) -> None:
 def test_a_batch_without_positive_values_leaves_the_threshold() -> None:
     for rule, want in (("running", -1.0), ("saelens", 0.0)):
         model = build("sae", torch.float32, activation=ksae.BatchTopK(K, rule))
-        model.activation.observe(model, torch.zeros(5))
+        model.activation.observe(model, ragged(torch.zeros(5)))
         assert float(model.threshold) == want
-        model.activation.observe(model, torch.zeros(0))
+        model.activation.observe(model, ragged(torch.zeros(0)))
         assert float(model.threshold) == want
 
 

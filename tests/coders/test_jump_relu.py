@@ -13,6 +13,8 @@ from torch import Tensor
 
 import ksae
 from ksae.coders.coder import SparseCoder
+from ksae.coders.file import describe
+from ksae.files import container
 
 N, D, OUT, F = 60, 17, 23, 97
 BAND = 0.3
@@ -23,9 +25,10 @@ FUSED: dict[str, dict[str, Any]] = {
     "mse": {"loss": "mse", "normalize_decoder": False},
     "prefixes": {"prefixes": [20, F]},
     "skip": {"skip": True, "dead_after": 100, "k_aux": 4},
+    "tanh": {"penalty": "tanh", "coefficient": 0.05},
+    "tanh, norms": {"penalty": "tanh", "coefficient": 0.05, "normalize_decoder": False},
 }
 UNFUSED: dict[str, dict[str, Any]] = {
-    "tanh": {"penalty": "tanh", "coefficient": 0.05},
     "pre_act": {"pre_act": 0.01, "dead_after": 100, "auxk_alpha": 0.0},
 }
 CASES = FUSED | UNFUSED
@@ -50,6 +53,7 @@ def build(case: str, dtype: torch.dtype = torch.float64) -> SparseCoder:
         if model.W_skip is not None:
             model.W_skip.copy_(randn(OUT, D, seed=5) * 0.1)
         model.tokens_since_fired[::3] = 1000
+        model.get_buffer("mean_active").fill_(0.0)  # so that the first step is sparse too
     return model.to(dtype)
 
 
@@ -222,8 +226,22 @@ def test_messages(options: dict[str, Any], message: str) -> None:
 
 
 def test_the_fused_step_names_what_it_does_not_serve() -> None:
-    for case, option in (("tanh", "penalty='tanh'"), ("pre_act", "pre_act > 0")):
-        with pytest.raises(ValueError, match=f"fused must be False with JumpReLU of {option}"):
-            ksae.TrainStep(build(case))
-        metrics = ksae.TrainStep(build(case), fused=False)(*batch(case))
-        assert metrics["loss"].isfinite()
+    with pytest.raises(ValueError, match="fused must be False with JumpReLU of pre_act > 0"):
+        ksae.TrainStep(build("pre_act"))
+    metrics = ksae.TrainStep(build("pre_act"), fused=False)(*batch("pre_act"))
+    assert metrics["loss"].isfinite()
+    model = ksae.SAE(D, F, ksae.JumpReLU(), auxk="batch_topk")
+    with pytest.raises(ValueError, match="fused must be False with JumpReLU and auxk='batch_topk'"):
+        ksae.TrainStep(model)
+    model = ksae.SAE(D, F, ksae.JumpReLU(), dtype="bfloat16")
+    with pytest.raises(ValueError, match="moments must be float32 with JumpReLU, got bfloat16"):
+        ksae.TrainStep(model, moments="bfloat16")
+
+
+def test_a_file_from_before_mean_active(tmp_path: Path) -> None:
+    model = build("l0", torch.float32)
+    tensors = {n: t for n, t in model.state_dict().items() if n != "mean_active"}
+    container.write(tmp_path / "old.safetensors", tensors, describe(model, "model", None))
+    back = ksae.load(tmp_path / "old.safetensors")
+    assert back.mean_active == torch.inf
+    assert torch.equal(back.log_threshold, model.log_threshold)

@@ -9,16 +9,13 @@ is written to that file. `<!-- blocks: nightly -->` marks a page that takes minu
 from __future__ import annotations
 
 import ast
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import typer
+from commands import run_command
 
 import ksae
 from ksae import cli
@@ -87,17 +84,7 @@ def shell(command: str) -> None:
             assert re.search(rf"^{extra} = \[", metadata, re.MULTILINE), command
         return
     assert command.startswith("ksae "), f"neither run here nor elsewhere: {command}"
-    arguments = shlex.split(command)
-    code = f"import sys, ksae_cli; sys.argv = {arguments!r}; ksae_cli.main()"
-    package = str(Path(ksae.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, f"{command}\n{run.stdout}\n{run.stderr}"
+    run_command(command)
 
 
 def check_shown(block: Block) -> None:

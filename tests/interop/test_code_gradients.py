@@ -203,3 +203,29 @@ def test_the_acts_of_sparsify_have_their_gradient() -> None:
     dense = sae.W_dec.detach().sum(-1).expand(N, F)
     chosen = torch.zeros(N, F, dtype=torch.bool).scatter(1, indices, True)
     torch.testing.assert_close(of_pre, torch.where(chosen, dense, 0))
+
+
+@pytest.mark.parametrize("lead", [(N,), (4, 5)], ids=str)
+def test_a_sparse_code_has_its_gradient(lead: tuple[int, ...]) -> None:
+    """COO, as SAELens' training output: retained, asked for, and on to what it was made of."""
+    values = randn(*lead, K, seed=3).requires_grad_()
+    indices = torch.rand(*lead, F, generator=torch.Generator().manual_seed(4)).topk(K).indices
+    W, g = randn(F, D, seed=5), randn(*lead, D, seed=2)
+    code = lazy.coo(lazy.Code(values, indices, F))
+    assert code.is_sparse and code.shape == (*lead, F)
+    dense = torch.zeros(*lead, F).scatter(-1, indices, values.detach())
+    assert torch.equal(code.detach().to_dense(), dense)
+    recon = ksae.sparse_decode(lazy.values_of(code), indices, W)
+    loss = (recon * g).sum()
+    want = torch.zeros(*lead, F).scatter(-1, indices, (g @ W.T).gather(-1, indices))
+    (got,) = torch.autograd.grad(loss, [code], allow_unused=True, retain_graph=True)
+    torch.testing.assert_close(got.to_dense(), want)
+    code.retain_grad()
+    loss.backward(retain_graph=True)
+    assert code.grad is not None and values.grad is not None
+    torch.testing.assert_close(code.grad.to_dense(), want)
+    torch.testing.assert_close(values.grad, want.gather(-1, indices))
+    weight = randn(*lead, F, seed=6)  # a loss that looks at the entries too
+    both = loss + (code.to_dense() * weight).sum()
+    (of_values,) = torch.autograd.grad(both, [values])
+    torch.testing.assert_close(of_values, (want + weight).gather(-1, indices))

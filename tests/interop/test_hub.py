@@ -7,7 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ class FakeHub:
 
     def __init__(self, root: Path) -> None:
         self.root, self.extra, self.fetched = root, [], []
+        self.revisions: set[str | None] = set()
         self.HfApi = lambda: self
 
     def list_repo_files(self, repo: str, revision: str | None = None) -> list[str]:
@@ -33,6 +36,7 @@ class FakeHub:
 
     def hf_hub_download(self, repo: str, name: str, revision: str | None = None) -> str:
         self.fetched.append(name)
+        self.revisions.add(revision)
         return str(self.root / repo / name)
 
     def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
@@ -158,6 +162,33 @@ def test_errors_are_one_line(fake: FakeHub, capsys: pytest.CaptureFixture[str]) 
     (fake.root / "no/body").mkdir(parents=True)
     with pytest.raises(UserError, match="no weights file in its top folder"):
         ksae.load("no/body")
+
+
+def test_the_commands_take_an_id_and_a_revision(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.save(ksae.TopKSAE(6, 10, 3), "someone/coder", folder="layers.9")
+    name = "someone/coder/layers.9"
+    np.save("x.npy", torch.randn(70, 6).numpy())
+    on_rows = ["--activations", "x.npy", "--tokens", "64", "--no-progress"]
+    assert run(["eval", name, "--revision", "v2", *on_rows]) == 0
+    assert "TopKSAE 6 -> 10, k = 3, on 64 tokens" in capsys.readouterr().out
+    assert run(["convert", name, "out", "--to", "sparsify", "--revision", "v2"]) == 0
+    made: list[Any] = []
+
+    def dashboard(coder: Any, config: Any, out: Path, **options: Any) -> None:
+        made.append((coder.d_sae, options["title"]))
+
+    monkeypatch.setattr("ksae.runs.dashboard.dashboard", dashboard)
+    monkeypatch.setattr("ksae.runs.dashboard.summary", lambda made: "done")
+    of_text = ["--model", "m", "--hook", "layers.0.resid_post", "--text", "t.txt"]
+    assert run(["dashboard", name, "--revision", "v2", "--out", "pages", *of_text]) == 0
+    assert made == [(10, name)] and fake.revisions == {"v2"}
+    for command in (["eval"], ["dashboard", "--out", "pages"]):
+        assert run([*command, "no/body"]) == 1
+        assert "cannot list no/body on the Hub: 404: no/body" in capsys.readouterr().err
+        assert run([*command, "x.npy", "--revision", "v2"]) == 1
+        assert "revision must be None for the local path x.npy" in capsys.readouterr().err
 
 
 def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ksae.interop import circuit_tracer, nvidia, openai, overcomplete, sparsify
+from ksae.interop.dictionary_learning import AutoEncoderTopK
 
 N, D, F, K = 7, 8, 32, 4
 Call = Callable[[Any, Tensor], Any]
@@ -57,6 +58,15 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Call]] = {
     "circuit-tracer": (
         lambda: traced(circuit_tracer.TopK(K)),
         lambda model, x: [model(x), model.encode(x)],
+    ),
+    "dictionary_learning": (lambda: AutoEncoderTopK(D, F, K), whole),
+    "dictionary_learning parts": (
+        lambda: AutoEncoderTopK(D, F, K),
+        lambda model, x: [*model.encode(x, return_topk=True), *model(x, output_features=True)],
+    ),
+    "dictionary_learning threshold": (
+        lambda: AutoEncoderTopK(D, F, K),
+        lambda model, x: model.encode(x, return_topk=True, use_threshold=True),
     ),
     "circuit-tracer jump": (lambda: traced(circuit_tracer.JumpReLU(torch.full((F,), 0.1))), whole),
 }
@@ -131,3 +141,14 @@ def test_a_drop_in_takes_tensors_without_data(name: str) -> None:
     for result in (out, fake):
         parts = [result] if isinstance(result, Tensor) else result
         assert {t.shape[0] for t in parts if t.dim()} <= {N}
+
+
+def test_a_graph_of_another_k_than_the_buffers_says_so() -> None:
+    """dictionary_learning keeps k in a tensor, which a trainer may fill or a file bring."""
+    ae = AutoEncoderTopK(D, F, K)
+    ae.load_state_dict(AutoEncoderTopK(D, F, K - 1).state_dict())
+    program = torch.export.export(ae, (X,), strict=False).module()
+    assert_same(program(X), ae(X))
+    dict(program.named_buffers())["k"].fill_(K)
+    with pytest.raises(RuntimeError, match=f"AutoEncoderTopK: k must be {K - 1}, for which this"):
+        program(X)

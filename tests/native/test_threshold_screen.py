@@ -67,7 +67,7 @@ KINDS = (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("N, d, F", [(1, 1, 1), (40, 33, 900), (150, 64, 1000)])
+@pytest.mark.parametrize("N, d, F", [(1, 1, 1), (3, 1, 1), (40, 33, 900), (150, 64, 1000)])
 def test_is_the_unscreened_path(kind: str, N: int, d: int, F: int, dtype: torch.dtype) -> None:
     if F == 1 and kind in ("a dense row", "not finite"):
         F = 5

@@ -288,3 +288,17 @@ def test_inference_and_folding():
         outs.append({**out, "folded": model(x), "W_enc": model.W_enc, "W_dec": model.W_dec})
     assert_agree("inference", *outs)
     assert isinstance(fast, sae_lens.TopKSAE)
+
+
+@pytest.mark.parametrize("rescale", [True, False], ids=["rescaled", "plain"])
+def test_a_sparse_code_of_the_training_output_has_its_gradient(rescale):
+    """At the entries, what the lazy code has everywhere."""
+    x, runs = data(N, D), []
+    for sparse in (True, False):
+        model = models(sparse, rescale_acts_by_decoder_norm=rescale)[0]
+        out = model.training_forward_pass(TrainStepInput(x, {}, DEAD, 0, False))
+        loss = (out.sae_out * x).sum()
+        (got,) = torch.autograd.grad(loss, [out.feature_acts], allow_unused=True)
+        runs.append(got.to_dense() if sparse else got)
+        chosen = (out.feature_acts.to_dense() if sparse else out.feature_acts * 1) != 0
+    torch.testing.assert_close(*(torch.where(chosen, t, 0) for t in runs))

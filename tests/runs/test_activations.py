@@ -19,6 +19,11 @@ from ksae.runs import log as runlog
 CASES: dict[str, dict[str, Any]] = {
     "batch_topk": {"k": 2, "threshold": "running", "dead-after": 40},
     "jump_relu": {"l0": 3, "l0-weight": 0.1, "theta": 0.5, "bandwidth": 0.5, "prefixes": "8,32"},
+    "relu": {"l1": 0.01, "p-end": 0.5, "p-steps": "2,15", "dead-after": 40},
+    "gated": {"l1": 0.01, "penalty-warmup": 15},
+    "norm_topk": {"k": 2, "k-start": 9, "k-steps": 12},
+    "abs_topk": {"k": 2, "dead-after": 40},
+    "group_max": {"k": 4},
 }
 
 
@@ -52,6 +57,18 @@ def test_train_and_resume(tmp_path: Path, activation: str) -> None:
     if activation == "batch_topk":
         assert found_in == ksae.BatchTopK(2) and models[0].threshold > 0
         assert lines[0][-1]["l0"] == pytest.approx(2)
+    elif activation == "gated":
+        assert found_in == ksae.Gated(0.01) and models[0].r_mag.any()
+    elif activation == "abs_topk":
+        assert found_in == ksae.AbsTopK(2) and lines[0][-1]["l0"] == 2
+    elif activation == "group_max":
+        assert found_in == ksae.GroupMax(4) and 3 < lines[0][-1]["l0"] <= 4
+    elif activation == "norm_topk":
+        assert found_in == ksae.NormTopK(2)
+        assert [round(line["l0"]) for line in lines[0]] == [4, 2]  # of steps 10 and 20
+    elif activation == "relu":
+        assert found_in == ksae.ReLU(0.01, p_end=0.5, p_steps=(2, 15))
+        assert models[0].anneal[0] == 20
     else:
         assert isinstance(found_in, ksae.JumpReLU) and found_in.target == 3
         assert "fvu_8" in lines[0][-1]
@@ -76,6 +93,16 @@ def test_start_from_a_run(tmp_path: Path) -> None:
         ("batch_topk", {"multi-k": "[3]"}, "model.multi_k must be null with batch_topk"),
         ("jump_relu", {"theta": 0}, "model.theta must be a finite number above 0, got 0"),
         ("jump_relu", {"l0-weight": -1}, "model.l0_weight must be a finite number >= 0"),
+        ("relu", {"l1": -1}, "model.l1 must be a finite number >= 0, got -1"),
+        ("gated", {"l1": -1}, "model.l1 must be a finite number >= 0, got -1"),
+        ("relu", {"k-start": 9}, "train.k_start must be null with relu, got 9"),
+        ("topk", {"k-start": 33}, "train.k_start must be in [1, 32], got 33"),
+        ("topk", {"k-steps": 3}, "train.k_steps must be null without train.k_start, got 3"),
+        ("topk", {"penalty-warmup": 3}, "train.penalty_warmup must be 0 with topk, got 3"),
+        ("group_max", {"k": 5}, "model.k must divide 32, the number of latents, got 5"),
+        ("group_max", {"multi-k": "[3]"}, "model.multi_k must be null with group_max"),
+        ("relu", {"p-end": 2}, "model.p_end must be in (0, 1) or None, got 2"),
+        ("relu", {"multi-k": "[3]"}, "model.multi_k must be null with relu"),
         ("jump_relu", {"beta": 1}, "model.beta must be null with jump_relu, got 1"),
     ],
 )

@@ -20,7 +20,8 @@ from ksae.analysis import plots
 from ksae.errors import UserError
 from ksae.files import container, lock
 from ksae.runs import checkpoint
-from ksae.runs.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
+from ksae.runs.config import DataConfig, LogConfig, RunConfig, TrainConfig
+from ksae.runs.model_config import ModelConfig
 from ksae.runs.start import train
 
 d, N = 8, 600

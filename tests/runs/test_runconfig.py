@@ -11,6 +11,7 @@ import pytest
 from ksae.errors import UserError
 from ksae.runs import config as runconfig
 from ksae.runs.config import RunConfig, from_dict, override
+from ksae.runs.model_config import ModelConfig
 from ksae.step.schedule import learning_rate
 
 
@@ -31,7 +32,7 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {d_sae: 64, k: 4}\ntrain:\n  tokens: 1e6\ndata:\n")
     config = runconfig.read(path)
-    assert config.model == runconfig.ModelConfig(d_sae=64, k=4)
+    assert config.model == ModelConfig(d_sae=64, k=4)
     assert config.train.tokens == 1_000_000 and isinstance(config.train.tokens, int)
     assert config.data == runconfig.DataConfig()
     path.write_text("")

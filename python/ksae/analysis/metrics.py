@@ -32,7 +32,7 @@ DEFINITIONS: dict[str, tuple[str, str]] = {
     ),
     "mse": ("mean over tokens and dimensions of e^2", "ksae's loss 'mse', BatchTopK"),
     "squared_error": ("mean_b |e|^2", "SAELens (its 'mse')"),
-    "l0": ("mean_b count(value > 0)", "SAELens, SAEBench, dictionary_learning"),
+    "l0": ("mean_b count(value != 0)", "SAELens, SAEBench, dictionary_learning"),
     "dead": ("share of latents that fired on none of the evaluated tokens", "dictionary_learning"),
     "shrinkage": ("sum_b |xhat|^2 / sum_b <x, xhat>: 1 if lengths are right", "SAEBench"),
     "norm_ratio": ("mean_b |xhat|/|x|", "SAEBench, SAELens, dictionary_learning"),
@@ -113,7 +113,7 @@ class Accumulator:
         self.tokens += len(x)
         self._x += x.sum(0).cpu()
         self._e += e.sum(0).cpu()
-        active = indices[values > 0].long().cpu()
+        active = indices[values != 0].long().cpu()
         self.fired += torch.bincount(active, minlength=len(self.fired))
 
     def frequency(self) -> Tensor:

@@ -12,6 +12,7 @@ Environment, read once at import: KSAE_NATIVE=0 leaves the native code out.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -21,7 +22,6 @@ import torch
 from torch import Tensor
 
 from .. import env
-from ..kernels.launch import guard
 from ..reference.dtypes import MODES
 from ..reference.group import rows_of
 from . import bridge
@@ -51,6 +51,11 @@ class _Workspace:
 def _entries(code: Tensor, table: Tensor | None) -> int | tuple[int]:
     """Entries a row, or their row offsets or rows, as the native side takes them."""
     return code.shape[1] if table is None else (_pointer(table),)
+
+
+def guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the device of `t`."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def _stream(t: Tensor) -> int:

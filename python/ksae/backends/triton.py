@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from .. import env
-from ..kernels.latents import Latents
-from ..kernels.launch import guard
 from ..reference.group import rows_of
 from . import product as products
+from .cuda import guard
+from .latents import Latents
 
 
 class Kernels(products.Encode, Latents):

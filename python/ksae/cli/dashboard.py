@@ -15,6 +15,7 @@ from ksae.cli.text import (
     Field,
     Hook,
     Model,
+    Pinned,
     Revision,
     Separator,
     Text,
@@ -23,8 +24,9 @@ from ksae.cli.text import (
 
 
 def dashboard(
-    path: Trained,
+    name: Trained,
     out: Annotated[Path, typer.Option(help="Folder of the pages: new, or a dashboard")],
+    revision: Pinned = None,
     labels: Annotated[
         Path | None, typer.Option(help="JSON of latent: label, or Neuronpedia's explanations")
     ] = None,
@@ -58,6 +60,7 @@ def dashboard(
     Reads the text of the run, or that named by options. The pages need no server and no network:
     open index.html in a browser.
     """
+    from ksae.interop import hub
     from ksae.interop.load import load
     from ksae.runs import dashboard as job
     from ksae.runs.model import pick_device
@@ -67,11 +70,12 @@ def dashboard(
         "separator": separator, "context": context, "exclude": exclude,
         "model_revision": model_revision, "model_dtype": model_dtype,
     }  # fmt: skip
+    path = hub.local(name, revision)
     config = job.data_of(path, given)
     coder = load(path, device=pick_device(device))
     made = job.dashboard(
         coder, config, out, labels=labels, tokens=tokens, top=top, progress=progress,
-        title=job.title_of(path),
+        title=name if hub.is_id(name) else job.title_of(path),
     )  # fmt: skip
     for written in job.export(out, config, neuronpedia=neuronpedia, saedashboard=saedashboard):
         print(f"export    {written}")

@@ -19,6 +19,7 @@ from ksae.cli.text import (
     Field,
     Hook,
     Model,
+    Pinned,
     Revision,
     Separator,
     Text,
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    path: Trained,
+    name: Trained,
+    revision: Pinned = None,
     activations: Annotated[
         str | None, typer.Option(help="File or cache folder of activations to measure on")
     ] = None,
@@ -63,7 +65,7 @@ def evaluate(
         typer.Option(help="Latents of each decade of firing rates that steer; 0: none", min=0),
     ] = 0,
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Second model: --steering compares latents of equal firing rates"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Tokens in one pass", min=1)] = 2048,
@@ -83,6 +85,7 @@ def evaluate(
     or on its training data if it held nothing out.
     """
     from ksae.analysis import plots
+    from ksae.interop import hub
     from ksae.runs.evaluation import run_config, with_data
     from ksae.runs.measured import measure_all
 
@@ -90,7 +93,8 @@ def evaluate(
         raise UserError("eval: --steering must be given with --against, got none")
     if plot is not None:
         plots.check_picture(plot)
-    files = [path] if against is None else [path, against]
+    path = hub.local(name, revision)
+    files = [path] if against is None else [path, hub.local(against)]
     models = _load(files, device)
     run = run_config(path)
     given = {
@@ -102,7 +106,7 @@ def evaluate(
     own = {key for key, value in given.items() if value is not None}
     if run is None and not own:
         raise UserError(
-            f"eval: {path} is not in the folder of a run: name the data with --activations, or "
+            f"eval: {name} is not in the folder of a run: name the data with --activations, or "
             "--model, --hook and --text"
         )
     config = with_data(run.data if run is not None else runconfig.DataConfig(), given)

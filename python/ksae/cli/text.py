@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 Trained = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="Model file, checkpoint, or the folder of a run")
+    str,
+    typer.Argument(metavar="MODEL", help="Model file, checkpoint, folder of a run or Hub id"),
+]
+Pinned = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a MODEL on the Hub")
 ]
 Model = Annotated[
     str | None, typer.Option(help="Language model: smollm2-135m, a folder, or a Hugging Face name")

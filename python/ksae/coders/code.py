@@ -21,11 +21,13 @@ class Code:
         indices: int64, of the shape of values: latents in [0, F); sorted by value in each row, or
             with offsets by latent.
         offsets: [N+1] int64; row n has the entries offsets[n] to offsets[n+1] - 1. None: k a row.
+        pre: [E], what an activation made the values of in training, if it is more than the values.
     """
 
     values: Tensor
     indices: Tensor
     offsets: Tensor | None = None
+    pre: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape, of_indices = self.values.shape, self.indices.shape
@@ -70,7 +72,7 @@ class Code:
         """The same, packed in memory."""
         if self.values.is_contiguous() and self.indices.is_contiguous():
             return self
-        return Code(self.values.contiguous(), self.indices.contiguous(), self.offsets)
+        return Code(self.values.contiguous(), self.indices.contiguous(), self.offsets, self.pre)
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Values and indices [N, k], k the largest number of entries of a row; the others of

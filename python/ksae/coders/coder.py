@@ -18,11 +18,11 @@ from .. import functional
 from ..ops import accumulator
 from . import registry
 from .activation import Activation, from_fields
-from .code import Code, has_numbers
+from .code import Code
 from .config import Config, Options, floating
+from .losses import losses
 from .output import Output
-from .predictions import auxk_prediction, prefix_recons
-from .terms import aux_width, multi_loss, squared_error, terms_of, total_variance
+from .terms import multi_loss
 from .unit_rows import unit_rows, without_parallel
 
 _T = TypeVar("_T")
@@ -103,7 +103,7 @@ class SparseCoder(nn.Module):
         self.settings = Config(name, d_in, d_out, d_sae, skip, **options)
         self.activation = activation
         activation.check(name, self.d_sae)
-        if activation.ragged and self.multi_k:
+        if self.multi_k and (activation.ragged or not activation.other_k):
             kind, ks = type(activation).__name__, self.settings.multi_k
             got = f"multi_k must be None with {kind}, got {list(ks)}" if ks else ""
             raise ValueError(f"{name}: {got or f'multi_topk must be False with {kind}, got True'}")
@@ -331,7 +331,11 @@ class SparseCoder(nn.Module):
     ) -> Tensor:
         """Reconstruction [..., d_out] of a code; x [..., d_in] is needed with a skip connection."""
         self.require_whole("decode")
-        recon = functional.sparse_decode(values, indices, self.W_dec, self.b_dec, row_offsets)
+        if row_offsets is not None and self.training and self.activation.is_dense(self):
+            dense = Code(values, indices, row_offsets).dense(self.d_sae)
+            recon = torch.addmm(self.b_dec, dense, self.W_dec)
+        else:
+            recon = functional.sparse_decode(values, indices, self.W_dec, self.b_dec, row_offsets)
         if self.W_skip is None:
             return recon
         if x is None:
@@ -365,17 +369,15 @@ class SparseCoder(nn.Module):
         recon = self.decode(code.values, code.indices, rows, code.offsets)
         loss = fvu = auxk_loss = multi_topk_loss = prefix_fvu = None
         if target is not None:
-            loss, fvus, parts = self._losses(rows, target, recon, wide)
+            loss, fvus, parts = losses(self, rows, target, recon, wide)
             fvu = fvus[-1]
             prefix_fvu = fvus if self.prefixes else None
             zero = torch.zeros_like(fvu)
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), multi_loss(self, parts)
             multi_topk_loss = zero if multi_topk_loss is None else multi_topk_loss
-            penalty = self.activation.penalty_of(self, rows, code) if self.training else None
-            loss = loss if penalty is None else loss + penalty
         if self.training:
             self._count(code, rows.shape[0])
-            self.activation.observe(self, code.values.detach())
+            self.activation.observe(self, code)
         return Output(
             recon.reshape(*lead, self.d_out),
             values,
@@ -387,31 +389,6 @@ class SparseCoder(nn.Module):
             prefix_fvu,
             code.offsets,
         )
-
-    def _losses(
-        self, rows: Tensor, target: Tensor, recon: Tensor, wide: Code
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss, FVU of each prefix [P] and the terms by name; wide: the whole selection."""
-        dead = self.dead
-        n_dead = dead.sum() if has_numbers(dead) else None
-        terms = terms_of(self, aux_width(self, n_dead))
-        variance = total_variance(target)
-        loss, parts = torch.zeros_like(variance), {}
-        nested = prefix_recons(self, rows, recon, wide.first(self.k))
-        for term in terms:
-            predictions, goal, spread = nested, target, variance
-            if term.aux is not None:
-                predictions, goal, spread = auxk_prediction(self, rows, target, recon, term, dead)
-            elif term.name != "reconstruction":
-                code = wide.first(term.k)
-                predictions = [self.decode(code.values, code.indices, rows)]
-            denominator = term.denominator(target, variance, spread, dead.sum())
-            parts[term.name] = term.value(predictions, goal, denominator)
-            loss = loss + term.weight * parts[term.name]
-        if self.loss == "fvu" and not self.prefixes:
-            return loss, parts["reconstruction"].detach()[None], parts
-        fvus = [squared_error(p.detach(), target) / variance for p in nested]
-        return loss, torch.stack(fvus).detach(), parts
 
     # ------------------------------------------------------------------------- one's own optimizer
 
@@ -439,6 +416,6 @@ class SparseCoder(nn.Module):
     def _count(self, code: Code, N: int) -> None:
         """Of integers: a block without gradients would keep an exported graph from being saved."""
         hits = torch.zeros_like(self.tokens_since_fired)
-        hits.index_add_(0, code.indices.reshape(-1), (code.values > 0).reshape(-1).to(hits.dtype))
+        hits.index_add_(0, code.indices.reshape(-1), (code.values != 0).reshape(-1).to(hits.dtype))
         since = self.tokens_since_fired + N
         self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))

@@ -52,7 +52,7 @@ class Config:
             over the residual's variance), "openai" (b_dec gets a gradient too), "sparsify" (over
             the target's variance), "saelens" and "batch_topk" (mean over all elements).
         k_aux: default d_out // 2, at most d_sae.
-        dead_after: a latent is dead once it has not fired (value > 0) for more than this many
+        dead_after: a latent is dead once it has not fired (value not 0) for more than this many
             tokens.
         normalize_decoder: unit decoder rows, kept by `TrainStep`, which also removes the gradient
             along them. With an optimizer of torch two methods do, or `ksae.UnitRows`.

@@ -88,6 +88,10 @@ def _build(path: Path, header: dict[str, Any]) -> SparseCoder:
 def model_tensors(path: Path, model: SparseCoder) -> dict[str, Tensor]:
     expected = model.state_dict()
     with container.open_tensors(path) as file:
+        start = {}
+        if "mean_active" in expected and "mean_active" not in file.names:
+            del expected["mean_active"]  # a file from before there was one
+            start["mean_active"] = torch.tensor(torch.inf, dtype=torch.float64)
         for name, tensor in expected.items():
             if name not in file.names:
                 raise UserError(f"load: {path} must hold the tensor {name}, got none of that name")
@@ -96,4 +100,4 @@ def model_tensors(path: Path, model: SparseCoder) -> dict[str, Tensor]:
                 raise UserError(
                     f"load: {name} of {path} must have the shape {list(tensor.shape)}, got {shape}"
                 )
-        return {name: file.read(name) for name in expected}
+        return {name: file.read(name) for name in expected} | start

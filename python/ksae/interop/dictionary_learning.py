@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..coders import TopKSAE
+from ..coders.code import has_numbers
 from ..errors import UserError
 from ..step.train_step import TrainStep
 from . import lazy, libraries, sparse
@@ -80,6 +81,7 @@ class AutoEncoderTopK(_Base):
             )
         self.activation_dim, self.dict_size = activation_dim, dict_size
         self.register_buffer("k", torch.tensor(k, dtype=torch.int32))
+        self._k = k
         self.register_buffer("threshold", torch.tensor(-1.0))
         self.decoder = Decoder(dict_size, activation_dim, bias=False)
         with torch.no_grad():
@@ -95,7 +97,22 @@ class AutoEncoderTopK(_Base):
         """values, indices [..., k]."""
         x = x.to(torch.promote_types(x.dtype, self.b_dec.dtype))
         encoder = self.encoder
-        return functional.topk_encode(x, encoder.weight, encoder.bias, int(self.k), self.b_dec)
+        return functional.topk_encode(x, encoder.weight, encoder.bias, self._count(), self.b_dec)
+
+    def _count(self) -> int:
+        """k. A graph that is being recorded gets the number that was last seen, and asserts when it
+        runs that the buffer still holds it."""
+        if has_numbers(self.k):
+            self._k = int(self.k)
+        else:
+            said = f"AutoEncoderTopK: k must be {self._k}, for which this graph was recorded"
+            torch.ops.aten._assert_async.msg(self.k == self._k, said)
+        return self._k
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self.k.is_meta:
+            self._k = int(self.k)
 
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         """The code of x [..., d].
@@ -113,7 +130,7 @@ class AutoEncoderTopK(_Base):
             f = post_relu * (post_relu > self.threshold)
             if not return_topk:
                 return f
-            return (f, *functional.topk(post_relu, int(self.k)), post_relu)
+            return (f, *functional.topk(post_relu, self._count()), post_relu)
         values, indices = self._topk(x)
         if not return_topk:
             return sparse.scatter(values, indices, self.dict_size)
@@ -279,5 +296,6 @@ class TopKTrainer(_Trainer):
 
 def adopt(module: Any) -> None:
     """Make a swapped instance of the library's class what ours is."""
+    module._k = int(module.k)
     module.decoder.__class__ = Decoder
     sparse.latent_rows(module.decoder.weight)

@@ -19,7 +19,6 @@ from . import autograd, batching, straight
 from .spec import Spec
 from .specs import BY_NAME, SPECS
 
-_eval_frame = torch._C._dynamo.eval_frame
 _serving: dict[str, dict[str, str]] = {}
 
 
@@ -30,18 +29,7 @@ def serving() -> dict[str, dict[str, str]]:
 
 def kernel(name: str, serve: Callable[..., Any], device: str | None) -> Callable[..., Any]:
     """The op behind its check, as `serve` computes it for tensors of `device`; None: of any."""
-    return _untraced(straight.kernel(BY_NAME[name], serve, getattr(reference, name), device))
-
-
-def _untraced(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, which dynamo leaves alone, and what it calls.
-
-    torch.library.register_kernel sees to it too, but imports dynamo for it at the first call of an
-    op, which takes seconds.
-    """
-    both = [_eval_frame._FrameAction.SKIP] * 2
-    _eval_frame.set_code_exec_strategy(run.__code__, _eval_frame._FrameExecStrategy(*both))
-    return run
+    return straight.kernel(BY_NAME[name], serve, getattr(reference, name), device)
 
 
 def _label(spec: Spec, server: str, serve: Callable[..., Any]) -> str:
@@ -69,7 +57,7 @@ def _register(spec: Spec) -> Any:
 
     torch.library.register_fake(qualified, spec.fake)
     if name in autograd.RULES:
-        run = _untraced(autograd.kernel(op, name))
+        run = straight.untraced(autograd.kernel(op, name))
         _library.impl(name, run, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
     rule = batching.vmap_rule(name, spec.names)
     if rule is not None:

@@ -8,6 +8,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,14 @@ class Checked(NamedTuple):
         return self.lead.dtype
 
 
+class Compiled(NamedTuple):
+    """What a check runs, and what outputs are made of."""
+
+    checks: list[tuple[str, Callable[..., None]]]  # one an argument, in the order of Spec.order
+    of_data: list[str]  # sizes that only the data say
+    made: list[tuple[str, list[Size]]]  # type and sizes of each output
+
+
 class Spec:
     """An op: its name, its line and what the line cannot say.
 
@@ -79,7 +88,7 @@ class Spec:
         self.optional = frozenset(a.name for a in self.arguments if a.optional)
         self.given, self.relations, self.rules = given, relations, types or {}
         self.defaults = self._find_defaults()
-        self._compile()
+        self._find_order()
 
     # --------------------------------------------------------------------------------------- schema
 
@@ -126,7 +135,7 @@ class Spec:
         value = values[self.lead.name]
         lead: Tensor = value[0] if self.lead.many else value
         types = {"T": lead.dtype, "A": accumulator(lead.dtype)}
-        self._checks[0][1](values[self.lead.name], values, dims, types, lead)
+        self._compiled.checks[0][1](values[self.lead.name], values, dims, types, lead)
         if self.offsets is not None:
             rows.settle(op, self.offsets, values, dims)
         for name, partner in self.partners:
@@ -136,7 +145,7 @@ class Spec:
             self.given(op, *self._named(self.given, values, dims, types))
         for rule, expression in self.rules.items():
             types[rule] = eval(expression, {}, {**values, **types})
-        for name, run in self._checks[1:]:
+        for name, run in self._compiled.checks[1:]:
             value = values[name]
             if value is not None:
                 run(value, values, dims, types, lead)
@@ -158,11 +167,11 @@ class Spec:
     def fake(self, *args: Any) -> Any:
         """The outputs with nothing in them."""
         lead, dims, types = self.check(self.bind(args))
-        for name in self._of_data:
+        for name in self._compiled.of_data:
             dims[name] = torch.library.get_ctx().new_dynamic_size(max=ENTRIES)
         out = tuple(
             lead.new_empty([s(dims, 0) for s in sizes], dtype=FIXED.get(kind) or types[kind])
-            for kind, sizes in self._made
+            for kind, sizes in self._compiled.made
         )
         return out if len(out) > 1 else out[0] if out else None
 
@@ -181,8 +190,8 @@ class Spec:
 
     # -------------------------------------------------------------------------------------- compile
 
-    def _compile(self) -> None:
-        """One function an argument, in the order in which sizes become known."""
+    def _find_order(self) -> None:
+        """The arguments in the order in which sizes become known."""
         tensors = [a for a in self.arguments if a.dims is not None]
         self._lists = [a.name for a in self.arguments if a.many]
         self.partners = [(a.name, a.partner) for a in self.arguments if a.partner]
@@ -202,20 +211,25 @@ class Spec:
                     ready.remove(a)
                     ready.insert(1 + [b.name for b in ready].index(setter), a)
         self.order = ready
+        self.offsets = rows.find(self.arguments)
+
+    @cached_property
+    def _compiled(self) -> Compiled:
+        """One function an argument; made at the first use, for an import uses none."""
         known: dict[str, str] = {"G": ""}  # sizes and who set them
-        self._checks: list[tuple[str, Callable[..., None]]] = []
-        self.offsets = of = rows.find(self.arguments)
-        for a in ready:
+        checks: list[tuple[str, Callable[..., None]]] = []
+        of = self.offsets
+        for a in self.order:
             if of is not None and a.name == of.name:
                 continue
             run = self._checker(a, known)
             if run is not None:
-                self._checks.append((a.name, run))
+                checks.append((a.name, run))
             if of is not None and a is self.lead:
                 known[of.E] = known[of.N] = a.name
         sizes = {n for a in self.outputs for d in a.dims or () for n in _names(d)}
-        self._of_data = sorted(sizes - known.keys())
-        self._made = [(a.type, [_size(d) for d in a.dims or ()]) for a in self.outputs]
+        made = [(a.type, [_size(d) for d in a.dims or ()]) for a in self.outputs]
+        return Compiled(checks, sorted(sizes - known.keys()), made)
 
     def _checker(self, a: Argument, known: dict[str, str]) -> Callable[..., None] | None:
         if a.dims is None:

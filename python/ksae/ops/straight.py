@@ -16,6 +16,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .messages import index_range, offsets_range
 from .rows import Offsets
 from .spec import FIXED, Spec
 
+_eval_frame = torch._C._dynamo.eval_frame
 _ACCUMULATORS = {T: accumulator(T) for T in FLOATS}
 _NAMES = re.compile(r"[A-Za-z_]\w*")
 
@@ -50,8 +52,39 @@ def kernel(
     device: where its tensors are, which must be the same for all and contiguous; None: it is the
     reference, which takes any.
     """
+    known: dict[str, Any] = {"write": lambda: _write(run, spec, serve, oracle, device)}
+    run: Any = FunctionType(_unwritten.__code__, known, spec.name)
+    return untraced(run)
+
+
+def _unwritten(*args: Any, **named: Any) -> Any:
+    """What a kernel is until its first call, so that an import writes none. `write` is among the
+    globals of the kernel."""
+    return write()(*args, **named)  # type: ignore[name-defined]  # noqa: F821
+
+
+def untraced(run: Any) -> Callable[..., Any]:
+    """`run`, which dynamo leaves alone, and what it calls.
+
+    torch.library.register_kernel sees to it too, but imports dynamo for it at the first call of an
+    op, which takes seconds.
+    """
+    both = [_eval_frame._FrameAction.SKIP] * 2
+    _eval_frame.set_code_exec_strategy(run.__code__, _eval_frame._FrameExecStrategy(*both))
+    return run  # type: ignore[no-any-return]
+
+
+def _write(
+    run: Any,
+    spec: Spec,
+    serve: Callable[..., Any],
+    oracle: Callable[..., Any],
+    device: str | None,
+) -> Callable[..., Any]:
+    """`run` with the code of the op, for good."""
     lines = _Lines(spec)
-    known: dict[str, Any] = {
+    known = run.__globals__
+    known |= {
         "check": lambda *args: spec.check(spec.bind(args)),
         "serve": serve,
         "oracle": oracle,
@@ -77,7 +110,9 @@ def kernel(
         ]
     )
     exec(compile(source, f"<ksae::{spec.name}>", "exec"), known)
-    return known["run"]  # type: ignore[no-any-return]
+    written = known["run"]
+    run.__defaults__, run.__code__ = written.__defaults__, written.__code__
+    return untraced(run)
 
 
 def _parameters(spec: Spec, known: dict[str, Any]) -> list[str]:

@@ -12,9 +12,9 @@ from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 
-# Values and indices [N, k] and, on one device, row offsets; of shards, by what was chosen: scores
-# [N, k] float32, None being the values
-Selected = tuple[Tensor, Tensor, Tensor | None]
+# Values and indices [N, k] and, on one device, row offsets and pre-activations; of shards, by what
+# was chosen: scores [N, k] float32, None being the values
+Selected = tuple[Any, ...]
 
 
 class OneDevice:
@@ -59,12 +59,11 @@ class OneDevice:
     ) -> list[Selected]:
         """The selection of this rank's latents, and for k_aux > 0 that of AuxK."""
         if not k_aux:
-            values, indices, *offsets = model.select(rows, k, grad, W_bf16)
-            return [(values, indices, offsets[0] if offsets else None)]
+            chosen = model.select(rows, k, grad, W_bf16)
+            return [chosen if len(chosen) > 2 else (*chosen, None)]
         chosen = model.select_aux(rows, k, k_aux, grad, W_bf16)
-        values, indices, *offsets = chosen[:-2]
-        main = (values, indices, offsets[0] if offsets else None)
-        return [main, (chosen[-2], chosen[-1], None)]
+        main, aux = chosen[:-2], chosen[-2:]
+        return [main if len(main) > 2 else (*main, None), (*aux, None)]
 
     def codes(
         self, values: Tensor, indices: Tensor, offsets: Tensor | None, ks: Sequence[int]

@@ -21,69 +21,9 @@ import yaml
 
 from ksae.errors import UserError
 from ksae.files.atomic import write_atomic
-from ksae.runs.check_activation import check_activation
+from ksae.runs.model_config import PENALIZED, ModelConfig, setting
 
 T = TypeVar("T")
-
-
-def setting(default: T, help: str) -> T:
-    """A key of the configuration."""
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class ModelConfig:
-    start: str | None = setting(
-        None, "model to start from: file, run folder or Hugging Face id; its sizes are taken"
-    )
-    kind: Literal["sae", "transcoder"] = setting("sae", "a transcoder predicts outputs from inputs")
-    d_sae: int = setting(4096, "latents")
-    k: int = setting(32, "active latents per token")
-    activation: Literal["topk", "batch_topk", "jump_relu"] = setting(
-        "topk", "batch_topk: k a token on average; jump_relu: learned thresholds, no k"
-    )
-    threshold: Literal["running", "saelens", "dictionary_learning"] = setting(
-        "running", "of batch_topk: how the threshold for use is estimated"
-    )
-    l0: float | None = setting(
-        None, "of jump_relu: active latents per token to aim at; null: weighed by l0_weight alone"
-    )
-    l0_weight: float = setting(1e-3, "of jump_relu: weight of the penalty on active latents")
-    theta: float = setting(1e-3, "of jump_relu: thresholds at the start")
-    bandwidth: float = setting(1e-3, "of jump_relu: of the kernel that trains thresholds")
-    loss: Literal["fvu", "mse"] = setting("fvu", "what is minimised")
-    auxk_alpha: float = setting(
-        1 / 32, "weight of the loss that revives dead latents; 0 turns it off"
-    )
-    auxk: Literal["dictionary_learning", "openai", "sparsify", "saelens", "batch_topk"] = setting(
-        "dictionary_learning", "the library whose form of that loss it is"
-    )
-    k_aux: int | None = setting(
-        None, "dead latents in that loss; default half the width of the output"
-    )
-    dead_after: int | None = setting(
-        None,
-        "tokens without firing after which a latent is dead; default 1e7, at most 1/4 of the run",
-    )
-    normalize_decoder: bool | None = setting(None, "unit decoder rows; default true only for sae")
-    multi_topk: bool = setting(False, "add the loss with 4k latents, at 1/8")
-    multi_k: tuple[int, ...] | None = setting(None, "add the losses with these k, each at 1/8")
-    prefixes: tuple[int, ...] | None = setting(
-        None, "rising numbers of latents, the last d_sae: each reconstructs by itself (Matryoshka)"
-    )
-    prefix_weights: Literal["mean", "sum", "dictionary_learning"] = setting(
-        "mean", "of prefixes: what each one's loss counts, 1/P, 1 or 1/P^2"
-    )
-    skip: bool = setting(False, "transcoder only: a linear path beside the latents")
-    beta: float | None = setting(
-        None, "weight of a downstream gradient in selection; null: plain TopK"
-    )
-    mode: Literal["additive", "multiplicative", "signed"] = setting(
-        "additive", "of beta: the score"
-    )
-    grad_norm: Literal["none", "unit", "rms", "sqrt_d"] = setting(
-        "sqrt_d", "of beta: gradients' scale"
-    )
 
 
 @dataclass
@@ -153,6 +93,13 @@ class TrainConfig:
     beta1: float = setting(0.9, "Adam")
     beta2: float = setting(0.999, "Adam")
     eps: float = setting(1e-8, "Adam")
+    k_start: int | None = setting(
+        None, "latents per token at the first step, from which they go to model.k; null: model.k"
+    )
+    k_steps: int | None = setting(None, "of k_start: steps that takes; default a tenth of the run")
+    penalty_warmup: int = setting(
+        0, "steps in which the penalty of jump_relu, relu or gated grows to its weight"
+    )
     clip_norm: float | None = setting(
         1.0, "largest norm of the whole gradient; null turns clipping off"
     )
@@ -259,6 +206,13 @@ def warmup_steps(train: TrainConfig) -> int:
     return min(100, total_steps(train) // 10) if train.warmup is None else train.warmup
 
 
+def k_steps(train: TrainConfig) -> int | None:
+    """Steps of annealing k: as given, or by the length of the run; None: it is not annealed."""
+    if train.k_start is None or train.k_steps is not None:
+        return train.k_steps
+    return max(total_steps(train) // 10, 1)
+
+
 def dead_after(config: RunConfig) -> int:
     """Tokens after which a silent latent is dead: as given, or by the length of the run."""
     if config.model.dead_after is not None:
@@ -297,7 +251,9 @@ def fitted(config: RunConfig) -> RunConfig:
             model=absolute(data.model),
             text=absolute(data.text),
         ),
-        train=dataclasses.replace(config.train, warmup=warmup_steps(config.train)),
+        train=dataclasses.replace(
+            config.train, warmup=warmup_steps(config.train), k_steps=k_steps(config.train)
+        ),
     )
 
 
@@ -338,7 +294,11 @@ def check(config: RunConfig, where: str = "config") -> None:
             f"{where}: model.k must be at most model.d_sae = {model.d_sae}, got {model.k}"
         )
     _check_lists(model, where)
-    check_activation(model, where)
+    if model.activation != "topk":
+        from ksae.runs.activation import check_activation  # with torch, as above
+
+        check_activation(model, where)
+    _check_schedules(config, where)
     if warmup_steps(train) > total_steps(train):
         raise UserError(
             f"{where}: train.warmup must be at most the {total_steps(train)} steps of the run, "
@@ -354,6 +314,25 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(
             f"{where}: model.skip must be false for model.kind = {model.kind}, got true"
         )
+
+
+def _check_schedules(config: RunConfig, where: str) -> None:
+    """Of k and of penalties."""
+    model, train = config.model, config.train
+    name, start = model.activation, train.k_start
+    if start is not None and name in (*PENALIZED, "group_max"):
+        raise UserError(f"{where}: train.k_start must be null with {name}, got {start}")
+    if start is not None and not 1 <= start <= model.d_sae:
+        raise UserError(f"{where}: train.k_start must be in [1, {model.d_sae}], got {start}")
+    if train.k_steps is not None and train.k_steps < 1:
+        raise UserError(f"{where}: train.k_steps must be at least 1, got {train.k_steps}")
+    if start is None and train.k_steps is not None:
+        got = train.k_steps
+        raise UserError(f"{where}: train.k_steps must be null without train.k_start, got {got}")
+    warmup = train.penalty_warmup
+    if warmup < 0 or (warmup and name not in PENALIZED and model.start is None):
+        want = "at least 0" if warmup < 0 else f"0 with {name}"
+        raise UserError(f"{where}: train.penalty_warmup must be {want}, got {warmup}")
 
 
 def _check_lists(model: ModelConfig, where: str) -> None:

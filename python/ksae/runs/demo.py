@@ -27,12 +27,13 @@ from ksae.errors import UserError
 from ksae.files.atomic import write_atomic
 from ksae.runs import checkpoint
 from ksae.runs import config as runconfig
-from ksae.runs.config import DataConfig, LogConfig, ModelConfig, RunConfig, TrainConfig
+from ksae.runs.config import DataConfig, LogConfig, RunConfig, TrainConfig
 from ksae.runs.dashboard import dashboard
 from ksae.runs.data import RunData
 from ksae.runs.directory import open_directory
 from ksae.runs.evaluation import measure_language_model, table
 from ksae.runs.model import build_model
+from ksae.runs.model_config import ModelConfig
 from ksae.runs.signals import Interrupted
 from ksae.runs.start import compare_early, open_run_data
 from ksae.runs.trainer import Trainer, TrainResult

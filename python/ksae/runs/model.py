@@ -11,25 +11,21 @@ import torch
 from ksae.activations import ActivationSource
 from ksae.coders import (
     SAE,
-    Activation,
-    BatchTopK,
-    GradTopK,
     GradTopKSAE,
     GradTopKTranscoder,
-    JumpReLU,
     SparseCoder,
-    TopK,
     TopKSAE,
     Transcoder,
 )
 from ksae.errors import UserError, first_line
 from ksae.interop.load import load
+from ksae.runs.activation import NAMES, activation_of
 from ksae.runs.checks import check_parameters
-from ksae.runs.config import ModelConfig, RunConfig
+from ksae.runs.config import RunConfig
+from ksae.runs.model_config import ModelConfig
 
 # Of a model to start from: what it computes. How it is trained is said anew.
 SIZES = ("kind", "d_sae", "k", "activation", "skip", "beta", "mode", "grad_norm")
-NAMES = {TopK: "topk", GradTopK: "topk", BatchTopK: "batch_topk", JumpReLU: "jump_relu"}
 
 
 def build_model(
@@ -60,7 +56,7 @@ def build_model(
         options |= {"beta": config.beta, "mode": config.mode, "grad_norm": config.grad_norm}
     check_kind(config, source)
     if config.activation != "topk":
-        activation = _activation(config)
+        activation = activation_of(config)
         if config.kind == "sae":
             return SAE(source.d_in, config.d_sae, activation, **options)
         assert source.d_out is not None
@@ -72,18 +68,6 @@ def build_model(
     assert source.d_out is not None
     coder = Transcoder if config.beta is None else GradTopKTranscoder
     return coder(source.d_in, source.d_out, config.d_sae, config.k, skip=config.skip, **options)
-
-
-def _activation(config: ModelConfig) -> Activation:
-    if config.activation == "batch_topk":
-        return BatchTopK(config.k, config.threshold)
-    return JumpReLU(
-        coefficient=config.l0_weight,
-        penalty="l0" if config.l0 is None else "target_l0",
-        target=config.l0,
-        bandwidth=config.bandwidth,
-        theta=config.theta,
-    )
 
 
 def check_kind(config: ModelConfig, source: ActivationSource) -> None:

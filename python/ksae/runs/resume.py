@@ -37,6 +37,9 @@ CHANGEABLE = frozenset(
         "train.clip_norm",
         "train.clip",
         "train.decoder_lr",
+        "train.k_start",
+        "train.k_steps",
+        "train.penalty_warmup",
         "model.dead_after",
         "model.auxk_alpha",
         "model.k_aux",
@@ -50,7 +53,12 @@ CHANGEABLE = frozenset(
 
 
 # what runs did before there was the setting
-BEFORE = {"train.clip": "above", "train.decoder_lr": 1.0}
+BEFORE = {
+    "train.clip": "above",
+    "train.decoder_lr": 1.0,
+    "train.k_start": None,
+    "train.penalty_warmup": 0,
+}
 VALUES = "source.values"  # the fingerprint of the activations
 
 

@@ -31,16 +31,22 @@ from ksae.coders.file import save
 from ksae.coders.initialize import initialize_from, is_new
 from ksae.errors import UserError, first_line
 from ksae.files.atomic import clean
-from ksae.runs import checkpoint, checks, finish
+from ksae.runs import checkpoint, checks, finish, schedules
 from ksae.runs import config as runconfig
 from ksae.runs import log as runlog
 from ksae.runs.batches import Batches
-from ksae.runs.config import LogConfig, RunConfig, TrainConfig, total_steps, warmup_steps
+from ksae.runs.config import (
+    LogConfig,
+    RunConfig,
+    TrainConfig,
+    k_steps,
+    total_steps,
+    warmup_steps,
+)
 from ksae.runs.directory import drop, held
 from ksae.runs.log import RunLog
 from ksae.runs.resume import compare
 from ksae.runs.signals import Interrupted, Signals
-from ksae.step.schedule import learning_rate
 from ksae.step.train_step import TrainStep
 
 _FINITE = ("loss", "grad_norm")  # a step of which one is not is not taken
@@ -109,7 +115,11 @@ class Trainer:
         self.steps, self.warmup = total_steps(self.config), warmup_steps(self.config)
         self.identity: dict[str, Any] = {
             "model": model.config(),
-            "train": {**dataclasses.asdict(self.config), "warmup": self.warmup},
+            "train": {
+                **dataclasses.asdict(self.config),
+                "warmup": self.warmup,
+                "k_steps": k_steps(self.config),
+            },
             "source": {"tokens": source.num_tokens, "values": source.fingerprint()},
         }
         if run is not None:
@@ -142,6 +152,7 @@ class Trainer:
             decoder_lr=config.decoder_lr,
             fused=config.fused,
         )
+        schedules.check(self.train_step, config)
 
     def run(self) -> TrainResult:
         """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input;
@@ -246,16 +257,13 @@ class Trainer:
         clock, first = _Clock(self.tokens), self.step
         with contextlib.closing(batches):
             while self.step < self.steps and not self._stop(signals):
-                x, y, g = self._batches.next(batches, self.step)
-                rate = learning_rate(
-                    self.step,
-                    lr=config.lr,
-                    steps=self.steps,
-                    warmup=self.warmup,
-                    decay=config.decay,
-                    shape=config.decay_shape,
-                )
-                self.train_step.lr = rate
+                try:
+                    x, y, g = self._batches.next(batches, self.step)
+                except UserError as error:
+                    if waiting is not None:
+                        self._record(*waiting, log, clock)
+                    raise self._kept(error, log, saved) from None
+                rate = schedules.follow(self.train_step, config, self.step)
                 metrics = self._take(x, y, g)
                 if self.step == first:
                     metrics[_EQUAL] = checks.without_variance(model, x if y is None else y)
@@ -278,6 +286,15 @@ class Trainer:
             raise Interrupted(signals.received, self.step, self._checkpoint_path())
         if not saved:  # a run of no steps
             self._save(log)
+
+    def _kept(self, error: UserError, log: RunLog, saved: bool) -> UserError:
+        """The data end the run: its steps so far are saved, and the error says so."""
+        if self.step < self.log_config.every:  # no line of metrics yet
+            return error
+        if not saved:
+            self._save(log)
+        path = self._checkpoint_path()
+        return UserError(f"{error}; the {self.step} steps so far are saved, to be resumed: {path}")
 
     def _take(self, x: Tensor, y: Tensor | None, g: Tensor | None) -> dict[str, Tensor]:
         return self.train_step(x, y, grad=g)

@@ -7,20 +7,23 @@ What shards of the latents exchange goes through the communicator.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..coders.activation.base import Goal
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
+from .entries import of_zeros, pass_on
 from .nested import Nested, prefix_metrics, together
 from .phases import Batch, Groups, Selection, Sums
 from .state import State
-from .thresholds import penalty_and_gradient
 from .unfused import GRAD_SCALE, RATE, Metrics, scale_to
 
 
@@ -66,6 +69,7 @@ class FusedStep:
         columns = self.columns(batch, chosen)
         groups = self.residual(batch, chosen, columns)
         sums, metrics = self.sums(batch, chosen, groups)
+        model.activation.observe(model, chosen.codes[0])
         hyper, finite, scales = self.scalars(batch, chosen, groups, sums, metrics, columns)
         self.update(batch, chosen, groups, sums._replace(scales=scales), hyper, finite, columns)
         return metrics, finite
@@ -83,8 +87,10 @@ class FusedStep:
         self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         chosen = communicator.select(model, batch.x, k, k_aux, *how)
-        prefixes = iter(communicator.codes(*chosen[0], ks))
-        model.activation.observe(model, chosen[0][0])
+        values, indices, by, *pre = chosen[0]
+        first, *more = communicator.codes(values, indices, by, ks)
+        first = replace(first, pre=pre[0]) if pre else first
+        prefixes = iter([first, *more])
         codes: list[Code] = []
         for term in terms:
             if term.aux is None:
@@ -213,16 +219,35 @@ class FusedStep:
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
         small = self._small(batch, chosen, g)
-        more = {}
-        if model.activation.penalized:
-            assert g.row_of is not None
-            penalty, more["log_threshold"] = penalty_and_gradient(
-                model, chosen.codes[0], g.residuals[0], g.grads[0][:, 0], g.row_of[0], scales[0],
-                len(batch.x),
-            )  # fmt: skip
-            metrics["loss"] = loss = loss + penalty
         along = grad_dot_w if model.normalize_decoder else None
+        more: dict[str, Tensor] = {}
+        if model.activation.penalized:
+            penalty, more, norms = self._pass_on(batch, chosen, g, scales[0])
+            metrics["loss"] = loss = loss + penalty
+            coefficients, *grouped = g.of_encoder()
+            pre = [_pre(chosen.codes[0])[:, None], *g.values[1:]]
+            grad_b_enc, _ = ops.latent_sums(pre, coefficients, *grouped, scales)
+            if "b_enc" in more:
+                more["b_enc"] = more["b_enc"] + grad_b_enc
+            along = -norms if along is None and norms is not None else along
         return Sums(loss, scales, grad_b_enc, along, more, small), metrics
+
+    def _pass_on(
+        self, batch: Batch, chosen: Selection, g: Groups, scale: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The penalty [] and gradients of the activation's parameters [F] and of the decoder's
+        norms, times these; those of the pre-activations go to `g`."""
+        model, code, grads = self.model, chosen.codes[0], g.grads[0][:, 0]
+        if model.activation.keeps_zeros:
+            assert g.row_of is not None
+            grads = of_zeros(model, code, g.residuals[0], grads, g.row_of[0])
+        goal = Goal(batch.x, batch.target, g.denominators[0])
+        passed = pass_on(model, goal, code, grads, scale)
+        grouped = (g.offsets[0], g.order[0])
+        if model.activation.opens_more:
+            grouped = ops.group_by_latent(_pre(code)[:, None], code.indices[:, None], self.latents)
+        g.through.append((passed.grads[:, None], *grouped))
+        return passed.penalty, passed.more, passed.norms
 
     def _small(self, batch: Batch, chosen: Selection, g: Groups) -> dict[str, list[Tensor]]:
         """Of each term that b_dec is in: what makes the gradients of b_dec and W_skip, for the
@@ -269,8 +294,9 @@ class FusedStep:
         model, acc, all_reduce = self.model, self.state.acc, self.communicator.all_reduce
         b_dec = model.b_dec if model.centred else None
         inputs = [batch.x] * len(g.grads)
+        coefficients, offsets, order = g.of_encoder()
         square = ops.row_grad_sq(
-            coefficients=g.grads, offsets=g.offsets, order=g.order, rows=inputs,
+            coefficients=coefficients, offsets=offsets, order=order, rows=inputs,
             scales=sums.scales, centre=b_dec, grad_dot_w=None, W=model.W_enc, start=0,
             row_of=g.token_of,
         )  # fmt: skip
@@ -281,14 +307,16 @@ class FusedStep:
                 scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w, W=model.W_dec,
                 start=start, row_of=g.row_of,
             )  # fmt: skip
-        total = all_reduce(square.sum() + sums.grad_b_enc.double().square().sum())
+        more = dict(sums.more)
+        of_bias = more.pop("b_enc", sums.grad_b_enc)
+        total = all_reduce(square.sum() + of_bias.double().square().sum())
         zero = torch.zeros_like(sums.loss)
         for name, parts in sums.small.items():
             gradient = sum((s * t for s, t in zip(sums.scales, parts, strict=False)), zero)
             if name == "b_dec" and model.centred:
                 gradient = gradient - all_reduce(model.W_enc.to(acc).T @ sums.grad_b_enc)
             total = total + gradient.double().square().sum()
-        for gradient in sums.more.values():
+        for gradient in more.values():
             total = total + gradient.double().square().sum()
         return total.sqrt().to(acc)
 
@@ -306,7 +334,7 @@ class FusedStep:
     ) -> None:
         """Adam for all parameters, the matrices in one pass over their rows; then the counters."""
         model, state = self.model, self.state
-        fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value > 0 (finite loss: no NaN)
+        fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value (finite loss: no NaN)
         centre_grad = self._update_encoder(batch, g, sums, hyper)
         of_decoder = hyper
         if self.decoder_lr != 1:
@@ -316,8 +344,7 @@ class FusedStep:
             self._take_columns(batch, chosen, g, sums, start, columns)
             self._update_decoder(g, sums, of_decoder, start, start + columns >= model.d_out)
         taken = (finite, hyper)
-        ops.vector_update([sums.grad_b_enc], None, None, *taken, *state.of("b_enc"))
-        for name, gradient in sums.more.items():
+        for name, gradient in ({"b_enc": sums.grad_b_enc} | sums.more).items():
             ops.vector_update([gradient], None, None, *taken, *state.of(name))
         for name, parts in sums.small.items():
             minus = centre_grad if name == "b_dec" else None
@@ -336,8 +363,9 @@ class FusedStep:
             grad = torch.empty(model.d_in, dtype=state.acc, device=batch.x.device)
         W, master, m, v = state.of("W_enc")
         W_bf16, norms = state.W_bf16 or (None, None)
+        coefficients, offsets, order = g.of_encoder()
         ops.row_update(
-            coefficients=g.grads, offsets=g.offsets, order=g.order,
+            coefficients=coefficients, offsets=offsets, order=order,
             rows=[batch.x] * len(g.grads), scales=sums.scales,
             centre=model.b_dec if centred else None, grad_dot_w=None,
             grad_b_enc=sums.grad_b_enc if centred else None,
@@ -379,3 +407,8 @@ class FusedStep:
             normalize=self.model.normalize_decoder and last,
             rng_state=state.rng_state("W_dec"), row_of=g.row_of,
         )  # fmt: skip
+
+
+def _pre(code: Code) -> Tensor:
+    assert code.pre is not None
+    return code.pre

@@ -37,6 +37,8 @@ class Groups:
         self.grads: list[Tensor] = []  # [N, k] of the values, before scaling
         self.offsets: list[Tensor] = []  # [F+1]
         self.order: list[Tensor] = []  # [N*k]
+        # what the encoder's gradients are of, where that is not the values
+        self.through: list[tuple[Tensor, Tensor, Tensor]] = []
         self.residuals: list[Tensor] = []  # [N, columns], or [P*N, columns] of P prefixes
         self.sq_errors: list[Tensor] = []  # sums of squares of all columns, [N] or one a rank
         self.sums: list[Tensor | None] = []  # [d] of all columns, where the kernel forms them
@@ -49,13 +51,21 @@ class Groups:
         self.whole: list[Tensor] = []
         self.prefix_errors: Tensor | None = None  # [P]: sums of squares of each prefix
 
+    def of_encoder(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Gradients of the pre-activations, offsets and order, one a term."""
+        if not self.through:
+            return self.grads, self.offsets, self.order
+        rest = zip(self.grads[1:], self.offsets[1:], self.order[1:], strict=True)
+        grads, offsets, order = zip(*self.through, *rest, strict=True)
+        return list(grads), list(offsets), list(order)
+
 
 class Sums(NamedTuple):
     """What the sums phase leaves to the scalars and the update."""
 
     loss: Tensor  # []
     scales: Tensor  # [terms]: of each term's gradients
-    grad_b_enc: Tensor  # [F]
+    grad_b_enc: Tensor  # [F], of the pre-activations; more has b_enc's own, if it is another
     grad_dot_w: Tensor | None  # [F], of the decoder rows, where it is projected out
     # gradients of other parameters of the activation
     more: dict[str, Tensor]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rate as a pure function of the step, so that a resumed run needs no state for it."""
+"""Learning rate, k and penalty as pure functions of the step, so that a resumed run needs no state
+for them."""
 
 from __future__ import annotations
 
@@ -32,3 +33,20 @@ def learning_rate(
     else:
         raise ValueError(f"learning_rate: shape must be 'linear' or 'cosine', got {shape!r}")
     return lr * rise * fall
+
+
+def annealed_k(step: int, *, k: int, start: int, steps: int) -> int:
+    """k of step `step` (0-based): from `start` at step 0 in a straight line to k at step `steps`
+    and after it, rounded towards `start`.
+
+    >>> [annealed_k(t, k=4, start=16, steps=5) for t in range(7)]
+    [16, 14, 12, 9, 7, 4, 4]
+    """
+    if step >= steps:
+        return k
+    return start + math.trunc((k - start) * step / steps)
+
+
+def penalty_share(step: int, *, warmup: int) -> float:
+    """The share of a penalty that step `step` (0-based) has: linear warm-up, as of the rate."""
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0

@@ -109,7 +109,7 @@ class State:
         if (aux or not graded) and kept.keeps_bf16_copy(W, k, aux) and not unseen:
             self.W_bf16 = kept.bf16_copy(W)
 
-    def _renew_bf16_copy(self) -> None:
+    def renew_bf16_copy(self) -> None:
         """In place: a CUDA graph knows where it lies."""
         if self.W_bf16:
             for old, new in zip(self.W_bf16, kept.bf16_copy(self.model.W_enc), strict=True):
@@ -158,7 +158,7 @@ class State:
                 p = self.parameters[name]
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.to(self.acc)))
         if versions["W_enc"] != self._versions["W_enc"]:
-            self._renew_bf16_copy()
+            self.renew_bf16_copy()
 
     # ------------------------------------------------------------------------------ saving, loading
 
@@ -186,5 +186,5 @@ class State:
             t.copy_(state[name])
         for name, master in self.masters.items():
             self.parameters[name].copy_(master)
-        self._renew_bf16_copy()  # the versions below take in what was written before
+        self.renew_bf16_copy()  # the versions below take in what was written before
         self.note_versions()

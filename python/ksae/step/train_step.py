@@ -14,7 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..coders.activation.above import Above
+from ..coders.auxk import AUXK
 from ..coders.coder import SparseCoder
+from ..coders.config import integer
 from ..coders.terms import total_variance
 from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
@@ -36,7 +39,9 @@ class TrainStep:
     Args:
         model: its parameters are updated in place, all of them, whatever their requires_grad. Of
             `ksae.shard`, a step is one of all ranks, which all take it: each gives as many tokens.
-        lr: learning rate; `step.lr` may be assigned between steps.
+        lr: learning rate; `step.lr` may be assigned between steps. So may `step.k`, latents a token
+            of the steps that follow, None being the model's own, and `step.penalty`, what their
+            activation's penalty counts, at first 1: `ksae.step.schedule` has schedules.
         decoder_lr: the rate of W_dec as a multiple of lr; default 3 for an autoencoder with
             normalize_decoder, else 1. It is the encoder's rate at which latents die; given the
             codes the decoder's problem is convex.
@@ -110,10 +115,12 @@ class TrainStep:
             self._fused = FusedStep(
                 model, self.state, clip_norm, self.communicator, clip, decoder_lr
             )
-        self._unfused: Unfused | None = None
-        if not fused:
+        self._unfused: Unfused | None = None  # beside the fused step: for batches of dense codes
+        if not fused or isinstance(model.activation, Above):
             self._unfused = Unfused(model, self.state, betas, eps, clip_norm, clip, decoder_lr)
         self._warned = False  # of a step that was not taken
+        self._k: int | None = None
+        self._penalty = 1.0
         self.lr = lr
 
     @property
@@ -126,8 +133,37 @@ class TrainStep:
         _check_lr(lr)
         self._lr = float(lr)
         self.state.lr.fill_(self._lr)
-        if self._unfused is not None:
-            self._unfused.set_lr(self._lr)
+
+    @property
+    def k(self) -> int | None:
+        """Latents a token in training from the next step on; None: the model's own."""
+        return self._k
+
+    @k.setter
+    def k(self, k: int | None) -> None:
+        if k is not None:
+            k = integer("TrainStep", "k", k)
+            activation = self.model.activation
+            if not activation.k:
+                kind = type(activation).__name__
+                raise ValueError(f"TrainStep: k must be None with {kind}, which has none, got {k}")
+            activation.scheduled(k, 1.0).check("TrainStep", self.model.d_sae)
+        self._k = k
+
+    @property
+    def penalty(self) -> float:
+        """What the activation's penalty is multiplied by from the next step on."""
+        return self._penalty
+
+    @penalty.setter
+    def penalty(self, penalty: float) -> None:
+        if not 0 <= penalty < float("inf"):
+            raise ValueError(f"TrainStep: penalty must be a finite number >= 0, got {penalty}")
+        activation = self.model.activation
+        if penalty != 1 and not activation.penalized:
+            kind = type(activation).__name__
+            raise ValueError(f"TrainStep: penalty must be 1 with {kind}, got {penalty}")
+        self._penalty = float(penalty)
 
     def __call__(
         self, x: Tensor, y: Tensor | None = None, *, grad: Tensor | None = None
@@ -140,6 +176,14 @@ class TrainStep:
         clip_norm grad_norm (unclipped), with grad nonfinite_grad_rows: how many rows of it had an
         entry that is not finite and were selected by u.
         """
+        own = self.model.activation
+        self.model.activation = own.scheduled(self._k, self._penalty)
+        try:
+            return self._take(x, y, grad)
+        finally:
+            self.model.activation = own
+
+    def _take(self, x: Tensor, y: Tensor | None, grad: Tensor | None) -> Metrics:
         model = self.model
         if model.ranks is None:
             rows, target = self._rows(x, y)
@@ -150,14 +194,18 @@ class TrainStep:
         running = [(b, b.clone()) for name, b in buffers if name != "tokens_since_fired"]
         with torch.autocast(rows.device.type, enabled=False):
             scaled = model.gradients(x, grad, training=True)  # [N, d_out]
-            if self._fused is not None:
+            dense = model.activation.is_dense(model)
+            if self._fused is not None and not dense:
                 metrics, finite = self._fused.step(rows, target, scaled)
             else:
                 assert self._unfused is not None
+                self._unfused.set_steps_taken()
                 for buffer, old in running:  # the module's forward counts the batch itself
                     buffer.copy_(old)
                 flat = None if grad is None else grad.reshape(-1, model.d_out)
                 metrics, finite = self._unfused.step(rows, target, flat)
+                if self._fused is not None:
+                    self.state.renew_bf16_copy()
         for buffer, old in running:
             buffer.copy_(torch.where(finite, buffer, old))
         if scaled is not None:
@@ -198,6 +246,7 @@ class TrainStep:
                 "the shape of y": None if y is None else list(y.shape),
                 "the shape of grad": None if grad is None else [*grad.shape, grad.dtype],
                 "the learning rate": self.lr,
+                "k": self.k,
             },
         )
         if grad is not None:
@@ -220,7 +269,7 @@ class TrainStep:
         warnings.warn(
             f"TrainStep: a step was not taken, its loss was {float(loss)}: {why};"
             " said once, later steps like it are silent",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -283,6 +332,12 @@ def _check(
     if fused and (option := model.activation.fused_refuses):
         kind = type(model.activation).__name__
         raise ValueError(f"TrainStep: fused must be False with {kind} of {option}, got True")
+    if fused and not model.activation.identity and not AUXK[model.auxk].detached:
+        kind, got = type(model.activation).__name__, f"auxk={model.auxk!r}"
+        raise ValueError(f"TrainStep: fused must be False with {kind} and {got}, got True")
+    if moments == "bfloat16" and isinstance(model.activation, Above):
+        kind = type(model.activation).__name__
+        raise ValueError(f"TrainStep: moments must be float32 with {kind}, got bfloat16")
     if model.ranks is not None and not fused:
         raise ValueError("TrainStep: fused must be True for a coder spread over ranks, got False")
     check_memory(model)

@@ -39,7 +39,7 @@ class Unfused:
     ) -> None:
         self.model, self.clip_norm, self.clip = model, clip_norm, clip
         self.parameters, self.masters, self.theta = state.parameters, state.masters, state.theta
-        self.acc, self.t, self.decoder_lr = state.acc, state.t, decoder_lr
+        self.acc, self.t, self.lr, self.decoder_lr = state.acc, state.t, state.lr, decoder_lr
         decoder = {"params": [self.theta["W_dec"]]}
         others = {"params": [t for name, t in self.theta.items() if name != "W_dec"]}
         groups = [others, decoder]
@@ -49,10 +49,6 @@ class Unfused:
             entry = {"step": torch.tensor(float(self.t)), "exp_avg": m, "exp_avg_sq": v}
             self.optimizer.state[tensor] = entry
 
-    def set_lr(self, lr: float) -> None:
-        others, decoder = self.optimizer.param_groups
-        others["lr"], decoder["lr"] = lr, lr * self.decoder_lr
-
     def set_steps_taken(self) -> None:
         """After the state was loaded: torch's Adam counts for itself."""
         for entry in self.optimizer.state.values():
@@ -61,6 +57,9 @@ class Unfused:
     def step(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
         """A step on x [N, d_in] and y [N, d_out]: metrics, and whether all was finite, [] bool."""
         model = self.model
+        others, decoder = self.optimizer.param_groups
+        others["lr"] = float(self.lr)
+        decoder["lr"] = others["lr"] * self.decoder_lr
         training, since = model.training, model.tokens_since_fired.clone()
         dead = model.dead.to(self.acc).mean()
         model.train()
@@ -72,7 +71,7 @@ class Unfused:
             "loss": out.loss.detach(),
             "fvu": out.fvu,
             "auxk_loss": out.auxk_loss.detach(),
-            "l0": (out.values > 0).sum().to(self.acc) / x.shape[0],
+            "l0": (out.values != 0).sum().to(self.acc) / x.shape[0],
             "dead": dead,
         }
         if out.prefix_fvu is not None:

@@ -3,27 +3,18 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from chromium import all_of, needs_browser, one, open_page, press, until
 from toy_language_model import HOOK, D, contexts, llama, tokenizer
 
 from ksae import TopKSAE
 from ksae.analysis.dashboard import build
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(
-        BROWSER is None or DRIVER is None, reason="needs chromium and chromedriver on the PATH"
-    ),
-]
+pytestmark = [pytest.mark.nightly, needs_browser]
 F = 200
 LABEL = "<script>document.title='hacked'</script> a label"
 
@@ -39,48 +30,12 @@ def page(tmp_path_factory) -> str:
     return made.page.as_uri()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    home = tmp_path_factory.mktemp("browser")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"):
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={home}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(DRIVER, env={**os.environ, "HOME": str(home)})
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
-
-
 @pytest.fixture()
 def opened(browser: Any, page: str) -> Iterator[Any]:
     """The list, freshly opened; the test ends without a message in the console."""
-    browser.get("about:blank")
-    browser.get(page)
-    until(lambda: browser.execute_script("return 'ready' in document.documentElement.dataset"))
+    open_page(browser, page)
     yield browser
     assert browser.get_log("browser") == []
-
-
-def until(condition: Callable[[], Any], seconds: float = 10) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("the page did not get there")
-
-
-def all_of(browser: Any, selector: str) -> list[Any]:
-    return browser.find_elements("css selector", selector)  # type: ignore[no-any-return]
-
-
-def one(browser: Any, selector: str) -> Any:
-    return browser.find_element("css selector", selector)
 
 
 def title_is(browser: Any, text: str) -> None:
@@ -92,12 +47,6 @@ def listed(browser: Any) -> list[int]:
     return browser.execute_script(  # type: ignore[no-any-return]
         "return [...document.querySelectorAll('tr[data-latent]')].map(r => +r.dataset.latent)"
     )
-
-
-def press(browser: Any, keys: str) -> None:
-    from selenium.webdriver import ActionChains
-
-    ActionChains(browser).send_keys(keys).perform()  # to what has the focus
 
 
 def test_the_list_sorts_filters_and_searches(opened: Any) -> None:

@@ -35,6 +35,13 @@ FEATURE = {
     "vector",
 }  # fmt: skip
 ACTIVATION = {"bin_min", "bin_max", "bin_contains", "tokens", "values", "qualifying_token_index"}
+# The columns of Neuronpedia's table Activation.
+ROW = {
+    "id", "tokens", "dataIndex", "index", "layer", "modelId", "dataSource", "maxValue",
+    "maxValueTokenIndex", "minValue", "values", "dfaValues", "dfaTargetIndex", "dfaMaxValue",
+    "creatorId", "createdAt", "lossValues", "logitContributions", "binMin", "binMax", "binContains",
+    "qualifyingTokenIndex",
+}  # fmt: skip
 
 
 def coder() -> TopKSAE:
@@ -98,6 +105,7 @@ def test_lines_of_neuronpedia(folder: Path, tmp_path: Path) -> None:
     for row in (*features, *activations):
         assert (row["modelId"], row["layer"]) == ("toy", "1-res-x")
     for a in activations:
+        assert a.keys() == ROW
         assert a["values"][a["maxValueTokenIndex"]] == a["maxValue"] == max(a["values"])
         assert a["values"][a["qualifyingTokenIndex"]] > 0 and len(a["tokens"]) == len(a["values"])
     for f in features:

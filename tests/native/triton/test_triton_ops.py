@@ -30,7 +30,8 @@ from ksae.ops.specs import BY_NAME
 ROOT = Path(__file__).parents[3]
 # The files of which Triton's interpreter runs what they mark, and at least so many tests of each.
 TESTS = {
-    "ops/test_ops.py": 56,
+    "ops/test_ops.py": 39,
+    "ops/test_latents.py": 17,
     "ops/test_small_ops.py": 145,
     "ops/test_bf16_copy.py": 13,
     "ops/test_row_offsets.py": 63,

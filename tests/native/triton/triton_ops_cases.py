@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels in Triton's interpreter; test_triton_ops.py runs this file in a process of its
-own. The tests of test_ops.py that are quick there, and cases that only these kernels have."""
+own. What of ../../ops is quick there is marked in its place; here are cases that only these kernels
+have."""
 
 from __future__ import annotations
 

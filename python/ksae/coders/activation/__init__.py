@@ -6,15 +6,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .abs_topk import AbsTopK
 from .base import Activation
 from .batch_topk import BatchTopK
+from .gated import Gated
 from .grad_topk import GradTopK
+from .group_max import GroupMax
 from .jump_relu import JumpReLU
+from .norm_topk import NormTopK
+from .relu import ReLU
 from .topk import TopK
 
-__all__ = ["Activation", "BatchTopK", "GradTopK", "JumpReLU", "TopK"]
+__all__ = [
+    "AbsTopK",
+    "Activation",
+    "BatchTopK",
+    "Gated",
+    "GradTopK",
+    "GroupMax",
+    "JumpReLU",
+    "NormTopK",
+    "ReLU",
+    "TopK",
+]
 
-_BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in (TopK, GradTopK, BatchTopK, JumpReLU)}
+_KINDS: tuple[Any, ...] = (
+    TopK, GradTopK, BatchTopK, JumpReLU, ReLU, Gated, AbsTopK, GroupMax, NormTopK,
+)  # fmt: skip
+_BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
 
 
 def from_fields(fields: Mapping[str, Any]) -> Activation:

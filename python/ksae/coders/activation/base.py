@@ -3,15 +3,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...ops import accumulator
+
 if TYPE_CHECKING:
     from ..code import Code
     from ..coder import SparseCoder
+
+
+class Goal(NamedTuple):
+    """What a penalty may read beside a training code."""
+
+    rows: Tensor  # [N, d_in]
+    target: Tensor  # [N, d_out], less what a skip connection predicts
+    unit: Tensor  # [], what the loss divides squared errors by
 
 
 class Activation:
@@ -22,7 +33,13 @@ class Activation:
 
     k: int  # entries a token, on average or at most; 0: as many as there are
     ragged: ClassVar[bool] = False  # codes have row offsets: a number of entries of each row's own
-    penalized: ClassVar[bool] = False  # a penalty beside the loss, of parameters of its own
+    other_k: ClassVar[bool] = True  # a row's first entries are its code with a smaller k
+    # training codes keep the entries' pre-activations, of which `values_of` makes the values and
+    # `penalty_of` what is added to the loss
+    penalized: ClassVar[bool] = False
+    identity: ClassVar[bool] = True  # values are pre-activations, and have their gradient
+    keeps_zeros: ClassVar[bool] = False  # values of 0 have a gradient that `values_of` passes on
+    opens_more: ClassVar[bool] = False  # entries with value 0 may have a gradient beside that one
     needs_gradient: ClassVar[bool] = False  # selects by the gradient of a downstream loss too
 
     def check(self, owner: str, F: int) -> None:
@@ -54,9 +71,33 @@ class Activation:
         """The option that the fused step does not serve, if there is one."""
         return None
 
-    def penalty_of(self, coder: SparseCoder, rows: Tensor, code: Code) -> Tensor | None:
-        """What is added to the loss for the training code of rows [N, d_in], if anything is."""
-        return None
+    def own(self, coder: SparseCoder) -> dict[str, Tensor]:
+        """What `values_of` and `penalty_of` have a gradient for besides the entries: vectors [F]
+        among the coder's parameters, by name."""
+        return {}
+
+    @property
+    def weighs_norms(self) -> bool:
+        """Whether `penalty_of` also gets "norms" [F], those of the rows of W_dec."""
+        return False
+
+    def all_of(self, coder: SparseCoder) -> dict[str, Tensor]:
+        """What `penalty_of` gets as `own`."""
+        own = self.own(coder)
+        if self.weighs_norms:
+            own["norms"] = coder.W_dec.to(accumulator(coder.W_dec.dtype)).norm(dim=1)
+        return own
+
+    def values_of(self, own: Mapping[str, Tensor], pre: Tensor, indices: Tensor) -> Tensor:
+        """The values [E] of entries with pre-activations [E], in the accumulator's type."""
+        return pre
+
+    def penalty_of(
+        self, own: Mapping[str, Tensor], coder: SparseCoder, goal: Goal, code: Code
+    ) -> Tensor:
+        """What is added to the loss for a training code, 0-d; other parameters than `own` are
+        constants in it, unless `fused_refuses` says so."""
+        raise NotImplementedError
 
     def gradients(
         self, coder: SparseCoder, x: Tensor, grad: Tensor | None, training: bool
@@ -90,8 +131,17 @@ class Activation:
         """The same for use: a row's code depends on that row alone."""
         return self.select(coder, rows, self.k, grad)
 
-    def observe(self, coder: SparseCoder, values: Tensor) -> None:
-        """Note the values of a training batch's code."""
+    def observe(self, coder: SparseCoder, code: Code) -> None:
+        """Note the code of a training batch."""
+
+    def scheduled(self, k: int | None, penalty: float) -> Activation:
+        """The activation of one training step: with k latents a token instead of its own, unless
+        None, and its penalty times `penalty`."""
+        return self
+
+    def is_dense(self, coder: SparseCoder) -> bool:
+        """Whether so many latents were active in the last batch that dense products are faster."""
+        return False
 
     def select_aux(
         self,
@@ -103,4 +153,4 @@ class Activation:
         W_bf16: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
         """What `select` returns, then values and indices [N, k_aux] of dead latents, for AuxK."""
-        raise NotImplementedError
+        return (*self.select(coder, rows, k, grad), *coder.encode_dead(rows, k_aux))

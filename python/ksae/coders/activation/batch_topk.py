@@ -13,6 +13,7 @@ from ... import functional
 from .topk import TopK
 
 if TYPE_CHECKING:
+    from ..code import Code
     from ..coder import SparseCoder
 
 ESTIMATORS = ("running", "saelens", "dictionary_learning")
@@ -89,9 +90,10 @@ class BatchTopK(TopK):
         return functional.threshold_encode(rows, coder.W_enc, coder.b_enc, theta, b_dec)
 
     @torch.no_grad()
-    def observe(self, coder: SparseCoder, values: Tensor) -> None:
+    def observe(self, coder: SparseCoder, code: Code) -> None:
         theta, batches = coder.get_buffer("threshold"), coder.get_buffer("threshold_batches")
         batches += 1
+        values = code.values
         positive = values > 0
         least = torch.where(positive, values, torch.inf).min() if len(values) else values.sum()
         some = positive.any()

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from ... import functional
 from ...ops import accumulator
-from .base import Activation
+from ...reference import sparsity
+from .above import Above
+from .base import Goal
 
 if TYPE_CHECKING:
     from ..code import Code
@@ -22,7 +25,7 @@ PENALTIES = ("l0", "target_l0", "tanh")
 
 
 @dataclass(frozen=True)
-class JumpReLU(Activation):
+class JumpReLU(Above):
     """u where u > theta, theta = exp(log_threshold) a parameter [F], beside the loss a penalty.
 
     Gradients of theta are straight-through estimates with the rectangle kernel K(t) = 1 on
@@ -41,7 +44,8 @@ class JumpReLU(Activation):
             latents (as SAELens, 3e-6 there): dense over these.
 
     A training code holds the entries below theta within half a bandwidth as well, with value 0.
-    Where parameters are of 16 bits, training compares u rounded to that type.
+    Where parameters are of 16 bits, training compares u rounded to that type. While a training code
+    holds more than one in 16 latents, training has dense products.
 
     Raises:
         ValueError: by the coder, an argument out of range.
@@ -55,9 +59,8 @@ class JumpReLU(Activation):
     tanh_scale: float = 4.0
     pre_act: float = 0.0
 
-    k: ClassVar[int] = 0  # type: ignore[misc]
-    ragged: ClassVar[bool] = True
-    penalized: ClassVar[bool] = True
+    identity: ClassVar[bool] = False
+    keeps_zeros: ClassVar[bool] = True
 
     def check(self, owner: str, F: int) -> None:
         if self.penalty not in PENALTIES:
@@ -80,78 +83,50 @@ class JumpReLU(Activation):
 
     @property
     def fused_refuses(self) -> str | None:
-        if self.penalty == "tanh":
-            return "penalty='tanh'"
         return "pre_act > 0" if self.pre_act else None
 
     def thresholds(self, coder: SparseCoder) -> Tensor:
         """theta [F] in the accumulator's type."""
-        log: Tensor = coder.get_parameter("log_threshold")
-        return log.to(accumulator(log.dtype)).exp()
+        return _theta(coder.get_parameter("log_threshold"))
 
-    def select(
-        self,
-        coder: SparseCoder,
-        rows: Tensor,
-        k: int,
-        grad: Tensor | None,
-        W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, ...]:
-        theta = self.thresholds(coder)
-        low = theta.detach() - self.bandwidth / 2
-        b_dec = coder.b_dec if coder.centred else None
-        u, indices, offsets = functional.threshold_encode(
-            rows, coder.W_enc, coder.b_enc, low, b_dec
-        )
-        values: Tensor = _Jump.apply(u, theta[indices], self.bandwidth)  # type: ignore[no-untyped-call]
-        return values, indices, offsets
+    def lowest(self, coder: SparseCoder) -> Tensor:
+        return self.thresholds(coder).detach() - self.bandwidth / 2
 
-    def select_aux(
-        self,
-        coder: SparseCoder,
-        rows: Tensor,
-        k: int,
-        k_aux: int,
-        grad: Tensor | None,
-        W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, ...]:
-        return (*self.select(coder, rows, k, grad), *coder.encode_dead(rows, k_aux))
+    def scheduled(self, k: int | None, penalty: float) -> JumpReLU:
+        return replace(self, coefficient=penalty * self.coefficient, pre_act=penalty * self.pre_act)
 
     def infer(self, coder: SparseCoder, rows: Tensor, grad: Tensor | None) -> tuple[Tensor, ...]:
         theta, b_dec = self.thresholds(coder).detach(), coder.b_dec if coder.centred else None
         return functional.threshold_encode(rows, coder.W_enc, coder.b_enc, theta, b_dec)
 
-    def in_band(self, values: Tensor, theta: Tensor) -> Tensor:
-        """Entries of a training code whose u is within half a bandwidth of theta [E]: all that are
-        below it are."""
-        return (values == 0) | (values.to(theta.dtype) - theta < self.bandwidth / 2)
+    def own(self, coder: SparseCoder) -> dict[str, Tensor]:
+        return {"log_threshold": coder.get_parameter("log_threshold")}
 
-    def penalty_of(self, coder: SparseCoder, rows: Tensor, code: Code) -> Tensor:
-        """Beside the loss, 0-d, differentiable: of the training code of rows [N, d_in]."""
-        N = max(len(rows), 1)
-        theta = self.thresholds(coder)
+    @property
+    def weighs_norms(self) -> bool:
+        return self.penalty == "tanh"
+
+    def values_of(self, own: Mapping[str, Tensor], pre: Tensor, indices: Tensor) -> Tensor:
+        at = _theta(own["log_threshold"]).index_select(0, indices)
+        return sparsity.jump_relu(pre, at, self.bandwidth)
+
+    def penalty_of(
+        self, own: Mapping[str, Tensor], coder: SparseCoder, goal: Goal, code: Code
+    ) -> Tensor:
+        assert code.pre is not None
+        N, theta = len(goal.rows), _theta(own["log_threshold"])
         if self.penalty == "tanh":
-            norm = coder.W_dec.to(theta.dtype).norm(dim=1)[code.indices]
-            scaled = self.tanh_scale * code.values.to(theta.dtype) * norm
-            total: Tensor = self.coefficient * scaled.tanh().sum() / N
+            norms, values = own["norms"].index_select(0, code.indices), code.values.to(theta.dtype)
+            scaled = sparsity.tanh_penalty(values, norms, N, self.tanh_scale)
+            total = self.coefficient * scaled
         else:
-            at = theta[code.indices]
-            steps = _Step.apply(  # type: ignore[no-untyped-call]
-                code.values.detach(), at, self.in_band(code.values.detach(), at.detach()),
-                self.bandwidth,
-            )  # fmt: skip
-            total = self.weigh(steps.sum() / N)[0]
+            at, pre = theta.index_select(0, code.indices), code.pre.to(theta.dtype)
+            active = sparsity.step(pre.detach(), at, self.bandwidth).sum() / max(N, 1)
+            target = self.target if self.penalty == "target_l0" else None
+            total = sparsity.l0_penalty(active, self.coefficient, target)
         if self.pre_act and bool((dead := coder.dead).any()):
-            total = total + self.pre_act * self._pre_act(coder, rows, theta, dead) / N
+            total = total + self.pre_act * self._pre_act(coder, goal.rows, theta, dead) / max(N, 1)
         return total
-
-    def weigh(self, l0: Tensor) -> tuple[Tensor, Tensor]:
-        """The penalty of a mean number of active latents [], and its derivative []."""
-        if self.penalty == "l0":
-            return self.coefficient * l0, torch.full_like(l0, self.coefficient)
-        assert self.target is not None
-        off = l0 / self.target - 1
-        return self.coefficient * off.square(), 2 * self.coefficient / self.target * off
 
     def _pre_act(self, coder: SparseCoder, rows: Tensor, theta: Tensor, dead: Tensor) -> Tensor:
         acc = theta.dtype
@@ -162,34 +137,5 @@ class JumpReLU(Activation):
         return below
 
 
-class _Jump(torch.autograd.Function):
-    """u 1[u > theta] of entries [E], with the estimate for theta."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
-        active = u.to(theta.dtype) > theta
-        ctx.save_for_backward(u, theta, active)
-        ctx.bandwidth = bandwidth
-        return torch.where(active, u, 0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        u, theta, active = ctx.saved_tensors
-        near = ~active | (u.to(theta.dtype) - theta < ctx.bandwidth / 2)  # no entry is below
-        of_theta = torch.where(near, -theta / ctx.bandwidth * grad.to(theta.dtype), 0)
-        return torch.where(active, grad, 0), of_theta, None
-
-
-class _Step(torch.autograd.Function):
-    """1[u > theta] of entries [E], with the estimate for theta and none for u."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, theta: Tensor, near: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(near)
-        ctx.bandwidth = bandwidth
-        return (values > 0).to(theta.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
-        (near,) = ctx.saved_tensors
-        return None, torch.where(near, -grad / ctx.bandwidth, 0), None, None
+def _theta(log_threshold: Tensor) -> Tensor:
+    return log_threshold.to(accumulator(log_threshold.dtype)).exp()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -36,6 +36,9 @@ class TopK(Activation):
     def check(self, owner: str, F: int) -> None:
         if not 1 <= self.k <= F:
             raise ValueError(f"{owner}: k must be in [1, {F}], the number of latents, got {self.k}")
+
+    def scheduled(self, k: int | None, penalty: float) -> TopK:
+        return self if k is None else replace(self, k=k)
 
     def select(
         self,

@@ -28,7 +28,7 @@ class SAE(SparseCoder):
     Args:
         d_in: width of the input.
         d_sae: F, the number of latents.
-        activation: `TopK(k)`, `GradTopK(k, ...)` or `BatchTopK(k, ...)`.
+        activation: `TopK(k)`, `BatchTopK(k)`, `JumpReLU(...)` or another of them.
         options: as `SparseCoder`.
 
     Example:

@@ -17,6 +17,7 @@ from torch.nn import functional as nnf
 from .. import sparse
 from .base import LazyDense, version
 from .code import Code, zeros
+from .coo import coo, values_of
 from .pre_activations import PreActivations
 
 plain = sparse.plain
@@ -26,12 +27,14 @@ __all__ = [
     "LazyDense",
     "PreActivations",
     "code",
+    "coo",
     "decoded",
     "dense",
     "known",
     "plain",
     "pre_activations",
     "selected",
+    "values_of",
     "zeros",
 ]
 

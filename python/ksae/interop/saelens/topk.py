@@ -90,14 +90,18 @@ class TopK:
         code = lazy.Code(values if norm is None else values * norm[indices], indices, F)
         code.unscaled = values
         if getattr(self.cfg, "use_sparse_activations", False):
-            acts = _coo(code)
+            acts = lazy.coo(code)
         else:
             acts = code.dense() if _watched(self.hook_sae_acts_post) else code
         return self.hook_sae_acts_post(acts), hidden
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         """Reconstruction [..., d] of a code [..., F]: lazy, dense or sparse."""
-        code: Any = getattr(feature_acts, "code", feature_acts)
+        code: Any = feature_acts
+        if (sparse_of := getattr(feature_acts, "code", None)) is not None:
+            indices = sparse_of.indices_
+            values = self._unscaled(lazy.values_of(feature_acts), indices)
+            return self._decoded(sparse.decode(values, indices, self.W_dec, self.b_dec))
         if (known := lazy.known(code)) is not None:
             values, indices = known
             values = code.unscaled if hasattr(code, "unscaled") else self._unscaled(values, indices)
@@ -141,19 +145,6 @@ class TopK:
         """Files hold contiguous tensors of SAELens' shapes."""
         super().process_state_dict_for_saving(state_dict)  # type: ignore[misc]
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()
-
-
-def _coo(code: lazy.Code) -> Tensor:
-    """The code as a sparse tensor that remembers it."""
-    lead, k = code.values_.shape[:-1], code.values_.shape[-1]
-    rows = torch.unravel_index(torch.arange(lead.numel(), device=code.device), lead)
-    at = [r.repeat_interleave(k) for r in rows]
-    at.append(code.indices_.flatten())
-    coo = torch.sparse_coo_tensor(
-        torch.stack(at), code.values_.flatten(), code.shape, check_invariants=False
-    )
-    coo.code = code  # type: ignore[attr-defined]
-    return coo
 
 
 class TopKSAE(TopK, _SAE):

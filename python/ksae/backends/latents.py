@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .launch import guard, registers
+from .cuda import guard
 
 
 class Latents:
     """A code grouped by latent, sums of its groups, and the passes over the rows of a matrix."""
 
     def group_by_latent(self, values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
-        from .group_by_latent import group_by_latent
+        from ..kernels.group_by_latent import group_by_latent
 
         with guard(values):
             return group_by_latent(values, indices, F)
@@ -31,7 +31,7 @@ class Latents:
         order: Sequence[Tensor],
         scales: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        from .latent_sums import latent_sums
+        from ..kernels.latent_sums import latent_sums
 
         F = offsets[0].numel() - 1
         grad_b_enc, grad_dot_w = scales.new_empty(F), scales.new_empty(F)
@@ -52,7 +52,8 @@ class Latents:
         start: int,
         row_of: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        from . import row_pass as kernels
+        from ..kernels import row_pass as kernels
+        from ..kernels.launch import registers
 
         F, d = W.shape
         grad_sq = scales.new_empty(F, dtype=torch.float64)
@@ -90,7 +91,8 @@ class Latents:
         norms: Tensor | None = None,
         row_of: Sequence[Tensor] | None = None,
     ) -> None:
-        from . import row_pass as kernels
+        from ..kernels import row_pass as kernels
+        from ..kernels.launch import registers
 
         F, d = W.shape
         with guard(W):
