@@ -110,7 +110,7 @@ class TrainConfig:
         32_768, "tokens that the first biases are set from; 0 leaves them at 0"
     )
     encoder_scale: float = setting(
-        0.1, "of an sae: length of the encoder's first rows, where the decoder's are 1"
+        0.1, "length of the encoder's first rows in an sae that selects by k; the decoder's are 1"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the weights")
     device: str | None = setting(None, "default cuda if there is one, else cpu")
