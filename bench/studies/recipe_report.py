@@ -99,17 +99,21 @@ def plot(record: dict[str, Any], out: Path) -> None:
         return
     recipes = list(dict.fromkeys(group[4] for group in found))
     figure, axes = pyplot.subplots(
-        1, len(places), figsize=(4.4 * len(places), 4), squeeze=False, layout="constrained"
+        1, len(places), figsize=(4.4 * len(places), 4.8), squeeze=False, layout="constrained"
     )
+    handles: dict[str, Any] = {}  # one legend for all
     for axis, place in zip(axes[0], places, strict=True):
         for number, recipe in enumerate(recipes):
             points = [m for group, m in sorted(found.items()) if group[:5] == (*place, recipe)]
             if points:
                 dead, fvu = ([m[key] for m in points] for key in ("dead", "fvu"))
-                axis.plot(dead, fvu, marker="o", color=f"C{number}", label=recipe)
+                look = {"color": f"C{number % 10}", "marker": "osv^"[number // 10 % 4]}
+                handles[recipe] = axis.plot(dead, fvu, label=recipe, **look)[0]
         site, F, k, steps = place
         axis.set(title=f"{site}, F={F}, k={k}, {steps} steps", xlabel="dead latents", ylabel="FVU")
         axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=1))
-        axis.legend(frameon=False, fontsize="small")
+    figure.legend(
+        handles=list(handles.values()), loc="outside lower center", ncols=4, frameon=False
+    )
     figure.savefig(out / "recipe_study.png", dpi=110)
     pyplot.close(figure)

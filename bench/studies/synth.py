@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,8 @@ class Ksae:
     """An SAE of ksae and its training step, as `ksae train` starts and takes them."""
 
     version = ""
+    scale = 0.1  # of the encoder at the start
+    step_options: ClassVar[dict[str, Any]] = {"clip": "always"}
 
     def __init__(self, cell: Cell, d: int, sample: Tensor) -> None:
         torch.manual_seed(cell.seed)
@@ -66,8 +68,8 @@ class Ksae:
             options = {"prefixes": prefixes(), "prefix_weights": "sum"}
         kind = TopK(L0) if cell.activation == "topk" else BatchTopK(L0)
         self.model = SAE(d, WIDTH, kind, dead_after=DEAD_AFTER, **options)
-        initialize_from(self.model, sample)
-        self.trainer = TrainStep(self.model, cell.lr, clip_norm=1.0, clip="always")
+        initialize_from(self.model, sample, encoder_scale=self.scale)
+        self.trainer = TrainStep(self.model, cell.lr, clip_norm=1.0, **self.step_options)
 
     def step(self, x: Tensor) -> None:
         self.trainer(x)
@@ -81,6 +83,13 @@ class Ksae:
     def load(self, state: Any) -> None:
         self.model.load_state_dict(state[0])
         self.trainer.load_state_dict(state[1])
+
+
+class Plain(Ksae):
+    """The same from a tied start, with one rate and without clipping: norms stay below 1."""
+
+    scale = 1.0
+    step_options: ClassVar[dict[str, Any]] = {"decoder_lr": 1.0}
 
 
 class SaeLens:
@@ -139,7 +148,7 @@ _COUNTS = (
     "n_training_samples", "n_training_steps", "act_freq_scores", "n_forward_passes_since_fired",
     "n_frac_active_samples",
 )  # fmt: skip
-LIBRARIES: dict[str, type] = {"ksae": Ksae, "sae-lens": SaeLens}
+LIBRARIES: dict[str, type] = {"ksae": Ksae, "ksae, plain": Plain, "sae-lens": SaeLens}
 
 
 def prefixes() -> tuple[int, ...]:
@@ -175,7 +184,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cache", type=Path, default=Path("bench/cache/synth"), help="default %(default)s")
     add("--out", type=Path, default=Path("bench/results"), help="default %(default)s")
-    add("--libraries", nargs="+", choices=list(LIBRARIES), default=list(LIBRARIES))
+    add("--libraries", nargs="+", choices=list(LIBRARIES), default=["ksae", "sae-lens"])
     add("--activations", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS))
     add("--lrs", type=float, nargs="+", default=[3e-4], help="default %(default)s, the paper's")
     add("--seeds", type=int, nargs="+", default=[0], help="default %(default)s")

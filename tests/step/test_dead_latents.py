@@ -158,7 +158,7 @@ def steps(case: str, dtype: torch.dtype, way: str) -> tuple[SparseCoder, list[Te
 @pytest.mark.parametrize("case", CASES)
 def test_a_dense_step_is_the_step(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As exact as the sparse one, against float64 autograd."""
-    monkeypatch.setattr(fused, "pays", lambda *_: True)
+    monkeypatch.setattr(dense_auxk, "products_pay", lambda *_: True)
     taken, real = [], dense_auxk.dense_auxk
     monkeypatch.setattr(fused, "dense_auxk", lambda *a: taken.append(1) or real(*a))
     (sae, metrics), (sparse, want) = (
@@ -178,7 +178,7 @@ def test_a_dense_step_is_the_step(case: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_dense_step_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "pays", lambda *_: True)
+    monkeypatch.setattr(dense_auxk, "products_pay", lambda *_: True)
     found = {way: steps("plain", torch.bfloat16, way)[0] for way in ("dense", "sparse", "unfused")}
     start = dict(model(torch.bfloat16).named_parameters())
     for name, p in found["sparse"].named_parameters():
@@ -222,6 +222,6 @@ def test_every_dead_share_takes_a_step(share: float) -> None:
 
 def test_dense_pays_where_gathers_are_many() -> None:
     for itemsize in (2, 4):
-        assert dense_auxk.pays(2048, 2560, itemsize)  # 2 % of 131072 dead
-    assert dense_auxk.pays(2048, 131072, 2) and not dense_auxk.pays(2048, 131072, 4)
+        assert dense_auxk.products_pay(2048, 2560, itemsize)  # 2 % of 131072 dead
+    assert dense_auxk.products_pay(2048, 131072, 2) and not dense_auxk.products_pay(2048, 131072, 4)
     assert dead_latents.PADDED == 256

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .. import torch_version  # noqa: F401
 from ..backends.product import product
 from ..reference.dtypes import FLOATS, MODES, accumulator
 from .messages import fail

@@ -110,13 +110,14 @@ class TrainConfig:
         32_768, "tokens that the first biases are set from; 0 leaves them at 0"
     )
     encoder_scale: float = setting(
-        0.1, "of an sae: length of the encoder's first rows, where the decoder's are 1"
+        0.1, "length of the encoder's first rows in an sae that selects by k; the decoder's are 1"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the weights")
     device: str | None = setting(None, "default cuda if there is one, else cpu")
     fused: bool = setting(True, "the fused step; false runs autograd and torch's Adam")
     seed: int = setting(0, "of the weights and of the order of the data")
     timeout: float = setting(600.0, "several processes: seconds that they wait for each other")
+    replicas: int | None = setting(None, "several processes: copies; default what sends least")
     threads: int | None = setting(None, "CPU threads; default torch's")
     prefetch: int = setting(2, "batches read ahead in a thread; 0 reads in the training loop")
     checkpoint_every: int = setting(1000, "steps between checkpoints")
@@ -298,6 +299,8 @@ def check(config: RunConfig, where: str = "config") -> None:
         from ksae.runs.activation import check_activation  # with torch, as above
 
         check_activation(model, where)
+        if train.fused and model.activation == "matching_pursuit":
+            raise UserError(f"{where}: train.fused must be false with matching_pursuit, got true")
     _check_schedules(config, where)
     if warmup_steps(train) > total_steps(train):
         raise UserError(

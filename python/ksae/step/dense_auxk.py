@@ -25,7 +25,15 @@ from .dead_latents import padded
 BYTES = {2: 5.5e12 * 2 / 790e12, 4: 5.5e12 * 2 / 60e12}
 
 
-def pays(k_aux: int, dead: int, itemsize: int) -> bool:
+def pays(term: Term, most: int | None, W: Tensor) -> bool:
+    """Whether AuxK, of at most so many dead latents of weights like W [F, d], is cheaper as
+    products. float16 overflows in what the encoder's rows are divided by."""
+    if most is None or not term.of_residual or W.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return products_pay(term.k, padded(most, len(W)), W.element_size())
+
+
+def products_pay(k_aux: int, dead: int, itemsize: int) -> bool:
     """Whether five products of `dead` latents, padded, cost less than gathers of k_aux entries: a
     token reads k_aux rows of W_dec and of x, and of the float32 residual; per column of d."""
     return 5 * dead * BYTES[itemsize] < min(k_aux, dead) * (2 * itemsize + 4)

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from .. import ops
 from ..coders.code import Code
+from ..coders.coder import SparseCoder
 from ..coders.terms import Term
 from .dense_auxk import DenseAuxK
 
 
 class Batch(NamedTuple):
-    """The rows of a batch: of N tokens, n of which are this rank's own. On one device n = N."""
+    """The rows of a batch: of the N tokens that this rank's latents are scored for, n of which are
+    its own. On one device n = N."""
 
     x: Tensor  # [N, d_in]
     y: Tensor  # [n, d_out]
@@ -29,7 +31,7 @@ class Selection(NamedTuple):
     terms: list[Term]  # those with a bias first
     codes: list[Code]  # one a term, but for AuxK that is dense
     n_dead: Tensor  # [] int64
-    most_dead: int  # of AuxK that is dense; 0: it is not
+    most_dead: int = 0  # of AuxK that is dense; 0: it is not
 
 
 class Groups:
@@ -103,6 +105,45 @@ class Sums(NamedTuple):
     # gradients of other parameters of the activation
     more: dict[str, Tensor]
     small: dict[str, list[Tensor]]  # gradients whose sum, weighted by the scales, is a parameter's
+    reduced: RowGradients | None  # of the matrices, where the coder has replicas
+
+
+class RowGradients(NamedTuple):
+    """Gradients of the rows that have any, of the tokens of all replicas: of U of F latents."""
+
+    encoder: Tensor  # [U, d_in] float32
+    decoder: Tensor  # [U, d_out] float32
+    offsets: Tensor  # [F+1] int32: as of `group_by_latent`, an entry each
+    order: Tensor  # [U] int32
+    terms: int  # of the loss
+    fired: Tensor  # [F] bool: has a value > 0 in the first term
+
+    def rows(self, gradients: Tensor, W: Tensor, scales: Tensor) -> dict[str, Any]:
+        """As `row_update` takes them: each the coefficient 1 times its row. The scale is 1, or with
+        the terms' scales after a step's scalars the last."""
+        ones = torch.ones(len(gradients), 1, dtype=W.dtype, device=W.device)
+        scale = scales[-1:] if len(scales) > self.terms else torch.ones_like(scales[:1])
+        return {
+            "coefficients": [ones], "offsets": [self.offsets], "order": [self.order],
+            "rows": [gradients], "scales": scale, "centre": None, "row_of": None,
+        }  # fmt: skip
+
+
+def columns_at_a_time(model: SparseCoder, whole: bool, of_ranks: bool, masters: bool) -> int:
+    """How many columns of the residual exist at a time; whole: all, but of prefixes.
+
+    The residual [N, d] is a CPU's largest temporary. Where it is not small beside [N, F], or a
+    16-bit copy of the batch is there as well, half of it exists at a time. On a GPU chunks of
+    scores are larger, and the other half would cost gathers again. P prefixes have P residuals, of
+    which as many columns less exist at a time.
+    """
+    d, tables, on_gpu = model.d_out, max(len(model.prefixes), 1), model.W_enc.is_cuda
+    has_room = on_gpu or (64 if masters else 32) * d <= model.d_sae
+    whole = whole or model.skip or has_room
+    if on_gpu or model.activation.penalized or (tables == 1 and whole) or of_ranks:
+        return d
+    parts = tables * (1 if has_room else 2)
+    return min(d, (d + 4 * parts - 1) // (4 * parts) * 4)  # a multiple of 4
 
 
 def weighted_rows(W: Tensor, g: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class TrainStep:
         running = [(b, b.clone()) for name, b in buffers if name != "tokens_since_fired"]
         with torch.autocast(rows.device.type, enabled=False):
             scaled = model.gradients(x, grad, training=True)  # [N, d_out]
-            dense = model.activation.is_dense(model)
+            dense = model.ranks is None and model.activation.is_dense(model)
             if self._fused is not None and not dense:
                 metrics, finite = self._fused.step(rows, target, scaled)
             else:
@@ -248,6 +248,7 @@ class TrainStep:
                 "the shape of grad": None if grad is None else [*grad.shape, grad.dtype],
                 "the learning rate": self.lr,
                 "k": self.k,
+                "the penalty": self.penalty,
             },
         )
         if grad is not None:

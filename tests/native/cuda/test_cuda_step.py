@@ -63,7 +63,7 @@ def test_one_step_with_dense_auxk(
         self.columns = lambda batch, chosen: self.model.d_out  # type: ignore[method-assign]
 
     monkeypatch.setattr(FusedStep, "__init__", counting)
-    monkeypatch.setattr("ksae.step.fused.pays", lambda *_: taken.append(1) or True)
+    monkeypatch.setattr("ksae.step.dense_auxk.products_pay", lambda *_: taken.append(1) or True)
     assert_at_most_twice_torchs_error(case, dtype, oracle)
     assert bool(taken) == (dtype != torch.float16)
 
