@@ -33,7 +33,7 @@ NAMES: dict[type[Activation], str] = {
     AbsTopK: "abs_topk",
     GroupMax: "group_max",
     NormTopK: "norm_topk",
-    MatchingPursuit: "matching_pursuit",
+    MatchingPursuit: "pursuit",
 }
 
 
@@ -48,7 +48,7 @@ def activation_of(config: ModelConfig) -> Activation:
             return AbsTopK(config.k)
         case "group_max":
             return GroupMax(config.k)
-        case "matching_pursuit":
+        case "pursuit":
             return MatchingPursuit(config.k)
         case "norm_topk":
             return NormTopK(config.k)

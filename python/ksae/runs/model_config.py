@@ -29,14 +29,14 @@ class ModelConfig:
         "norm_topk",
         "abs_topk",
         "group_max",
-        "matching_pursuit",
+        "pursuit",
         "jump_relu",
         "relu",
         "gated",
     ] = setting(
         "topk",
         "batch_topk: k a token on average; norm_topk: by value times decoder norm; "
-        "abs_topk: of either sign; group_max: one of each of k groups; matching_pursuit: k steps; "
+        "abs_topk: of either sign; group_max: one of each of k groups; pursuit: k steps; "
         "jump_relu: learned thresholds; relu, gated: kept sparse by l1",
     )
     threshold: Literal["running", "saelens", "dictionary_learning"] = setting(
