@@ -2,12 +2,14 @@
 """Maps python/ksae, kernels/ and bench/ into one package and asks CMake for the native modules.
 
 Metadata is in pyproject.toml; sources, flags and architectures are in CMakeLists.txt. Environment:
+  KSAE_NATIVE=0     leave the C++ and CUDA modules out: the reference in plain torch serves every op
   KSAE_CUDA=0|1     leave the CUDA module out | demand it (default: built when nvcc is found)
   KSAE_SANITIZE     sanitizers for the CPU module, such as address,undefined
   CMAKE_ARGS        more arguments for CMake
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -41,7 +43,23 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
-NVCC = find_nvcc()
+def find_compiler() -> None:
+    """A machine without one is told here, before CMake's page about it."""
+    named = shlex.split(os.environ.get("CXX", ""))[:1]
+    names = named or ["c++", "g++", "clang++", "cl", "CC"]  # those that CMake looks for
+    if not any(map(shutil.which, names)):
+        what = f"CXX names {named[0]}, which is not there" if named else "there is no C++ compiler"
+        sys.exit(
+            f"ksae: {what}: install g++ 12 or newer, or set KSAE_NATIVE=0 to install without the"
+            " native kernels, much slower"
+        )
+
+
+NATIVE = os.environ.get("KSAE_NATIVE", "") != "0"
+NVCC = find_nvcc() if NATIVE else None
+
+
+MODULES = (["_cpu"] if NATIVE else []) + (["_cuda"] if NVCC else [])
 
 
 class BuildPy(build_py):
@@ -56,6 +74,10 @@ class BuildExt(build_ext):
     """Runs CMake once for all modules, then puts each where setuptools expects it."""
 
     def run(self) -> None:
+        if not self.extensions:
+            return
+        if not re.search("CMAKE_(CXX_COMPILER|TOOLCHAIN)", os.environ.get("CMAKE_ARGS", "")):
+            find_compiler()
         build = Path(self.build_temp).resolve() / "cmake"
         self.cmake(
             ["--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
@@ -108,6 +130,6 @@ setup(
         "ksae.bench": ["*.md", ".gitignore", "results/**", "pytest/*", "cache/*"]
     },
     # Both are declared: with one, an editable install would lose the other.
-    ext_modules=[Extension(name, []) for name in ["ksae._cpu", *(["ksae._cuda"] if NVCC else [])]],
+    ext_modules=[Extension(f"ksae.{name}", []) for name in MODULES],
     cmdclass={"build_py": BuildPy, "build_ext": BuildExt},
 )

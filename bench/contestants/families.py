@@ -51,24 +51,24 @@ class Ksae:
     note = ""
 
     def __init__(self, start: Weights, k: int, lr: float, architecture: str) -> None:
-        import ksae
+        from ksae.coders import SAE
+        from ksae.coders.activation import BatchTopK, JumpReLU
+        from ksae.step.train_step import TrainStep
         from ksae.version import VERSION
 
         self.version = VERSION
         F, d = start["W_enc"].shape
-        activation: Any = ksae.BatchTopK(k)
+        activation: Any = BatchTopK(k)
         options: dict[str, Any] = {}
         if architecture == "JumpReLU":
-            activation = ksae.JumpReLU(
-                coefficient=L0_WEIGHT, bandwidth=BANDWIDTH, theta=threshold(F, k)
-            )
+            activation = JumpReLU(coefficient=L0_WEIGHT, bandwidth=BANDWIDTH, theta=threshold(F, k))
         elif architecture == "Matryoshka":
             options = {"prefixes": widths(F)}
-        self.model = ksae.SAE(d, F, activation, **options)
+        self.model = SAE(d, F, activation, **options)
         with torch.no_grad():
             for name, value in start.items():
                 getattr(self.model, name).copy_(value)
-        self.trainer = ksae.TrainStep(self.model, lr)
+        self.trainer = TrainStep(self.model, lr)
 
     def step(self, x: Tensor) -> Tensor:
         return self.trainer(x)["fvu"]
@@ -153,17 +153,18 @@ class Ours:
         self, start: Weights, lr: float, activation: Any, *, alpha: float, dead_after: int,
         eps: float = 1e-8, betas: tuple[float, float] = (0.9, 0.999), **options: Any,
     ) -> None:  # fmt: skip
-        import ksae
+        from ksae.coders import SAE
+        from ksae.step.train_step import TrainStep
 
         F, self.d = start["W_enc"].shape
-        self.model = ksae.SAE(
+        self.model = SAE(
             self.d, F, activation, loss="mse", auxk_alpha=alpha, dead_after=dead_after, **options
         )
         with torch.no_grad():
             for name, value in start.items():
                 getattr(self.model, name).copy_(value)
-        self.trainer = ksae.TrainStep(
-            self.model, lr, clip_norm=1 / self.d, eps=eps / self.d, betas=betas
+        self.trainer = TrainStep(
+            self.model, lr, decoder_lr=1.0, clip_norm=1 / self.d, eps=eps / self.d, betas=betas
         )
 
     def step(self, x: Tensor) -> Tensor:
@@ -343,7 +344,7 @@ def pair(
         library, architecture: one of PAIRS. k: active latents a token.
         batch: tokens a step. dead_after: tokens without a value after which AuxK revives.
     """
-    import ksae
+    from ksae.coders.activation import BatchTopK, TopK
 
     F, d = start["W_enc"].shape
     name = NAMES[library][architecture]
@@ -359,7 +360,7 @@ def pair(
         ours = {"alpha": AUXK / d, "auxk": "dictionary_learning"}
         theirs = {"k": k}
         levels = {"group_fractions": list(SHARES)}
-    activation = ksae.TopK(k) if architecture == "TopK" else ksae.BatchTopK(k, threshold=rule)
+    activation = TopK(k) if architecture == "TopK" else BatchTopK(k, threshold=rule)
     if architecture == "Matryoshka":
         ours |= {"prefixes": widths(F)}
         ours["prefix_weights"] = "sum" if library == "sae-lens" else "dictionary_learning"

@@ -17,6 +17,7 @@ from .coders import (
     GradTopKTranscoder,
     GroupMax,
     JumpReLU,
+    MatchingPursuit,
     NormTopK,
     Output,
     ReLU,
@@ -24,6 +25,7 @@ from .coders import (
     TopK,
     TopKSAE,
     Transcoder,
+    pursuit,
 )
 from .coders.unit_rows import UnitRows
 from .functional import (
@@ -52,6 +54,7 @@ __all__ = [
     "GradTopKTranscoder",
     "GroupMax",
     "JumpReLU",
+    "MatchingPursuit",
     "NormTopK",
     "Output",
     "ReLU",
@@ -64,6 +67,7 @@ __all__ = [
     "batch_topk_encode",
     "count_over_ranks",
     "grad_topk_encode",
+    "pursuit",
     "shard",
     "sparse_decode",
     "threshold_encode",

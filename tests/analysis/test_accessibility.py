@@ -19,7 +19,7 @@ from ksae import TopKSAE, Transcoder
 from ksae.analysis.attribution import circuit_page, curve, edges, effects
 from ksae.analysis.dashboard import build
 
-pytestmark = needs_browser()
+pytestmark = [pytest.mark.nightly, needs_browser]
 RUN = (
     "axe.run(document, {resultTypes: ['violations']}).then(arguments[0], e => arguments[0](`${e}`))"
 )

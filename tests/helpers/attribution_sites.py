@@ -39,7 +39,7 @@ def coder(kind: str, seed: int = 0) -> Any:
     made: Any = {
         "topk": lambda: TopKSAE(D, F, K),
         "batchtopk": lambda: SAE(D, F, activation=BatchTopK(K)),
-        "jumprelu": lambda: SAE(D, F, activation=JumpReLU(theta=0.8)),
+        "jumprelu": lambda: SAE(D, F, activation=JumpReLU(theta=0.3)),
         "transcoder": lambda: Transcoder(D, D, F, K, skip=True),
     }[kind]()
     with torch.no_grad():

@@ -16,11 +16,9 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
 
-def needs_browser() -> list[pytest.MarkDecorator]:
-    """Marks of a test file."""
-    missing = BROWSER is None or DRIVER is None
-    why = "needs chromium and chromedriver on the PATH"
-    return [pytest.mark.nightly, pytest.mark.skipif(missing, reason=why)]
+needs_browser = pytest.mark.skipif(
+    BROWSER is None or DRIVER is None, reason="needs chromium and chromedriver on the PATH"
+)
 
 
 def start(home: Path) -> Any:

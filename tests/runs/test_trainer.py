@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ from small_runs import (
 from torch import Tensor
 
 import ksae
-from ksae.activations import ArraySource
+from ksae.activations import ArraySource, fingerprint
 from ksae.activations.transfer import Readback, staged
 from ksae.runs import checkpoint
 from ksae.runs import config as runconfig
@@ -217,6 +218,24 @@ def test_activations_that_are_not_finite_are_named(tmp_path):
     refused(lambda: run(tmp_path / "b", config, source, half), "float16", "step 1")
     half = ksae.TopKSAE(d, F, k, dtype=torch.float16)
     refused(lambda: run(tmp_path / "c", CONFIG, source, half), "float16", "first batches")
+
+
+def test_a_bad_row_deep_in_the_data_loses_no_step(tmp_path):
+    """It is found when it is read: the steps before it are saved, and go on once it is mended."""
+    good = activations(5000)
+    bad = good.clone()
+    numbers = ArraySource([torch.arange(5000.0)[:, None]]).batches(64, seed=CONFIG.seed)
+    fifth, _ = next(itertools.islice(numbers, 4, None))
+    row = next(int(r) for r in fifth if int(r) not in fingerprint.sampled(5000).tolist())
+    bad[row, 2] = float("inf")
+    config = dataclasses.replace(CONFIG, init_tokens=64, prefetch=2)
+    run(tmp_path / "a", config, ArraySource([good]))
+    words = (f"row {row} holds a non-finite", "the 4 steps so far are saved", "step_00000004")
+    refused(lambda: run(tmp_path / "b", config, ArraySource([bad])), *words)
+    assert [line["step"] for line in records(tmp_path / "b")] == [1, 2, 3, 4]
+    refused(lambda: run(tmp_path / "b", config, ArraySource([bad]), resume=True), *words)
+    run(tmp_path / "b", config, ArraySource([good]), resume=True)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 class Empty(ArraySource):

@@ -18,7 +18,7 @@ from .. import functional
 from ..ops import accumulator
 from . import registry
 from .activation import Activation, from_fields
-from .code import Code
+from .code import Code, recomputes
 from .config import Config, Options, floating
 from .counts import Counts
 from .losses import losses
@@ -106,6 +106,9 @@ class SparseCoder(Counts):
             kind, ks = type(activation).__name__, self.settings.multi_k
             got = f"multi_k must be None with {kind}, got {list(ks)}" if ks else ""
             raise ValueError(f"{name}: {got or f'multi_topk must be False with {kind}, got True'}")
+        if activation.of_input and not self.centred:
+            kind = type(activation).__name__
+            raise ValueError(f"{name}: activation must be one of a transcoder, got {kind}")
         self.seen_gradient = False  # by the activation, which warns once
         F, d_in, d_out = self.d_sae, self.d_in, self.d_out
 
@@ -217,7 +220,8 @@ class SparseCoder(Counts):
     @property
     def dead(self) -> Tensor:
         """[F] bool: latents that have not fired for more than `dead_after` tokens."""
-        return self.tokens_since_fired > self.dead_after
+        before = self._since_before if recomputes() else None
+        return (self.tokens_since_fired if before is None else before) > self.dead_after
 
     # ------------------------------------------------------------------------------------- the code
 
@@ -270,14 +274,10 @@ class SparseCoder(Counts):
             raise ValueError(f"{type(self).__name__}: y must be {want}, got {list(y.shape)}")
         return self.rows("y", y, self.d_out)
 
-    def _encode(self, x: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        b_dec = self.b_dec if self.centred else None
-        return functional.topk_encode(x, self.W_enc, self.b_enc, k, b_dec, mask)
-
     def encode_dead(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and indices [N, k] of the k largest dead pre-activations of each of x's rows
         [N, d_in]: the code of AuxK."""
-        return self._encode(rows, k, self.dead)
+        return self.activation.encode_dead(self, rows, k)
 
     def gradients(self, x: Tensor, grad: Tensor | None, training: bool) -> Tensor | None:
         """The rows [N, d_out] of a downstream gradient [..., d_out], as `select` takes it."""
@@ -375,7 +375,7 @@ class SparseCoder(Counts):
             zero = torch.zeros_like(fvu)
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), multi_loss(self, parts)
             multi_topk_loss = zero if multi_topk_loss is None else multi_topk_loss
-        if self.training:
+        if self.training and not recomputes():
             self._count(code, rows.shape[0])
             self.activation.observe(self, code)
         return Output(

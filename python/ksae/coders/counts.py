@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import Activation
-from .code import Code
+from .code import Code, has_numbers
 from .terms import total_variance
 
 
@@ -18,6 +18,7 @@ class Counts(nn.Module):
 
     activation: Activation
     tokens_since_fired: Tensor  # [F] int64
+    _since_before: Tensor | None = None  # before the last forward pass
     ranks: Any = None  # of `ksae.shard`, where the tensors hold the latents of one rank only
     peers: Any = None  # of `ksae.count_over_ranks`: processes that hold other tokens of a batch
 
@@ -56,4 +57,6 @@ class Counts(nn.Module):
         else:
             hits = self.of_batch((hits > 0).short())
             since = self.tokens_since_fired + self.of_batch(torch.tensor(N, device=hits.device))
+        if has_numbers(since):
+            self._since_before = self.tokens_since_fired.clone()  # for a recomputation of this pass
         self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .. import torch_version  # noqa: F401
 from ..reference.dtypes import FLOATS, MODES, accumulator
 from .messages import fail
 from .numbers import score

@@ -299,6 +299,8 @@ def check(config: RunConfig, where: str = "config") -> None:
         from ksae.runs.activation import check_activation  # with torch, as above
 
         check_activation(model, where)
+        if train.fused and model.activation == "matching_pursuit":
+            raise UserError(f"{where}: train.fused must be false with matching_pursuit, got true")
     _check_schedules(config, where)
     if warmup_steps(train) > total_steps(train):
         raise UserError(

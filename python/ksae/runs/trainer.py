@@ -257,7 +257,12 @@ class Trainer:
         clock, first = _Clock(self.tokens), self.step
         with contextlib.closing(batches):
             while self.step < self.steps and not self._stop(signals):
-                x, y, g = self._batches.next(batches, self.step)
+                try:
+                    x, y, g = self._batches.next(batches, self.step)
+                except UserError as error:
+                    if waiting is not None:
+                        self._record(*waiting, log, clock)
+                    raise self._kept(error, log, saved) from None
                 rate = schedules.follow(self.train_step, config, self.step)
                 metrics = self._take(x, y, g)
                 if self.step == first:
@@ -281,6 +286,15 @@ class Trainer:
             raise Interrupted(signals.received, self.step, self._checkpoint_path())
         if not saved:  # a run of no steps
             self._save(log)
+
+    def _kept(self, error: UserError, log: RunLog, saved: bool) -> UserError:
+        """The data end the run: its steps so far are saved, and the error says so."""
+        if self.step < self.log_config.every:  # no line of metrics yet
+            return error
+        if not saved:
+            self._save(log)
+        path = self._checkpoint_path()
+        return UserError(f"{error}; the {self.step} steps so far are saved, to be resumed: {path}")
 
     def _take(self, x: Tensor, y: Tensor | None, g: Tensor | None) -> dict[str, Tensor]:
         return self.train_step(x, y, grad=g)

@@ -270,7 +270,7 @@ class TrainStep:
         warnings.warn(
             f"TrainStep: a step was not taken, its loss was {float(loss)}: {why};"
             " said once, later steps like it are silent",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def state_dict(self) -> dict[str, Tensor]:

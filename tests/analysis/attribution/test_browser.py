@@ -13,7 +13,7 @@ from chromium import all_of, needs_browser, one, open_page, press, until
 
 from ksae.analysis.attribution import circuit_page, curve, edges, effects
 
-pytestmark = needs_browser()
+pytestmark = [pytest.mark.nightly, needs_browser]
 EVIL = "<script>document.title='hacked'</script>"
 TOKENS = [" The", " keys", EVIL, "\n", " to", "", "<img src=x onerror=document.title='hacked'>"]
 ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"

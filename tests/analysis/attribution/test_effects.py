@@ -124,6 +124,11 @@ def test_nodes_add_effects_up() -> None:
             assert by_place.get((t, latent), 0.0) == pytest.approx(expected, abs=1e-12)
         expected = float(here.error_effects[:, t].sum())
         assert by_place.get((t, None), 0.0) == pytest.approx(expected, abs=1e-12)
+    dense.zero_().scatter_add_(2, here.indices, here.patch)
+    for node in (n for n in found.nodes() if n.site == 1 and n.latent is not None):
+        expected = float(dense[:, node.position, node.latent].sum())
+        assert node.patched == pytest.approx(expected, rel=1e-9)
+    dense.zero_().scatter_add_(2, here.indices, here.effects)
     overall = {n.latent: n.effect for n in found.nodes(positions=False) if n.site == 1}
     for latent, effect in overall.items():
         expected = float(here.error_effects.sum() if latent is None else dense[..., latent].sum())
@@ -131,6 +136,27 @@ def test_nodes_add_effects_up() -> None:
     sizes = [abs(n.effect) for n in found.nodes(10)]
     assert len(sizes) == 10 and sizes == sorted(sizes, reverse=True)
     assert all(n.latent is not None for n in found.nodes(errors=False))
+
+
+@pytest.mark.parametrize("patched", [True, False])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "jumprelu", "transcoder"])
+def test_entries_are_the_codes_of_both_inputs(kind: str, patched: bool) -> None:
+    """Each active latent once a token; also where rows have fewer positive entries than k, or a
+    number of their own."""
+    model, sae = language_model(), coder(kind)
+    with torch.no_grad():
+        sae.b_enc -= 0.2
+    hook = READ if kind == "transcoder" else RESID
+    site = Site(sae, hook, WRITE if kind == "transcoder" else None)
+    here = effects(model, ids(), METRIC, [site], patch=ids(5) if patched else None).at[0]
+    clean, patch = (sae.encode_dense(capture(model, [hook], ids(i))[hook]) for i in (2, 5))
+    assert (clean > 0).any() and ((clean > 0) & (patch > 0)).any()
+    for values, dense in ((here.clean, clean), (here.patch, patch if patched else 0 * patch)):
+        got = torch.zeros_like(dense).scatter_add(2, here.indices, values)
+        torch.testing.assert_close(got, dense)
+    active = (here.clean != 0) | (here.patch != 0)
+    times = torch.zeros_like(clean).scatter_add(2, here.indices, active.to(clean))
+    assert times.max() == 1
 
 
 class Largest(TorchDispatchMode):

@@ -14,7 +14,7 @@ from toy_language_model import HOOK, D, contexts, llama, tokenizer
 from ksae import TopKSAE
 from ksae.analysis.dashboard import build
 
-pytestmark = needs_browser()
+pytestmark = [pytest.mark.nightly, needs_browser]
 F = 200
 LABEL = "<script>document.title='hacked'</script> a label"
 

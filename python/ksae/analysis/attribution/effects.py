@@ -87,10 +87,10 @@ class Effects:
         changes = here.patch != here.clean
         place = torch.arange(here.indices.shape[-2], device=here.indices.device)[:, None]
         keys = (here.indices + (place * F if positions else 0))[changes]
-        columns = (here.effects[changes], here.clean[changes])
-        for key, (effect, activation) in summed(keys, columns):
+        columns = [t[changes] for t in (here.effects, here.clean, here.patch)]
+        for key, (effect, activation, patched) in summed(keys, columns):
             position = key // F if positions else None
-            yield Node(number, position, key % F, effect, activation)
+            yield Node(number, position, key % F, effect, activation, patched)
 
     def _errors(self, number: int, positions: bool) -> Iterator[Node]:
         by_place = self.at[number].error_effects.double().sum(0)  # [T]
@@ -143,7 +143,7 @@ def effects(
         same_shape(inputs, patch)
     clean, value = record(model, inputs, sites, metric)
     others, other_value = _others(model, patch, sites, metric, clean)
-    joined = [_join(a, b) for a, b in zip(clean, others, strict=True)]
+    joined = [_join(a, b, s.coder.d_sae) for a, b, s in zip(clean, others, sites, strict=True)]
     if steps == 0:
         found = _direct(model, inputs, metric, sites, joined)
     else:
@@ -171,23 +171,38 @@ def _others(
     return others, float(value.double().sum())
 
 
-def _join(a: Parts, b: Parts) -> SiteEffects:
+def _join(a: Parts, b: Parts, F: int) -> SiteEffects:
     """Two codes over the latents of either, each latent in one entry where it is active."""
-    same = (a.indices[..., :, None] == b.indices[..., None, :]) & (
-        (a.values != 0)[..., :, None] & (b.values != 0)[..., None, :]
-    )  # [B, T, k, k]
-    of_a = torch.where(same, b.values[..., None, :], 0).sum(-1)  # the other value of a's entries
-    alone = torch.where(same.any(-2), 0, b.values)  # b's entries that a has not
+    of_a, alone = _matched(a, b, F)
     zeros = torch.zeros_like(alone)
     return SiteEffects(
         indices=torch.cat([a.indices, b.indices], -1),
         clean=torch.cat([a.values, zeros], -1),
         patch=torch.cat([of_a, alone], -1),
-        gradients=torch.cat([a.values, zeros], -1),
+        gradients=torch.cat([zeros.new_zeros(a.values.shape), zeros], -1),
         error_clean=a.error,
         error_patch=b.error,
-        error_gradients=a.error,
+        error_gradients=torch.zeros_like(a.error),
     )
+
+
+def _matched(a: Parts, b: Parts, F: int) -> tuple[Tensor, Tensor]:
+    """The other value of each of a's entries, and b's values but for those: [B, T, k] each."""
+    if b.values.numel() == 0:
+        return torch.zeros_like(a.values), b.values
+    rows = torch.arange(a.values.shape[:-1].numel(), device=a.indices.device) * F
+    rows = rows.reshape(*a.values.shape[:-1], 1)
+    key_a, key_b = (  # entries that are not active match none
+        torch.where(p.values != 0, p.indices + rows, none).flatten()
+        for p, none in ((a, -1), (b, -2))
+    )
+    ordered, order = key_b.sort()
+    place = torch.searchsorted(ordered, key_a).clamp(max=len(ordered) - 1)
+    hit, entry = ordered[place] == key_a, order[place]
+    values = b.values.flatten()
+    of_a = torch.where(hit, values[entry], 0).reshape(a.values.shape)
+    alone = values.index_fill(0, entry[hit], 0).reshape(b.values.shape)
+    return of_a, alone
 
 
 def leaf(t: Tensor) -> Tensor:
