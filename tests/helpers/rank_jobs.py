@@ -146,6 +146,10 @@ def refused(group: Any, how: str) -> None:
             sae.double()
         case "activation":
             sae.activation = OtherTopK(2)
+        case "relu":
+            sae = ksae.SAE(8, 40, ksae.ReLU())
+        case "tanh":
+            sae = ksae.SAE(8, 40, ksae.JumpReLU(penalty="tanh"))
         case "batch":
             sae = ksae.SAE(8, 40, ksae.BatchTopK(2), dtype=torch.bfloat16)
         case "3-d":

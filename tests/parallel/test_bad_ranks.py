@@ -70,6 +70,8 @@ def test_what_one_rank_refuses_is_told_to_all(pool: Pool, how: str, says: str) -
             "activation",
             "shard: sae must have an activation of TopK, GradTopK, BatchTopK, JumpReLU,",
         ),
+        ("relu", "shard: sae must have an activation of TopK, GradTopK, BatchTopK, JumpReLU, got"),
+        ("tanh", "shard: sae must have JumpReLU with the penalty l0 or target_l0, got tanh"),
         ("batch", "shard: sae must be float32 with BatchTopK, got torch.bfloat16"),
         ("3-d", "shard: mesh must have 1 or 2 dimensions, got 3 of sizes (2, 2, 1)"),
         ("replicas", "shard: replicas must divide the 4 ranks, got 3"),

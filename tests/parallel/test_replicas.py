@@ -118,6 +118,6 @@ def test_what_sends_least_is_chosen() -> None:
     D = best_replicas(middle)
     sent = {D: sum(bytes_sent(replace(middle, replicas=D)).values()) for D in (1, 2, 4, 8)}
     assert sent[D] == min(sent.values()) and 1 < D < 8
-    # of two ranks the rule is that of kernels.md: by shards where N < 2 F in float32
+    # 8 N d against 16 F d bytes: by shards where N < 2 F in float32
     for F, want in ((1024, 1), (512, 2)):
         assert best_replicas(Sizes(2, 600, 4096, F, 1)) == want

@@ -13,6 +13,7 @@ from ranks import Failed, Pool
 from wrapper_jobs import batch_of, model_of
 
 import ksae
+from ksae.coders.code import Code
 
 STEPS = 6
 
@@ -68,7 +69,9 @@ def test_batch_topk_learns_its_threshold_from_all(pool: Pool) -> None:
         values = [ksae.batch_topk_encode(part, model.W_enc, model.b_enc, 5, model.b_dec)[0]
                   for part in x.chunk(2)]  # fmt: skip
         positive = torch.cat(values)
-        model.activation.observe(model, positive[positive > 0].min()[None].detach())
+        least = positive[positive > 0].min()[None].detach()
+        one = torch.zeros(1, dtype=torch.int64)
+        model.activation.observe(model, Code(least, one, torch.tensor([0, 1])))
         want.append(float(model.get_buffer("threshold")))
     assert pool.values(wrapper_jobs.thresholds, 2, 3) == [want, want]
 

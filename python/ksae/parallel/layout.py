@@ -20,7 +20,7 @@ def best_replicas(s: Sizes) -> int:
     equally good ones, which needs the least memory.
 
     With all ranks sharing the latents a rank sends about 8 N d bytes, N the tokens of all; with
-    all holding copies 16 F d (kernels.md, section 10, says when the first is less).
+    all holding copies 16 F d in float32.
     """
     divisors = [D for D in range(1, s.R + 1) if s.R % D == 0]
     return min(divisors, key=lambda D: sum(bytes_sent(replace(s, replicas=D)).values()))

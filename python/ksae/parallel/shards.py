@@ -184,9 +184,18 @@ class Shards(Ranks):
         own -= target
         square = torch.linalg.vector_norm(own, dtype=torch.float64).square()
         residual = self.gather(own, "residuals")  # [N, d]
-        _, indices = code.matrices()
-        grads = ops.sparse_decode_backward_values(residual, indices, W_dec, code.offsets)
-        return residual, square[None], grads.masked_fill_(code.matrices()[0] == 0, 0)
+        values, indices = code.matrices()
+        if code.offsets is not None or values.is_cuda:
+            grads = ops.sparse_decode_backward_values(residual, indices, W_dec, code.offsets)
+            return residual, square[None], grads.masked_fill_(values == 0, 0)
+        used = values != 0  # about k / R a token; the others would cost as much
+        offsets = torch.zeros(len(values) + 1, dtype=torch.int64)
+        offsets[1:] = used.sum(1).cumsum(0)
+        entries = indices[used][:, None]
+        products = ops.sparse_decode_backward_values(residual, entries, W_dec, offsets)
+        grads = torch.zeros(values.shape, dtype=residual.dtype)
+        grads[used] = products[:, 0]
+        return residual, square[None], grads
 
     def prefix_residual(
         self,
