@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 # sparsify chooses its decoder when imported: with Triton installed it refuses CPU tensors.
@@ -19,6 +20,7 @@ sys.modules["overcomplete.models"] = models
 # delphi's loader is imported with what finds neighbours and asks language models.
 for name in ("asyncer", "blobfile", "faiss", "orjson", "sentence_transformers"):
     module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)  # others ask whether there is one
     for used in ("asyncify", "SentenceTransformer"):
         setattr(module, used, lambda method: method)
     sys.modules.setdefault(name, module)
