@@ -165,3 +165,41 @@ def scores(
         if SCORE == "screen":
             u = tl.where(living, u, float("-inf"))
     return s, u
+
+
+@triton.jit
+def float32_kernel(
+    a_ptr,  # [M, K] float32
+    b_ptr,  # [K, N] float32
+    out_ptr,  # [M, N] float32
+    M, N, K, a_row, a_column, b_row, b_column,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(N, BLOCK_F)
+    pid = tl.program_id(0)
+    rows = (pid // columns * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    f = (pid % columns * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
+    acc = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
+    c = tl.arange(0, BLOCK_D).to(tl.int64)
+    for start in range(0, K, BLOCK_D):
+        inside = start + c < K
+        a_here = rows[:, None] * a_row + (start + c)[None, :] * a_column
+        b_here = (start + c)[:, None] * b_row + f[None, :] * b_column
+        a = tl.load(a_ptr + a_here, (rows < M)[:, None] & inside[None, :], 0.0)
+        b = tl.load(b_ptr + b_here, inside[:, None] & (f < N)[None, :], 0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    here = out_ptr + rows[:, None] * N + f[None, :]
+    tl.store(here, acc, (rows < M)[:, None] & (f < N)[None, :])
+
+
+def float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [K, N], both float32 with any strides, in float32: never TF32, whatever torch is
+    allowed."""
+    (M, K), N = a.shape, b.shape[1]
+    out = a.new_empty(M, N)
+    tile = tile_of(a, carries=True)  # eight warps: four spill for the strides
+    if M and N:
+        float32_kernel[(triton.cdiv(M, tile.n) * triton.cdiv(N, tile.f),)](
+            a, b, out, M, N, K, *a.stride(), *b.stride(), **tile.meta()
+        )
+    return out

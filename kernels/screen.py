@@ -347,6 +347,26 @@ def screened_and_redone(
     prove_kernel[(N,)](
         tau, *found, redone, rows, unproven, k, CAPACITY=capacity, num_warps=warps
     )  # fmt: skip
+    values, indices = rescored(x, W_enc, b_enc, living, tau, found, redone, rows, unproven, k)
+    return values, indices, redone
+
+
+def rescored(
+    x: Tensor,  # [N, d] float32, centred
+    W_enc: Tensor,  # [F, d] float32
+    b_enc: Tensor,  # [F] float32
+    living: Tensor | None,  # [F] int8
+    tau: Tensor,  # [N] float32: what is certain of rows without proof
+    found: Candidates,  # as prove_kernel leaves them
+    redone: Tensor,  # [N] int8: 2 in rows without proof
+    rows: Tensor,  # [N + 1] int32: those rows
+    unproven: Tensor,  # [1] int32: how many they are
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """The k best of what can win, by their float32 scores; rows without proof are scored in
+    full."""
+    (N, d), F, capacity = x.shape, W_enc.shape[0], found.keys.shape[1]
+    warps = warps_of(capacity)
     parts = found.keys.new_empty(PROGRAMS, capacity)
     block_d = min(128, int(triton.next_power_of_2(d)))
     rescore_kernel[(PROGRAMS + N,)](
@@ -358,5 +378,4 @@ def screened_and_redone(
         found.counts, found.keys, rows, unproven, parts, k, PROGRAMS=PROGRAMS, CAPACITY=capacity,
         CHUNK=1 << (capacity - k).bit_length() - 1, num_warps=warps,
     )  # fmt: skip
-    values, indices = pick(Candidates(found.counts, found.keys, None), k, x.dtype, relu=True)
-    return values, indices, redone
+    return pick(Candidates(found.counts, found.keys, None), k, x.dtype, relu=True)

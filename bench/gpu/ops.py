@@ -13,7 +13,6 @@ from torch import Tensor
 from ksae import ops, reference
 from ksae.backends import product as products
 from ksae.backends import serving as gpu
-from ksae.backends import triton
 from ksae.backends.product import Encode
 from ksae.backends.triton import Kernels
 
@@ -69,7 +68,7 @@ def measure_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
         check(record, timer, f"encode {shape.name} by {way}", got, i.values, 1e-2)
     cost = costs.topk_encode(shape.N, shape.d, shape.F, shape.k, i.x.element_size())
     times = add_rows(record, timer, shape, "encode + select", ways, cost)
-    note_choice(record, timer.device, shape, dtype, "encode", times)
+    note_choice(record, timer.device, shape, "16 bit", "encode", times)
 
 
 def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
@@ -77,30 +76,30 @@ def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
     i = Inputs(shape, timer.device, torch.float32)
     tokens = (i.x, i.W, i.b_enc, shape.k)
     low_x, low_W = i.x.bfloat16(), i.W.bfloat16()
-    kept: list[Tensor] = []
-
-    def with_bf16_copy() -> tuple[Tensor, Tensor]:
-        """As in a training step, which writes the bf16 copy with the weights."""
-        kept.extend(() if kept else triton.bf16_copy(i.W))
-        return Kernels().fused_topk_encode(*tokens, None, None, *kept)
+    kept = gpu.bf16_copy(i.W) if timer.device == "cuda" else Kernels().bf16_copy(i.W)
+    by_hand = (*tokens, None, None, *kept)  # as in a training step, which writes the bf16 copy
 
     def low_product() -> None:
         for part in low_x.split(CHUNK):
             part @ low_W.T
 
     ways: dict[str, Way] = {
-        "ksae": lambda: ops.topk_encode(*tokens),
-        "fused Triton": lambda: Kernels().fused_topk_encode(*tokens),
+        "ksae": lambda: ops.topk_encode(*by_hand),
+        "screened product": lambda: with_product().screened_topk_encode(*by_hand),
+        "fused Triton": lambda: Kernels().fused_topk_encode(*by_hand),
         "product + select": lambda: with_product().topk_encode(*tokens),
-        "fused Triton, kept bf16 copy": with_bf16_copy,
+        "screened product, Triton": lambda: Kernels().screened_topk_encode(*by_hand),
+        "screened product, new copy": lambda: with_product().screened_topk_encode(*tokens),
+        "fused Triton, new copy": lambda: Kernels().fused_topk_encode(*tokens),
         "bf16 product alone": low_product,
         "product alone": i.product,
     }
-    for way in list(ways)[:3]:
+    for way in list(ways)[:5]:
         got = lambda way=way: ways[way]()[0]
         check(record, timer, f"encode float32 {shape.name} by {way}", got, i.values, 1e-5)
     cost = costs.topk_encode(shape.N, shape.d, shape.F, shape.k, 4)
-    add_rows(record, timer, shape, "encode float32", ways, cost)
+    times = add_rows(record, timer, shape, "encode float32", ways, cost)
+    note_choice(record, timer.device, shape, "float32", "encode", times)
 
 
 def measure_grad_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
@@ -134,7 +133,7 @@ def measure_aux(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) 
     }
     cost = costs.topk_encode_aux(shape.N, shape.d, shape.F, shape.k, k_aux, i.x.element_size())
     times = add_rows(record, timer, shape, "encode + AuxK", ways, cost)
-    note_choice(record, timer.device, shape, dtype, "aux", times)
+    note_choice(record, timer.device, shape, "16 bit", "aux", times)
 
 
 def in_chunks(mebibytes: int, way: Way) -> Way:
@@ -155,32 +154,38 @@ def with_product() -> Encode:
     return gpu.cuda.kernels or Kernels()
 
 
+NAMES = {"product": "product + select", "screened": "screened product", "fused": "fused Triton"}
+
+
 def note_choice(
     record: Record,
     device: str,
     shape: Shape,
-    dtype: torch.dtype,
+    kind: str,
     what: str,
     times: Mapping[str, Times],
 ) -> None:
-    """The row for the table of python/ksae/gpu.py that these times give, once both are there."""
-    names = {"fused": "fused Triton", "product": "product + select"}
-    if not set(names.values()) <= times.keys():
+    """The row for the table of ksae/backends/serving.py that these times give, once they are there:
+    of "16 bit" weights for "encode" and "aux", of "float32" for "encode"."""
+    ms = {way: times[name].median * 1e3 for way, name in NAMES.items() if name in times}
+    wanted = {"product", "fused", *({"screened"} if kind == "float32" else ())}
+    if not wanted <= ms.keys():
         return
-    ms = {way: times[name].median * 1e3 for way, name in names.items()}
-    found = record.data["choice"].get(shape.name, {}) | {what: ms}
-    if {"encode", "aux"} <= found.keys():
+    key = f"{shape.name}, {kind}"
+    found = record.data["choice"].get(key, {}) | {what: ms}
+    measured = ["encode"] if kind == "float32" else ["encode", "aux"]
+    if found.keys() >= set(measured):
         generation = gpu.generation(torch.device("cuda")) if device == "cuda" else "dry run"
-        said = f"{record.data['machine'].get('gpu')}, N={shape.N}, k={shape.k}, {dtype}: " + (
+        said = f"{record.data['machine'].get('gpu')}, N={shape.N}, k={shape.k}: " + (
             "; with AuxK ".join(
-                f"fused {found[of]['fused']:.4g} ms, product {found[of]['product']:.4g} ms"
-                for of in ("encode", "aux")
+                ", ".join(f"{way} {took:.4g} ms" for way, took in found[of].items())
+                for of in measured
             )
         )
         said += f"; {time.strftime('%Y-%m-%d')}"
-        way, aux = (min(found[of], key=found[of].__getitem__) for of in ("encode", "aux"))
-        found["row"] = repr(gpu.Row(generation, shape.d, shape.F, way, said, aux))
-    record.note("choice", **{shape.name: found})
+        way, aux = (min(found[of], key=found[of].__getitem__) for of in (measured[0], measured[-1]))
+        found["row"] = repr(gpu.Row(generation, kind, shape.d, shape.F, way, said, aux))
+    record.note("choice", **{key: found})
 
 
 def measure_decode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:

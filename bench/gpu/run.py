@@ -3,11 +3,13 @@
 
     python bench/gpu/run.py --out DIR
 
-builds the package for this GPU, runs the tests marked gpu, and measures ceilings, ops and whole
-steps. DIR/gpu_<name>_<date>.json and .md are written anew after each measurement, and the .log
-grows as things happen, so a run that is cut off loses only what it had not yet measured. What is
-measured runs in a process of its own: one that dies, or hangs, loses one section. Exits with 1 if
-something failed or was wrong. The package lands in build/gpu; the environment stays as it is.
+builds the package for this GPU (or lays it out without native code), takes a first look at every
+op and step, measures ceilings, whole steps, ops and profiles, then runs the tests marked gpu, the
+sanitizer, and measures large batches. DIR/gpu_<name>_<date>.json and .md are written anew after
+each measurement, and the .log grows as things happen, so a run that is cut off loses only what it
+had not yet measured. What is measured runs in a process of its own: one that dies, or hangs, loses
+one section. Exits with 1 if something failed or was wrong. The package lands in build/gpu; the
+environment stays as it is.
 
 Timing: CUDA events around one call that was queued behind an idle kernel (so the host's time to
 launch does not count) after L2 was overwritten; the ways of one row take turns; median and
@@ -32,6 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 try:
     from .process import UNUSABLE, end_with_parent, run, supervise
@@ -43,7 +46,7 @@ except ImportError:  # run as a file, maybe before ksae is installed
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "build" / "gpu"  # where the build lands
-BUILD, TESTS, SANITIZER, SECTION = 240, 150, 60, 100  # seconds at most
+BUILD, SMOKE, TESTS, SANITIZER, SECTION = 240, 60, 150, 60, 100  # seconds at most
 
 
 def cuda_tool(name: str) -> str | None:
@@ -72,7 +75,25 @@ def build(record: Record, log: Path, capability: tuple[int, int]) -> bool:
             return True
         record.note("build", tail=out[-3000:])
         record.problem(f"the build with KSAE_CUDA={cuda} ended with {status}")
-    return False
+    try:
+        pure_python(PACKAGE)
+    except OSError as error:
+        record.problem(f"no copy of the package: {error}")
+        return False
+    record.note("build", status="pure Python: Triton and torch ways alone")
+    return True
+
+
+def pure_python(package: Path) -> None:
+    """The package without native code, laid out as the build lays it out."""
+    shutil.rmtree(package / "ksae", ignore_errors=True)
+    leave = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "results")
+    for source, target in ((ROOT / "python" / "ksae", "."), (ROOT / "kernels", "kernels"),
+                           (ROOT / "bench", "bench")):  # fmt: skip
+        into = package / "ksae" / target
+        if into.is_symlink():  # of a tree that was set up for work in place
+            into.unlink()
+        shutil.copytree(source, into, ignore=leave, symlinks=True, dirs_exist_ok=True)
 
 
 def marked() -> list[str]:
@@ -120,6 +141,17 @@ def sanitize(record: Record, log: Path, environment: dict[str, str]) -> None:
             record.problem(f"compute-sanitizer's {tool} ended with {status}")
 
 
+def first_look(record: Record, log: Path, dry: bool, environment: dict[str, str]) -> None:
+    """Each op and a step of each dtype, before time is spent on what a broken one would waste."""
+    start = time.monotonic()
+    command = [*this(), "--smoke", *(["--dry-run"] if dry else [])]
+    status, out = run(command, min(SMOKE, record.left()), log, **environment)
+    took = round(time.monotonic() - start, 1)
+    record.note("tests", smoke=status, smoke_seconds=took, smoke_tail=out[-1000:] if status else "")
+    if status:
+        record.problem(f"the smoke test ended with {status}")
+
+
 def this() -> list[str]:
     """The command that runs this file."""
     if __package__:
@@ -152,19 +184,42 @@ def smoke(device: str) -> None:
         both_passes(
             i.x, i.W, i.b_dec, i.values, indices, ops.group_by_latent(values, indices, F), ops
         )()
+        take_steps(i)
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-NAMES = ("select", "encode", "decode", "latents", "step", "AuxK", "grad encode", "encode float32")
+def take_steps(i: Any) -> None:
+    """A few steps, eager and on a GPU captured, with and without dead latents."""
+    import torch
+
+    from ksae.bench.gpu.steps import Recorded
+    from ksae.coders import TopKSAE
+    from ksae.step.train_step import TrainStep
+
+    device = i.x.device.type
+    for dead in (0, 50):
+        for record in (lambda step: step, lambda step: Recorded(step, device)):
+            model = TopKSAE(i.shape.d, i.shape.F, i.shape.k, dtype=i.dtype, device=device)
+            model.tokens_since_fired[:dead] = model.dead_after + 1
+            train = TrainStep(model)
+            step = record(lambda train=train: train(i.x)["loss"])
+            losses = torch.stack([step().clone() for _ in range(6)])
+            assert losses.isfinite().all() and losses[-1] <= 1.2 * losses[0], losses
+
+
+# most wanted first
+NAMES = ("step", "variants", "encode", "encode float32", "latents", "decode", "profile", "select")
+NAMES += ("AuxK", "grad encode")
+OF_SMALL = ("encode float32", "variants", "profile")  # not at the large batches
 
 
 def sections(shapes: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of what is measured, most wanted first, and of what comes after the sanitizer."""
-    small = [f"{name} {shape}" for shape in shapes[:2] for name in NAMES]
+    small = [f"{name} {shape}" for name in NAMES for shape in shapes[:2]]
     steps = [f"step {shape}" for shape in shapes[2:]]
-    rest = [n for n in NAMES if n not in ("step", "encode float32")]
-    return ["ceilings", *small, *steps], [f"{n} {shape}" for shape in shapes[2:] for n in rest]
+    rest = [n for n in NAMES if n != "step" and n not in OF_SMALL]
+    return ["ceilings", *small], [*steps, *(f"{n} {s}" for s in shapes[2:] for n in rest)]
 
 
 def measure(record: Record, names: Sequence[str], dry: bool) -> int:
@@ -188,7 +243,7 @@ def measure(record: Record, names: Sequence[str], dry: bool) -> int:
         if name == "ceilings":
             call = functools.partial(measuring.measure_ceilings, record, timer, dry)
         else:
-            work = ops.SECTIONS | {"step": steps.measure_step}
+            work = ops.SECTIONS | steps.SECTIONS
             call = functools.partial(work[what], record, timer, shapes[shape], dtype)
         try:
             call()
@@ -216,7 +271,8 @@ def everything(record: Record, dry: bool, installed: bool) -> None:
         capability = torch.cuda.get_device_capability()
         if not build(record, log, capability):
             return
-        tests(record, log, environment)
+    if not installed:
+        first_look(record, log, dry, environment)
     small, large = sections(("B", "A") if dry else ("B", "A", "B-65536", "A-65536"))
 
     def command(names: Sequence[str]) -> Sequence[str]:
@@ -225,6 +281,7 @@ def everything(record: Record, dry: bool, installed: bool) -> None:
 
     supervise(record, small, command, log, SECTION, **environment)
     if not dry and not installed:
+        tests(record, log, environment)
         sanitize(record, log, environment)
     supervise(record, large, command, log, SECTION, **environment)
     record.data["finished"] = True

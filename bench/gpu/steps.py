@@ -32,7 +32,7 @@ def measure_step(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype)
             for p, start in ((model.W_enc, inputs.W), (model.W_dec, inputs.W)):
                 p.copy_(start)
             model.b_enc.zero_(), model.b_dec.zero_()
-        step = TrainStep(model, lr=LR, **options)
+        step = TrainStep(model, lr=LR, decoder_lr=1.0, **options)  # as the rivals
         return lambda: step(inputs.x)["loss"]
 
     contestants = {
@@ -117,3 +117,83 @@ class Recorded:
 
 def partial_step(rival: Any, x: Any) -> Way:
     return lambda: rival.step(x)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": torch.float32},
+    "float32, clipped": {"dtype": torch.float32, "clip_norm": 1.0},
+    "clipped": {"clip_norm": 1.0},
+    **{f"{share:g} % dead": {"dead": share / 100} for share in (0.5, 2, 10)},
+    "float32, 2 % dead": {"dtype": torch.float32, "dead": 0.02},
+}
+
+
+def variant(inputs: Inputs, dtype: torch.dtype, dead: float = 0, **options: Any) -> Way:
+    """A step of ksae with so large a share of its latents dead."""
+    shape = inputs.shape
+    model = TopKSAE(shape.d, shape.F, shape.k, dtype=dtype, device=inputs.x.device)
+    with torch.no_grad():
+        for p in (model.W_enc, model.W_dec):
+            p.copy_(inputs.W)
+        model.b_dec.zero_()
+    # they stay dead: their biases keep them from being chosen
+    number = max(1, round(dead * shape.F)) if dead else 0
+    with torch.no_grad():
+        model.b_enc[:number] = -1e4
+    model.tokens_since_fired[:number] = 2 * model.dead_after
+    step, x = TrainStep(model, lr=LR, **options), inputs.x.to(dtype)
+    return lambda: step(x)["loss"]
+
+
+def measure_variants(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """Steps that differ in one thing each, one model in memory at a time."""
+    N, d, F, k = shape.N, shape.d, shape.F, shape.k
+    inputs = Inputs(shape, timer.device, dtype)
+    cost = sum(latents.train_step(N, d, F, k, inputs.x.element_size()).values(), costs.Cost())
+    for name, options in VARIANTS.items():
+        if record.left() < 20:
+            record.problem(f"no time for the step {name} of {shape.name}")
+            return
+        try:
+            step = variant(inputs, **{"dtype": dtype, **options})
+            for _ in range(6):  # more than the count of dead latents is late
+                step()
+        except Exception as error:
+            timer.wait()
+            record.problem(f"step {name} of {shape.name}: {type(error).__name__}: {error}"[:400])
+            continue
+        add_rows(record, timer, shape, "step variants", {name: step}, cost)
+        del step
+        gc.collect()
+        if timer.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measure_profile(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+    """Every kernel of a step by name: calls and microseconds, of the device where there is one."""
+    inputs = Inputs(shape, timer.device, dtype)
+    kinds = torch.profiler.ProfilerActivity
+    cuda = timer.device == "cuda"
+    for T in (dtype, torch.float32):
+        step = variant(inputs, T)
+        for _ in range(6):
+            step()
+        timer.wait()
+        with torch.profiler.profile(
+            activities=[kinds.CPU, *([kinds.CUDA] if cuda else [])]
+        ) as seen:
+            step()
+            timer.wait()
+        spent = "self_device_time_total" if cuda else "self_cpu_time_total"
+        found = [
+            {"kernel": e.key[:120], "calls": e.count, "us": round(getattr(e, spent), 2)}
+            for e in seen.key_averages()
+            if getattr(e, spent) > 0
+        ]
+        found.sort(key=lambda e: -e["us"])
+        record.note("profile", **{f"{shape.name}, {T}": found[:60]})
+        del step
+        gc.collect()
+
+
+SECTIONS = {"step": measure_step, "variants": measure_variants, "profile": measure_profile}

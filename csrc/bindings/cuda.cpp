@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -124,6 +125,54 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
     check(list_columns(F, as<const uint8_t>(mask), as<int32_t>(columns), as<CUstream_st>(stream)),
           sizes("list_columns", 0, 0, F, 0));
   });
+  module.def("bf16_copy",
+             [](int64_t rows, int64_t d, Pointer t, Pointer copy, Pointer norms, Pointer stream) {
+               check(bf16_copy({rows, d, as<const float>(t), as<void>(copy), as<float>(norms)},
+                               as<CUstream_st>(stream)),
+                     sizes("bf16_copy", rows, d, 0, 0));
+             });
+  module.def("screened_groups", [](int64_t F, int64_t k) {
+    ScreenedSelectParams p{};
+    p.F = F;
+    p.k = k;
+    return screened_groups(p);
+  });
+  // The steps of a screened selection, in order; `given` are the pointers of ScreenedSelectParams,
+  // from x on.
+  module.def("screened",
+             [](const std::string& step, int64_t N, int64_t d, int64_t F, int64_t k, int64_t first,
+                int64_t rows, int capacity, Pointer scores, const std::array<Pointer, 12>& given,
+                const py::function& allocate, Pointer stream) {
+               const ScreenedSelectParams p{N,
+                                            d,
+                                            F,
+                                            k,
+                                            first,
+                                            rows,
+                                            as<const float>(scores),
+                                            as<const float>(given[0]),
+                                            as<const float>(given[1]),
+                                            as<const float>(given[2]),
+                                            as<const float>(given[3]),
+                                            as<const float>(given[4]),
+                                            as<const uint8_t>(given[5]),
+                                            as<float>(given[6]),
+                                            as<uint32_t>(given[7]),
+                                            as<int32_t>(given[8]),
+                                            as<int32_t>(given[9]),
+                                            as<float>(given[10]),
+                                            as<int64_t>(given[11]),
+                                            capacity};
+               auto* on = as<CUstream_st>(stream);
+               cudaError_t error = cudaErrorInvalidValue;
+               if (step == "begin") error = screened_begin(p, on);
+               if (step == "select") error = screened_select(p, on);
+               if (step == "redo") {
+                 void* workspace = as<void>(allocate(screened_redo_workspace(p)).cast<Pointer>());
+                 error = screened_redo(p, workspace, on);
+               }
+               check(error, sizes(("screened " + step).c_str(), N, d, F, k));
+             });
   module.def("sparse_decode", [](int64_t N, int64_t d, int64_t F, const Code::From& from, int dtype,
                                  Pointer values, Pointer indices, int index_bytes, Pointer W_dec,
                                  Pointer b_dec, Pointer out, bool out_float, Pointer stream) {

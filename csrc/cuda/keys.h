@@ -12,12 +12,34 @@ namespace ksae::cuda {
 constexpr int kSelectThreads = 256;
 constexpr int kHistograms = 4 * 256;  // one for each byte of a score
 constexpr uint32_t kOrderedMinusInfinity = 0x007fffff;
+constexpr int kMostGroups = 4096;  // of consecutive columns of a row
+
+// Threads a group, up to 32, as a power of two: by shifts, for every thread asks.
+__host__ __device__ __forceinline__ int log_lanes_of(int64_t width, int64_t k) {
+  int log = 5;
+  while (log > 0 && width >> (log + 2) < 4 * k && width >> (log + 1) <= kMostGroups) --log;
+  return log;
+}
+
+__host__ __device__ __forceinline__ int groups_of(int64_t width, int log_lanes) {
+  return static_cast<int>((width + (4 << log_lanes) - 1) >> (log_lanes + 2));
+}
 
 // Larger means earlier; every NaN is one number, -0 is +0.
 __device__ __forceinline__ uint32_t ordered(float s) {
   if (s != s) return 0xffffffffu;
   const uint32_t b = __float_as_uint(s + 0.0f);
   return (b >> 31) ? ~b : b | 0x80000000u;
+}
+
+// The score of an ordered number.
+__device__ __forceinline__ float unordered(uint32_t u) {
+  if (u == 0xffffffffu) return __uint_as_float(0x7fc00000u);
+  return __uint_as_float(u >> 31 ? u & 0x7fffffffu : ~u);
+}
+
+__device__ __forceinline__ uint64_t key_of(uint32_t u, int64_t i) {
+  return uint64_t(u) << 32 | static_cast<uint32_t>(~i);
 }
 
 // A number that at least k of n numbers reach, and unless they share all bytes of it, at most k / 4
@@ -82,6 +104,35 @@ __device__ __forceinline__ void sort_keys(uint64_t* keys, int count) {
       }
       __syncthreads();
     }
+}
+
+// write(slot, i) for slots [count, k): the smallest columns i that are not among the `count` keys.
+// They all lie below k. chosen: a bit for each of these.
+template <class Write>
+__device__ __forceinline__ void fill_rest(int64_t k, const uint64_t* keys, int count,
+                                          uint32_t* chosen, Write write) {
+  const auto words = static_cast<int>((k + 31) / 32);
+  for (int w = threadIdx.x; w < words; w += kSelectThreads) chosen[w] = 0;
+  __syncthreads();
+  for (int j = threadIdx.x; j < count; j += kSelectThreads) {
+    const auto i = static_cast<uint32_t>(~keys[j]);
+    if (i < k) atomicOr(&chosen[i / 32], 1u << i % 32);
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  const int run = (words + 31) / 32, first = threadIdx.x * run;
+  const int last = first + run < words ? first + run : words;
+  int own = 0;
+  for (int w = first; w < last; ++w) own += 32 - __popc(chosen[w]);
+  int slot = own;
+  for (int o = 1; o < 32; o <<= 1) {
+    const int other = __shfl_up_sync(0xffffffffu, slot, o);
+    if (static_cast<int>(threadIdx.x) >= o) slot += other;
+  }
+  slot += count - own;
+  for (int w = first; w < last; ++w)
+    for (uint32_t rest = ~chosen[w]; rest && slot < k; rest &= rest - 1, ++slot)
+      write(slot, 32 * w + __ffs(static_cast<int>(rest)) - 1);
 }
 
 }  // namespace ksae::cuda

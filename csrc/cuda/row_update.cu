@@ -16,6 +16,7 @@
 #include "entries.h"
 #include "ksae/op.h"
 #include "latents.h"
+#include "norms.h"
 #include "rounding.h"
 #include "segments.h"
 
@@ -104,11 +105,6 @@ __device__ __forceinline__ Four gradient4(const Args& args, int64_t i, int64_t c
   return sum;
 }
 
-// This thread's part of the sums of squares of a row, of what its copy lost and of the copy.
-struct Squares {
-  float full, lost, rounded;
-};
-
 // The parameters' row as it is after the update: the weights, and a copy of them if there is one.
 template <bool kAligned, class T>
 __device__ __forceinline__ void store_weights(const Args& args, int64_t at, const Four& theta,
@@ -119,34 +115,7 @@ __device__ __forceinline__ void store_weights(const Args& args, int64_t at, cons
     store4(static_cast<__nv_bfloat16*>(args.p.W_bf16) + at, theta, valid, kAligned);
     if (!args.p.norms) return;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {  // zero beyond `valid`
-      const float t = theta.x[j], r = __bfloat162float(__float2bfloat16_rn(t));
-      squares.full = fmaf(t, t, squares.full);
-      squares.lost = fmaf(t - r, t - r, squares.lost);
-      squares.rounded = fmaf(r, r, squares.rounded);
-    }
-  }
-}
-
-// At least the norm of a row of d numbers: 2^-22 is four times a rounding, and the second term is
-// more than squares lose to underflow.
-__device__ __forceinline__ float norm_above(double squares, int64_t d) {
-  const float relative = 1 + static_cast<float>(d + 64) * 0x1p-22f;
-  const float lost = static_cast<float>(d) * 0x1p-126f;
-  return sqrtf(fmaf(static_cast<float>(squares), relative, lost)) * (1 + 0x1p-18f);
-}
-
-// The upper bounds of the norms of row i. All threads of the block call it.
-__device__ __forceinline__ void store_norms(const RowUpdateParams& p, int64_t i,
-                                            const Squares& squares, double* scratch) {
-  const float full = norm_above(block_sum(squares.full, scratch), p.d);
-  const float lost = norm_above(block_sum(squares.lost, scratch), p.d);
-  const float rounded = norm_above(block_sum(squares.rounded, scratch), p.d);
-  const bool safe = full <= 0x1p60f;  // not if it is NaN
-  if (threadIdx.x == 0) {
-    p.norms[i] = safe ? full : INFINITY;
-    p.norms[p.F + i] = safe ? lost : INFINITY;
-    p.norms[2 * p.F + i] = safe ? rounded : INFINITY;
+    for (int j = 0; j < 4; ++j) squares.add(theta.x[j]);  // zero beyond `valid`
   }
 }
 
@@ -169,7 +138,7 @@ __device__ __forceinline__ void normalize_row(const Args& args, int64_t i, doubl
     if (master) store4(master + c, theta, p.d - c, kAligned);
     store_weights<kAligned, T>(args, i * p.d + c, theta, p.d - c, squares);
   }
-  if (p.norms) store_norms(p, i, squares, scratch);
+  if (p.norms) store_norms(p.norms, p.F, i, p.d, squares, scratch);
 }
 
 // M: of the moments; bfloat16 with rng_state.
@@ -277,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 3) latent_kernel(Args args) {
     }
     normalize_row<kAligned, T, M>(args, i, square, scratch);
   } else if (kPass == Pass::kUpdate && p.norms) {
-    store_norms(p, i, squares, scratch);
+    store_norms(p.norms, p.F, i, p.d, squares, scratch);
   }
 }
 

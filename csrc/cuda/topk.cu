@@ -29,19 +29,7 @@ namespace {
 constexpr int kThreads = kSelectThreads;
 constexpr int kRound = 4 * kThreads;  // columns that one round of the second reading covers
 constexpr int kSharedKeys = 8192;
-constexpr int kMaxGroups = 4096;
 constexpr size_t kMostShared = 96 * 1024;  // what every device has for a block
-
-// Threads a group, up to 32, as a power of two: by shifts, for every thread asks.
-__host__ __device__ __forceinline__ int log_lanes_of(int64_t width, int64_t k) {
-  int log = 5;
-  while (log > 0 && width >> (log + 2) < 4 * k && width >> (log + 1) <= kMaxGroups) --log;
-  return log;
-}
-
-__host__ __device__ __forceinline__ int groups_of(int64_t width, int log_lanes) {
-  return static_cast<int>((width + (4 << log_lanes) - 1) >> (log_lanes + 2));
-}
 
 struct Plan {
   int groups;    // room for so many groups a row, and for k bits
@@ -62,7 +50,7 @@ Plan plan_of(const SelectParams& s) {
   Plan p{};
   p.groups = groups_of(s.F, log_lanes_of(s.F, s.k));
   if (s.columns) {  // of the numbers of columns up to F, one with fewer lanes may have most groups
-    const int64_t fewer_lanes = 8 * s.k < kMaxGroups + 1 ? 8 * s.k : kMaxGroups + 1;
+    const int64_t fewer_lanes = 8 * s.k < kMostGroups + 1 ? 8 * s.k : kMostGroups + 1;
     const int64_t bits = (s.k + 63) / 64;  // a group's room is 64 bits
     for (const int64_t least : {fewer_lanes, bits})
       if (p.groups < least) p.groups = static_cast<int>(least);
@@ -204,37 +192,6 @@ __device__ __forceinline__ void append(const Args& args, uint32_t u, int64_t c, 
   if (at < static_cast<uint32_t>(args.plan.capacity)) keys[at] = key;
 }
 
-// Slots [count, k) of row n: the smallest columns that are not among the `count` keys. They all lie
-// below k. chosen: a bit for each of these.
-template <class B>
-__device__ __forceinline__ void fill_rest(const SelectParams& p, int64_t n, const uint64_t* keys,
-                                          int count, uint32_t* chosen) {
-  const auto words = static_cast<int>((p.k + 31) / 32);
-  for (int w = threadIdx.x; w < words; w += kThreads) chosen[w] = 0;
-  __syncthreads();
-  for (int j = threadIdx.x; j < count; j += kThreads) {
-    const auto i = static_cast<uint32_t>(~keys[j]);
-    if (i < p.k) atomicOr(&chosen[i / 32], 1u << i % 32);
-  }
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  const int run = (words + 31) / 32, first = threadIdx.x * run;
-  const int last = first + run < words ? first + run : words;
-  int own = 0;
-  for (int w = first; w < last; ++w) own += 32 - __popc(chosen[w]);
-  int slot = own;
-  for (int o = 1; o < 32; o <<= 1) {
-    const int other = __shfl_up_sync(0xffffffffu, slot, o);
-    if (static_cast<int>(threadIdx.x) >= o) slot += other;
-  }
-  slot += count - own;
-  for (int w = first; w < last; ++w)
-    for (uint32_t rest = ~chosen[w]; rest && slot < p.k; rest &= rest - 1, ++slot) {
-      store(static_cast<B*>(p.values) + n * p.k + slot, p.relu ? 0.0f : -INFINITY);
-      p.indices[n * p.k + slot] = 32 * w + __ffs(static_cast<int>(rest)) - 1;
-    }
-}
-
 // Appends the keys from `least` on at positions [i, i + 4), while there is room; counts them all.
 template <bool kListed, class S, class B>
 __device__ __forceinline__ void append4(const Args& args, const S* row, const S* second,
@@ -363,7 +320,11 @@ __global__ void __launch_bounds__(kThreads, 4) select_kernel(Args args) {
       write<B>(p, n, j, load(row + i), i);
     }
   }
-  if (kListed && count < p.k) fill_rest<B>(p, n, keys, count, maxima);
+  if (kListed && count < p.k)
+    fill_rest(p.k, keys, count, maxima, [&](int64_t slot, int64_t i) {
+      store(static_cast<B*>(p.values) + n * p.k + slot, p.relu ? 0.0f : -INFINITY);
+      p.indices[n * p.k + slot] = i;
+    });
 }
 
 template <class S, class B, bool kListed>

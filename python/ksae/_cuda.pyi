@@ -39,6 +39,22 @@ def select(
     stream: int,
 ) -> None: ...
 def list_columns(F: int, mask: int, columns: int, stream: int) -> None: ...
+def bf16_copy(rows: int, d: int, t: int, copy: int, norms: int, stream: int) -> None: ...
+def screened_groups(F: int, k: int) -> int: ...
+def screened(
+    step: str,
+    N: int,
+    d: int,
+    F: int,
+    k: int,
+    first: int,
+    rows: int,
+    capacity: int,
+    scores: int,
+    given: list[int],
+    allocate: _Allocate,
+    stream: int,
+) -> None: ...
 def sparse_decode(
     N: int,
     d: int,

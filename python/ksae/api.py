@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from . import torch_version  # noqa: F401
 from .coders import (
     SAE,
     AbsTopK,
@@ -18,6 +17,7 @@ from .coders import (
     GradTopKTranscoder,
     GroupMax,
     JumpReLU,
+    MatchingPursuit,
     NormTopK,
     Output,
     ReLU,
@@ -25,6 +25,7 @@ from .coders import (
     TopK,
     TopKSAE,
     Transcoder,
+    pursuit,
 )
 from .coders.unit_rows import UnitRows
 from .functional import (
@@ -35,6 +36,7 @@ from .functional import (
     topk,
     topk_encode,
 )
+from .parallel.peers import count_over_ranks
 from .parallel.shard import shard, unshard
 from .step.train_step import TrainStep
 
@@ -52,6 +54,7 @@ __all__ = [
     "GradTopKTranscoder",
     "GroupMax",
     "JumpReLU",
+    "MatchingPursuit",
     "NormTopK",
     "Output",
     "ReLU",
@@ -62,7 +65,9 @@ __all__ = [
     "Transcoder",
     "UnitRows",
     "batch_topk_encode",
+    "count_over_ranks",
     "grad_topk_encode",
+    "pursuit",
     "shard",
     "sparse_decode",
     "threshold_encode",

@@ -26,9 +26,11 @@ VARIABLES = {
     "KSAE_ISA": Variable("", "plain, avx2, avx512 or avx512bf16: a lower instruction set"),
     "KSAE_SCREEN": Variable("on", "off: no certified screening of float32 encodes on the CPU"),
     "KSAE_TRITON": Variable("1", "0: leave the Triton kernels out"),
-    "KSAE_ENCODE": Variable("", "fused or product: how GPUs encode, instead of the table"),
+    "KSAE_ENCODE": Variable(
+        "", "product, screened or fused: how GPUs encode, instead of the table"
+    ),
     "KSAE_CHUNK_BYTES": Variable(
-        str(256 << 20), "memory that the scores of one chunk of rows may take on GPUs"
+        "", "memory that the scores of one chunk of rows may take on GPUs, instead of what is wise"
     ),
 }
 

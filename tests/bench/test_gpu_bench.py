@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from ksae.backends import serving as gpu
+from ksae.bench.gpu.steps import VARIANTS
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -60,7 +61,10 @@ def test_every_op_and_way_is_measured(results):
         "encode float32": {
             "ksae",
             "fused Triton",
-            "fused Triton, kept bf16 copy",
+            "fused Triton, new copy",
+            "screened product",
+            "screened product, new copy",
+            "screened product, Triton",
             "product + select",
             "bf16 product alone",
             "product alone",
@@ -80,7 +84,13 @@ def test_every_op_and_way_is_measured(results):
             "Triton decoder",
             "dense torch",
         },
+        "step variants": {*VARIANTS},
     }
+    assert data["tests"]["smoke"] == 0
+    for shape in ("A", "B"):
+        kernels = data["profile"][f"{shape}, torch.float32"]
+        assert kernels and all(k["calls"] and k["us"] > 0 for k in kernels)
+        assert any("ksae::topk_encode" in k["kernel"] for k in kernels)
     assert all(row["wall"] > 0 for row in data["rows"] if row["op"] == "step")
 
 
@@ -88,12 +98,34 @@ def test_every_op_and_way_is_measured(results):
 def test_the_row_for_the_table_of_ways_to_encode_is_printed(results):
     data, table = results
     for shape in ("A", "B"):
-        found = data["choice"][shape]
-        row = eval(found["row"], {"Row": gpu.Row})
-        assert found["encode"][row.way] == min(found["encode"].values())
-        assert found["aux"][row.aux] == min(found["aux"].values())
-        assert " ms" in row.measured and {*found["encode"], *found["aux"]} == {*gpu.WAYS}
-        assert f"for the table in ksae/backends/serving.py: {row}" in table
+        for kind, ways in (("16 bit", {"product", "fused"}), ("float32", {*gpu.WAYS})):
+            found = data["choice"][f"{shape}, {kind}"]
+            row = eval(found["row"], {"Row": gpu.Row})
+            assert row.kind == kind and found["encode"].keys() == ways
+            assert found["encode"][row.way] == min(found["encode"].values())
+            if "aux" in found:
+                assert found["aux"][row.aux] == min(found["aux"].values())
+            assert " ms" in row.measured
+            assert f"for the table in ksae/backends/serving.py: {row}" in table
+
+
+def test_without_a_build_the_package_is_laid_out_in_python(process: Any, tmp_path: Path) -> None:
+    from ksae.bench.gpu import run
+
+    run.pure_python(tmp_path)
+    run.pure_python(tmp_path)  # over an old one
+    for name in ("__init__.py", "kernels/gate.py", "bench/gpu/run.py", "step/fused.py"):
+        assert (tmp_path / "ksae" / name).is_file()
+    assert not list(tmp_path.rglob("*.so")) and not (tmp_path / "ksae" / "kernels").is_symlink()
+
+
+def test_steps_come_before_ops_and_large_batches_last() -> None:
+    from ksae.bench.gpu.run import sections
+
+    small, large = sections(("B", "A", "B-65536", "A-65536"))
+    assert small[:5] == ["ceilings", "step B", "step A", "variants B", "variants A"]
+    assert large[:2] == ["step B-65536", "step A-65536"]
+    assert not {name for name in large if "variants" in name or "profile" in name}
 
 
 def test_the_hot_latent_is_selected_by_every_token():

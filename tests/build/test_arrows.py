@@ -34,6 +34,7 @@ ORDER = (
     ("reference",),
     ("kernels", "_cpu", "_cuda"),
     ("files",),
+    ("torch_version",),
     ("errors", "version", "env"),
 )
 RANK = {name: -line for line, names in enumerate(ORDER) for name in names}

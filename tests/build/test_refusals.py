@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import ksae
@@ -65,7 +66,9 @@ def test_without_native_modules_the_reference_serves() -> None:
     assert "tensor([3., 2.])" in done.stdout and "not importable" in done.stdout
 
 
-def test_an_old_torch(tmp_path: Path) -> None:
+def test_an_old_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.ones((64, 4), np.float32))
     old = "import torch; torch.__version__ = torch.torch_version.TorchVersion('2.4.1+cpu');"
     for code in ("import ksae", TRAIN):
         done = python("-c", f"{old} {code}")

@@ -13,14 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_lm
 import torch
 
 import ksae
+from ksae.parallel.checkpoint import read_header
 from ksae.runs import log as runlog
 
 OPTIONS = {
     "d_sae": 131, "k": 4, "batch_size": 240, "steps": 60, "lr": 1e-3, "log_every": 1,
     "checkpoint_every": 20, "dead_after": 2000, "k_aux": 8, "eval_tokens": 200, "timeout": 20,
+    "replicas": 1,
 }  # fmt: skip
 
 
@@ -85,6 +88,43 @@ def test_two_processes_do_the_run_of_one(data: Path, two: Path, tmp_path: Path) 
     )
 
 
+@pytest.mark.nightly
+def test_copies_do_the_run_of_one(data: Path, two: Path, tmp_path: Path) -> None:
+    """Of 131 latents and 240 tokens a step copies send less; a run goes on from parts as copies."""
+    words = command(2, data, tmp_path / "copies")
+    at = words.index("--replicas")
+    done = subprocess.run(words[:at] + words[at + 2 :], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    newest = tmp_path / "copies" / "checkpoints" / "step_00000060"
+    assert read_header(newest)["ranks"] == 1
+    assert_same_losses(two, tmp_path / "copies", exact=False)
+    done = run(2, data, tmp_path / "odd", replicas=3)
+    said = "train: train.replicas must divide the 2 processes, or be left out, got 3"
+    assert f"ksae: error: {said}" in done.stderr and not (tmp_path / "odd").exists()
+
+
+@pytest.mark.nightly
+def test_two_processes_share_a_harvest(tmp_path: Path) -> None:
+    """The run of one process, whose model and text are read by both."""
+    lm = tiny_lm.save(tmp_path / "lm")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(tiny_lm.text(12, seed) for seed in range(300)))
+    harvested = {"model": lm, "hook": "layers.0.resid_post", "text": texts, "context": 16}
+    settings = {
+        "d_sae": 48, "k": 4, "batch_size": 120, "steps": 30, "log_every": 1, "eval_tokens": 100,
+        "holdout": 0.2, "replicas": 1, "threads": 1,
+    }  # fmt: skip
+    for R in (1, 2):
+        words = command(R, tmp_path, tmp_path / str(R))[: -2 * len(OPTIONS) - 4]
+        given = {**harvested, **settings, "out": tmp_path / str(R)}
+        pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in given.items())
+        words += [word for pair in pairs for word in pair]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert_same_losses(tmp_path / "1", tmp_path / "2", exact=False)
+
+
+@pytest.mark.nightly
 def test_a_killed_rank_ends_all_and_the_run_goes_on(data: Path, two: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     words = command(2, data, out)
@@ -119,6 +159,7 @@ def rank_1(launcher: int) -> int:
     raise AssertionError(f"no rank 1 among {children}")
 
 
+@pytest.mark.nightly
 def test_a_mistake_is_said_and_no_file_is_left(data: Path, two: Path, tmp_path: Path) -> None:
     done = run(2, data, tmp_path / "odd", batch_size=241)
     assert done.returncode != 0

@@ -90,7 +90,7 @@ def test_saelens_takes_negative_values_of_dead_latents_alone() -> None:
     with torch.no_grad():
         model.b_enc.fill_(-20.0)
     x = randn(N, d).double()
-    values, indices = model._encode(x, K_AUX, dead)
+    values, indices = ksae.topk_encode(x, model.W_enc, model.b_enc, K_AUX, model.b_dec, dead)
     got = unrectified(model, x, values, indices, dead)
     u = (x - model.b_dec) @ model.W_enc.T + model.b_enc
     assert (values == 0).all() and (got < 0).all()

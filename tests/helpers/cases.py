@@ -399,3 +399,15 @@ def assert_same(what: str, got: Tensor, expected: Tensor) -> None:
         raise AssertionError(
             f"{what}: {count} differ, first at {list(worst)}: {got[worst]} for {expected[worst]}"
         )
+
+
+def hidden_winners() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [1, 21], W [1100, 21] twice. Latent 500 scores highest; the products of bf16 copies rank it
+    below ten others, whose copies lose nothing. The first W, the second x is rounded."""
+    x, W = torch.ones(1, 21), torch.zeros(1100, 21)
+    W[::110, 20] = 100
+    W[500, :10], W[500, 10:20], W[500, 20] = 257, -256, 91  # 101; 91 of the copies
+    row, exact = torch.full((1, 21), 257.0), torch.zeros(1100, 21)
+    row[0, 20] = 57
+    exact[::110, 20], exact[500, :10] = 45, 1  # 2565; 2570, and 2560 of the copies
+    return x, W, row, exact

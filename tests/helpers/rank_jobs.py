@@ -10,33 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rank_cases import CASES, make, rows
 from torch import Tensor
-from training import CASES, LR, batch, build
+from training import LR
 
 import ksae
 import ksae.parallel.shard
-from ksae.coders.coder import SparseCoder
-from ksae.parallel import checkpoint
+from ksae.parallel import checkpoint, cost
 from ksae.parallel.shards import Shards
-
-
-def make(case: str) -> SparseCoder:
-    if case == "gradient":
-        model = ksae.GradTopKSAE(17, 97, 5, beta=0.5, grad_norm="rms", k_aux=8)
-        model.tokens_since_fired[::4] = model.dead_after + 1
-        return model
-    kind, settings, _ = CASES[case]
-    settings = dict(settings)
-    every = settings.pop("dead", None)
-    model = build(kind, torch.float32, **settings)
-    if every:
-        model.tokens_since_fired[::every] = model.dead_after + 1
-    return model
-
-
-def rows(case: str, t: int) -> list[Tensor]:
-    """The batch of step t: tokens that divide by 2, 3 and 4."""
-    return [b[:60] for b in batch(CASES[case][0], seed=10 + 2 * t)]
 
 
 def own(group: Any, t: Tensor) -> Tensor:
@@ -45,9 +26,11 @@ def own(group: Any, t: Tensor) -> Tensor:
     return t[dist.get_rank(group) * n :][:n]
 
 
-def train(group: Any, case: str, steps: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def train(
+    group: Any, case: str, steps: int, replicas: int = 1
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Metrics of each step, and on rank 0 what the whole coder holds then."""
-    part = ksae.shard(make(case), group)
+    part = ksae.shard(make(case), group, replicas=replicas)
     step = ksae.TrainStep(part, LR, **CASES[case][2])
     metrics = []
     for t in range(steps):
@@ -58,11 +41,11 @@ def train(group: Any, case: str, steps: int) -> tuple[list[dict[str, float]], di
 
 
 def train_by_gradient(
-    group: Any, steps: int
+    group: Any, steps: int, replicas: int = 1
 ) -> tuple[list[dict[str, float]], tuple[Tensor, Tensor]]:
     """Metrics of each step, and the running norm of gradients."""
     torch.manual_seed(0)
-    part = ksae.shard(make("gradient"), group)
+    part = ksae.shard(make("gradient"), group, replicas=replicas)
     step = ksae.TrainStep(part, LR, clip_norm=1.0)
     metrics = []
     for t in range(steps):
@@ -71,22 +54,25 @@ def train_by_gradient(
     return metrics, (part.get_buffer("grad_rows"), part.get_buffer("grad_square"))
 
 
-def train_in(group: Any, kind: str, steps: int) -> list[float]:
+def train_in(group: Any, kind: str, steps: int, replicas: int = 1) -> list[float]:
     """Losses of a coder with weights of 16 bits."""
-    part = ksae.shard(make("more dead than k_aux").to(getattr(torch, kind)), group)
+    whole = make("more dead than k_aux").to(getattr(torch, kind))
+    part = ksae.shard(whole, group, replicas=replicas)
     step = ksae.TrainStep(part, LR)
     return [float(step(own(group, rows("plain", t)[0]))["loss"]) for t in range(steps)]
 
 
 def select(
-    group: Any, k: int, x: Tensor, W: Tensor, b: Tensor, beta: float | None
+    group: Any, k: int, x: Tensor, W: Tensor, b: Tensor, by: float | ksae.BatchTopK | None
 ) -> list[tuple[int, int, float]]:
-    """Token, latent and value of each entry of value other than 0 that this rank's latents have."""
+    """Token, latent and value of each entry of value other than 0 that this rank's latents have;
+    by: TopK, GradTopK of that beta, or BatchTopK."""
     torch.manual_seed(0)
-    kind, options = ksae.TopKSAE, {} if beta is None else {"beta": beta}
-    if beta is not None:
-        kind = ksae.GradTopKSAE  # type: ignore[assignment]
-    sae = kind(x.shape[1], len(W), k, dtype=x.dtype, **options)
+    of: Any = (x.shape[1], len(W))
+    if isinstance(by, float):
+        sae: Any = ksae.GradTopKSAE(*of, k, dtype=x.dtype, beta=by)
+    else:
+        sae = ksae.SAE(*of, ksae.TopK(k) if by is None else by, dtype=x.dtype)
     with torch.no_grad():
         sae.W_enc.copy_(W)
         sae.W_dec.copy_(W.flip(1))
@@ -95,19 +81,25 @@ def select(
     ranks = part.ranks
     assert isinstance(ranks, Shards)
     every = ranks.gather(own(group, x))
-    grad = None if beta is None else x.flip(0)
+    grad = x.flip(0) if isinstance(by, float) else None
     (chosen,) = ranks.select(part, every, min(k, len(part.W_enc)), 0, grad, ())
     (code,) = ranks.codes(*chosen, [k])
-    n, j = (code.values != 0).nonzero(as_tuple=True)
-    latents = code.indices[n, j] * ranks.size + ranks.rank
-    return list(zip(n.tolist(), latents.tolist(), code.values[n, j].tolist(), strict=True))
+    at = code.values != 0
+    latents = code.indices[at] * ranks.size + ranks.rank
+    tokens, values = code.rows()[at].tolist(), code.values[at].tolist()
+    return list(zip(tokens, latents.tolist(), values, strict=True))
 
 
-def count_bytes(group: Any, sizes: tuple[int, ...], dtype: str) -> tuple[dict[str, int], int]:
+def count_bytes(
+    group: Any, s: cost.Sizes, prefixes: list[int] | None = None
+) -> tuple[dict[str, int], int]:
     """What each exchange of one step has sent, and bytes of parameters, counters and state."""
-    n, d, F, k = sizes
+    n, d, F, k = s.n, s.d, s.F, s.k
     torch.manual_seed(0)
-    part = ksae.shard(ksae.TopKSAE(d, F, k, dtype=dtype), group)
+    activation = ksae.BatchTopK(k) if s.batch else ksae.TopK(k)
+    dtype = {4: "float32", 2: "bfloat16"}[s.itemsize]
+    sae = ksae.SAE(d, F, activation, prefixes=prefixes, dtype=dtype)
+    part = ksae.shard(sae, group, replicas=s.replicas)
     step = ksae.TrainStep(part)
     part.ranks.bytes.clear()
     torch.manual_seed(dist.get_rank(group))
@@ -154,11 +146,17 @@ def refused(group: Any, how: str) -> None:
             sae.double()
         case "activation":
             sae.activation = OtherTopK(2)
-        case "2-d":
-            mesh = dist.init_device_mesh("cpu", (2, 2))
+        case "relu":
+            sae = ksae.SAE(8, 40, ksae.ReLU())
+        case "tanh":
+            sae = ksae.SAE(8, 40, ksae.JumpReLU(penalty="tanh"))
+        case "batch":
+            sae = ksae.SAE(8, 40, ksae.BatchTopK(2), dtype=torch.bfloat16)
+        case "3-d":
+            mesh = dist.init_device_mesh("cpu", (2, 2, 1))
         case "type":
             mesh = 4
-    part = ksae.shard(sae, mesh)
+    part = ksae.shard(sae, mesh, replicas=3 if how == "replicas" else None)
     match how:
         case "twice":
             ksae.shard(part, mesh)
@@ -170,10 +168,36 @@ def refused(group: Any, how: str) -> None:
             part.save("x.safetensors")
 
 
-def on_a_mesh(group: Any) -> tuple[int, int]:
+def on_a_mesh(group: Any) -> list[tuple[int, int]]:
+    """Rank among the shards, and latents: of a mesh of one and of two dimensions."""
     torch.manual_seed(0)
-    part = ksae.shard(ksae.TopKSAE(8, 41, 2), dist.init_device_mesh("cpu", (4,)))
-    return part.ranks.rank, len(part.W_enc)
+    sae, found = ksae.TopKSAE(8, 41, 2), []
+    for shape in ((4,), (2, 2)):
+        part = ksae.shard(sae, dist.init_device_mesh("cpu", shape))
+        found.append((part.ranks.rank, len(part.W_enc)))
+    return found
+
+
+def nothing(group: Any) -> None:
+    """Once all processes have started."""
+
+
+def odd_mesh(group: Any, how: str) -> None:
+    """Rank 1 has another mesh than the others."""
+    torch.manual_seed(0)
+    odd, half = dist.get_rank(group) == 1, dist.new_group([0, 1])
+    match how:
+        case "no mesh":
+            mesh = "world" if odd else None
+        case "a part":
+            mesh = half if odd else None
+        case "not in it":
+            others = dist.DeviceMesh("cpu", [0, 2])
+            mesh = others if odd else group
+        case _:
+            mesh = None
+    replicas = 3 if how == "replicas" and odd else 1
+    ksae.shard(ksae.TopKSAE(8, 40, 2), mesh, replicas=replicas)
 
 
 def from_meta(group: Any) -> tuple[list[int], float]:
@@ -205,9 +229,9 @@ def silent(group: Any, how: str) -> None:
 # -------------------------------------------------------------------------------------- checkpoints
 
 
-def save_half_way(group: Any, case: str, folder: str) -> list[float]:
+def save_half_way(group: Any, case: str, folder: str, replicas: int = 1) -> list[float]:
     """Four steps, a checkpoint, and the losses of four more."""
-    part = ksae.shard(make(case), group)
+    part = ksae.shard(make(case), group, replicas=replicas)
     step = ksae.TrainStep(part, LR, **CASES[case][2])
     for t in range(4):
         step(*(own(group, b) for b in rows(case, t)))
@@ -215,9 +239,9 @@ def save_half_way(group: Any, case: str, folder: str) -> list[float]:
     return [float(step(*(own(group, b) for b in rows(case, t)))["loss"]) for t in range(4, 8)]
 
 
-def go_on(group: Any, case: str, folder: str) -> list[float]:
+def go_on(group: Any, case: str, folder: str, replicas: int = 1) -> list[float]:
     """The losses of four steps from a checkpoint on."""
-    part = ksae.shard(make(case), group)
+    part = ksae.shard(make(case), group, replicas=replicas)
     step = ksae.TrainStep(part, LR, **CASES[case][2])
     assert checkpoint.load_sharded(folder, part, step) == {"t": 4}
     return [float(step(*(own(group, b) for b in rows(case, t)))["loss"]) for t in range(4, 8)]

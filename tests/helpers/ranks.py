@@ -90,8 +90,9 @@ def _serve(pipe: Connection, rank: int, world: int, timeout: float, store: str) 
         store=dist.FileStore(store, world),
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=max(timeout, 60.0)),  # to find each other on a busy machine
     )
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), dist.group.WORLD)
     groups: dict[int, Any] = {world: dist.group.WORLD}
     while True:
         try:

@@ -213,7 +213,7 @@ def test_fold_keeps_the_function(tmp_path: Path) -> None:
     [
         ("openai", {"normalization": OPENAI}, set(NAMES) - {"openai"}),
         ("nvidia", {"normalization": NVIDIA}, set(NAMES) - {"nvidia"}),
-        ("sparsify", {"activation": "groupmax"}, set(NAMES) - {"sparsify"}),
+        ("sparsify", {"activation": "groupmax"}, set(NAMES) - {"sparsify", "ksae"}),
         (
             "dictionary-learning",
             {
@@ -309,10 +309,10 @@ def test_missing_extra_and_misshapen_tensors(name: str, tmp_path: Path) -> None:
 
 
 UNSUPPORTED = {
-    "saelens": ("cfg.json", {"architecture": "gated"}),
-    "sparsify": ("cfg.json", {"activation": "gated"}),
-    "dictionary-learning": ("config.json", {"trainer": {"dict_class": "gated"}}),
-    "circuit-tracer": ("config.yaml", {"activation": "gated"}),
+    "saelens": ("cfg.json", {"architecture": "temporal"}),
+    "sparsify": ("cfg.json", {"activation": "temporal"}),
+    "dictionary-learning": ("config.json", {"trainer": {"dict_class": "temporal"}}),
+    "circuit-tracer": ("config.yaml", {"activation": "temporal"}),
 }
 
 
@@ -322,7 +322,8 @@ def test_unsupported_activation(name: str, tmp_path: Path) -> None:
     file, change = UNSUPPORTED[name]
     config = yaml.safe_load((tmp_path / "s" / file).read_text())  # JSON is YAML
     (tmp_path / "s" / file).write_text(json.dumps({**config, **change}))
-    with pytest.raises(UserError, match=r"(activation|architecture|dict_class) of .* got 'gated'"):
+    field = "(activation|architecture|dict_class)"
+    with pytest.raises(UserError, match=rf"{field} of .* got 'temporal'"):
         ksae.load(tmp_path / "s")
 
 

@@ -184,7 +184,7 @@ def test_autocast_drops_the_shadow_of_what_it_casts() -> None:
 
 
 @pytest.mark.parametrize("way", gpu.WAYS)
-def test_screened_are_float32_weights_on_a_gpu_that_encodes_fused(
+def test_screened_are_float32_weights_on_a_gpu_where_few_are_chosen(
     monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     def weights(dtype: torch.dtype = torch.float32, is_cuda: bool = True) -> Any:
@@ -192,13 +192,15 @@ def test_screened_are_float32_weights_on_a_gpu_that_encodes_fused(
 
     monkeypatch.setattr(gpu, "override", way)
     monkeypatch.setattr(gpu.triton, "kernels", Kernels())
-    assert gpu.screens(weights(), 32) == gpu.screens(weights(), 32, aux=True) == (way == "fused")
+    screened = way != "product"
+    assert gpu.screens(weights(), 32) == gpu.screens(weights(), 32, aux=True) == screened
     for W, k in (
         (weights(torch.bfloat16), 32),
         (weights(is_cuda=False), 32),
         (weights(), 1025),  # more than its programs sort
     ):
         assert not gpu.screens(W, k)
+    assert gpu.screens(weights(), 385) == (way == "fused")  # a 64th of them is 384
     monkeypatch.setattr(gpu.triton, "kernels", None)
     assert not gpu.screens(weights(), 32)
 
@@ -239,7 +241,7 @@ def screening(monkeypatch: pytest.MonkeyPatch) -> Screening:
     """As on a GPU that screens."""
     seen = Screening()
     monkeypatch.setattr("ksae.backends.serving.screens", lambda W, k, aux: W.dtype == torch.float32)
-    monkeypatch.setattr("ksae.backends.triton.bf16_copy", seen.bf16_copy)
+    monkeypatch.setattr("ksae.backends.serving.bf16_copy", seen.bf16_copy)
     monkeypatch.setattr("ksae.coders.activation.topk.ops", seen)
     return seen
 
@@ -332,7 +334,7 @@ def test_no_shadow_of_weights_that_are_written_unseen(screening: Screening) -> N
     shared = model()
     shared.shares_memory = True
     for train in (ksae.TrainStep(shared), ksae.TrainStep(inferred())):
-        train.state.keep_bf16_copy(K, False, False)
+        train.state.keep_bf16_copy(K, 0, False)
         assert train.state.W_bf16 == ()
 
 

@@ -66,8 +66,15 @@ def test_what_one_rank_refuses_is_told_to_all(pool: Pool, how: str, says: str) -
     [
         ("few", "shard: sae must have at least 4 latents, one a rank, got 2"),
         ("float64", "shard: sae must be float32, bfloat16 or float16, got torch.float64"),
-        ("activation", "shard: sae must have the activation TopK or GradTopK, got OtherTopK"),
-        ("2-d", "shard: mesh must have 1 dimension, got 2 of sizes (2, 2)"),
+        (
+            "activation",
+            "shard: sae must have an activation of TopK, GradTopK, BatchTopK, JumpReLU,",
+        ),
+        ("relu", "shard: sae must have an activation of TopK, GradTopK, BatchTopK, JumpReLU, got"),
+        ("tanh", "shard: sae must have JumpReLU with the penalty l0 or target_l0, got tanh"),
+        ("batch", "shard: sae must be float32 with BatchTopK, got torch.bfloat16"),
+        ("3-d", "shard: mesh must have 1 or 2 dimensions, got 3 of sizes (2, 2, 1)"),
+        ("replicas", "shard: replicas must divide the 4 ranks, got 3"),
         ("type", "shard: mesh must be a DeviceMesh, a ProcessGroup or None, got int"),
         ("twice", "shard: sae must be whole, got one that is spread over ranks"),
         ("autograd", "TrainStep: fused must be True for a coder spread over ranks, got False"),
@@ -82,10 +89,54 @@ def test_what_there_is_not(pool: Pool, how: str, says: str) -> None:
 
 
 def test_a_mesh_and_the_meta_device(pool: Pool) -> None:
-    assert pool.values(rank_jobs.on_a_mesh, 4) == [(0, 11), (1, 10), (2, 10), (3, 10)]
+    one = [(0, 11), (1, 10), (2, 10), (3, 10)]
+    two = [(0, 21), (1, 20), (0, 21), (1, 20)]
+    assert pool.values(rank_jobs.on_a_mesh, 4) == [
+        list(pair) for pair in zip(one, two, strict=True)
+    ]
     for rank, (shape, ratio) in enumerate(pool.values(rank_jobs.from_meta, 3)):
         assert shape == [14 - (rank == 2), 8, 41]
         assert ratio < 0.8
+
+
+WHOLE, DIFFERS = "1 x 3 of ranks [0, 1, 2]", "shard: the mesh must be the same on all ranks, got "
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("no mesh", "shard: mesh must be a DeviceMesh, a ProcessGroup or None, got str"),
+        pytest.param(
+            "a part",
+            f"{DIFFERS}{WHOLE} on rank 0 and 1 x 2 of ranks [0, 1] on rank 1",
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            "not in it",
+            "shard: mesh must have this process in it, got [0, 2] without rank 1",
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            "replicas",
+            f"{DIFFERS}{WHOLE} on rank 0 and 3 x 1 of ranks [0, 1, 2] on rank 1",
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
+def test_another_mesh_on_one_rank_is_told_to_all(how: str, says: str) -> None:
+    """Each says it or has been told, and none waits for the time-out."""
+    pool = Pool(3, timeout=100.0)
+    assert pool.values(rank_jobs.nothing, 3) == [None] * 3
+    start = time.monotonic()
+    answers = pool.run(rank_jobs.odd_mesh, 3, how)
+    assert time.monotonic() - start < 60
+    pool.close()
+    said = [answer for answer in answers if isinstance(answer, Failed)]
+    assert len(said) == 3, answers
+    for answer in said:
+        assert DIFFERS in answer.message or says in answer.message, answer.message
+        assert "rank 1" in answer.message or answer.kind == "TypeError"
+    assert any(says in answer.message for answer in said)
 
 
 def test_one_process_has_no_ranks() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import rank_jobs
 import torch
+from rank_cases import make
 from ranks import Failed, Pool
 
 import ksae
@@ -53,12 +54,12 @@ def test_one_device_saves_what_ranks_read(pool: Pool, tmp_path: Path) -> None:
 def test_gathered_into_one_file(saved: tuple[Path, list[float]], tmp_path: Path) -> None:
     done = convert.convert(saved[0], tmp_path / "sae.safetensors", "ksae")
     one, whole = ksae.load(done.path), ksae.load(saved[0])
-    assert one.config() == whole.config() == rank_jobs.make(CASE).config()
+    assert one.config() == whole.config() == make(CASE).config()
     for name, tensor in whole.state_dict().items():
         assert torch.equal(one.state_dict()[name], tensor), name
     with pytest.raises(UserError, match=r"as_topk must be False for .*: ksae convert --as-topk"):
         ksae.load(saved[0], as_topk=True)
-    assert not torch.equal(one.W_enc, rank_jobs.make(CASE).W_enc)
+    assert not torch.equal(one.W_enc, make(CASE).W_enc)
 
 
 def test_what_cannot_be_read_is_told(saved: tuple[Path, list[float]], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ sys.modules["overcomplete.models"] = models
 # delphi's loader is imported with what finds neighbours and asks language models.
 for name in ("asyncer", "blobfile", "faiss", "orjson", "sentence_transformers"):
     module = ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None)  # others ask whether there is one
+    module.__spec__ = ModuleSpec(name, None)  # transformers asks whether it is there
     for used in ("asyncify", "SentenceTransformer"):
         setattr(module, used, lambda method: method)
     sys.modules.setdefault(name, module)

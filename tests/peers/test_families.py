@@ -15,6 +15,7 @@ from tiny_study import tiny_study
 import ksae
 from ksae.bench.contestants import families
 from ksae.bench.harness.data import batches, initial_weights
+from ksae.coders.code import Code
 
 d, F, k, N, STEPS, LR = 64, 512, 8, 128, 40, 1e-3
 DEAD = 10 * N  # tokens; there are dead latents from then on
@@ -90,7 +91,9 @@ def test_thresholds_are_estimated_as_the_library_does(library: str, architecture
             code = code.relu() if step % 50 else -code.abs()
             if step > theirs.trainer.threshold_start_step:
                 theirs.trainer.update_threshold(code)
-            ours.model.activation.observe(ours.model, code.relu().flatten())
+            values = code.relu().flatten()
+            batch = Code(values, torch.arange(len(values)), torch.tensor([0, len(values)]))
+            ours.model.activation.observe(ours.model, batch)
         want = ae.threshold
     got = ours.model.get_buffer("threshold")
     assert float(got) > 0

@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "norm_topk": {"k": 2, "k-start": 9, "k-steps": 12},
     "abs_topk": {"k": 2, "dead-after": 40},
     "group_max": {"k": 4},
+    "pursuit": {"k": 3},
 }
 
 
@@ -36,7 +37,8 @@ def arguments(tmp_path: Path, out: str, activation: str, **more: Any) -> list[st
         "checkpoint-every": 7, "threads": 1, "lr": 3e-3, "activation": activation,
         **CASES.get(activation, {}), **more,
     }  # fmt: skip
-    return [*(str(w) for n, v in options.items() for w in (f"--{n}", v)), "--no-progress"]
+    flags = ["--no-progress", *(["--no-fused"] if activation == "pursuit" else [])]
+    return [*(str(w) for n, v in options.items() for w in (f"--{n}", v)), *flags]
 
 
 @pytest.mark.parametrize("activation", CASES)
@@ -61,6 +63,8 @@ def test_train_and_resume(tmp_path: Path, activation: str) -> None:
         assert found_in == ksae.Gated(0.01) and models[0].r_mag.any()
     elif activation == "abs_topk":
         assert found_in == ksae.AbsTopK(2) and lines[0][-1]["l0"] == 2
+    elif activation == "pursuit":
+        assert found_in == ksae.MatchingPursuit(3) and 1 < lines[0][-1]["l0"] <= 3
     elif activation == "group_max":
         assert found_in == ksae.GroupMax(4) and 3 < lines[0][-1]["l0"] <= 4
     elif activation == "norm_topk":
@@ -101,6 +105,7 @@ def test_start_from_a_run(tmp_path: Path) -> None:
         ("topk", {"penalty-warmup": 3}, "train.penalty_warmup must be 0 with topk, got 3"),
         ("group_max", {"k": 5}, "model.k must divide 32, the number of latents, got 5"),
         ("group_max", {"multi-k": "[3]"}, "model.multi_k must be null with group_max"),
+        ("pursuit", {"multi-k": "[3]"}, "model.multi_k must be null with pursuit"),
         ("relu", {"p-end": 2}, "model.p_end must be in (0, 1) or None, got 2"),
         ("relu", {"multi-k": "[3]"}, "model.multi_k must be null with relu"),
         ("jump_relu", {"beta": 1}, "model.beta must be null with jump_relu, got 1"),

@@ -51,6 +51,43 @@ cudaError_t select(const SelectParams& p, void* workspace, cudaStream_t stream);
 // The columns i with mask[i] != 0, ascending, in columns [F + 1], whose last entry is their number.
 cudaError_t list_columns(int64_t F, const uint8_t* mask, int32_t* columns, cudaStream_t stream);
 
+// ---- screened selection: the float32 result of a product of bf16 copies ------------------------
+// copy = t in bfloat16; norms: upper bounds of the norms of the rows of t, of t - copy and of copy,
+// infinite where the first is above 2^60 or not a number.
+struct Bf16CopyParams {
+  int64_t rows, d;
+  const float* t;  // [rows, d]
+  void* copy;      // [rows, d] bfloat16
+  float* norms;    // [3, rows]
+};
+cudaError_t bf16_copy(const Bf16CopyParams& p, cudaStream_t stream);
+
+// screened_begin once, screened_select for each chunk of rows, screened_redo once: then values and
+// indices are those of the k largest x_n W_enc^T + b_enc in float32, order and ReLU as of `select`.
+constexpr int64_t kMostScreened = 1024;
+struct ScreenedSelectParams {
+  int64_t N, d, F, k;      // k at most kMostScreened
+  int64_t first, rows;     // the chunk
+  const float* scores;     // [rows, F] products of the copies of x and W_enc
+  const float* x;          // [N, d]
+  const float* W_enc;      // [F, d]
+  const float* b_enc;      // [F]
+  const float* x_norms;    // [3, N] of bf16_copy
+  const float* w_norms;    // [3, F] of bf16_copy, as row_update keeps them
+  const uint8_t* mask;     // [F] or null: where 0, a latent is not chosen
+  float* group_norms;      // [3, screened_groups]
+  uint32_t* bounds;        // [N]
+  int32_t *list, *listed;  // [N], [1] rows that screened_redo scores in full
+  float* values;           // [N, k]
+  int64_t* indices;        // [N, k]
+  int capacity = 0;        // latents of a row that may be scored; a power of two, or 0: chosen
+};
+int64_t screened_groups(const ScreenedSelectParams& p);
+cudaError_t screened_begin(const ScreenedSelectParams& p, cudaStream_t stream);
+cudaError_t screened_select(const ScreenedSelectParams& p, cudaStream_t stream);
+size_t screened_redo_workspace(const ScreenedSelectParams& p);
+cudaError_t screened_redo(const ScreenedSelectParams& p, void* workspace, cudaStream_t stream);
+
 // ---- sparse_decode and its backward products -------------------------------------------------
 // Slots with value 0 contribute nothing. Exactly one of indices64 and indices32 is not null.
 struct DecodeParams {

@@ -22,7 +22,9 @@ from ksae.activations.progress import Progress
 from ksae.activations.rows import FLOATS, Rows, all_finite
 from ksae.activations.shuffle import Loaded, shuffled
 from ksae.activations.sources import ActivationSource, ArraySource, RowOrigin
+from ksae.activations.spread import in_turn, told
 from ksae.errors import UserError
+from ksae.parallel.ranks import Ranks
 
 STREAM_BUFFER_TOKENS = 32_768
 
@@ -41,7 +43,9 @@ class _Runner:
         exclude_special: bool,
         gradient: str | None,
         loss_mask: Tensor | None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks
         if batch_size < 1:
             raise UserError(f"harvest: batch_size must be at least 1, got {batch_size}")
         if dtype is not None and dtype not in FLOATS:
@@ -114,6 +118,9 @@ class _Runner:
         training = self.model.training
         self.model.eval()
         try:
+            if self.ranks is not None:
+                yield from in_turn(self.ranks, self._run, numbers, self.batch_size)
+                return
             for begin in range(0, len(numbers), self.batch_size):
                 chosen = numbers[begin : begin + self.batch_size]
                 yield self._run(chosen), len(chosen)
@@ -191,6 +198,7 @@ def harvest(
     progress: bool = True,
     shard_tokens: int = SHARD_TOKENS,
     model_name: str | None = None,
+    ranks: Ranks | None = None,
 ) -> ArraySource:
     """The activations of all contexts at a hook, in memory or in a cache folder.
 
@@ -209,6 +217,7 @@ def harvest(
             default, and at most, those whose activations are kept.
         progress: show a bar on a terminal, a line at each tenth elsewhere.
         model_name: for the cache's description; by default the model's own.
+        ranks: processes that all call it and share the work; rank 0 writes, on a disk that all see.
     """
     runner = _Runner(
         model,
@@ -220,17 +229,37 @@ def harvest(
         exclude_special,
         gradient,
         loss_mask,
+        ranks,
     )
     if out_dir is None:
         return _in_memory(runner, progress)
-    with writing(Path(out_dir)):
+    if ranks is not None and ranks.rank > 0:
+        _help(runner, ranks)
+        return open_cache(out_dir)
+    with told(ranks), writing(Path(out_dir)):
         writer = CacheWriter(out_dir, runner.identity(model_name), shard_tokens)
         _to_cache(runner, writer, progress)
+    if ranks is not None:
+        ranks.agree("harvest", {"the cache": "finished"})
     return open_cache(out_dir)
+
+
+def _help(runner: _Runner, ranks: Ranks) -> None:
+    """Do one's share of the rows that are not in the cache, which rank 0 writes."""
+    ranks.agree("harvest", {"the cache": "open"})
+    left = int(ranks.broadcast(None, 0)["left"])
+    if left >= 0:  # not finished
+        for _ in runner.batches(torch.arange(len(runner.contexts) - left, len(runner.contexts))):
+            pass
+    ranks.agree("harvest", {"the cache": "finished"})
 
 
 def _to_cache(runner: _Runner, writer: CacheWriter, progress: bool) -> None:
     """The rows that are not there yet."""
+    if runner.ranks is not None:
+        left = -1 if writer.complete else len(runner.contexts) - writer.contexts_done
+        runner.ranks.agree("harvest", {"the cache": "open"})
+        runner.ranks.broadcast({"left": torch.tensor(left)}, 0)
     if not writer.complete:
         done = writer.contexts_done
         with _progress(runner, done, progress) as bar:

@@ -26,8 +26,9 @@ from ..reference.dtypes import MODES
 from ..reference.group import rows_of
 from . import bridge
 from .bridge import DTYPES
+from .cuda_screen import Screened
 from .driver import why_not_by_version
-from .product import Encode
+from .product import Encode, Screen
 
 OLDEST = (8, 0)  # compute capability
 _known: set[torch.device] = set()  # devices that have it
@@ -107,6 +108,28 @@ class Kernels(Encode):
         with guard(mask):
             self.module.list_columns(mask.numel(), _pointer(mask), _pointer(columns), _stream(mask))
         return columns
+
+    def bf16_copy(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        rows, d = W.shape
+        W, copy = W.contiguous(), W.new_empty(rows, d, dtype=torch.bfloat16)
+        norms = W.new_empty(3, rows)
+        with guard(W):
+            self.module.bf16_copy(rows, d, _pointer(W), _pointer(copy), _pointer(norms), _stream(W))
+        return copy, norms
+
+    def _screen(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        x_norms: Tensor,
+        w_norms: Tensor,
+        k: int,
+        mask: Tensor | None,
+        capacity: int = 0,
+    ) -> Screen:
+        queue = (_Workspace(x.device), _stream(x))
+        return Screened(self.module, *queue, x, W_enc, b_enc, x_norms, w_norms, k, mask, capacity)
 
     def sparse_decode(
         self,

@@ -3,18 +3,22 @@
 
 Whose selection it is, CUDA's or Triton's, a subclass says.
 
+Scores of a chunk take 256 MiB, or so much more as CHUNK_ROWS rows need: with fewer, W_enc is read
+too often, and a selection does not fill the device. Where half of the free memory is less, rows
+are halved until they fit. Two products take twice that: chunks have the same rows then, so that a
+row without a gradient gives topk_encode's bits.
+
 Environment, read once at import: KSAE_CHUNK_BYTES is the memory that the scores of one chunk may
-take, 256 MiB if not set, and twice that where there are two products: chunks have the same rows
-then, so that a row without a gradient gives topk_encode's bits.
+take, in place of all this.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
+import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,35 +26,56 @@ from torch import Tensor
 from .. import env
 from ..reference.encode import refuse_entries
 
-chunk_bytes = int(env.read("KSAE_CHUNK_BYTES"))
-_product_lock = threading.Lock()
+chunk_bytes = int(env.read("KSAE_CHUNK_BYTES") or 0)  # 0: as many as is wise
+CHUNK_BYTES, CHUNK_ROWS = 256 << 20, 2048
+MAX_SCREENED = 1024
 
 
-@contextlib.contextmanager
-def _float32_products() -> Iterator[None]:
-    """cuBLAS multiplies float32 as float32 here, even where torch is allowed to take TF32.
+def tf32_allowed() -> bool:
+    """Whether torch may multiply float32 on CUDA as TF32, by whichever of its two settings."""
+    return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
 
-    The setting is the process's: one thread at a time changes it, and nothing does by default.
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, K] @ b [K, N] in float32, of any dtype of both; never TF32, nor rounded between.
+
+    The process's settings stay as they are: where they allow TF32, a Triton kernel multiplies.
     """
-    settings = torch.backends.cuda.matmul
-    with _product_lock:
-        before = settings.fp32_precision
-        changed = before not in ("none", "ieee")
-        if changed:
-            settings.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            if changed:
-                settings.fp32_precision = before
+    if a.dtype == torch.float64:
+        return a @ b
+    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    a, b = a.float(), b.float()
+    if a.is_cuda and tf32_allowed():
+        return _without_tf32(a, b)
+    return torch.mm(a, b)
+
+
+def _without_tf32(a: Tensor, b: Tensor) -> Tensor:
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(
+            "ksae: float32 products must be of float32 accuracy, got a process that allows TF32 and"
+            " has no Triton to multiply with: torch.set_float32_matmul_precision('highest'), or"
+            " install triton"
+        )
+    from ..kernels.product import float32_product
+
+    with torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext():
+        return float32_product(a, b)
 
 
 def _scores(x: Tensor, W: Tensor) -> Tensor:
     """x @ W.T [rows, F] in float32, never TF32."""
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, W.T, out_dtype=torch.float32)
-    with _float32_products():
-        return torch.mm(x.float(), W.float().T)
+    try:
+        return product(x, W.T)
+    except torch.OutOfMemoryError as error:
+        rows, F = len(x), len(W)
+        smaller = max(rows // 2, 1)
+        raise torch.OutOfMemoryError(
+            f"encode: the scores of a chunk [{rows}, {F}] take {4 * rows * F} bytes on {x.device},"
+            f" which are not free: KSAE_CHUNK_BYTES={4 * smaller * F} makes chunks of {smaller}"
+            f" rows ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _largest_places(u: Tensor, E: int) -> Tensor:
@@ -64,13 +89,32 @@ def _largest_places(u: Tensor, E: int) -> Tensor:
     return chosen.nonzero()[:, 0]
 
 
-def _rows_of_chunk(N: int, F: int) -> int:
+def _rows_of_chunk(N: int, F: int, device: torch.device | None = None) -> int:
     """Rows whose scores are held at once. Chunks are about equally long: a last one of two rows
     would cost the launches of a whole one. Full tiles of the product, where there is room."""
-    most = max(chunk_bytes // (4 * F), 1)
+    most = max((chunk_bytes or CHUNK_BYTES) // (4 * F), 1)
+    if not chunk_bytes and most < CHUNK_ROWS:
+        most = min(N, CHUNK_ROWS)
+        if device is not None and device.type == "cuda":
+            free = _free_memory(device)
+            while most > 1 and 4 * F * most > free // 2:
+                most //= 2
     chunks = max(-(-N // most), 1)
     even = -(-N // chunks)
     return max(min(most, -(-even // 128) * 128), 1)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that torch can still allocate: the device's, and what it holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held
+
+
+def pays(k: int, F: int) -> bool:
+    """Whether it pays to screen for k of F: 2 k float32 scores a row, which are gathers at the rate
+    of the memory, must cost less than F at the rate of float32 products. On H100 and H200 by their
+    ceilings up to F / 46; no more than a block sorts."""
+    return k <= MAX_SCREENED and 64 * k <= F
 
 
 class _Downstream(NamedTuple):
@@ -87,9 +131,23 @@ class _Downstream(NamedTuple):
         return self.beta > 0 or self.mode == "multiplicative"
 
 
+class Screen(Protocol):
+    """The selection of one screened encode, whose bf16 product comes in chunks of rows."""
+
+    def select(self, scores: Tensor, first: int) -> None:
+        """Take in scores [rows, F] float32, without biases, of the rows from `first` on."""
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Values [N, k] float32 and indices [N, k] int64, when all scores were taken in."""
+
+    def redone(self) -> Tensor:
+        """After that: the rows that had no proof and were scored in full, in any order."""
+
+
 class Encode(ABC):
-    """The ops that encode. Names, arguments and meaning are the reference's. Nothing is screened:
-    bf16 copies are not read."""
+    """The ops that encode. Names, arguments and meaning are the reference's. Those that begin with
+    `screened_` screen float32 with bf16 products; the others screen nothing, and do not read bf16
+    copies."""
 
     @abstractmethod
     def _select(
@@ -112,6 +170,24 @@ class Encode(ABC):
     def _list_columns(self, mask: Tensor) -> Tensor:
         """mask [F] bool in the form in which `_select` takes it."""
 
+    @abstractmethod
+    def bf16_copy(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows W [F, d] float32 a copy in bfloat16 and [3, F] float32 what bounds its error."""
+
+    @abstractmethod
+    def _screen(
+        self,
+        x: Tensor,  # [N, d] float32, centred
+        W_enc: Tensor,  # [F, d] float32
+        b_enc: Tensor,  # [F] float32
+        x_norms: Tensor,  # [3, N] of bf16_copy
+        w_norms: Tensor,  # [3, F] of bf16_copy
+        k: int,
+        mask: Tensor | None,  # [F] bool
+        capacity: int = 0,  # latents of a row that are scored before it counts as one without proof
+    ) -> Screen:
+        """How chunks of scores become the float32 selection."""
+
     def _encode(
         self,
         x: Tensor,  # [N, d]
@@ -132,7 +208,7 @@ class Encode(ABC):
         if downstream is not None:
             g = downstream.grad
             informed = (g != 0).any(1) & g.isfinite().all(1)  # [N]
-        rows = _rows_of_chunk(N, F)
+        rows = _rows_of_chunk(N, F, x.device)
         for n in range(0, N, rows):
             part = slice(n, n + rows)
             scores, second = _scores(xc[part], W_enc), None
@@ -165,6 +241,63 @@ class Encode(ABC):
     ) -> tuple[Tensor, Tensor]:
         values, indices = self._encode(x, W_enc, b_enc, b_dec, [(k, mask)])
         return values, indices
+
+    def screened_topk_encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        b_dec: Tensor | None = None,
+        mask: Tensor | None = None,
+        W_bf16: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`topk_encode` of float32 at the price of a bf16 product and 2 k float32 scores a row."""
+        N = x.shape[0]
+        if N == 0:
+            return x.new_empty(0, k), x.new_empty(0, k, dtype=torch.int64)
+        if W_bf16 is None or norms is None:
+            W_bf16, norms = self.bf16_copy(W_enc)
+        xc = x if b_dec is None else x - b_dec
+        rounded, x_norms = self.bf16_copy(xc)
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            screen = self._screen(xc, W_enc, b_enc, x_norms, norms, k, mask)
+            rows = _rows_of_chunk(N, len(W_enc), x.device)
+            for n in range(0, N, rows):
+                scores = _scores(rounded[n : n + rows], W_bf16)
+                screen.select(scores, n)
+                del scores  # before the next chunk's: one at a time
+            return screen.result()
+
+    def screened_topk_encode_aux(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        k_aux: int,
+        dead: Tensor,
+        b_dec: Tensor | None = None,
+        grad: Tensor | None = None,
+        W_dec: Tensor | None = None,
+        beta: float = 0.0,
+        mode: str = "additive",
+        W_bf16: Tensor | None = None,
+        norms: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`topk_encode_aux`, each selection of pre-activations screened where so few are chosen
+        that it pays."""
+        F, kept = W_enc.shape[0], (W_bf16, norms)
+        if grad is None or W_dec is None:
+            chosen = self.screened_topk_encode(x, W_enc, b_enc, k, b_dec, None, *kept)
+        else:
+            chosen = self.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+        if pays(k_aux, F):
+            aux = self.screened_topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead, *kept)
+        else:
+            aux = self.topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead)
+        return (*chosen, *aux)
 
     def grad_topk_encode(
         self,
@@ -211,7 +344,7 @@ class Encode(ABC):
         xc, bias = x if b_dec is None else x - b_dec, b_enc.float()
         best = torch.empty(0, device=x.device)
         places = torch.empty(0, dtype=torch.int64, device=x.device)  # n * F + i, ascending
-        rows = _rows_of_chunk(N, F)
+        rows = _rows_of_chunk(N, F, x.device)
         for n in range(0, N, rows):
             u = _scores(xc[n : n + rows], W_enc).add_(bias).reshape(-1)
             at = _largest_places(u, N * k)
@@ -230,7 +363,7 @@ class Encode(ABC):
         bias, bar = b_enc.float(), theta.float()
         counts = [torch.zeros(1, dtype=torch.int64, device=x.device)]
         values, latents = [x.new_empty(0)], [counts[0][:0]]
-        rows = _rows_of_chunk(x.shape[0], W_enc.shape[0])
+        rows = _rows_of_chunk(x.shape[0], W_enc.shape[0], x.device)
         for n in range(0, x.shape[0], rows):
             u = _scores(xc[n : n + rows], W_enc).add_(bias)
             chosen = u > bar

@@ -60,6 +60,27 @@ class Kernels(products.Encode, Latents):
     def _list_columns(self, mask: Tensor) -> Tensor:
         return mask  # which `_select` takes as it is
 
+    def bf16_copy(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        from ..kernels import screen
+
+        with guard(W):
+            return screen.bf16_copy(W)
+
+    def _screen(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        x_norms: Tensor,
+        w_norms: Tensor,
+        k: int,
+        mask: Tensor | None,
+        capacity: int = 0,
+    ) -> products.Screen:
+        from ..kernels.screen_stored import Screen
+
+        return Screen(x, W_enc, b_enc, x_norms, w_norms, k, mask, capacity)
+
     def fused_topk_encode(
         self,
         x: Tensor,
@@ -169,7 +190,8 @@ class Kernels(products.Encode, Latents):
         residual = target.new_empty(N, columns, dtype=torch.float32)
         square = target.new_empty(N, dtype=torch.float64)
         grads = target.new_empty(values.shape, dtype=torch.float32)
-        chunk = max(products.chunk_bytes // (4 * max(d, 1)), 1)
+        held = products.chunk_bytes or products.CHUNK_BYTES
+        chunk = max(held // (4 * max(d, 1)), 1)
         with guard(values):
             decode.sparse_residual(
                 values, indices, W_dec, b_dec, target, residual, square, grads, chunk,
@@ -286,14 +308,6 @@ def takes(k: int) -> bool:
     from ..kernels.gate import MAX_K
 
     return k <= MAX_K
-
-
-def bf16_copy(W: Tensor) -> tuple[Tensor, Tensor]:
-    """The arguments W_bf16 and norms of `topk_encode`, of float32 weights W [F, d]."""
-    from ..kernels import screen
-
-    with guard(W):
-        return screen.bf16_copy(W)
 
 
 def _load() -> tuple[Kernels | None, str]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse coders: activation, topology and objective."""
 
+from . import pursuit
 from .activation import (
     AbsTopK,
     Activation,
@@ -9,6 +10,7 @@ from .activation import (
     GradTopK,
     GroupMax,
     JumpReLU,
+    MatchingPursuit,
     NormTopK,
     ReLU,
     TopK,
@@ -28,6 +30,7 @@ __all__ = [
     "GradTopKTranscoder",
     "GroupMax",
     "JumpReLU",
+    "MatchingPursuit",
     "NormTopK",
     "Output",
     "ReLU",
@@ -35,4 +38,5 @@ __all__ = [
     "TopK",
     "TopKSAE",
     "Transcoder",
+    "pursuit",
 ]

@@ -86,12 +86,19 @@ class Code:
         return values.index_put(at, self.values), indices.index_put(at, self.indices)
 
     def dense(self, F: int) -> Tensor:
-        """With its zeros [N, F]."""
+        """With its zeros [N, F]; an entry of value 0 may have the latent of another."""
         if self.offsets is None:
             dense = self.values.new_zeros(*self.values.shape[:-1], F)
-            return dense.scatter(-1, self.indices, self.values)
+            return dense.scatter_add(-1, self.indices, self.values)
         dense = self.values.new_zeros(len(self.offsets) - 1, F)
         return dense.index_put((self.rows(), self.indices), self.values)
+
+
+def by_row(row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Entries [E] in the order of their rows, in [0, rows), and where each row begins [rows+1]."""
+    order = row.argsort(stable=True)
+    bounds = torch.arange(rows + 1, device=row.device, dtype=row.dtype)
+    return order, torch.searchsorted(row[order], bounds)
 
 
 def has_numbers(t: Tensor) -> bool:
@@ -102,3 +109,9 @@ def has_numbers(t: Tensor) -> bool:
     if t.is_meta or isinstance(t, FakeTensor):
         return False
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def recomputes() -> bool:
+    """Whether this is a forward pass within a backward pass, as activation checkpointing runs one:
+    what is counted was counted the first time."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

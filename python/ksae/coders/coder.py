@@ -18,8 +18,9 @@ from .. import functional
 from ..ops import accumulator
 from . import registry
 from .activation import Activation, from_fields
-from .code import Code
+from .code import Code, recomputes
 from .config import Config, Options, floating
+from .counts import Counts
 from .losses import losses
 from .output import Output
 from .terms import multi_loss
@@ -33,7 +34,7 @@ def _setting(name: str, kind: type[_T]) -> _T:
     return cast(_T, property(lambda self: getattr(self.settings, name)))
 
 
-class SparseCoder(nn.Module):
+class SparseCoder(Counts):
     """The base of `SAE` and `Transcoder`: an activation, a linear decoder, a loss.
 
     u = (x - b_dec if centred else x) @ W_enc.T + b_enc; the activation makes a sparse code of u;
@@ -65,14 +66,12 @@ class SparseCoder(nn.Module):
     topology: str  # what is read and predicted, by name
     centred: bool  # whether b_dec is subtracted from the input
     shares_memory = False  # with parameters of others, whose writes do not show in these
-    ranks: Any = None  # of `ksae.shard`, where the tensors hold the latents of one rank only
 
     W_enc: nn.Parameter  # [F, d_in]
     b_enc: nn.Parameter  # [F]
     W_dec: nn.Parameter  # [F, d_out]
     b_dec: nn.Parameter  # [d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
-    tokens_since_fired: Tensor  # [F] int64
 
     # What needs higher folders; set by ksae.api, which may know of them.
     attached: ClassVar[Callable[..., Any]]  # in a language model: ksae.analysis.attached
@@ -107,6 +106,9 @@ class SparseCoder(nn.Module):
             kind, ks = type(activation).__name__, self.settings.multi_k
             got = f"multi_k must be None with {kind}, got {list(ks)}" if ks else ""
             raise ValueError(f"{name}: {got or f'multi_topk must be False with {kind}, got True'}")
+        if activation.of_input and not self.centred:
+            kind = type(activation).__name__
+            raise ValueError(f"{name}: activation must be one of a transcoder, got {kind}")
         self.seen_gradient = False  # by the activation, which warns once
         F, d_in, d_out = self.d_sae, self.d_in, self.d_out
 
@@ -218,7 +220,8 @@ class SparseCoder(nn.Module):
     @property
     def dead(self) -> Tensor:
         """[F] bool: latents that have not fired for more than `dead_after` tokens."""
-        return self.tokens_since_fired > self.dead_after
+        before = self._since_before if recomputes() else None
+        return (self.tokens_since_fired if before is None else before) > self.dead_after
 
     # ------------------------------------------------------------------------------------- the code
 
@@ -229,7 +232,8 @@ class SparseCoder(nn.Module):
             ValueError: the coder is spread over ranks.
         """
         if self.ranks is not None:
-            got = f"the part of rank {self.ranks.rank} of {self.ranks.size}"
+            everyone = self.ranks.everyone
+            got = f"the part of rank {everyone.rank} of {everyone.size}"
             raise ValueError(
                 f"{type(self).__name__}: {method} must be called on a whole coder, got {got}:"
                 " ksae.unshard makes it whole"
@@ -270,14 +274,10 @@ class SparseCoder(nn.Module):
             raise ValueError(f"{type(self).__name__}: y must be {want}, got {list(y.shape)}")
         return self.rows("y", y, self.d_out)
 
-    def _encode(self, x: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        b_dec = self.b_dec if self.centred else None
-        return functional.topk_encode(x, self.W_enc, self.b_enc, k, b_dec, mask)
-
     def encode_dead(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and indices [N, k] of the k largest dead pre-activations of each of x's rows
         [N, d_in]: the code of AuxK."""
-        return self._encode(rows, k, self.dead)
+        return self.activation.encode_dead(self, rows, k)
 
     def gradients(self, x: Tensor, grad: Tensor | None, training: bool) -> Tensor | None:
         """The rows [N, d_out] of a downstream gradient [..., d_out], as `select` takes it."""
@@ -375,7 +375,7 @@ class SparseCoder(nn.Module):
             zero = torch.zeros_like(fvu)
             auxk_loss, multi_topk_loss = parts.get("auxk", zero), multi_loss(self, parts)
             multi_topk_loss = zero if multi_topk_loss is None else multi_topk_loss
-        if self.training:
+        if self.training and not recomputes():
             self._count(code, rows.shape[0])
             self.activation.observe(self, code)
         return Output(
@@ -412,10 +412,3 @@ class SparseCoder(nn.Module):
         """Give the decoder rows [F, d_out] length 1, after the step of a torch optimizer; rows of
         zeros stay. Norms in float32 (float64). `ksae.UnitRows` is the same as a parametrisation."""
         self.W_dec.copy_(unit_rows(self.W_dec))
-
-    def _count(self, code: Code, N: int) -> None:
-        """Of integers: a block without gradients would keep an exported graph from being saved."""
-        hits = torch.zeros_like(self.tokens_since_fired)
-        hits.index_add_(0, code.indices.reshape(-1), (code.values != 0).reshape(-1).to(hits.dtype))
-        since = self.tokens_since_fired + N
-        self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))

@@ -12,7 +12,7 @@ from torch.nn import functional as nnf
 from .activation.base import Goal
 from .code import Code, has_numbers
 from .predictions import auxk_prediction, prefix_recons
-from .terms import aux_width, squared_error, terms_of, total_variance
+from .terms import aux_width, squared_error, terms_of
 
 if TYPE_CHECKING:
     from .coder import SparseCoder
@@ -25,7 +25,8 @@ def losses(
     dead = model.dead
     n_dead = dead.sum() if has_numbers(dead) else None
     terms = terms_of(model, aux_width(model, n_dead))
-    variance = total_variance(target)
+    variance = model.variance(target)
+    size = target.shape[0], model.d_out  # len() would fix it in an exported graph
     loss, parts = torch.zeros_like(variance), {}
     nested = prefix_recons(model, rows, recon, wide.first(model.k))
     for term in terms:
@@ -35,11 +36,11 @@ def losses(
         elif term.name != "reconstruction":
             code = wide.first(term.k)
             predictions = [model.decode(code.values, code.indices, rows)]
-        denominator = term.denominator(target, variance, spread, dead.sum())
+        denominator = term.denominator(*size, variance, spread, dead.sum())
         parts[term.name] = term.value(predictions, goal, denominator)
         loss = loss + term.weight * parts[term.name]
     if model.activation.penalized and model.training:
-        unit = terms[0].denominator(target, variance, variance, dead.sum())
+        unit = terms[0].denominator(*size, variance, variance, dead.sum())
         loss = loss + _penalty(model, rows, target, unit, wide)
     if model.loss == "fvu" and not model.prefixes:
         return loss, parts["reconstruction"].detach()[None], parts

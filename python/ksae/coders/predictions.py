@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import functional, ops
 from ..ops import accumulator
 from .code import Code
-from .terms import Term, total_variance
+from .terms import Term
 
 if TYPE_CHECKING:
     from .coder import SparseCoder
@@ -35,7 +35,7 @@ def auxk_prediction(
     acc = accumulator(model.W_dec.dtype)
     left = target.to(acc) - recon.to(acc)  # [N, d_out]
     left = left.detach() if term.aux.detached else left
-    return [prediction], left, total_variance(left)
+    return [prediction], left, model.variance(left)
 
 
 def unrectified(

@@ -66,16 +66,16 @@ class Term:
         return 1 if self.aux is None else self.aux.bias_gradients
 
     def denominator(
-        self, y: Tensor, variance: Tensor, of_residual: Tensor, n_dead: Tensor
+        self, N: int, d: int, variance: Tensor, of_residual: Tensor, n_dead: Tensor
     ) -> Tensor:
-        """Of y [N, d_out], its total variance [] and that of the residual -> []; 0 switches the
+        """Of a target [N, d], its total variance [] and that of the residual -> []; 0 switches the
         term off, as with no dead latent."""
-        elements = torch.full_like(variance, y.numel())
+        elements = torch.full_like(variance, N * d)
         if self.aux is None:
             return variance if self.by_variance else elements
         below = {"residual": of_residual, "target": variance, "elements": elements}[self.aux.unit]
         if self.aux.scaled:
-            below = below / (n_dead / max(y.shape[-1] // 2, 1)).clamp(max=1).to(below.dtype)
+            below = below / (n_dead / max(d // 2, 1)).clamp(max=1).to(below.dtype)
         return torch.where(n_dead > 0, below, 0)
 
     def value(self, predictions: Sequence[Tensor], target: Tensor, denominator: Tensor) -> Tensor:
@@ -112,11 +112,11 @@ def shares_of(prefixes: Sequence[int], weights: str | Sequence[float]) -> tuple[
     return (1 / {"mean": P, "sum": 1, "dictionary_learning": P * P}[weights],) * P
 
 
-def aux_width(model: SparseCoder, n_dead: Tensor | None) -> int:
+def aux_width(model: SparseCoder, n_dead: Tensor | int | None) -> int:
     """Entries a token of AuxK's code, no more than latents are dead; 0: none are, or no AuxK.
 
-    n_dead: []; None: it may not be read from its device. Then the last entries may be of living
-    latents, whose values are 0.
+    n_dead: [], or a bound of it; None: it may not be read from its device. Then and by a bound the
+    last entries may be of living latents, whose values are 0.
     """
     if model.auxk_alpha <= 0:
         return 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..coders.code import recomputes
 from . import lazy, sparse
 
 _EPS = 1e-8
@@ -161,7 +162,8 @@ class TopKSAE(nn.Module):
         values, indices = self._code(prepared, self.top_k)
         inner = self._decode((values, indices), self.pre_bias)  # [N, d], standardised
         recon = inner * info["std"] + info["mu"] if info else inner
-        self._count(values.detach(), indices)
+        if not recomputes():
+            self._count(values.detach(), indices)
         total = self._ratio(recon - x, x - self.pre_bias)
         seen, e = x.detach(), (recon - x).detach()
         unexplained = torch.var(e, dim=0).sum() / (torch.var(seen, dim=0).sum() + _EPS)

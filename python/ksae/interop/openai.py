@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..coders.code import recomputes
 from . import lazy, sparse
 
 
@@ -121,9 +122,10 @@ class Autoencoder(nn.Module):
         values, indices = self._code(x)
         latents = lazy.code(values, indices, self.latent_bias.shape[0])
         recons = self.decode(latents, info)
-        fired = torch.zeros_like(self.stats_last_nonzero)
-        fired.index_add_(0, indices.flatten(), (values > 0).flatten().long())
-        self.stats_last_nonzero.mul_(fired == 0).add_(1)
+        if not recomputes():
+            fired = torch.zeros_like(self.stats_last_nonzero)
+            fired.index_add_(0, indices.flatten(), (values > 0).flatten().long())
+            self.stats_last_nonzero.mul_(fired == 0).add_(1)
         latents_pre_act = self.encode_pre_act(x)
         lazy.selected(latents_pre_act, values, indices)
         return latents_pre_act, latents, recons
@@ -202,10 +204,11 @@ class FastAutoencoder(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """recons [..., d], {"auxk_inds", "auxk_vals"} [..., auxk] (None without auxk)."""
         values, indices = self._encode(x, self.k)
-        fired = torch.zeros_like(self.stats_last_nonzero)
         silent = 1e-3  # at this value and below
-        fired.index_add_(0, indices.flatten(), (values > silent).flatten().long())
-        self.stats_last_nonzero.mul_(fired == 0).add_(1)
+        if not recomputes():
+            fired = torch.zeros_like(self.stats_last_nonzero)
+            fired.index_add_(0, indices.flatten(), (values > silent).flatten().long())
+            self.stats_last_nonzero.mul_(fired == 0).add_(1)
         auxk_vals = auxk_inds = None
         if self.auxk is not None:
             dead = self.stats_last_nonzero > self.dead_steps_threshold

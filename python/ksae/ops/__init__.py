@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .. import torch_version  # noqa: F401
+from ..backends.product import product
 from ..reference.dtypes import FLOATS, MODES, accumulator
 from .messages import fail
 from .numbers import score
 from .register import OPS, serving
 
-__all__ = ["FLOATS", "MODES", "accumulator", "fail", "score", "serving"]
+__all__ = ["FLOATS", "MODES", "accumulator", "fail", "product", "score", "serving"]
 
 
 globals().update(OPS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends import serving, triton
+from ..backends import serving
 
 
 def keeps_bf16_copy(W_enc: Tensor, k: int, aux: bool = False) -> bool:
@@ -19,4 +19,4 @@ def keeps_bf16_copy(W_enc: Tensor, k: int, aux: bool = False) -> bool:
 
 def bf16_copy(W_enc: Tensor) -> tuple[Tensor, Tensor]:
     """The arguments W_bf16 [F, d] and norms of `topk_encode`, of float32 weights W_enc [F, d]."""
-    return triton.bf16_copy(W_enc)
+    return serving.bf16_copy(W_enc)

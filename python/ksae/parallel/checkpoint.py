@@ -55,20 +55,21 @@ def save_sharded(
     """
     path = Path(path)
     ranks: Shards | OneDevice = model.ranks or OneDevice()
+    everyone = getattr(ranks, "everyone", None)
     temporary = path.parent / f".{path.name}.tmp"
     failed = None
-    if ranks.rank == 0:
+    if ranks.leads:
         failed = _try(path, lambda: _fresh(temporary))
     _same_end(ranks, path, failed)
     own = {
         name if split else f"all/{name}": t
         for name, t, split in _named(model, step, f"{ranks.rank}/")
-        if split or ranks.rank == 0
+        if (ranks.writes if split else ranks.leads)
     }
-    group = ranks.group if isinstance(ranks, Shards) else None
+    group = None if everyone is None else everyone.group
     failed = _try(path, lambda: _write(own, temporary, group))
     _same_end(ranks, path, failed)
-    if ranks.rank == 0:
+    if ranks.leads:
         header = describe(model, KIND, extra) | {"ranks": ranks.size, "saved": time.time()}
         failed = _try(path, lambda: _finish(temporary, path, header))
     _same_end(ranks, path, failed)

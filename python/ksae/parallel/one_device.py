@@ -12,19 +12,24 @@ from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 
-# Values and indices [N, k] and, on one device, row offsets and pre-activations; of shards, by what
-# was chosen: scores [N, k] float32, None being the values
+# Values and indices [N, k] or, of codes with row offsets, [E]; what `codes` needs besides: row
+# offsets, or for shards by what was chosen, scores [N, k] float32, None being the values; and
+# pre-activations [E], where values are more
 Selected = tuple[Any, ...]
 
 
 class OneDevice:
     """The communicator of a coder that lies whole on one device: every exchange is the identity.
 
-    `Shards` replaces the methods; the phases of a step stay as they are. n tokens are a rank's own,
-    N = R n those of all ranks.
+    `Shards` and `Replicas` replace methods; the phases of a step stay as they are. n tokens are a
+    rank's own, N those that its latents are scored for: of all ranks, or where the coder has
+    replicas, of those that share one.
     """
 
-    rank, size = 0, 1  # this rank, R
+    rank, size = 0, 1  # of the ranks that share the latents: this one, their number
+    replicas = 1  # of the coder, each with tokens of its own
+    leads = True  # one of all ranks, which writes what all have
+    writes = True  # one of those that hold these latents, which writes them
 
     def agree(self, what: str, facts: dict[str, Any]) -> None:
         """Raise an error on every rank if `facts` differ between ranks."""
@@ -33,15 +38,23 @@ class OneDevice:
         """Let the other ranks know that this one raises an error instead of `agree`."""
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks [N, columns], from this one's [n, columns]."""
+        """The rows of the ranks that share the latents [N, columns], from this one's."""
         return rows
 
     def own(self, rows: Tensor) -> Tensor:
         """This rank's rows [n, columns] of [N, columns]."""
         return rows
 
-    def all_reduce(self, part: Tensor) -> Tensor:
-        """The sum over all ranks of a partial sum or count, of any shape."""
+    def totals(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Each the sum over all ranks of a partial sum or count, of any shape."""
+        return list(parts)
+
+    def over_latents(self, part: Tensor) -> Tensor:
+        """The sum over the ranks that share the latents."""
+        return part
+
+    def over_replicas(self, part: Tensor) -> Tensor:
+        """The sum over the ranks that hold the same latents for other tokens."""
         return part
 
     def variance(self, y: Tensor) -> Tensor:
@@ -66,11 +79,12 @@ class OneDevice:
         return [main if len(main) > 2 else (*main, None), (*aux, None)]
 
     def codes(
-        self, values: Tensor, indices: Tensor, offsets: Tensor | None, ks: Sequence[int]
+        self, values: Tensor, indices: Tensor, by: Tensor | None, ks: Sequence[int]
     ) -> list[Code]:
-        """From the best of this rank's latents, as `select` gives them [N, at least k], those of
-        the best k of all ranks, for each k of ks; entries of value 0 fill the rows."""
-        wide = Code(values, indices, offsets)  # sorted: the best are a prefix
+        """From the best of this rank's latents, as `select` gives them, [N, at least k] or with row
+        offsets, those of the best k of all ranks, for each k of ks; entries of value 0 fill the
+        rows. With offsets k is an average, 0: all of them."""
+        wide = Code(values, indices, by)  # sorted: the best are a prefix
         return [wide.first(k).contiguous() for k in ks]
 
     def residual(
@@ -84,9 +98,35 @@ class OneDevice:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`sparse_residual` of the codes of all ranks, target being this rank's rows [n, d].
 
-        Returns columns of the residual [N, columns], sums of its squares [any], and its products
-        with this rank's chosen rows of W_dec [N, k].
+        Returns columns of the residual [N, columns], sums of squares of this rank's rows [any], and
+        the residual's products with this rank's chosen rows of W_dec [N, k].
         """
         return ops.sparse_residual(  # type: ignore[no-any-return]
             *code.matrices(), W_dec, bias, target, columns, sums, code.offsets
         )
+
+    def prefix_residual(
+        self,
+        code: Code,
+        model: SparseCoder,
+        target: Tensor,
+        widths: Tensor,
+        shares: Tensor,
+        columns: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`prefix_residual` of the codes of all ranks; widths count this rank's latents.
+
+        Returns the table [P N, columns], for each rank its P n rows one after the other, sums of
+        squares of this rank's rows [P, any], and the values' gradients.
+        """
+        table, squares, grads = ops.prefix_residual(
+            *code.matrices(),
+            model.W_dec,
+            model.b_dec,
+            target,
+            widths,
+            shares,
+            columns,
+            code.offsets,
+        )
+        return table.flatten(0, 1), squares, grads

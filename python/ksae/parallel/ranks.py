@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import ops
 from ..errors import RankError
+from ..ops import accumulator
+from .cost import SMALL
 
 # torch 2.13 renames it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-SMALL = 1 << 14  # elements: a sum of fewer is made in one exchange instead of two
 
 
 class Ranks:
@@ -72,6 +74,24 @@ class Ranks:
             dist.all_to_all_single(_bytes(mine), _bytes(rows), group=self.group)
         return mine.view(self.size, rows.shape[0] // self.size, *rows.shape[1:])
 
+    def broadcast(self, named: dict[str, Tensor] | None, source: int) -> dict[str, Tensor]:
+        """Tensors by name on the CPU, of any shapes, from the rank `source`, which alone has them,
+        to all."""
+        about: list[Any] = [{n: (list(t.shape), t.dtype) for n, t in (named or {}).items()}]
+        got = {}
+        with self.exchange("reasons", 0):
+            dist.broadcast_object_list(
+                about, group=self.group, group_src=source, device=self.device
+            )
+        for name, (shape, dtype) in about[0].items():
+            t = torch.empty(shape, dtype=dtype) if named is None else named[name]
+            t = t.contiguous().to(self.device)
+            size = 0 if named is None else t.numel() * t.element_size() * (self.size - 1)
+            with self.exchange("harvest", size):
+                dist.broadcast(_bytes(t), group=self.group, group_src=source)
+            got[name] = t.cpu()
+        return got
+
     def own(self, rows: Tensor) -> Tensor:
         """This rank's rows [n, ...] of [R n, ...]; no exchange."""
         n = rows.shape[0] // self.size
@@ -85,6 +105,46 @@ class Ranks:
         padded = torch.nn.functional.pad(flat, (0, -flat.numel() % self.size))
         mine = _sum(self.scatter(padded, name))
         return self.gather(mine, name)[: flat.numel()].view(part.shape)
+
+    def totals(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Each the sum over ranks, of any shape; of the small ones in one exchange, in float64."""
+        small = [i for i, part in enumerate(parts) if part.numel() <= SMALL]
+        flat = torch.cat([parts[i].reshape(-1).double() for i in small]) if small else None
+        sums: Iterator[Tensor] = iter(())
+        if flat is not None:
+            sizes = [parts[i].numel() for i in small]
+            sums = iter(torch.split(_sum(self.gather(flat[None], "sums")), sizes))
+        return [
+            next(sums).view(part.shape).to(part.dtype)
+            if part.numel() <= SMALL
+            else self.all_reduce(part)
+            for part in parts
+        ]
+
+    def variance(self, y: Tensor) -> Tensor:
+        """`total_variance` of the rows of all ranks: [], from this one's [n, d], in float64 of the
+        variance and the mean of each rank's rows."""
+        mean = y.sum(0, dtype=torch.float64) / max(len(y), 1)  # [d]
+        size = torch.full((1,), len(y), dtype=torch.float64, device=y.device)
+        within = ops.total_variance(y).double()[None] if len(y) else torch.zeros_like(size)
+        mine = torch.cat([size, within, mean])
+        every = self.gather(mine[None], "variance")
+        sizes, withins, means = torch.split(every, [1, 1, y.shape[1]], 1)
+        middle = (sizes * means).sum(0) / sizes.sum()  # [d]
+        variance: Tensor = withins.sum() + (sizes * (means - middle).square()).sum()
+        return variance.to(accumulator(y.dtype))
+
+    def observed(self, values: Tensor) -> Tensor:
+        """Of each rank the smallest positive one of its values [any], 0 without one: [R]."""
+        flat = torch.nn.functional.pad(values.reshape(-1), (0, 1))  # one of none
+        least = torch.where(flat > 0, flat, torch.inf).min()
+        every = self.gather(least[None], "least values")
+        return torch.where(every.isinf(), 0, every)
+
+    def mean_entries(self, E: int, N: int) -> float:
+        """A token of all ranks, of E on this one's N tokens."""
+        total, tokens = self.totals([torch.tensor(n, device=self.device) for n in (E, N)])
+        return float(total) / max(int(tokens), 1)
 
     # ---------------------------------------------------------------------------------- agreement
 
@@ -132,38 +192,6 @@ class Ranks:
                         f" {b} on rank {rank}"
                     )
         raise RankError(f"{what}: facts must be the same on all ranks, got {every}")
-
-
-def ranks_of(mesh: Any) -> Ranks:
-    """The ranks of a DeviceMesh of one dimension, a process group, or None: all processes.
-
-    Raises:
-        ValueError: torch.distributed is not set up, or mesh does not fit.
-    """
-    if not dist.is_available() or not dist.is_initialized():
-        raise ValueError(
-            "shard: torch.distributed must be set up, as by torchrun and"
-            " torch.distributed.init_process_group, got no process group"
-        )
-    from torch.distributed.device_mesh import DeviceMesh
-
-    group = mesh
-    if mesh is None:
-        group = dist.group.WORLD
-    elif isinstance(mesh, DeviceMesh):
-        if mesh.ndim != 1:
-            raise ValueError(
-                f"shard: mesh must have 1 dimension, got {mesh.ndim} of sizes {tuple(mesh.shape)};"
-                " mesh['name'] is one of them"
-            )
-        if mesh.get_coordinate() is None:
-            got = f"{mesh.mesh.tolist()} without rank {dist.get_rank()}"
-            raise ValueError(f"shard: mesh must have this process in it, got {got}")
-        group = mesh.get_group()
-    if not isinstance(group, dist.ProcessGroup):
-        kind = type(mesh).__name__
-        raise TypeError(f"shard: mesh must be a DeviceMesh, a ProcessGroup or None, got {kind}")
-    return Ranks(group)
 
 
 def set_up(timeout: float = 600.0) -> bool:

@@ -11,17 +11,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..coders import registry
-from ..coders.activation import GradTopK, TopK
+from ..coders.activation import BatchTopK, GradTopK, JumpReLU, TopK
 from ..coders.coder import SparseCoder
-from ..coders.terms import Term, terms_of
 from ..version import VERSION
-from .ranks import ranks_of
+from .layout import lay_out
+from .peers import Peers
+from .replicas import Replicas
 from .shards import Shards
 
-BY_LATENT = ("W_enc", "b_enc", "W_dec", "tokens_since_fired")  # the rest is on every rank
+# The rest is on every rank.
+BY_LATENT = ("W_enc", "b_enc", "W_dec", "log_threshold", "tokens_since_fired")
+SERVED = (TopK, GradTopK, BatchTopK, JumpReLU)
 
 
-def shard(sae: SparseCoder, mesh: Any = None) -> SparseCoder:
+def shard(sae: SparseCoder, mesh: Any = None, *, replicas: int | None = None) -> SparseCoder:
     """This rank's part of a coder: of R ranks, rank r holds latents r, r + R, ...
 
     Every rank calls it with the same coder, and `TrainStep` trains the part. A step takes each
@@ -30,19 +33,28 @@ def shard(sae: SparseCoder, mesh: Any = None) -> SparseCoder:
     so numbers differ from one device's by rounding, and have the same bits whenever R is the same.
     Weights, gradients of weights and moments are never sent. With one rank the coder stays whole.
 
+    With D replicas the first R / D ranks hold the coder together, the next ones a copy of it, and
+    so on; D = R is data parallelism. Sent are then also the gradients of the rows that the batch
+    touches, which are added in the order of replicas. It sends less where the coder is small beside
+    the batch; `ksae.parallel.layout.best_replicas` says where.
+
     Args:
-        sae: whole, with `TopK` or `GradTopK`, float32, bfloat16 or float16. On the meta device,
-            where it takes no memory, each rank draws the first weights of its own latents.
-        mesh: a DeviceMesh of one dimension, a process group, or None: all processes. An exchange
-            takes no longer than the time-out of its process group.
+        sae: whole, float32, or but for `BatchTopK` bfloat16 or float16, with `TopK`, `GradTopK`,
+            `BatchTopK` or `JumpReLU`. On the meta device, where it takes no memory, each rank draws
+            the first weights of its own latents.
+        mesh: a DeviceMesh of one dimension, or of two: replicas, and the ranks of each; a process
+            group; or None: all processes. An exchange takes no longer than the time-out of its
+            process group.
+        replicas: of the coder; None: 1, or what a mesh of two dimensions says.
 
     Returns:
         A coder of the same class with parameters of its own. Its options are those of the whole,
         its tensors have the rows of its latents. It has no forward pass: see `unshard`.
 
     Raises:
-        ValueError: on every rank if settings, versions or parameters differ between ranks, F < R,
-            or mesh does not fit. TypeError: an activation, dtype or mesh that is not served.
+        ValueError: on every rank if settings, versions, parameters or meshes differ between ranks,
+            F < R / replicas, or mesh or replicas do not fit. TypeError: an activation, dtype or
+            mesh that is not served. RankError: another rank has raised an error.
 
     Example:
         torchrun --nproc-per-node 2 train.py
@@ -53,25 +65,33 @@ def shard(sae: SparseCoder, mesh: Any = None) -> SparseCoder:
         >>> step = ksae.TrainStep(sae, lr=1e-4)  # doctest: +SKIP
         >>> metrics = step(x)  # x: this rank's tokens  # doctest: +SKIP
     """
-    ranks = ranks_of(mesh)
+    latents = sae.d_sae if isinstance(sae, SparseCoder) else 0
+    ranks = lay_out(mesh, replicas, latents)
+    size = 1 if ranks is None else ranks.size
     try:
-        _check(sae, ranks.size)
+        _check(sae, size)
     except Exception as error:
-        ranks.refuse("shard", error)
+        if ranks is not None:
+            ranks.refuse("shard", error)
         raise
-    ranks.agree("shard", _facts(sae))
-    rank, R = ranks.rank, ranks.size
+    if ranks is not None:
+        ranks.agree("shard", _facts(sae))
+    rank = 0 if ranks is None else ranks.rank
     part = copy.copy(sae)
     part._buffers, part._parameters = dict(sae._buffers), dict(sae._parameters)
-    source = _drawn(sae, rank, R, ranks.device) if sae.W_enc.is_meta else sae
+    source = _drawn(sae, rank, size) if sae.W_enc.is_meta else sae
     for name, t in source.state_dict().items():
-        own = t[rank::R] if name in BY_LATENT and source is sae else t
+        own = t[rank::size] if name in BY_LATENT and source is sae else t
         own = own.detach().clone(memory_format=torch.contiguous_format)
         if name in part._parameters:
             part._parameters[name] = nn.Parameter(own)
         else:
             part._buffers[name] = own
-    part.ranks = Shards(ranks.group, sae.d_sae) if R > 1 else None
+    part.ranks = ranks
+    if isinstance(ranks, Replicas):
+        part.peers = Peers(ranks.everyone)
+    elif ranks is not None:
+        part.peers = Peers(ranks.data)
     return part
 
 
@@ -80,16 +100,20 @@ def unshard(part: SparseCoder) -> SparseCoder | None:
 
     Rank 0 needs the memory of all parameters.
     """
-    ranks: Shards | None = part.ranks
+    ranks: Shards | Replicas | None = part.ranks
     if ranks is None:
         return part
     whole = None
-    if ranks.rank == 0:
+    if ranks.leads:
         whole = copy.copy(part)
         whole._buffers, whole._parameters = dict(part._buffers), dict(part._parameters)
-        whole.ranks = None
+        whole.ranks = whole.peers = None
+    if not ranks.writes:  # a copy of what others hold
+        return None
     for name, t in part.state_dict().items():
-        full = gather_latents(ranks, t) if name in BY_LATENT else t.detach().clone()
+        full: Tensor | None = t.detach().clone()
+        if name in BY_LATENT and isinstance(ranks, Shards):
+            full = gather_latents(ranks, t)
         if whole is None or full is None:
             continue
         if name in whole._parameters:
@@ -123,20 +147,18 @@ def _check(sae: SparseCoder, R: int) -> None:
         raise TypeError(f"shard: sae must be a coder of ksae, got {type(sae).__name__}")
     if sae.ranks is not None:
         raise ValueError("shard: sae must be whole, got one that is spread over ranks")
-    if type(sae.activation) not in (TopK, GradTopK):
-        got = type(sae.activation).__name__
-        raise TypeError(f"shard: sae must have the activation TopK or GradTopK, got {got}")
-    if sae.prefixes or any(term.aux and not _plain(term) for term in terms_of(sae, 1)):
-        raise TypeError("shard: sae must have no prefixes and the AuxK of TopK, got another loss")
+    kind = type(sae.activation)
+    if kind not in SERVED:
+        wanted = ", ".join(served.__name__ for served in SERVED)
+        raise TypeError(f"shard: sae must have an activation of {wanted}, got {kind.__name__}")
+    if kind is BatchTopK and sae.W_enc.dtype != torch.float32:  # its order is by float32 values
+        raise TypeError(f"shard: sae must be float32 with BatchTopK, got {sae.W_enc.dtype}")
+    if isinstance(sae.activation, JumpReLU) and sae.activation.penalty == "tanh":
+        raise TypeError("shard: sae must have JumpReLU with the penalty l0 or target_l0, got tanh")
     if sae.W_enc.dtype == torch.float64:  # keys are of float32 scores
         raise TypeError("shard: sae must be float32, bfloat16 or float16, got torch.float64")
     if sae.d_sae < R:
         raise ValueError(f"shard: sae must have at least {R} latents, one a rank, got {sae.d_sae}")
-
-
-def _plain(term: Term) -> bool:
-    """Whether a term for dead latents is that of arXiv 2406.04093."""
-    return term.aux is not None and term.of_residual and not term.aux.signed
 
 
 def _facts(sae: SparseCoder) -> dict[str, Any]:
@@ -158,13 +180,19 @@ def _bits(t: Tensor) -> Tensor:
     return t.detach().reshape(-1).view(kind)
 
 
-def _drawn(sae: SparseCoder, rank: int, R: int, device: torch.device) -> SparseCoder:
+def _drawn(sae: SparseCoder, rank: int, R: int) -> SparseCoder:
     """The latents of one rank with first weights, of a coder that is on the meta device."""
     here = len(range(rank, sae.d_sae, R))
-    config = sae.config()
+    cuda = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    of_all = ("prefixes", "prefix_weights", "multi_k", "multi_weights")  # and no weight's
+    config = {n: value for n, value in sae.config().items() if n not in of_all}
     kind = registry.find(config.pop("class"))
     assert kind is not None
-    options = {"d_sae": here, "k": min(sae.k, here), "device": device}
+    options = {"d_sae": here, "device": device}
+    for holder in (config, config.get("activation", {})):
+        if "k" in holder:
+            holder["k"] = min(sae.k, here)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(torch.initial_seed() + rank)
         return kind(**config | options)

@@ -13,6 +13,7 @@ from ksae.coders import (
     GradTopK,
     GroupMax,
     JumpReLU,
+    MatchingPursuit,
     NormTopK,
     ReLU,
     TopK,
@@ -32,6 +33,7 @@ NAMES: dict[type[Activation], str] = {
     AbsTopK: "abs_topk",
     GroupMax: "group_max",
     NormTopK: "norm_topk",
+    MatchingPursuit: "pursuit",
 }
 
 
@@ -46,6 +48,8 @@ def activation_of(config: ModelConfig) -> Activation:
             return AbsTopK(config.k)
         case "group_max":
             return GroupMax(config.k)
+        case "pursuit":
+            return MatchingPursuit(config.k)
         case "norm_topk":
             return NormTopK(config.k)
         case "gated":
@@ -69,6 +73,8 @@ def check_activation(model: ModelConfig, where: str) -> None:
     """
     name = model.activation
     kind = activation_of(model)
+    if kind.of_input and model.kind != "sae":
+        raise UserError(f"{where}: model.kind must be sae with {name}, got {model.kind}")
     others = ("multi_topk", False), ("multi_k", None)
     for key, off in (("beta", None), *(others if kind.ragged or not kind.other_k else ())):
         got = getattr(model, key)

@@ -117,6 +117,7 @@ class TrainConfig:
     fused: bool = setting(True, "the fused step; false runs autograd and torch's Adam")
     seed: int = setting(0, "of the weights and of the order of the data")
     timeout: float = setting(600.0, "several processes: seconds that they wait for each other")
+    replicas: int | None = setting(None, "several processes: copies; default what sends least")
     threads: int | None = setting(None, "CPU threads; default torch's")
     prefetch: int = setting(2, "batches read ahead in a thread; 0 reads in the training loop")
     checkpoint_every: int = setting(1000, "steps between checkpoints")
@@ -298,6 +299,8 @@ def check(config: RunConfig, where: str = "config") -> None:
         from ksae.runs.activation import check_activation  # with torch, as above
 
         check_activation(model, where)
+        if train.fused and model.activation == "pursuit":
+            raise UserError(f"{where}: train.fused must be false with pursuit, got true")
     _check_schedules(config, where)
     if warmup_steps(train) > total_steps(train):
         raise UserError(

@@ -28,6 +28,7 @@ from ksae.activations.cache import META
 from ksae.activations.progress import say
 from ksae.analysis.top_contexts import repeats
 from ksae.errors import UserError
+from ksae.parallel.ranks import Ranks
 from ksae.runs.config import DataConfig
 
 ORIGIN = ("model", "hook", "target_hook", "model_fingerprint")
@@ -56,13 +57,15 @@ def open_data(
     gradient: bool = False,
     progress: bool = True,
     fits: Callable[[ActivationSource], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> RunData:
     """Open files of activations, or harvest them from a language model over a text.
 
     Held out is a share of the documents, or the last rows of a file. Which ones does not depend
     on the run's seed, so that runs can be compared. `gradient` harvests the gradients of
     `config.gradient` too; a file has them or has not. `fits` raises if a source of the widths that
-    the activations are to have is of no use; it is called before the harvest.
+    the activations are to have is of no use; it is called before the harvest. `ranks` are processes
+    that all call it and share the harvest.
     """
     if config.activations is not None:
         for key in ("model", "hook", "text", "exclude", "model_revision"):
@@ -80,7 +83,7 @@ def open_data(
             raise UserError(
                 f"train: data.{key} must be given, or a file as data.activations, got neither"
             )
-    return _harvest(config, gradient, progress, fits)
+    return _harvest(config, gradient, progress, fits, ranks)
 
 
 def open_files(path: str, targets: str | None = None) -> tuple[ArraySource, ArraySource | None]:
@@ -188,6 +191,7 @@ def _harvest(
     gradient: bool,
     progress: bool,
     fits: Callable[[ActivationSource], None] | None,
+    ranks: Ranks | None,
 ) -> RunData:
     assert config.model is not None and config.hook is not None
     lm = load_lm(config)
@@ -215,6 +219,7 @@ def _harvest(
             gradient=loss,
             progress=progress,
             model_name=config.model,
+            ranks=ranks,
         )
 
     return RunData(

@@ -24,12 +24,20 @@ class ModelConfig:
     d_sae: int = setting(4096, "latents")
     k: int = setting(32, "active latents per token")
     activation: Literal[
-        "topk", "batch_topk", "norm_topk", "abs_topk", "group_max", "jump_relu", "relu", "gated"
+        "topk",
+        "batch_topk",
+        "norm_topk",
+        "abs_topk",
+        "group_max",
+        "pursuit",
+        "jump_relu",
+        "relu",
+        "gated",
     ] = setting(
         "topk",
         "batch_topk: k a token on average; norm_topk: by value times decoder norm; "
-        "abs_topk: of either sign; group_max: one of each of k groups; jump_relu: learned "
-        "thresholds; relu, gated: kept sparse by l1",
+        "abs_topk: of either sign; group_max: one of each of k groups; pursuit: k steps; "
+        "jump_relu: learned thresholds; relu, gated: kept sparse by l1",
     )
     threshold: Literal["running", "saelens", "dictionary_learning"] = setting(
         "running", "of batch_topk: how the threshold for use is estimated"

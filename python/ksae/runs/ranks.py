@@ -17,13 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ksae.coders.activation import BatchTopK
+from ksae.coders.coder import SparseCoder
 from ksae.errors import UserError
 from ksae.parallel import ranks as processes
 from ksae.parallel.checkpoint import save_sharded
-from ksae.parallel.shard import unshard
-from ksae.parallel.shards import Shards
+from ksae.parallel.cost import Sizes
+from ksae.parallel.layout import best_replicas
+from ksae.parallel.ranks import Ranks
+from ksae.parallel.shard import SERVED, shard, unshard
 from ksae.runs import checkpoint
-from ksae.runs.config import LogConfig, RunConfig
+from ksae.runs.activation import NAMES
+from ksae.runs.config import LogConfig, RunConfig, TrainConfig
 from ksae.runs.directory import held
 from ksae.runs.log import RunLog
 from ksae.runs.signals import Signals
@@ -46,13 +51,29 @@ def quiet(config: RunConfig) -> RunConfig:
     """The configuration of a rank: rank 0 alone logs.
 
     Raises:
-        UserError: a batch cannot be divided among the ranks.
+        UserError: a batch cannot be divided among the ranks, or they do not serve something.
     """
     R = dist.get_world_size()
     if config.train.batch_size % R:
         raise UserError(
             f"train: train.batch_size must be a multiple of the {R} processes, got"
             f" {config.train.batch_size}"
+        )
+    if (replicas := config.train.replicas) is not None and (replicas < 1 or R % replicas):
+        raise UserError(
+            f"train: train.replicas must divide the {R} processes, or be left out, got {replicas}"
+        )
+    served = [name for kind, name in NAMES.items() if kind in SERVED]
+    if config.model.start is None and config.model.activation not in served:
+        names = ", ".join(dict.fromkeys(served))
+        raise UserError(
+            f"train: model.activation must be one of {names} for several processes, got"
+            f" {config.model.activation}"
+        )
+    if config.model.activation == "batch_topk" and config.train.dtype != "float32":
+        raise UserError(
+            "train: train.dtype must be float32 with batch_topk for several processes, got"
+            f" {config.train.dtype}"
         )
     if not config.train.fused:
         raise UserError("train: train.fused must be true for several processes, got false")
@@ -61,6 +82,25 @@ def quiet(config: RunConfig) -> RunConfig:
         if dist.get_rank() == 0
         else dataclasses.replace(config, log=LogConfig(progress=False))
     )
+
+
+def part_of(model: SparseCoder, config: TrainConfig) -> SparseCoder:
+    """This rank's part of a new model, in as many replicas as the configuration says or sends
+    least; what is known of it to all ranks is the same."""
+    R, replicas = dist.get_world_size(), config.replicas
+    if replicas is None:
+        sizes = Sizes(
+            R,
+            config.batch_size // R,
+            model.d_out,
+            model.d_sae,
+            max(model.k, 1),
+            model.W_enc.element_size(),
+            prefixes=max(len(model.prefixes), 1),
+            batch=isinstance(model.activation, BatchTopK),
+        )
+        replicas = best_replicas(sizes)
+    return shard(model, replicas=replicas)
 
 
 @contextlib.contextmanager
@@ -79,14 +119,10 @@ def held_by_one(out: Path, resume: bool, restart: bool) -> Iterator[Path | None]
         yield told[0]
 
 
-@contextlib.contextmanager
-def one_after_the_other(wanted: bool) -> Iterator[None]:
-    """Rank 0 does the block before the others do, which find what it has kept on disk."""
-    if wanted and dist.get_rank() > 0:
-        dist.barrier()
-    yield
-    if wanted and dist.get_rank() == 0:
-        dist.barrier()
+def all_of_them() -> Ranks:
+    """The processes of the run."""
+    assert dist.group.WORLD is not None
+    return Ranks(dist.group.WORLD)
 
 
 class RankTrainer(Trainer):
@@ -94,18 +130,18 @@ class RankTrainer(Trainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        assert isinstance(self.model.ranks, Shards)
         self.ranks = self.model.ranks
-        self.writes = self.ranks.rank == 0
+        self.everyone: Ranks = self.ranks.everyone
+        self.writes = self.ranks.leads
 
     def _take(self, x: Tensor, y: Tensor | None, g: Tensor | None) -> dict[str, Tensor]:
-        x, y, g = (None if t is None else self.ranks.own(t) for t in (x, y, g))  # type: ignore[assignment]
+        x, y, g = (None if t is None else self.everyone.own(t) for t in (x, y, g))  # type: ignore[assignment]
         return self.train_step(x, y, grad=g)
 
     def _stop(self, signals: Signals) -> bool:
         """A signal to one rank is one to all: they end after the same step."""
-        mine = torch.tensor([signals.received or 0], device=self.ranks.device)
-        signals.received = int(self.ranks.gather(mine, "signals").max()) or None
+        mine = torch.tensor([signals.received or 0], device=self.everyone.device)
+        signals.received = int(self.everyone.gather(mine, "signals").max()) or None
         return super()._stop(signals)
 
     def _begin(self, newest: Path | None) -> RunLog:
@@ -141,7 +177,7 @@ class RankTrainer(Trainer):
             out=self.out,
             model_path=self.out / "model.safetensors",
             plots=[],
-            rank=self.ranks.rank,
+            rank=self.everyone.rank,
         )
 
 

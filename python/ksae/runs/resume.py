@@ -14,6 +14,7 @@ FREE = frozenset(
         "train.device",
         "train.threads",
         "train.timeout",
+        "train.replicas",
         "train.prefetch",
         "train.checkpoint_every",
         "train.keep_last",

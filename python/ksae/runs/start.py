@@ -13,7 +13,7 @@ import torch
 from ksae.activations import ActivationSource
 from ksae.activations.progress import say
 from ksae.coders.coder import SparseCoder
-from ksae.parallel.shard import shard
+from ksae.parallel.ranks import Ranks
 from ksae.runs import checks, ranks
 from ksae.runs import config as runconfig
 from ksae.runs.checkpoint import identity
@@ -62,14 +62,13 @@ def _prepare(
         config, model = start_from(config, path, device)
     if newest is not None:
         compare_early(config, newest, allow_change)
-    with ranks.one_after_the_other(R > 1 and config.data.cache is not None):
-        data = open_run_data(config, model)
+    data = open_run_data(config, model, ranks.all_of_them() if R > 1 else None)
     torch.manual_seed(config.train.seed)
     if model is None:
         model = build_model(config.model, data.train, dtype=config.train.dtype, device=device)
     kind = Trainer if R == 1 else ranks.RankTrainer
     trainer = kind(
-        model if R == 1 else shard(model),
+        model if R == 1 else ranks.part_of(model, config.train),
         data.train,
         config.train,
         out=config.out,
@@ -87,7 +86,9 @@ def _prepare(
     return trainer
 
 
-def open_run_data(config: RunConfig, model: SparseCoder | None = None) -> RunData:
+def open_run_data(
+    config: RunConfig, model: SparseCoder | None = None, together: Ranks | None = None
+) -> RunData:
     """The data of a run, refused before the harvest if they do not fit its model."""
     checks.check_needs(config)
 
@@ -100,7 +101,8 @@ def open_run_data(config: RunConfig, model: SparseCoder | None = None) -> RunDat
             checks.check_gradient(source, kind)
 
     gradient = config.model.beta is not None
-    return open_data(config.data, gradient=gradient, progress=config.log.progress, fits=fits)
+    shown = config.log.progress
+    return open_data(config.data, gradient=gradient, progress=shown, fits=fits, ranks=together)
 
 
 def compare_early(config: RunConfig, newest: Path, allow_change: bool = False) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..coders.activation.base import Goal
-from ..coders.code import Code
+from ..coders.code import Code, by_row
 from ..coders.coder import SparseCoder
 
 
@@ -65,9 +65,7 @@ def of_zeros(
 
 def _products(residual: Tensor, rows: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """<residual[row], W_dec[index]> of entries in any order: [E]."""
-    order = rows.argsort(stable=True)
-    bounds = torch.arange(len(residual) + 1, device=rows.device, dtype=rows.dtype)
-    offsets = torch.searchsorted(rows[order], bounds)
+    order, offsets = by_row(rows, len(residual))
     products = ops.sparse_decode_backward_values(residual, indices[order, None], W_dec, offsets)
     out = torch.empty_like(products[:, 0])
     out[order] = products[:, 0]

@@ -8,6 +8,7 @@ What shards of the latents exchange goes through the communicator.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -18,11 +19,15 @@ from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
+from ..ops import product
 from ..parallel.one_device import OneDevice
 from ..parallel.shards import Shards
+from .dead_latents import DeadLatents
+from .dense_auxk import dense_auxk, pays
 from .entries import of_zeros, pass_on
 from .nested import Nested, prefix_metrics, together
-from .phases import Batch, Groups, Selection, Sums
+from .phases import Batch, Groups, Selection, Sums, columns_at_a_time, weighted_rows
+from .row_gradients import decoder_rows, encoder_rows, over_replicas
 from .state import State
 from .unfused import GRAD_SCALE, RATE, Metrics, scale_to
 
@@ -33,7 +38,7 @@ class FusedStep:
     Args:
         model, state: what is updated.
         clip_norm, clip, decoder_lr: as of TrainStep.
-        communicator: between the shards of the model's latents.
+        communicator: between the shards of the model's latents and its replicas.
     """
 
     def __init__(
@@ -48,22 +53,28 @@ class FusedStep:
         self.model, self.state, self.clip_norm, self.clip = model, state, clip_norm, clip
         self.decoder_lr = decoder_lr
         self.communicator, self.is_whole = communicator, communicator.size == 1
+        self.is_one = self.is_whole and communicator.replicas == 1
         self.latents = model.W_enc.shape[0]  # of this rank
         # one reading of the residual less
-        self.sums_in_decode = model.W_enc.is_cuda and self.is_whole
-        self.asks_for_dead = not model.W_enc.is_cuda  # on CUDA only the device knows how many
-        self.nested = Nested(model, state.acc) if model.prefixes else None
+        self.sums_in_decode = model.W_enc.is_cuda and self.is_one
+        # on CUDA only the device knows how many are dead; of ranks, nobody does
+        self.dead_latents: DeadLatents | None = None
+        self.asks_for_dead = not model.W_enc.is_cuda
+        if model.W_enc.is_cuda and self.is_one and model.auxk_alpha > 0:
+            self.dead_latents = DeadLatents(model)
+        self.nested = Nested(model, state.acc, communicator) if model.prefixes else None
 
     @torch.no_grad()
     def step(self, x: Tensor, y: Tensor, grad: Tensor | None) -> tuple[Metrics, Tensor]:
-        """A step on x [N, d_in] of all ranks and y [n, d_out] of this one, grad [N, d_out].
+        """A step on x [N, d_in] of the ranks that share the latents and y [n, d_out] of this one,
+        grad [N, d_out].
 
         Returns metrics, and whether all was finite, [] bool.
         """
         model, acc = self.model, self.state.acc
         target = y
         if model.W_skip is not None:
-            target = y.to(acc) - self.communicator.own(x).to(acc) @ model.W_skip.to(acc).T
+            target = y.to(acc) - product(self.communicator.own(x), model.W_skip.T)
         batch = Batch(x, y, target, grad)
         chosen = self.encode(batch)
         columns = self.columns(batch, chosen)
@@ -79,12 +90,14 @@ class FusedStep:
     def encode(self, batch: Batch) -> Selection:
         """The code of each term: prefixes of one selection, and for AuxK that of dead latents."""
         model, communicator = self.model, self.communicator
-        n_dead = communicator.all_reduce(model.dead.sum())
-        k_aux = aux_width(model, n_dead if self.asks_for_dead else None)
+        n_dead = communicator.over_latents(model.dead.sum())
+        most = None if self.dead_latents is None else self.dead_latents.most()
+        k_aux = aux_width(model, n_dead if self.asks_for_dead else most)
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
         ks = [term.k for term in terms if term.aux is None]
-        k, k_aux = min(max(ks), self.latents), min(k_aux, self.latents)
-        self.state.keep_bf16_copy(max(k, k_aux), k_aux > 0, batch.grad is not None)
+        dense = (most or 0) if pays(terms[-1], most, model.W_enc) else 0
+        k, k_aux = min(max(ks), self.latents), 0 if dense else min(k_aux, self.latents)
+        self.state.keep_bf16_copy(k, k_aux, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         chosen = communicator.select(model, batch.x, k, k_aux, *how)
         values, indices, by, *pre = chosen[0]
@@ -96,46 +109,43 @@ class FusedStep:
             if term.aux is None:
                 codes.append(next(prefixes))
                 continue
+            if dense:
+                break
             aux_values, aux_indices, by = chosen[1]
             if term.aux.signed:
                 aux_values = unrectified(model, batch.x, aux_values, aux_indices, model.dead)
             (code,) = communicator.codes(aux_values, aux_indices, by, [term.k])
             codes.append(code if term.of_residual else together(codes[0], code))
-        return Selection(terms, codes, n_dead)
+        return Selection(terms, codes, n_dead, dense)
+
+    def tokens(self, batch: Batch) -> int:
+        """Of all ranks."""
+        return len(batch.x) * self.communicator.replicas
 
     # ------------------------------------------------------------------------------------ residual
 
     def columns(self, batch: Batch, chosen: Selection) -> int:
-        """How many columns of the residual exist at a time.
-
-        The residual [N, d] is a CPU's largest temporary. Where it is not small beside [N, F], or a
-        16-bit copy of the batch is there as well, half of it exists at a time. On a GPU chunks of
-        scores are larger, and the other half would cost gathers again. P prefixes have P residuals,
-        of which as many columns less exist at a time.
-        """
-        model, d = self.model, self.model.d_out
-        tables = max(len(model.prefixes), 1)
-        has_room = batch.x.is_cuda or (64 if self.state.masters else 32) * d <= model.d_sae
-        whole = len(chosen.terms) > 1 or model.skip or self.clip_norm or has_room
-        if (
-            batch.x.is_cuda
-            or model.activation.penalized
-            or (tables == 1 and whole)
-            or not self.is_whole
-        ):
-            return d
-        parts = tables * (1 if has_room else 2)
-        return min(d, (d + 4 * parts - 1) // (4 * parts) * 4)  # a multiple of 4
+        """How many columns of the residual exist at a time."""
+        whole = len(chosen.terms) > 1 or bool(self.clip_norm) or not self.is_one
+        return columns_at_a_time(self.model, whole, not self.is_one, bool(self.state.masters))
 
     def residual(self, batch: Batch, chosen: Selection, columns: int) -> Groups:
         """Each term's residual, the gradients of its values, and its code grouped by latent."""
         model, communicator, groups = self.model, self.communicator, Groups()
         groups.variance = communicator.variance(batch.y)
-        for term, code in zip(chosen.terms, chosen.codes, strict=True):
+        for term, code in zip_longest(chosen.terms, chosen.codes):
             target, variance = batch.target, groups.variance
             if term.of_residual:
                 target = -self._whole_residual(batch, chosen, groups)  # y - recon
                 variance = communicator.variance(target)
+            if code is None:
+                dead = (model.dead, chosen.most_dead)
+                groups.dense = dense_auxk(model, batch.x, target, term, *dead)
+                groups.sq_errors.append(groups.dense.sq_error)
+                N, d = self.tokens(batch), model.d_out
+                below = term.denominator(N, d, groups.variance, variance, chosen.n_dead)
+                groups.denominators.append(below)
+                continue
             residual, square, grads, sums = self._residual(term, code, target, groups, columns)
             if groups.residuals and columns < model.d_out:
                 groups.whole.append(residual)
@@ -149,12 +159,12 @@ class FusedStep:
             groups.residuals.append(residual)
             groups.sq_errors.append(square)
             groups.sums.append(sums)
-            below = term.denominator(batch.y, groups.variance, variance, chosen.n_dead)
-            if not (self.is_whole or term.by_variance):  # a count of this rank's elements
-                below *= communicator.size
+            N, d = self.tokens(batch), model.d_out
+            below = term.denominator(N, d, groups.variance, variance, chosen.n_dead)
             groups.denominators.append(below)
         if self.nested is not None:
-            groups.row_of = self.nested.row_of(chosen.terms, chosen.codes)
+            terms = chosen.terms[: len(chosen.codes)]
+            groups.row_of = self.nested.row_of(terms, chosen.codes, len(batch.y))
         if any(code.offsets is not None for code in chosen.codes):
             groups.token_of = [code.rows().reshape(-1).int() for code in chosen.codes]
             groups.row_of = groups.row_of or groups.token_of
@@ -197,7 +207,8 @@ class FusedStep:
     def sums(self, batch: Batch, chosen: Selection, g: Groups) -> tuple[Sums, Metrics]:
         """Loss and metrics; sums over the tokens that make the gradients of the small parameters,
         and of each decoder row its product with its gradient."""
-        model, acc = self.model, self.state.acc
+        model, acc, N = self.model, self.state.acc, self.tokens(batch)
+        small, active = self._total(batch, chosen, g)
         weights = [term.weight for term in chosen.terms]
         errors, parts, loss, scales = ops.loss_terms(g.sq_errors, g.denominators, weights)
         named = {term.name: part for term, part in zip(chosen.terms, parts, strict=True)}
@@ -210,30 +221,57 @@ class FusedStep:
             "loss": loss,
             "fvu": fvu,
             "auxk_loss": named.get("auxk", torch.zeros_like(loss)),
-            # entries that are not 0
-            "l0": self.communicator.all_reduce(g.offsets[0][-1]).to(acc) / batch.x.shape[0],
+            "l0": active.to(acc) / N,
             "dead": chosen.n_dead.to(acc) / model.d_sae,
         }
         if (other := multi_loss(model, named)) is not None:
             metrics["multi_topk_loss"] = other
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
-        grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, scales)
-        small = self._small(batch, chosen, g)
+        own = scales[: len(g.values)]
+        grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, own)
+        if g.dense is not None:
+            grad_b_enc += scales[-1] * g.dense.of_latents(g.dense.b_enc)
+            grad_dot_w += scales[-1] * g.dense.of_latents(g.dense.along)
         along = grad_dot_w if model.normalize_decoder else None
         more: dict[str, Tensor] = {}
         if model.activation.penalized:
-            penalty, more, norms = self._pass_on(batch, chosen, g, scales[0])
+            penalty, more, norms = self._pass_on(batch, chosen, g, scales[0], active)
             metrics["loss"] = loss = loss + penalty
             coefficients, *grouped = g.of_encoder()
             pre = [_pre(chosen.codes[0])[:, None], *g.values[1:]]
-            grad_b_enc, _ = ops.latent_sums(pre, coefficients, *grouped, scales)
+            grad_b_enc, _ = ops.latent_sums(pre, coefficients, *grouped, own)
+            if g.dense is not None:
+                grad_b_enc += scales[-1] * g.dense.of_latents(g.dense.b_enc)
             if "b_enc" in more:
                 more["b_enc"] = more["b_enc"] + grad_b_enc
             along = -norms if along is None and norms is not None else along
-        return Sums(loss, scales, grad_b_enc, along, more, small), metrics
+        sums = Sums(loss, scales, grad_b_enc, along, more, small, None)
+        if self.communicator.replicas > 1:
+            sums = over_replicas(self.communicator, model, batch, chosen, g, sums)
+        return sums, metrics
+
+    def _total(
+        self, batch: Batch, chosen: Selection, g: Groups
+    ) -> tuple[dict[str, list[Tensor]], Tensor]:
+        """Sums over the tokens of all ranks: squares, in their place; `_small`; and the number of
+        entries that are not 0, []."""
+        small, active = self._small(batch, chosen, g), g.offsets[0][-1]
+        if self.is_one:
+            return small, active
+        prefixes = [] if g.prefix_errors is None else [g.prefix_errors]
+        b_dec, W_skip, G = small["b_dec"], small.get("W_skip", []), len(g.sq_errors)
+        parts = [active, *(e.sum()[None] for e in g.sq_errors), *b_dec, *W_skip, *prefixes]
+        active, *sums = self.communicator.totals(parts)
+        g.sq_errors = sums[:G]
+        if prefixes:
+            g.prefix_errors = sums.pop()
+        small["b_dec"] = sums[G : G + len(b_dec)]
+        if W_skip:
+            small["W_skip"] = sums[G + len(b_dec) :]
+        return small, active
 
     def _pass_on(
-        self, batch: Batch, chosen: Selection, g: Groups, scale: Tensor
+        self, batch: Batch, chosen: Selection, g: Groups, scale: Tensor, active: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """The penalty [] and gradients of the activation's parameters [F] and of the decoder's
         norms, times these; those of the pre-activations go to `g`."""
@@ -241,7 +279,8 @@ class FusedStep:
         if model.activation.keeps_zeros:
             assert g.row_of is not None
             grads = of_zeros(model, code, g.residuals[0], grads, g.row_of[0])
-        goal = Goal(batch.x, batch.target, g.denominators[0])
+        elsewhere = (active - g.offsets[0][-1]).to(grads.dtype)
+        goal = Goal(batch.x, batch.target, g.denominators[0], self.tokens(batch), elsewhere)
         passed = pass_on(model, goal, code, grads, scale)
         grouped = (g.offsets[0], g.order[0])
         if model.activation.opens_more:
@@ -251,16 +290,20 @@ class FusedStep:
 
     def _small(self, batch: Batch, chosen: Selection, g: Groups) -> dict[str, list[Tensor]]:
         """Of each term that b_dec is in: what makes the gradients of b_dec and W_skip, for the
-        columns that there are."""
-        own, all_reduce = self.communicator.own, self.communicator.all_reduce
+        columns that there are, of this rank's tokens."""
+        own = self.communicator.own
         n, b_dec, W_skip = len(batch.y), [], []
-        for term, residual, done in zip(chosen.terms, g.residuals, g.sums, strict=True):
+        for term, residual, done in zip(chosen.terms, g.residuals, g.sums, strict=False):
             rows = own(residual)[:n]  # of the first prefix
             if term.bias_gradients:
-                total = all_reduce(rows.sum(0)) if done is None else done
+                total = rows.sum(0) if done is None else done
                 b_dec.append(total if term.bias_gradients == 1 else term.bias_gradients * total)
             if self.model.W_skip is not None and not term.of_residual:
-                W_skip.append(all_reduce(rows.T @ own(batch.x).to(self.state.acc)))
+                inputs = own(batch.x)
+                rows = rows.to(inputs.dtype) if rows.is_cuda else rows  # one product in bf16
+                W_skip.append(product(rows.T, inputs))
+        if g.dense is not None and (counts := chosen.terms[-1].bias_gradients):
+            b_dec.append(counts * g.dense.bias)
         return {"b_dec": b_dec, "W_skip": W_skip} if W_skip else {"b_dec": b_dec}
 
     # ------------------------------------------------------------------------------------- scalars
@@ -279,9 +322,11 @@ class FusedStep:
         if self.clip_norm is not None:
             norm = self._gradient_norm(batch, chosen, groups, sums, columns)
             metrics["grad_norm"] = norm
-        state = self.state
+        state, before = self.state, sums.scales
+        if sums.reduced is not None:  # whose scale is 1
+            before = torch.cat([before, torch.ones_like(before[:1])])
         hyper, finite, scales = ops.adam_scalars(
-            sums.loss, norm, self.clip_norm, sums.scales, state.lr, state.t, state.constants
+            sums.loss, norm, self.clip_norm, before, state.lr, state.t, state.constants
         )
         if norm is not None and self.clip_norm is not None and self.clip == "always":
             hyper[GRAD_SCALE] = scale_to(self.clip_norm, norm)
@@ -291,32 +336,25 @@ class FusedStep:
         self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, columns: int
     ) -> Tensor:
         """Of all gradients, before clipping, []."""
-        model, acc, all_reduce = self.model, self.state.acc, self.communicator.all_reduce
-        b_dec = model.b_dec if model.centred else None
-        inputs = [batch.x] * len(g.grads)
-        coefficients, offsets, order = g.of_encoder()
-        square = ops.row_grad_sq(
-            coefficients=coefficients, offsets=offsets, order=order, rows=inputs,
-            scales=sums.scales, centre=b_dec, grad_dot_w=None, W=model.W_enc, start=0,
-            row_of=g.token_of,
-        )  # fmt: skip
+        model, acc, over_latents = self.model, self.state.acc, self.communicator.over_latents
+        encoder = encoder_rows(model, batch, g, sums)
+        square = ops.row_grad_sq(**encoder, grad_dot_w=None, W=model.W_enc, start=0)
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
             square += ops.row_grad_sq(
-                coefficients=g.values, offsets=g.offsets, order=g.order, rows=g.residuals,
-                scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w, W=model.W_dec,
-                start=start, row_of=g.row_of,
+                **decoder_rows(self.model, g, sums), grad_dot_w=sums.grad_dot_w, W=model.W_dec,
+                start=start,
             )  # fmt: skip
-        more = dict(sums.more)
-        of_bias = more.pop("b_enc", sums.grad_b_enc)
-        total = all_reduce(square.sum() + of_bias.double().square().sum())
+        more = {"b_enc": sums.grad_b_enc} | sums.more  # the activation may have another for b_enc
+        of_latents = square.sum()
+        for gradient in more.values():
+            of_latents = of_latents + gradient.double().square().sum()
+        total = over_latents(of_latents)
         zero = torch.zeros_like(sums.loss)
         for name, parts in sums.small.items():
             gradient = sum((s * t for s, t in zip(sums.scales, parts, strict=False)), zero)
             if name == "b_dec" and model.centred:
-                gradient = gradient - all_reduce(model.W_enc.to(acc).T @ sums.grad_b_enc)
-            total = total + gradient.double().square().sum()
-        for gradient in more.values():
+                gradient = gradient - over_latents(weighted_rows(model.W_enc, sums.grad_b_enc))
             total = total + gradient.double().square().sum()
         return total.sqrt().to(acc)
 
@@ -335,6 +373,8 @@ class FusedStep:
         """Adam for all parameters, the matrices in one pass over their rows; then the counters."""
         model, state = self.model, self.state
         fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value (finite loss: no NaN)
+        if sums.reduced is not None:
+            fired = sums.reduced.fired
         centre_grad = self._update_encoder(batch, g, sums, hyper)
         of_decoder = hyper
         if self.decoder_lr != 1:
@@ -349,10 +389,11 @@ class FusedStep:
         for name, parts in sums.small.items():
             minus = centre_grad if name == "b_dec" else None
             ops.vector_update(parts, sums.scales[: len(parts)], minus, *taken, *state.of(name))
-        model.tokens_since_fired.add_(finite, alpha=batch.x.shape[0]).masked_fill_(
-            fired & finite, 0
-        )
+        since = model.tokens_since_fired
+        since.add_(finite, alpha=self.tokens(batch)).masked_fill_(fired & finite, 0)
         state.t += finite
+        if self.dead_latents is not None:
+            self.dead_latents.after_step(batch.x.shape[0])
 
     def _update_encoder(self, batch: Batch, g: Groups, sums: Sums, hyper: Tensor) -> Tensor | None:
         """Returns what centring adds to the gradient of b_dec [d_in], None without centring."""
@@ -363,16 +404,13 @@ class FusedStep:
             grad = torch.empty(model.d_in, dtype=state.acc, device=batch.x.device)
         W, master, m, v = state.of("W_enc")
         W_bf16, norms = state.W_bf16 or (None, None)
-        coefficients, offsets, order = g.of_encoder()
         ops.row_update(
-            coefficients=coefficients, offsets=offsets, order=order,
-            rows=[batch.x] * len(g.grads), scales=sums.scales,
-            centre=model.b_dec if centred else None, grad_dot_w=None,
+            **encoder_rows(model, batch, g, sums), grad_dot_w=None,
             grad_b_enc=sums.grad_b_enc if centred else None,
             W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=grad, start=0, normalize=False,
-            W_bf16=W_bf16, rng_state=state.rng_state("W_enc"), norms=norms, row_of=g.token_of,
+            W_bf16=W_bf16, rng_state=state.rng_state("W_enc"), norms=norms,
         )  # fmt: skip
-        return None if grad is None else self.communicator.all_reduce(grad)
+        return None if grad is None else self.communicator.over_latents(grad)
 
     def _take_columns(
         self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, start: int, columns: int
@@ -401,11 +439,9 @@ class FusedStep:
         state = self.state
         W, master, m, v = state.of("W_dec")
         ops.row_update(
-            coefficients=g.values, offsets=g.offsets, order=g.order, rows=g.residuals,
-            scales=sums.scales, centre=None, grad_dot_w=sums.grad_dot_w, grad_b_enc=None,
+            **decoder_rows(self.model, g, sums), grad_dot_w=sums.grad_dot_w, grad_b_enc=None,
             W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=None, start=first,
-            normalize=self.model.normalize_decoder and last,
-            rng_state=state.rng_state("W_dec"), row_of=g.row_of,
+            normalize=self.model.normalize_decoder and last, rng_state=state.rng_state("W_dec"),
         )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.terms import Term, terms_of
-from ..reference.prefixes import prefix_of
+from ..parallel.one_device import OneDevice
+from ..parallel.shards import Shards, rows_of_table
 from .unfused import Metrics
 
 
@@ -20,24 +21,28 @@ class Nested:
     """The prefixes of a model, as the ops take them, on its device.
 
     Entries of the latents that prefix m has and prefix m - 1 has not see the residuals of the
-    prefixes from m on alone: rows m N to (m + 1) N - 1 of a table [P*N, columns].
+    prefixes from m on alone: rows m n to (m + 1) n - 1 of a table [P*n, columns], of which there is
+    one for each rank.
     """
 
-    def __init__(self, model: SparseCoder, acc: torch.dtype) -> None:
+    def __init__(
+        self, model: SparseCoder, acc: torch.dtype, communicator: OneDevice | Shards
+    ) -> None:
         term = terms_of(model, 0)[0]
         device = model.W_enc.device
-        self.widths = torch.tensor(term.prefixes, device=device)
+        self.communicator = communicator
+        place = communicator.rank, communicator.size
+        # where they end among this rank's latents
+        widths = [len(range(place[0], width, place[1])) for width in term.prefixes]
+        self.widths = torch.tensor(widths, device=device)
         self.shares = torch.tensor(term.shares, dtype=acc, device=device)
 
     def residual(
         self, code: Code, model: SparseCoder, target: Tensor, columns: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The first columns of the table, squares [P, N] float64 and the values' gradients."""
-        table, squares, grads = ops.prefix_residual(
-            *code.matrices(), model.W_dec, model.b_dec, target, self.widths, self.shares,
-            columns, code.offsets,
-        )  # fmt: skip
-        return table.flatten(0, 1), squares, grads
+        """The first columns of the table, squares [P, any] float64 and the values' gradients."""
+        prefixes = (self.widths, self.shares)
+        return self.communicator.prefix_residual(code, model, target, *prefixes, columns)
 
     def slice(
         self, code: Code, model: SparseCoder, target: Tensor, start: int, stop: int
@@ -50,18 +55,15 @@ class Nested:
         return table.flatten(0, 1)
 
     def weigh(self, squares: Tensor) -> Tensor:
-        """The sum of [P, N] over the prefixes, as the loss counts them: [N]."""
+        """The sum of [P, any] over the prefixes, as the loss counts them: [any]."""
         return (self.shares.double()[:, None] * squares).sum(0)
 
-    def row_of(self, terms: Sequence[Term], codes: Sequence[Code]) -> list[Tensor]:
-        """The row of each entry in its term's residuals: [E] int32 each."""
+    def row_of(self, terms: Sequence[Term], codes: Sequence[Code], n: int) -> list[Tensor]:
+        """The row of each entry in its term's residuals: [E] int32 each; n: a rank's tokens."""
         found = []
         for term, code in zip(terms, codes, strict=True):
-            row = code.rows().reshape(-1)
-            if term.prefixes:
-                N = len(code.values) if code.offsets is None else len(code.offsets) - 1
-                row = row + prefix_of(code.indices.reshape(-1), self.widths) * N
-            found.append(row.int())
+            row = rows_of_table(code, self.widths, n) if term.prefixes else code.rows()
+            found.append(row.reshape(-1).int())
         return found
 
 

@@ -99,14 +99,16 @@ class State:
 
     # ---------------------------------------------------------------------------- the bf16 copy
 
-    def keep_bf16_copy(self, k: int, aux: bool, graded: bool) -> None:
-        """From the first step that screens with a bf16 copy on; graded: the selection is by a
-        gradient, so that only AuxK screens."""
+    def keep_bf16_copy(self, k: int, k_aux: int, graded: bool) -> None:
+        """From the first step that screens with a bf16 copy on; graded: the selection of k is by a
+        gradient, so that only that of k_aux for AuxK, if there is one, screens."""
         if self.W_bf16:
             return
-        W = self.parameters["W_enc"]
-        unseen = W.is_inference() or self.model.shares_memory  # writes that no version counts
-        if (aux or not graded) and kept.keeps_bf16_copy(W, k, aux) and not unseen:
+        W, aux = self.parameters["W_enc"], k_aux > 0
+        if W.is_inference() or self.model.shares_memory:  # writes that no version counts
+            return
+        ks = [k] * (not graded) + [k_aux] * aux
+        if any(kept.keeps_bf16_copy(W, of, aux) for of in ks):
             self.W_bf16 = kept.bf16_copy(W)
 
     def renew_bf16_copy(self) -> None:

@@ -65,11 +65,12 @@ class TrainStep:
     over. A step whose loss (or, if clipping, gradient norm) is not finite changes nothing and
     returns that loss; the first such step warns and says why, on CUDA if it is the first of all.
     The fused step gives the same bits on every run and, natively, for every number of threads. On
-    CUDA it waits for the device at its first step alone, and after that it can be captured in a
-    CUDA graph. Where float32 weights are encoded by screening, it keeps the bf16 copy of W_enc that
-    screening reads, 2 bytes a weight, and makes it anew when W_enc was written from outside; a
-    replayed graph does not see that, nor any step a write that does not count in the parameter's
-    version, as through `.data`.
+    CUDA it waits for the device at its first step alone (later it reads how many latents were dead
+    some steps ago), and after that it can be captured in a CUDA graph, which does not know that
+    number and gathers what AuxK otherwise multiplies. Where float32 weights are encoded by
+    screening, it keeps the bf16 copy of W_enc that screening reads, 2 bytes a weight, and makes it
+    anew when W_enc was written from outside; a replayed graph does not see that, nor any step a
+    write that does not count in the parameter's version, as through `.data`.
 
     Example:
         >>> import torch, ksae
@@ -194,7 +195,7 @@ class TrainStep:
         running = [(b, b.clone()) for name, b in buffers if name != "tokens_since_fired"]
         with torch.autocast(rows.device.type, enabled=False):
             scaled = model.gradients(x, grad, training=True)  # [N, d_out]
-            dense = model.activation.is_dense(model)
+            dense = model.ranks is None and model.activation.is_dense(model)
             if self._fused is not None and not dense:
                 metrics, finite = self._fused.step(rows, target, scaled)
             else:
@@ -247,6 +248,7 @@ class TrainStep:
                 "the shape of grad": None if grad is None else [*grad.shape, grad.dtype],
                 "the learning rate": self.lr,
                 "k": self.k,
+                "the penalty": self.penalty,
             },
         )
         if grad is not None:

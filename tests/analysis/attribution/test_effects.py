@@ -124,6 +124,11 @@ def test_nodes_add_effects_up() -> None:
             assert by_place.get((t, latent), 0.0) == pytest.approx(expected, abs=1e-12)
         expected = float(here.error_effects[:, t].sum())
         assert by_place.get((t, None), 0.0) == pytest.approx(expected, abs=1e-12)
+    dense.zero_().scatter_add_(2, here.indices, here.patch)
+    for node in (n for n in found.nodes() if n.site == 1 and n.latent is not None):
+        expected = float(dense[:, node.position, node.latent].sum())
+        assert node.patched == pytest.approx(expected, rel=1e-9)
+    dense.zero_().scatter_add_(2, here.indices, here.effects)
     overall = {n.latent: n.effect for n in found.nodes(positions=False) if n.site == 1}
     for latent, effect in overall.items():
         expected = float(here.error_effects.sum() if latent is None else dense[..., latent].sum())

@@ -29,6 +29,7 @@ from cases import (
     at_rest,
     clone_all,
     code,
+    hidden_winners,
     integers,
     norm_arguments,
     row_arguments,
@@ -45,6 +46,7 @@ from torch import Tensor
 
 from ksae import reference
 from ksae.backends import cuda
+from ksae.backends import product as products
 
 SECONDS = 60  # of processor time for one child: a busy machine is no mutant
 ROOM = 1 << 16  # numbers
@@ -87,6 +89,50 @@ def select(kernels: Emulated) -> Iterator[Case]:
             reference.grad_topk_encode(x, grad, W, b, W, k, 0.5, "multiplicative"),
         ),
     )
+
+
+def screened(impl: Emulated, *args: Any, capacity: int = 0, chunk: int = 2) -> tuple[Tensor, ...]:
+    x, W, b, k, mask = args
+    (rounded, x_norms), (W_bf16, norms) = impl.kernels.bf16_copy(x), impl.kernels.bf16_copy(W)
+    selection = impl.kernels._screen(x, W, b, x_norms, norms, k, mask, capacity)
+    for n in range(0, len(x), chunk):
+        selection.select(products._scores(rounded[n : n + chunk], W_bf16), n)
+    return selection.result()
+
+
+def screen(impl: Emulated) -> Iterator[Case]:
+    N, d, F, k = 5, 21, 1100, 6
+    x, W, b = (integers(*s, top=511, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
+    near = integers(1, d, top=511, seed=1) + integers(F, d, top=1, seed=3)
+    few = torch.arange(F) % 300 == 7
+    x[1, 3], hot = torch.nan, W * 2.0 ** integers(F, 1, top=6, seed=4)
+    plain = x[2:].bfloat16().float()  # what is lost is the weights' alone
+    hidden = hidden_winners()
+    cases: dict[str, tuple[tuple[Any, ...], int]] = {
+        "random": ((x, W, b, k, None), 0),
+        "of many sizes": ((x, hot, b, k, None), 0),
+        "rows as they are": ((plain, near, b * 0, k, None), 2048),
+        "near ties": ((x, near, b * 0, k, None), 2048),
+        "weights as they are": ((x, W.bfloat16().float(), b * 0, k, None), 0),
+        "hidden by its copy": ((*hidden[:2], b * 0, k, None), 0),
+        "hidden by the row's copy": ((*hidden[2:], b * 0, k, None), 0),
+        "overflow": ((x, near, b * 0, k, None), 64),
+        "many, overflow": ((x, near, b * 0, 300, None), 64),
+        "one row, many parts": ((x[:1], near, b * 0, 300, None), 64),
+        "masked": ((x, W, b, k, few), 0),
+        "masked, overflow": ((x, near, b * 0, k, torch.arange(F) % 2 == 0), 64),
+    }
+    for name, (args, capacity) in cases.items():
+        want = reference.topk_encode(*args[:4], None, args[4])
+        yield name, all_same(screened(impl, *args, capacity=capacity), want)
+    long = integers(3, 300, top=63), integers(40, 300, top=63, seed=1), b[:40]
+    yield (
+        "long rows",
+        all_same(screened(impl, *long, 3, None), reference.topk_encode(*long, 3)),
+    )
+    copy, norms = impl.kernels.bf16_copy(W)
+    assert_norms(norms, W, copy)
+    yield "copy", same(copy, W.bfloat16())
 
 
 def decode(kernels: Emulated) -> Iterator[Case]:
@@ -253,6 +299,7 @@ def vector(kernels: Emulated) -> Iterator[Case]:
 
 CASES: dict[str, Callable[[Emulated], Iterator[Case]]] = {
     "select": select,
+    "screen": screen,
     "decode": decode,
     "group": group,
     "latent": latent,

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ksae
 from ksae.backends import cuda, driver
-from ksae.backends import product as products
 from ksae.ops.specs import BY_NAME
 
 
@@ -138,32 +137,6 @@ def test_dtypes_and_k_are_checked_on_cuda_as_everywhere() -> None:
             want = rf"^topk_encode: k must be in \[1, 9\] for W_enc of shape \[9, 4\], got {k}"
             with pytest.raises(ValueError, match=want):
                 checked(x, W, b, k)
-
-
-@pytest.mark.parametrize("allowed", [False, True], ids=["ieee", "tf32"])
-def test_float32_products_are_never_tf32(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, seen = torch.backends.cuda.matmul, []
-    product = torch.mm
-
-    def mm(a: Tensor, b: Tensor) -> Tensor:
-        seen.append(settings.fp32_precision)
-        return product(a, b)
-
-    monkeypatch.setattr(torch, "mm", mm)
-    before = settings.fp32_precision
-    try:
-        settings.fp32_precision = "tf32" if allowed else before
-        with_setting = settings.fp32_precision
-        for dtype in (torch.float32, torch.bfloat16):
-            products._scores(randn(3, 4, dtype=dtype), randn(9, 4, dtype=dtype))
-        assert settings.fp32_precision == with_setting
-        monkeypatch.setattr(torch, "mm", lambda a, b: a.no_such_attribute)
-        with pytest.raises(AttributeError):
-            products._scores(randn(3, 4), randn(9, 4))
-        assert settings.fp32_precision == with_setting
-    finally:
-        settings.fp32_precision = before
-    assert len(seen) == 2 and not {"tf32"} & set(seen)
 
 
 class Count(torch.Tensor):

@@ -140,14 +140,6 @@ def test_encode_in_chunks_of_rows(
             assert_same(f"{rows} rows", got, w)
 
 
-@pytest.mark.parametrize("N,F", [(0, 5), (1, 5), (8192, 24576), (8193, 24576), (300, 10**8)])
-def test_chunks_are_even_and_within_the_memory(N: int, F: int) -> None:
-    rows, most = products._rows_of_chunk(N, F), max(products.chunk_bytes // (4 * F), 1)
-    assert 1 <= rows <= most
-    assert -(-N // rows) == -(-N // most)  # no more of them than must be
-    assert N % rows == 0 or rows > N or rows - N % rows < 128 * (N // rows + 1)
-
-
 # ---------------------------------------------------------------------------------------- grouping
 
 
@@ -366,7 +358,8 @@ def test_a_failed_launch_names_op_error_and_sizes(impl: Emulated) -> None:
 
 
 def test_every_op_has_a_kernel_of_its_name_and_arguments(emulated: Emulator) -> None:
-    methods = {n for n in dir(Kernels) if not n.startswith("_")} - {"kernel"}
+    methods = {n for n in dir(Kernels) if not n.startswith("_")} - {"kernel", "bf16_copy"}
+    methods -= {n for n in methods if n.startswith("screened_")}  # another way of an op
     stated = set(emulated.module.fields)
     assert methods | stated == set(NAMES) - NOT_ON_GPUS and not methods & stated
     for op in methods | stated:

@@ -92,10 +92,79 @@ MUTANTS = {
         "columns.cu", "((1u << lane) - 1)", "((WRONG ? 2u << lane : 1u << lane) - 1)"
     ),
     "select: fills one slot late": Mutant(
-        "topk.cu", "slot += count - own;", "slot += count - own + WRONG;"
+        "keys.h", "slot += count - own;", "slot += count - own + WRONG;"
     ),
     "select: scored by no gradient": Mutant(
         "topk.cu", "(!p.informed || p.informed[n])", "(WRONG || !p.informed || p.informed[n])"
+    ),
+    # ------------------------------------------------------------------------------------- screen
+    "screen: no margin below": Mutant(
+        "screened_select.cu", "const float low = s - m;", "const float low = s - (WRONG ? 0 : m);"
+    ),
+    "screen: no margin above": Mutant(
+        "screened_select.cu",
+        "const uint32_t u = ordered(s + m);",
+        "const uint32_t u = ordered(WRONG ? s : s + m);",
+    ),
+    "screen: groups without a margin": Mutant(
+        "screened_select.cu", "list[g] = ordered(s + m);", "list[g] = ordered(WRONG ? s : s + m);"
+    ),
+    "screen: the row's rounding left out": Mutant(
+        "norms.h",
+        "of_rounded = lost + g * (rounded + full);",
+        "of_rounded = WRONG ? 0 : lost + g * (rounded + full);",
+    ),
+    "screen: the latent's rounding left out": Mutant(
+        "norms.h", "of_lost = full * (1 + g);", "of_lost = WRONG ? 0 : full * (1 + g);"
+    ),
+    "screen: a lane's norms left out": Mutant(
+        "screened_select.cu",
+        "  for (int o = 16; o > 0; o >>= 1) {\n    lost = fmaxf",
+        "  for (int o = WRONG ? 8 : 16; o > 0; o >>= 1) {\n    lost = fmaxf",
+    ),
+    "screen: overflow unseen": Mutant(
+        "screened_select.cu",
+        "if (count > plan.capacity) {",
+        "if (!WRONG && count > plan.capacity) {",
+    ),
+    "screen: missing barrier": Mutant(
+        "screened_select.cu",
+        "  __syncthreads();\n  const auto count = static_cast<int>(state[1]);",
+        "  if (!WRONG) __syncthreads();\n  const auto count = static_cast<int>(state[1]);",
+    ),
+    "screen: the mask forgotten": Mutant(
+        "screened_select.cu",
+        "if (i + e >= p.F || (p.mask && !p.mask[i + e])) continue;",
+        "if (i + e >= p.F || (!WRONG && p.mask && !p.mask[i + e])) continue;",
+    ),
+    "screen: rows of the first chunk": Mutant(
+        "screened_select.cu",
+        "const int64_t n = p.first + blockIdx.x;",
+        "const int64_t n = (WRONG ? 0 : p.first) + blockIdx.x;",
+    ),
+    "screen: a listed row lost": Mutant(
+        "screened_redo.cu",
+        "const int64_t n = p.list[item / parts], part",
+        "const int64_t n = p.list[WRONG ? 0 : item / parts], part",
+    ),
+    "screen: parts overlap": Mutant(
+        "screened_redo.cu",
+        "int64_t last = rounds * (part + 1) / parts * kRound;",
+        "int64_t last = (WRONG + rounds * (part + 1) / parts) * kRound;",
+    ),
+    "screen: narrowed to fewer": Mutant(
+        "screened_redo.cu", "*least = keys[k - 1] + 1;", "*least = keys[WRONG ? 0 : k - 1] + 1;"
+    ),
+    "screen: a part not merged": Mutant(
+        "screened_redo.cu", "e0 < parts * p.k;", "e0 < (parts - WRONG) * p.k;"
+    ),
+    "screen: sums of another order": Mutant(
+        "screen.h",
+        "for (int64_t c = 4 * (threadIdx.x % 32); c < d; c += 128)",
+        "for (int64_t c = 4 * (threadIdx.x % 32); c < d - 128 * WRONG; c += 128)",
+    ),
+    "screen: copies lost": Mutant(
+        "bf16_copy.cu", "squares.add(t.x[j]);", "squares.add(WRONG ? 0 : t.x[j]);"
     ),
     # ------------------------------------------------------------------------------------- decode
     "decode: missing barrier": Mutant(
@@ -211,9 +280,9 @@ MUTANTS = {
         "row_update.cu", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
     ),
     "latent: a bf16 copy's lost part is not summed": Mutant(
-        "row_update.cu",
-        "squares.lost = fmaf(t - r, t - r, squares.lost);",
-        "squares.lost = fmaf(t - r, t - r, WRONG ? 0 : squares.lost);",
+        "norms.h",
+        "lost = fmaf(t - r, t - r, lost);",
+        "lost = fmaf(t - r, t - r, WRONG ? 0 : lost);",
     ),
     "latent: a quarter of the norms is missing": Mutant(
         "row_update.cu",

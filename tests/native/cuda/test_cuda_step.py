@@ -21,6 +21,7 @@ import ksae
 from ksae import reference
 from ksae.backends import product as products
 from ksae.ops import MODES
+from ksae.step.dead_latents import DeadLatents
 from ksae.step.fused import FusedStep
 
 pytestmark = pytest.mark.implementations(EMULATED)
@@ -49,9 +50,27 @@ def test_one_step(dtype: torch.dtype, oracle: dict[str, Any], case: str) -> None
     assert_at_most_twice_torchs_error(case, dtype, oracle)
 
 
+@pytest.mark.parametrize("case", ["few dead", "more dead than k_aux", "transcoder, unit rows"])
+def test_one_step_with_dense_auxk(
+    dtype: torch.dtype, oracle: dict[str, Any], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row passes take the dead latents' gradients as rows; float16 gathers, as ever."""
+    made, taken = FusedStep.__init__, []
+
+    def counting(self: FusedStep, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        self.dead_latents = DeadLatents(self.model)
+        self.columns = lambda batch, chosen: self.model.d_out  # type: ignore[method-assign]
+
+    monkeypatch.setattr(FusedStep, "__init__", counting)
+    monkeypatch.setattr("ksae.step.dense_auxk.products_pay", lambda *_: taken.append(1) or True)
+    assert_at_most_twice_torchs_error(case, dtype, oracle)
+    assert bool(taken) == (dtype != torch.float16)
+
+
 def test_a_kept_shadow_follows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ksae.backends.serving.screens", lambda W, k, aux: True)
-    monkeypatch.setattr("ksae.backends.triton.bf16_copy", bf16_copy_of)
+    monkeypatch.setattr("ksae.backends.serving.bf16_copy", bf16_copy_of)
     model = build("sae", torch.float32)
     step = ksae.TrainStep(model, lr=LR)
     for seed in (1, 2):

@@ -4,8 +4,6 @@ own, because Triton reads TRITON_INTERPRET once, at its import; errors; who serv
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import os
 import subprocess
@@ -13,10 +11,8 @@ import sys
 import types
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from cases import NAMES
 from implementations import NOT_ON_GPUS, takes_arguments_of
 
@@ -35,7 +31,8 @@ TESTS = {
     "ops/test_small_ops.py": 145,
     "ops/test_bf16_copy.py": 13,
     "ops/test_row_offsets.py": 63,
-    "native/triton/triton_ops_cases.py": 73,
+    "ops/test_screened_encode.py": 43,
+    "native/triton/triton_ops_cases.py": 77,
     "native/triton/triton_step_cases.py": 4,
 }
 
@@ -113,89 +110,6 @@ def test_the_reference_serves_an_op_without_a_kernel(
     assert gpu.kernel(BY_NAME[name]) is None
 
 
-def row(way: str) -> gpu.Row:
-    return gpu.Row("9.0", 768, 24576, way, "a test")
-
-
-def test_the_nearest_row_of_the_generation_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    far = gpu.Row("9.0", 4096, 131072, "product", "a test")
-    monkeypatch.setattr(gpu, "TABLE", (row("fused"), far, gpu.Row("8.0", 1, 1, "fused", "")))
-    gpu.row.cache_clear()
-    assert gpu.row("9.0", 1024, 24576) == row("fused") and gpu.row("9.0", 2048, 100_000) == far
-    assert gpu.row("hip", 768, 24576) is None and gpu.row("9.0", 0, 1) is not None
-    gpu.row.cache_clear()
-
-
-def test_the_table_claims_no_measurement_that_it_lacks() -> None:
-    for r in gpu.TABLE:
-        assert r.way in gpu.WAYS
-        assert (r.measured == gpu.UNMEASURED and r.way == "product") or " ms" in r.measured
-
-
-@pytest.mark.parametrize(
-    ("native_", "portable", "ways", "served"),
-    [
-        (True, True, ["product"], ("native", "native", "native")),
-        (True, True, ["fused"], ("native", "triton", "triton")),
-        (True, True, ["product", "fused"], ("native", *["native or triton"] * 2)),
-        (False, True, ["product"], ("triton", "triton", "triton")),
-        (True, False, ["fused"], ("native", "native", "native")),
-        (False, False, ["product"], (None, None, None)),
-    ],
-)
-def test_precedence(
-    monkeypatch: pytest.MonkeyPatch,
-    native_: bool,
-    portable: bool,
-    ways: list[str],
-    served: tuple[str | None, ...],
-) -> None:
-    monkeypatch.setattr(gpu.cuda, "kernels", IMPLEMENTATIONS["cuda"] if native_ else None)
-    monkeypatch.setattr(gpu.triton, "kernels", Kernels() if portable else None)
-    monkeypatch.setattr(gpu, "TABLE", tuple(map(row, ways)))
-    ops = ("sparse_decode", "topk_encode", "grad_topk_encode")
-    found = [gpu.kernel(BY_NAME[name]) for name in ops]
-    assert tuple(f and f[1] for f in found) == served
-
-
-def answering(method: Any, name: str) -> Any:
-    """A method with the arguments of `method` that returns its name."""
-
-    @functools.wraps(method)
-    def answer(self: Any, **args: Any) -> str:
-        inspect.signature(method).bind(self, **args)  # knows them all
-        return name
-
-    return answer
-
-
-@pytest.mark.parametrize("way", gpu.WAYS)
-def test_a_call_takes_the_way_that_was_chosen(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    monkeypatch.setattr(gpu, "override", way)
-    monkeypatch.setattr(gpu.triton, "kernels", Kernels())
-    monkeypatch.setattr(gpu.cuda, "kernels", None)
-    x, W, b = torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(5)
-    calls = {"topk_encode": (x, W, b, 1), "grad_topk_encode": (x, x, W, b, W, 1, 0.5),
-             "topk_encode_aux": (x, W, b, 1, 2, b > 0)}  # fmt: skip
-    for op, args in calls.items():
-        for name in (f"fused_{op}", op):
-            monkeypatch.setattr(Kernels, name, answering(getattr(Kernels, name), name))
-        encode, server = gpu.kernel(BY_NAME[op]) or (None, None)
-        got = encode(**BY_NAME[op].bind(args))
-        assert server == "triton" and got == ("fused_" if way == "fused" else "") + op
-
-
-def test_a_step_with_auxk_is_chosen_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fused, it takes a second product."""
-    monkeypatch.setattr(gpu, "TABLE", (row("fused"), row("product")._replace(F=99, aux="fused")))
-    monkeypatch.setattr(gpu, "generation", lambda device: "9.0")
-    gpu.row.cache_clear()
-    for F, ways in ((24576, ("fused", "product")), (99, ("product", "fused"))):
-        W = torch.empty(F, 768, device="meta")
-        assert (gpu.way(W), gpu.way(W, aux=True)) == ways
-    gpu.row.cache_clear()
-
-
 def config(**environment: str) -> subprocess.CompletedProcess[str]:
     return python("-c", "import json, ksae; print(json.dumps(ksae.config()))", **environment)
 
@@ -206,7 +120,12 @@ def test_switches_show_in_the_configuration() -> None:
     assert on["gpu"]["triton"] == "left out by KSAE_TRITON=0"
     assert on["switches"]["KSAE_ENCODE"] == "fused" and on["switches"]["KSAE_TRITON"] == "0"
     plain = gpu.state()
-    assert plain["encode on 9.0, d=768, F=24576"] == "product (no measurement yet: product path)"
+    assert (
+        plain["encode float32 on 9.0, d=768, F=24576"] == "screened (no measurement yet: by count)"
+    )
+    assert plain["encode 16 bit on 9.0, d=768, F=24576"] == "product (no measurement yet: by count)"
     bad = config(KSAE_ENCODE="best")
     assert bad.returncode != 0
-    assert "KSAE_ENCODE must be fused or product, got 'best'" in bad.stderr.splitlines()[-1]
+    assert (
+        "KSAE_ENCODE must be product, screened or fused, got 'best'" in bad.stderr.splitlines()[-1]
+    )

@@ -109,12 +109,18 @@ def screened(N, d, F, k):
     screen.screened_topk_encode(*encoder(T32, N, d, F), k)
 
 
+def stored(N, d, F, k):
+    """As the table screens float32: after products that a library makes."""
+    Kernels().screened_topk_encode(*encoder(T32, N, d, F), k)
+
+
 def one_of_each():
     """Triton makes a constant of a size of one."""
     sizes = {"N": 1, "d": 1, "F": 1, "k": 1}
     topk(T16, **sizes)
     grad(T16, **sizes)
     screened(**sizes)
+    stored(**sizes)
 
 
 def selection(dtype, N, d, F, k):
@@ -167,6 +173,11 @@ def training(dtype, N, d, F, k, clip_norm=None, **options):
     train._fused.step(empty(N, d, dtype=dtype), empty(N, d, dtype=dtype), None)
 
 
+def float32_product():
+    """As where torch may take TF32."""
+    product.float32_product(empty(2048, 768, dtype=T32), empty(24576, 768, dtype=T32).T)
+
+
 CASES = {
     "topk-bf16": lambda: topk(T16, **B),
     "topk-fp32": lambda: topk(T32, **B),
@@ -174,7 +185,10 @@ CASES = {
     "grad-bf16": lambda: grad(T16, **B),
     "grad-fp32": lambda: grad(T32, **B),
     "screen": lambda: screened(**B),
+    "stored": lambda: stored(**A),
+    "stored-k1024": lambda: stored(**A | {"k": 1024}),
     "screen-k1024": lambda: screened(**B | {"k": 1024}),
+    "product-fp32": float32_product,
     "one-of-each": one_of_each,
     "selection-bf16": lambda: selection(T16, **A),
     "selections-bf16": lambda: selections(T16, **A),

@@ -156,6 +156,16 @@ def test_both_selections_of_a_step(
         same(got[2:], want[2:])
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 70, 33), (3, 130, 65), (0, 4, 5)])
+def test_float32_products_of_any_strides(impl: Implementation, shape: tuple[int, int, int]) -> None:
+    M, K, N = shape
+    a, b = integers(K, M).T, integers(K, 2 * N, seed=1)[:, ::2]
+    assert_same("product", products._without_tf32(a, b), a @ b)
+    assert_same(
+        "transposed", products._without_tf32(a.contiguous(), integers(N, K).T), a @ integers(N, K).T
+    )
+
+
 # --------------------------------------------------------------------------------- decode and group
 
 

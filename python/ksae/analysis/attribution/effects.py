@@ -87,10 +87,10 @@ class Effects:
         changes = here.patch != here.clean
         place = torch.arange(here.indices.shape[-2], device=here.indices.device)[:, None]
         keys = (here.indices + (place * F if positions else 0))[changes]
-        columns = (here.effects[changes], here.clean[changes])
-        for key, (effect, activation) in summed(keys, columns):
+        columns = [t[changes] for t in (here.effects, here.clean, here.patch)]
+        for key, (effect, activation, patched) in summed(keys, columns):
             position = key // F if positions else None
-            yield Node(number, position, key % F, effect, activation)
+            yield Node(number, position, key % F, effect, activation, patched)
 
     def _errors(self, number: int, positions: bool) -> Iterator[Node]:
         by_place = self.at[number].error_effects.double().sum(0)  # [T]

@@ -21,6 +21,7 @@ class Node:
     latent: int | None  # None: the error
     effect: float = 0.0  # on the metric, summed over the examples
     activation: float | None = None  # in the inputs, summed over the examples; None of an error
+    patched: float | None = None  # what it is changed to, likewise
 
     @property
     def key(self) -> tuple[int, int, int]:

@@ -109,6 +109,7 @@ def _node(node: Node, site: str, labels: Mapping[str, Mapping[int, str]]) -> dic
         "label": label,
         "effect": _digits(-node.effect),
         "activation": None if node.activation is None else _digits(node.activation),
+        "patched": None if node.patched is None else _digits(node.patched),
     }
 
 

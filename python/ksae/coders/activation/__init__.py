@@ -13,6 +13,7 @@ from .gated import Gated
 from .grad_topk import GradTopK
 from .group_max import GroupMax
 from .jump_relu import JumpReLU
+from .matching_pursuit import MatchingPursuit
 from .norm_topk import NormTopK
 from .relu import ReLU
 from .topk import TopK
@@ -25,6 +26,7 @@ __all__ = [
     "GradTopK",
     "GroupMax",
     "JumpReLU",
+    "MatchingPursuit",
     "NormTopK",
     "ReLU",
     "TopK",
@@ -32,6 +34,7 @@ __all__ = [
 
 _KINDS: tuple[Any, ...] = (
     TopK, GradTopK, BatchTopK, JumpReLU, ReLU, Gated, AbsTopK, GroupMax, NormTopK,
+    MatchingPursuit,
 )  # fmt: skip
 _BY_NAME: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
 

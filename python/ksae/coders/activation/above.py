@@ -64,9 +64,7 @@ class Above(Activation):
 
     @torch.no_grad()
     def observe(self, coder: SparseCoder, code: Code) -> None:
-        assert code.offsets is not None
-        count = len(code.values) / max(len(code.offsets) - 1, 1)
-        coder.get_buffer("mean_active").fill_(count)
+        coder.get_buffer("mean_active").fill_(coder.entries_a_token(code))
 
 
 def _dense(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ... import functional
 from ...ops import accumulator
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class Goal(NamedTuple):
     rows: Tensor  # [N, d_in]
     target: Tensor  # [N, d_out], less what a skip connection predicts
     unit: Tensor  # [], what the loss divides squared errors by
+    tokens: int | None = None  # of the whole batch; None: N
+    elsewhere: Tensor | float = 0.0  # entries other than 0 that other ranks have
 
 
 class Activation:
@@ -34,6 +37,7 @@ class Activation:
     k: int  # entries a token, on average or at most; 0: as many as there are
     ragged: ClassVar[bool] = False  # codes have row offsets: a number of entries of each row's own
     other_k: ClassVar[bool] = True  # a row's first entries are its code with a smaller k
+    of_input: ClassVar[bool] = False  # predicts what it reads: no activation of a transcoder
     # training codes keep the entries' pre-activations, of which `values_of` makes the values and
     # `penalty_of` what is added to the loss
     penalized: ClassVar[bool] = False
@@ -142,6 +146,11 @@ class Activation:
     def is_dense(self, coder: SparseCoder) -> bool:
         """Whether so many latents were active in the last batch that dense products are faster."""
         return False
+
+    def encode_dead(self, coder: SparseCoder, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Values and indices [N, k] of the k largest dead pre-activations: the code of AuxK."""
+        b_dec = coder.b_dec if coder.centred else None
+        return functional.topk_encode(rows, coder.W_enc, coder.b_enc, k, b_dec, coder.dead)
 
     def select_aux(
         self,

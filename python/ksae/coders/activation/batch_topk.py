@@ -93,7 +93,7 @@ class BatchTopK(TopK):
     def observe(self, coder: SparseCoder, code: Code) -> None:
         theta, batches = coder.get_buffer("threshold"), coder.get_buffer("threshold_batches")
         batches += 1
-        values = code.values
+        values = coder.observed(code.values)
         positive = values > 0
         least = torch.where(positive, values, torch.inf).min() if len(values) else values.sum()
         some = positive.any()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ... import functional, ops
 from ...ops import accumulator
-from ..code import has_numbers
+from ..code import has_numbers, recomputes
 from .topk import TopK
 
 if TYPE_CHECKING:
@@ -117,11 +117,12 @@ class GradTopK(TopK):
         norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=torch.float64)  # [N, 1]
         if self.grad_norm == "rms":
             square, seen = coder.get_buffer("grad_square"), coder.get_buffer("grad_rows")
-            if training:
+            if training and not recomputes():
                 counted = norm.isfinite() & (norm > 0)
-                seen += counted.sum()
                 mean = square.double()
                 more = torch.where(counted, norm.square() - mean, 0).sum()
+                rows, more = coder.of_batch(torch.stack([counted.sum().double(), more])).unbind()
+                seen += rows.long()
                 square.copy_(mean + more / seen.clamp(min=1))
             norm = square.double().sqrt()
         scale = torch.where(norm > 0, 1 / norm, 1)

@@ -114,14 +114,16 @@ class JumpReLU(Above):
         self, own: Mapping[str, Tensor], coder: SparseCoder, goal: Goal, code: Code
     ) -> Tensor:
         assert code.pre is not None
-        N, theta = len(goal.rows), _theta(own["log_threshold"])
+        N = len(goal.rows) if goal.tokens is None else goal.tokens
+        theta = _theta(own["log_threshold"])
         if self.penalty == "tanh":
             norms, values = own["norms"].index_select(0, code.indices), code.values.to(theta.dtype)
             scaled = sparsity.tanh_penalty(values, norms, N, self.tanh_scale)
             total = self.coefficient * scaled
         else:
             at, pre = theta.index_select(0, code.indices), code.pre.to(theta.dtype)
-            active = sparsity.step(pre.detach(), at, self.bandwidth).sum() / max(N, 1)
+            steps = sparsity.step(pre.detach(), at, self.bandwidth).sum()
+            active = (steps + goal.elsewhere) / max(N, 1)
             target = self.target if self.penalty == "target_l0" else None
             total = sparsity.l0_penalty(active, self.coefficient, target)
         if self.pre_act and bool((dead := coder.dead).any()):

@@ -25,12 +25,14 @@ class Coder:
     b_enc: Tensor  # [F]
     W_dec: Tensor  # [F, d_out]
     b_dec: Tensor  # [d_out]
-    activation: str  # topk, groupmax, jumprelu, batchtopk, matryoshka, relu
+    activation: str  # topk, groupmax, jumprelu, batchtopk, matryoshka, relu, gated
     k: int | None
     centred: bool  # b_dec is subtracted from the input
     W_skip: Tensor | None = None  # [d_out, d]
     threshold: Tensor | None = None  # [F] or [], of jumprelu, batchtopk, matryoshka
     group_sizes: Tensor | None = None  # [groups], of matryoshka
+    r_mag: Tensor | None = None  # [F], of gated, whose b_enc is the gate's bias
+    b_mag: Tensor | None = None  # [F]
     scaled: bool = False  # selection by pre-activation times norm of the decoder row
     normalization: str = "none"  # of the input, undone on the output
     extra: dict[str, Any] = field(default_factory=dict)
@@ -88,6 +90,8 @@ def check(coder: Coder, owner: str) -> Coder:
         "b_dec": [[d_out]],
         "W_skip": [[d_out, d]],
         "threshold": [[F], []],
+        "r_mag": [[F]],
+        "b_mag": [[F]],
     }
     for name, wanted in shapes.items():
         tensor = getattr(coder, name)
@@ -96,7 +100,7 @@ def check(coder: Coder, owner: str) -> Coder:
                 f"load: {name} of {owner} must have the shape {wanted[0]} for an encoder of "
                 f"{F} latents and width {d}, got {list(tensor.shape)}"
             )
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip"):
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "r_mag", "b_mag"):
         tensor = getattr(coder, name)
         if tensor is not None and not tensor.is_floating_point():
             raise UserError(f"load: {name} of {owner} must be floating, got {tensor.dtype}")
@@ -118,18 +122,22 @@ def check(coder: Coder, owner: str) -> Coder:
 
 def fold_center(coder: Coder) -> Coder:
     """The same function without subtracting b_dec: b_enc - W_enc b_dec. Rounds."""
-    acc = accumulator(coder.dtype)
-    shift = coder.W_enc.to(acc) @ coder.b_dec.to(acc)
-    b_enc = (coder.b_enc.to(acc) - shift).to(coder.b_enc.dtype)
-    return replace(coder, b_enc=b_enc, centred=False)
+    return _shifted(coder, -1)
 
 
 def unfold_center(coder: Coder) -> Coder:
     """The same function that subtracts b_dec first: b_enc + W_enc b_dec. Rounds."""
-    acc = accumulator(coder.dtype)
-    shift = coder.W_enc.to(acc) @ coder.b_dec.to(acc)
+    return _shifted(coder, 1)
+
+
+def _shifted(coder: Coder, sign: int) -> Coder:
+    """Biases of the encoder with sign * W_enc b_dec; a magnitude's is scaled by exp(r_mag)."""
+    acc, b_mag = accumulator(coder.dtype), coder.b_mag
+    shift = sign * (coder.W_enc.to(acc) @ coder.b_dec.to(acc))
     b_enc = (coder.b_enc.to(acc) + shift).to(coder.b_enc.dtype)
-    return replace(coder, b_enc=b_enc, centred=True)
+    if b_mag is not None and coder.r_mag is not None:
+        b_mag = (b_mag.to(acc) + coder.r_mag.to(acc).exp() * shift).to(b_mag.dtype)
+    return replace(coder, b_enc=b_enc, b_mag=b_mag, centred=sign > 0)
 
 
 def fold_scale(coder: Coder) -> Coder:

@@ -19,19 +19,27 @@ from .files import Source, write_json, write_pickle
 KEYS = {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k"}
 MATRYOSHKA = {"W_enc", "b_enc", "W_dec", "b_dec", "group_sizes", "k"}
 JUMPRELU = {"W_enc", "b_enc", "W_dec", "b_dec", "threshold"}
+STANDARD = {"encoder.weight", "encoder.bias", "decoder.weight", "bias"}  # PAnneal's too
+GATED = {"encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias", "mag_bias"}
 FOLDER = True
 CLASSES = {
     "AutoEncoderTopK": "topk",
     "BatchTopKSAE": "batchtopk",
     "MatryoshkaBatchTopKSAE": "matryoshka",
     "JumpReluAutoEncoder": "jumprelu",
+    "AutoEncoder": "relu",
+    "GatedAutoEncoder": "gated",
 }
+BIASES = {"relu": ("encoder.bias", "bias"), "gated": ("gate_bias", "decoder_bias")}
+OTHERS = {"relu": STANDARD, "gated": GATED}
 BY_LATENT = {"matryoshka": MATRYOSHKA, "jumprelu": JUMPRELU}
 
 
 def matches(source: Source) -> bool:
     names = set(source.state)
     if {"encoder.weight", "decoder.weight", "b_dec"} <= names or "group_sizes" in names:
+        return True
+    if names in (STANDARD, GATED):
         return True
     return "W_enc" in names and _dict_class(source) == "JumpReluAutoEncoder"
 
@@ -45,6 +53,9 @@ def _activation(source: Source) -> str:
     name = _dict_class(source)
     if "group_sizes" in source.state:
         return "matryoshka"
+    for activation, keys in OTHERS.items():
+        if set(source.state) == keys:
+            return activation
     if name is not None and name not in CLASSES:
         raise UserError(
             f"load: dict_class of {source.path} must be one of {', '.join(CLASSES)}, got {name!r}"
@@ -54,7 +65,8 @@ def _activation(source: Source) -> str:
 
 def read(source: Source) -> Coder:
     activation, owner = _activation(source), str(source.path)
-    tensors = source.tensors(BY_LATENT.get(activation, KEYS), {"threshold"})
+    tensors = source.tensors((BY_LATENT | OTHERS).get(activation, KEYS), {"threshold"})
+    b_enc, b_dec = BIASES.get(activation, ("encoder.bias", "b_dec"))
     parts: dict[str, Any] = (
         {
             "W_enc": transposed(tensors["W_enc"], owner),
@@ -64,7 +76,7 @@ def read(source: Source) -> Coder:
         if activation in BY_LATENT
         else {
             "W_enc": tensors["encoder.weight"],
-            "b_enc": tensors["encoder.bias"],
+            "b_enc": tensors[b_enc],
             "W_dec": transposed(tensors["decoder.weight"], owner),
         }
     )
@@ -78,7 +90,9 @@ def read(source: Source) -> Coder:
         threshold = None
     coder = Coder(
         **parts,
-        b_dec=tensors["b_dec"],
+        b_dec=tensors[b_dec],
+        r_mag=tensors.get("r_mag"),
+        b_mag=tensors.get("mag_bias"),
         activation=activation,
         k=None if k is None else int(k),
         centred=activation != "jumprelu",
@@ -93,7 +107,7 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
     coder = require(
         coder,
         "dictionary_learning",
-        activations=("topk", "batchtopk", "matryoshka", "jumprelu"),
+        activations=("topk", "batchtopk", "matryoshka", "jumprelu", "relu", "gated"),
         centred=coder.activation != "jumprelu",
         fold=fold,
     )
@@ -117,6 +131,12 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
 
 def _state(coder: Coder, beside: Tensor | None) -> dict[str, Tensor]:
     """Tensors by their names there; beside: the threshold that a TopK carries along."""
+    if coder.activation in BIASES:
+        names = dict(zip(BIASES[coder.activation], (coder.b_enc, coder.b_dec), strict=True))
+        names |= {"encoder.weight": coder.W_enc, "decoder.weight": coder.W_dec.T}
+        if coder.r_mag is not None and coder.b_mag is not None:
+            names |= {"r_mag": coder.r_mag, "mag_bias": coder.b_mag}
+        return names
     threshold = beside if coder.activation == "topk" else coder.threshold
     if threshold is None and coder.activation != "topk":  # it takes all positive latents then
         coder.jumps("dictionary_learning")

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from ksae.coders import SAE, Transcoder, registry
 from ksae.coders import coder as modules
-from ksae.coders.activation import Activation, BatchTopK, GradTopK, JumpReLU, TopK
+from ksae.coders.activation import (
+    Activation,
+    BatchTopK,
+    Gated,
+    GradTopK,
+    GroupMax,
+    JumpReLU,
+    ReLU,
+    TopK,
+)
 from ksae.coders.file import load_own, save
 from ksae.errors import UserError
 from ksae.files.container import read_header
@@ -28,7 +37,8 @@ TRAINING = (
     "multi_k", "multi_weights", "prefixes", "prefix_weights",
 )  # fmt: skip
 ACTIVATIONS: dict[type[Activation], str] = {
-    TopK: "topk", GradTopK: "topk", BatchTopK: "batchtopk", JumpReLU: "jumprelu",
+    TopK: "topk", GradTopK: "topk", BatchTopK: "batchtopk", JumpReLU: "jumprelu", ReLU: "relu",
+    Gated: "gated", GroupMax: "groupmax",
 }  # fmt: skip
 
 
@@ -95,7 +105,6 @@ def _log(threshold: Tensor, coder: Coder) -> Tensor:
 def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[str, Tensor]]:
     """The activation, and what the module holds for it: as it was before a detour, if it was one
     of ksae's."""
-    assert coder.k is not None or coder.activation == "jumprelu"
     fields = dict(kept.get("config", {}).get("activation", {}))
     name, before = fields.pop("name", None), kept.get("buffers", {})
     if coder.activation == "jumprelu":
@@ -109,6 +118,14 @@ def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[st
         return JumpReLU(**(fields if name == "JumpReLU" else {})), {"log_threshold": log}
     if coder.activation == "topk":
         return TopK(coder.k or 0), {}
+    if coder.activation == "groupmax":
+        return GroupMax(coder.k or 0), {}
+    if coder.activation == "relu":
+        return ReLU(**(fields if name == "ReLU" else {})), {}
+    if coder.activation == "gated":
+        assert coder.r_mag is not None and coder.b_mag is not None
+        held = {"r_mag": coder.r_mag.contiguous(), "b_mag": coder.b_mag.contiguous()}
+        return Gated(**(fields if name == "Gated" else {})), held
     if coder.threshold is not None and not coder.threshold >= 0:
         raise UserError(
             f"convert: ksae cannot hold {coder.activation} with threshold = "
@@ -130,7 +147,7 @@ def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[st
 
 def build(coder: Coder, fold: bool) -> modules.SparseCoder:
     """The coder as a `ksae.SAE` or `ksae.Transcoder`, of the class that it was."""
-    kinds = ("topk", "batchtopk", "matryoshka", "jumprelu")
+    kinds = tuple(dict.fromkeys((*ACTIVATIONS.values(), "matryoshka")))
     coder = require(coder, "ksae", activations=kinds, skip=True, square=False, fold=fold)
     if coder.centred and coder.W_skip is not None:
         raise UserError("convert: ksae cannot hold W_skip with b_dec subtracted from the input")
@@ -150,7 +167,7 @@ def build(coder: Coder, fold: bool) -> modules.SparseCoder:
     model: modules.SparseCoder
     try:
         activation, held = _activation(coder, kept)
-        if isinstance(activation, TopK) and not activation.ragged:
+        if type(activation) is TopK:
             by_gradient = set(GRADIENT) <= settings.keys()
             topology = "sae" if coder.centred else "transcoder"
             kind: Any = registry.of(topology, GradTopK if by_gradient else TopK)
@@ -162,9 +179,10 @@ def build(coder: Coder, fold: bool) -> modules.SparseCoder:
         raise UserError(f"load: {error}") from None
     names = ["W_enc", "b_enc", "W_dec", "b_dec"] + (["W_skip"] if coder.W_skip is not None else [])
     state = {name: getattr(coder, name).contiguous() for name in names}
+    fresh = activation.buffers(accumulator(coder.dtype), torch.device("cpu"))
     for name, buffer in model.named_buffers():
-        counted = kept.get("buffers", {}).get(name)
-        state[name] = torch.zeros_like(buffer, device="cpu") if counted is None else counted
+        start = fresh.get(name, torch.zeros_like(buffer, device="cpu"))
+        state[name] = kept.get("buffers", {}).get(name, start)
     model.load_state_dict({**state, **held}, assign=True)
     return model
 

@@ -21,6 +21,7 @@ from .coder import Coder, check, require, transposed
 from .files import Source, integer, write_json
 
 KEYS = {"W_enc", "b_enc", "W_dec", "b_dec"}
+GATES = ("r_mag", "b_mag")
 FOLDER = True
 TRANSCODERS = {
     "transcoder": "relu",
@@ -36,6 +37,7 @@ ACTIVATIONS = {
     "ksae_topk": "topk",
     "jumprelu": "jumprelu",
     "standard": "relu",
+    "gated": "gated",
     **TRANSCODERS,
 }
 
@@ -65,6 +67,8 @@ def read(source: Source) -> Coder:
     if transcoder:
         _one_of("apply_b_dec_to_input", centred, (False,), owner)
     needed = KEYS | ({"threshold"} if activation == "jumprelu" else set())
+    if activation == "gated":  # the gate's bias is b_enc here
+        needed = (needed - {"b_enc"}) | {"b_gate", *GATES}
     needed |= {"W_skip"} if "skip" in str(architecture) else set()
     tensors = source.tensors(needed, {"scaling_factor"})
     ones = tensors.get("scaling_factor")  # beside the weights for a while, never with another value
@@ -72,11 +76,12 @@ def read(source: Source) -> Coder:
         raise UserError(f"load: scaling_factor of {owner} must be 1 everywhere, got other values")
     coder = Coder(
         W_enc=transposed(tensors["W_enc"], owner),
-        b_enc=tensors["b_enc"],
+        b_enc=tensors["b_gate" if activation == "gated" else "b_enc"],
         W_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
         W_skip=tensors.get("W_skip"),
         threshold=tensors.get("threshold"),
+        **{name: tensors.get(name) for name in GATES},
         activation=activation,
         k=integer(config, "k", source.path) if activation == "topk" else None,
         centred=centred,
@@ -134,7 +139,7 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
     coder = require(
         coder,
         "SAELens",
-        activations=("topk", "jumprelu", "relu", "batchtopk", "matryoshka"),
+        activations=("topk", "jumprelu", "relu", "gated", "batchtopk", "matryoshka"),
         skip=True,
         square=False,
         scaled=True,
@@ -150,6 +155,8 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
         or coder.d_in != coder.d_out
         or kept.get("architecture") in TRANSCODERS
     ):
+        if activation == "gated":
+            raise UserError("convert: SAELens cannot hold activation = gated of a transcoder")
         prefix = {"topk": "ksae_topk_", "jumprelu": "jumprelu_", "relu": ""}[activation]
         architecture = f"{prefix}{skip}transcoder"
     elif coder.W_skip is not None:
@@ -174,12 +181,14 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
         config["d_out"] = coder.d_out
     tensors = {
         "W_enc": coder.W_enc.T,
-        "b_enc": coder.b_enc,
+        "b_gate" if activation == "gated" else "b_enc": coder.b_enc,
         "W_dec": coder.W_dec,
         "b_dec": coder.b_dec,
     }
     if threshold is not None:
         tensors["threshold"] = threshold
+    for name in GATES if activation == "gated" else ():
+        tensors[name] = getattr(coder, name)
     if coder.W_skip is not None:
         tensors["W_skip"] = coder.W_skip
     write_tensors(path / "sae_weights.safetensors", tensors)

@@ -111,6 +111,7 @@
           ["site", site.name],
           node.position === null ? null : ["token", chip(data.tokens[node.position]), ` at ${node.position}`],
           node.activation === null ? null : ["activation", number(node.activation)],
+          node.patched === null ? null : [data.patch === null ? "set to" : "other text", number(node.patched)],
           ["contribution", number(node.effect)],
         ]),
       );
