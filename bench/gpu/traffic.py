@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ksae.backends import product as products
 
 from ..harness.shapes import Shape
+from ..suites import latents
 
 A, B = Shape("A", 8192, 4096, 131072, 64), Shape("B", 8192, 768, 24576, 32)
 # One H200: bytes/s of a copy and flop/s of a bf16 product, measured; bytes/s from L2, assumed.
@@ -122,13 +123,13 @@ def update(shape: Shape, s: int) -> Iterable[Launches]:
     copied = F * d * 2 if s == F32 else 0  # the copy that the next screening reads
     group = N * k * (I32 + F32)
     old = 0 if s == F32 else F * d * s  # W beside its master, for the part along it
-    rows = "csrc/cuda/row_update.cu: list, pieces_kernel, latent_kernel"
     yield Launches(
-        "update", "W_enc", rows, 4, adam + copied + group + N * d * s,
+        "update", "W_enc", latents.SOURCE, 4, adam + copied + group + N * d * s,
         adam + copied + group + N * d * s, N * k * d * s, 2 * N * k * d,
     )  # fmt: skip
     yield Launches(
-        "update", "W_dec", rows, 4, adam + old + group + N * d * F32, adam + group + N * d * s,
+        "update", "W_dec", latents.SOURCE, 4,
+        adam + old + group + N * d * F32, adam + group + N * d * s,
         N * k * d * F32, 2 * N * k * d,
     )  # fmt: skip
     vectors = "csrc/cuda/vector_update.cu: vector_kernel"

@@ -190,7 +190,13 @@ def test_chunks_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
         def _list_columns(self, mask: Tensor) -> Tensor:
             raise AssertionError
 
-    monkeypatch.setattr(product, "_rows_of_chunk", lambda N, F: 7)
+        def _screen(self, *args: Any, **options: Any) -> None:
+            raise AssertionError
+
+        def bf16_copy(self, *args: Any, **options: Any) -> None:
+            raise AssertionError
+
+    monkeypatch.setattr(product, "_rows_of_chunk", lambda *_: 7)
     for kind in KINDS:
         x, W, b, b_dec = hard(kind, 40, 9, 60)
         same_selection(Chunked().batch_topk_encode(x, W, b, 3, b_dec), scores(x, W, b, b_dec), 3)

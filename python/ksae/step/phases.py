@@ -119,7 +119,7 @@ class RowGradients(NamedTuple):
     fired: Tensor  # [F] bool: has a value > 0 in the first term
 
     def rows(self, gradients: Tensor, W: Tensor, scales: Tensor) -> dict[str, Any]:
-        """As `row_update` takes them: each the coefficient 1 times its row. The scale is 1, or with
+        """As the row pass takes them: each the coefficient 1 times its row. The scale is 1, or with
         the terms' scales after a step's scalars the last."""
         ones = torch.ones(len(gradients), 1, dtype=W.dtype, device=W.device)
         scale = scales[-1:] if len(scales) > self.terms else torch.ones_like(scales[:1])
