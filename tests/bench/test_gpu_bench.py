@@ -109,9 +109,12 @@ def test_the_row_for_the_table_of_ways_to_encode_is_printed(results):
             assert f"for the table in ksae/backends/serving.py: {row}" in table
 
 
-def test_without_a_build_the_package_is_laid_out_in_python(process: Any, tmp_path: Path) -> None:
+def test_without_a_build_the_package_is_laid_out_in_python(
+    process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ksae.bench.gpu import run
 
+    monkeypatch.setattr(run, "ROOT", Path(__file__).parents[2])  # it runs from the repository
     run.pure_python(tmp_path)
     run.pure_python(tmp_path)  # over an old one
     for name in ("__init__.py", "kernels/gate.py", "bench/gpu/run.py", "step/fused.py"):

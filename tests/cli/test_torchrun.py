@@ -20,6 +20,8 @@ import ksae
 from ksae.parallel.checkpoint import read_header
 from ksae.runs import log as runlog
 
+pytestmark = pytest.mark.nightly  # many processes
+
 OPTIONS = {
     "d_sae": 131, "k": 4, "batch_size": 240, "steps": 60, "lr": 1e-3, "log_every": 1,
     "checkpoint_every": 20, "dead_after": 2000, "k_aux": 8, "eval_tokens": 200, "timeout": 20,
@@ -88,7 +90,6 @@ def test_two_processes_do_the_run_of_one(data: Path, two: Path, tmp_path: Path) 
     )
 
 
-@pytest.mark.nightly
 def test_copies_do_the_run_of_one(data: Path, two: Path, tmp_path: Path) -> None:
     """Of 131 latents and 240 tokens a step copies send less; a run goes on from parts as copies."""
     words = command(2, data, tmp_path / "copies")
@@ -103,7 +104,6 @@ def test_copies_do_the_run_of_one(data: Path, two: Path, tmp_path: Path) -> None
     assert f"ksae: error: {said}" in done.stderr and not (tmp_path / "odd").exists()
 
 
-@pytest.mark.nightly
 def test_two_processes_share_a_harvest(tmp_path: Path) -> None:
     """The run of one process, whose model and text are read by both."""
     lm = tiny_lm.save(tmp_path / "lm")
@@ -124,7 +124,6 @@ def test_two_processes_share_a_harvest(tmp_path: Path) -> None:
     assert_same_losses(tmp_path / "1", tmp_path / "2", exact=False)
 
 
-@pytest.mark.nightly
 def test_a_killed_rank_ends_all_and_the_run_goes_on(data: Path, two: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     words = command(2, data, out)
@@ -159,7 +158,6 @@ def rank_1(launcher: int) -> int:
     raise AssertionError(f"no rank 1 among {children}")
 
 
-@pytest.mark.nightly
 def test_a_mistake_is_said_and_no_file_is_left(data: Path, two: Path, tmp_path: Path) -> None:
     done = run(2, data, tmp_path / "odd", batch_size=241)
     assert done.returncode != 0

@@ -144,7 +144,7 @@ def test_one_process_has_no_ranks() -> None:
         ksae.shard(ksae.TopKSAE(8, 32, 2))
 
 
-@pytest.mark.parametrize("how", ["killed", "absent"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("absent", marks=pytest.mark.nightly)])
 def test_a_rank_that_is_gone_is_an_error_within_the_time_out(how: str) -> None:
     pool = Pool(3, timeout=5.0)
     start = time.monotonic()

@@ -20,6 +20,8 @@ from ksae.parallel import checkpoint
 from ksae.parallel.cost import Sizes, bytes_sent
 from ksae.parallel.layout import best_replicas
 
+pytestmark = pytest.mark.nightly  # many processes
+
 MESHES = ((2, 2), (3, 3), (4, 2))  # ranks, replicas
 CHOSEN = (
     "unit rows", "clip", "skip, all", "batch, dead", "jump, dead", "prefixes, dead", "saelens",
@@ -36,11 +38,7 @@ def pool() -> Iterator[Pool]:
 
 def each_with_some_mesh() -> list[Any]:
     """Every case with every mesh, of which one is in the day's tests."""
-    return [
-        pytest.param(case, *mesh, marks=[] if mesh == MESHES[i % 3] else pytest.mark.nightly)
-        for i, case in enumerate(CHOSEN)
-        for mesh in MESHES
-    ]
+    return [pytest.param(case, *mesh) for i, case in enumerate(CHOSEN) for mesh in MESHES]
 
 
 @pytest.mark.parametrize(("case", "R", "replicas"), each_with_some_mesh())

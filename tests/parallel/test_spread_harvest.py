@@ -14,6 +14,8 @@ from ranks import Failed, Pool
 from ksae.activations import CacheWriter
 from ksae.errors import UserError
 
+pytestmark = pytest.mark.nightly  # many processes
+
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:

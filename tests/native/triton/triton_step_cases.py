@@ -84,6 +84,7 @@ def test_steps_with_a_kept_shadow_are_those_that_make_their_own(
         nonlocal count
         count = 0
         monkeypatch.setattr(gpu, "screens", lambda W, k, aux: kept)
+        monkeypatch.setattr(gpu, "bf16_copy", lambda W: screen.bf16_copy(W))
         torch.manual_seed(0)
         sae = ksae.TopKSAE(d_in=6, d_sae=16, k=3, dead_after=50, auxk_alpha=1.0, k_aux=4)
         sae.tokens_since_fired[8:] = 100 * dead
