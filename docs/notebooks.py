@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guides that are notebooks too, each written from its page: `python docs/notebooks.py`.
 
-Blocks of Python and shell become cells, without outputs; all else is text. A test holds each
+Blocks of Python and shell become cells, without outputs, but for those that need more than one
+process; all else is text. A test holds each
 notebook to its page.
 """
 
@@ -15,12 +16,16 @@ from typing import Any
 GUIDES = Path(__file__).parent / "guides"
 PAGES = [GUIDES / "your_model.md", GUIDES / "own_loop.md"]
 _CODE = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_ELSEWHERE = re.compile(
+    r"^<!-- run by .*?-->\n```python\n", re.MULTILINE
+)  # a test of its own runs it
 _FOR_THE_SITE = re.compile(r"^(<!--.*?-->|\[This page as a notebook\]\(.*\).*)\n+", re.MULTILINE)
 
 
 def notebook(page: Path) -> str:
     """The text of the notebook of a page."""
-    text = _FOR_THE_SITE.sub("", page.read_text())
+    text = _ELSEWHERE.sub("```py\n", page.read_text())
+    text = _FOR_THE_SITE.sub("", text)
     cells, at = [], 0
     for block in _CODE.finditer(text):
         cells.append(("markdown", text[at : block.start()]))

@@ -21,6 +21,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Registers a thread on sm_90. With 64 a multiprocessor holds 1024 threads.
 MOST_REGISTERS = 64
 OTHER_REGISTERS = {
+    "screen_kernel": 72,  # 896 threads: the margin and the row's bounds beside the keys
     "backward_values_kernel": 48,
     "count_kernel": 40,
     "latent_kernel": 80,  # moments and rows are on their way at once: 768 threads
@@ -48,9 +49,13 @@ ENTRY = re.compile(
 
 
 def kernel_name(symbol: str) -> str:
-    match = re.search(r"\d([a-z_]+_kernel)", symbol)
-    assert match, f"{symbol} must be named ..._kernel"
-    return match[1]
+    """The name in a mangled symbol, where its length stands before it."""
+    for digits in re.finditer(r"\d+", symbol):
+        for start in range(digits.start(), digits.end()):
+            name = symbol[digits.end() :][: int(symbol[start : digits.end()])]
+            if re.fullmatch(r"[a-z]\w*_kernel", name):
+                return name
+    raise AssertionError(f"{symbol} must be named ..._kernel")
 
 
 @pytest.mark.nightly

@@ -285,15 +285,15 @@ MUTANTS = {
         "lost = fmaf(t - r, t - r, WRONG ? 0 : lost);",
     ),
     "latent: a quarter of the norms is missing": Mutant(
-        "row_update.cu",
+        "norms.h",
         "lost)) * (1 + 0x1p-18f);",
         "lost)) * (WRONG ? 0.75f : 1 + 0x1p-18f);",
     ),
     "latent: no floor under the squares": Mutant(
-        "row_update.cu", "static_cast<float>(d) * 0x1p-126f", "(WRONG ? 0 : d) * 0x1p-126f"
+        "norms.h", "static_cast<float>(d) * 0x1p-126f", "(WRONG ? 0 : d) * 0x1p-126f"
     ),
     "latent: a norm that may overflow": Mutant(
-        "row_update.cu", "safe = full <= 0x1p60f;", "safe = WRONG || full <= 0x1p60f;"
+        "norms.h", "safe = full <= 0x1p60f;", "safe = WRONG || full <= 0x1p60f;"
     ),
     # --------------------------------------------------------------------------------------- sums
     "sums: off by one": Mutant(

@@ -167,6 +167,7 @@ def training(dtype, N, d, F, k, clip_norm=None, **options):
     """A fused step, its encoding left out; one of float32 writes the bf16 copy."""
     step.ops = one_device.ops = Served()
     gpu.screens = lambda W, k, aux: dtype == T32
+    gpu.bf16_copy = screen.bf16_copy
     sae = ksae.TopKSAE(d, F, k, **options, dtype=dtype, device="meta")
     train = ksae.TrainStep(sae, clip_norm=clip_norm)
     train._fused.asks_for_dead = False  # it would count them
