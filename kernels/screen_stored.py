@@ -31,7 +31,7 @@ from .gate import LOWEST, MAX_K, Candidates, capacity_of
 from .keys import NOTHING, key_of, kth_largest, of_order, order_of
 from .launch import registers, warps_of
 from .screen import prove_kernel, rescored
-from .topk import MODES, OF_CHUNKS, ROUND, TILE, group_of, maxima_kernel
+from .topk import MODES, OF_CHUNKS, ROUND, TILE, group_of, order_maxima_kernel
 
 
 @triton.jit
@@ -190,7 +190,7 @@ class Screen:
         tile = max(TILE, self.group)
         maxima = torch.empty(rows, groups, dtype=torch.int32, device=scores.device)
         mask = scores if self.living is None else self.living
-        maxima_kernel[rows, triton.cdiv(F, tile)](
+        order_maxima_kernel[rows, triton.cdiv(F, tile)](
             scores, scores, scores, self.b_enc, mask, maxima, F, groups, 0.0,
             BIAS=True, MASK=self.living is not None, MODE=MODES["plain"], GROUP=self.group,
             TILE=tile, num_warps=4,

@@ -84,7 +84,7 @@ def _ordered(
 
 
 @triton.jit(do_not_specialize_on_alignment=OF_CHUNKS)
-def maxima_kernel(
+def order_maxima_kernel(
     scores_ptr, second_ptr, informed_ptr, bias_ptr, mask_ptr,
     maxima_ptr,  # [rows, groups] int32
     F, groups, beta,
@@ -200,7 +200,7 @@ def select(
         scores if mask is None else mask.view(torch.int8),
     )
     options = {"BIAS": bias is not None, "MASK": mask is not None, "MODE": MODES[mode]}
-    maxima_kernel[rows, triton.cdiv(F, tile)](
+    order_maxima_kernel[rows, triton.cdiv(F, tile)](
         *inputs, maxima, F, groups, beta, **options, GROUP=group, TILE=tile, num_warps=4
     )
     if k > MAX_K:
