@@ -31,7 +31,7 @@ from .gate import LOWEST, MAX_K, Candidates, capacity_of
 from .keys import NOTHING, key_of, kth_largest, of_order, order_of
 from .launch import registers, warps_of
 from .screen import prove_kernel, rescored
-from .topk import MODES, OF_CHUNKS, ROUND, TILE, group_of, order_maxima_kernel
+from .topk import MODES, ROUND, TILE, group_of, order_maxima_kernel
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _lower(s, m):
     return order_of(tl.where(low == low, low, float("-inf")))
 
 
-@triton.jit(do_not_specialize=["n0"], do_not_specialize_on_alignment=OF_CHUNKS)
+@triton.jit(do_not_specialize=["n0"])
 def screened_select_kernel(
     scores_ptr,  # [rows, F]
     bias_ptr,  # [F] float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,24 +117,35 @@ def measure_grad_encode(record: Record, timer: Timer, shape: Shape, dtype: torch
 
 
 def measure_aux(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
-    """A second selection, of AuxK's dead latents."""
-    i, portable = Inputs(shape, timer.device, dtype), Kernels()
-    tokens = (i.x, i.W, i.b_enc, shape.k)
-    dead = torch.arange(shape.F, device=timer.device) % 10 == 0
-    k_aux = min(shape.d, shape.F) // 2
-    ways: dict[str, Way] = {
-        "ksae": lambda: ops.topk_encode_aux(*tokens, k_aux, dead),
-        "Triton": lambda: portable.topk_encode_aux(*tokens, k_aux, dead),
-        "fused Triton": lambda: portable.fused_topk_encode_aux(*tokens, k_aux, dead),
-        "product + select": lambda: with_product().topk_encode_aux(*tokens, k_aux, dead),
-        "encoded twice": lambda: (
-            ops.topk_encode(*tokens),
-            ops.topk_encode(i.x, i.W, i.b_enc, k_aux, None, dead),
-        ),
-    }
-    cost = costs.topk_encode_aux(shape.N, shape.d, shape.F, shape.k, k_aux, i.x.element_size())
-    times = add_rows(record, timer, shape, "encode + AuxK", ways, cost)
-    note_choice(record, timer.device, shape, "16 bit", "aux", times)
+    """A second selection, of AuxK's dead latents, by kind of weights."""
+    for kind, of in (("16 bit", dtype), ("float32", torch.float32)):
+        single = kind == "float32"
+        i, portable = Inputs(shape, timer.device, of), Kernels()
+        tokens = (i.x, i.W, i.b_enc, shape.k)
+        dead = torch.arange(shape.F, device=timer.device) % 10 == 0
+        k_aux = min(shape.d, shape.F) // 2
+        both = (*tokens, k_aux, dead)
+        ways: dict[str, Way] = {
+            "ksae": partial(ops.topk_encode_aux, *both),
+            "Triton": partial(portable.topk_encode_aux, *both),
+            "fused Triton": partial(portable.fused_topk_encode_aux, *both),
+            "product + select": partial(with_product().topk_encode_aux, *both),
+        }
+        if single:
+            ways["screened product"] = partial(with_product().screened_topk_encode_aux, *both)
+        else:
+            second = partial(ops.topk_encode, i.x, i.W, i.b_enc, k_aux, None, dead)
+            first = partial(ops.topk_encode, *tokens)
+            ways["encoded twice"] = partial(_each, first, second)
+        sizes = (shape.N, shape.d, shape.F, shape.k)
+        cost = costs.topk_encode_aux(*sizes, k_aux, i.x.element_size())
+        name = "encode float32 + AuxK" if single else "encode + AuxK"
+        times = add_rows(record, timer, shape, name, ways, cost)
+        note_choice(record, timer.device, shape, kind, "aux", times)
+
+
+def _each(*calls: Way) -> Any:
+    return [call() for call in calls]
 
 
 def in_chunks(mebibytes: int, way: Way) -> Way:
@@ -166,14 +178,14 @@ def note_choice(
     times: Mapping[str, Times],
 ) -> None:
     """The row for the table of ksae/backends/serving.py that these times give, once they are there:
-    of "16 bit" weights for "encode" and "aux", of "float32" for "encode"."""
+    for "encode" and "aux"."""
     ms = {way: times[name].median * 1e3 for way, name in NAMES.items() if name in times}
     wanted = {"product", "fused", *({"screened"} if kind == "float32" else ())}
     if not wanted <= ms.keys():
         return
     key = f"{shape.name}, {kind}"
     found = record.data["choice"].get(key, {}) | {what: ms}
-    measured = ["encode"] if kind == "float32" else ["encode", "aux"]
+    measured = ("encode", "aux")
     if found.keys() >= set(measured):
         generation = gpu.generation(torch.device("cuda")) if device == "cuda" else "dry run"
         said = f"{record.data['machine'].get('gpu')}, N={shape.N}, k={shape.k}: " + (
@@ -183,7 +195,7 @@ def note_choice(
             )
         )
         said += f"; {time.strftime('%Y-%m-%d')}"
-        way, aux = (min(found[of], key=found[of].__getitem__) for of in (measured[0], measured[-1]))
+        way, aux = (min(found[of], key=found[of].__getitem__) for of in measured)
         found["row"] = repr(gpu.Row(generation, kind, shape.d, shape.F, way, said, aux))
     record.note("choice", **{key: found})
 

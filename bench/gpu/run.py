@@ -98,7 +98,7 @@ def pure_python(package: Path) -> None:
 
 def marked() -> list[str]:
     """The files with tests marked gpu. Others may need what is not installed here."""
-    marks = re.compile(r"pytest\.mark\.gpu|import .*(EVERY|ON_CUDA)")
+    marks = re.compile(r"pytest\.mark\.gpu|import .*\b(EVERY|ON_CUDA|KERNELS|GPU)\b")
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(p) for p in files if marks.search(p.read_text())]
 

@@ -149,8 +149,9 @@ def measure_variants(record: Record, timer: Timer, shape: Shape, dtype: torch.dt
     """Steps that differ in one thing each, one model in memory at a time."""
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     inputs = Inputs(shape, timer.device, dtype)
-    cost = sum(latents.train_step(N, d, F, k, inputs.x.element_size()).values(), costs.Cost())
     for name, options in VARIANTS.items():
+        size = options.get("dtype", dtype).itemsize
+        cost = sum(latents.train_step(N, d, F, k, size).values(), costs.Cost())
         if record.left() < 20:
             record.problem(f"no time for the step {name} of {shape.name}")
             return

@@ -17,13 +17,14 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ksae.backends import product as products
+from ksae.step.dense_auxk import L2, PRODUCT
 
 from ..harness.shapes import Shape
 from ..suites import latents
 
 A, B = Shape("A", 8192, 4096, 131072, 64), Shape("B", 8192, 768, 24576, 32)
 # One H200: bytes/s of a copy and flop/s of a bf16 product, measured; bytes/s from L2, assumed.
-CEILINGS = {"copy": 4.3e12, "product": 790e12, "gather": 5.5e12}
+CEILINGS = {"copy": 4.3e12, "product": PRODUCT[2], "gather": L2}
 F32, F64, I32, I64 = 4, 8, 4, 8
 GROUPING = 9  # bits of a key that a pass of group_by_latent sorts by (csrc/cuda/group_by_latent.cu)
 

@@ -98,11 +98,16 @@ def plot(record: dict[str, Any], out: Path) -> None:
     if not places:
         return
     recipes = list(dict.fromkeys(group[4] for group in found))
+    columns = min(3, len(places))
+    rows = -(-len(places) // columns)
     figure, axes = pyplot.subplots(
-        1, len(places), figsize=(4.4 * len(places), 4.8), squeeze=False, layout="constrained"
-    )
+        rows, columns, figsize=(4.4 * columns, 3.6 * rows + 1.2), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat[len(places) :]:
+        axis.axis("off")
     handles: dict[str, Any] = {}  # one legend for all
-    for axis, place in zip(axes[0], places, strict=True):
+    for axis, place in zip(axes.flat, places, strict=False):
         for number, recipe in enumerate(recipes):
             points = [m for group, m in sorted(found.items()) if group[:5] == (*place, recipe)]
             if points:
@@ -111,7 +116,7 @@ def plot(record: dict[str, Any], out: Path) -> None:
                 handles[recipe] = axis.plot(dead, fvu, label=recipe, **look)[0]
         site, F, k, steps = place
         axis.set(title=f"{site}, F={F}, k={k}, {steps} steps", xlabel="dead latents", ylabel="FVU")
-        axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=1))
+        axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     figure.legend(
         handles=list(handles.values()), loc="outside lower center", ncols=4, frameon=False
     )

@@ -70,6 +70,13 @@ def test_every_op_and_way_is_measured(results):
             "product alone",
         },
         "encode + AuxK": {"ksae", "Triton", "fused Triton", "product + select", "encoded twice"},
+        "encode float32 + AuxK": {
+            "ksae",
+            "Triton",
+            "fused Triton",
+            "product + select",
+            "screened product",
+        },
         "decode": {"ksae", "Triton", "Triton gather", "embedding_bag"},
         "group": {"ksae", "Triton", "stable sort"},
         "residual": {"ksae", "Triton"},
@@ -103,8 +110,8 @@ def test_the_row_for_the_table_of_ways_to_encode_is_printed(results):
             row = eval(found["row"], {"Row": gpu.Row})
             assert row.kind == kind and found["encode"].keys() == ways
             assert found["encode"][row.way] == min(found["encode"].values())
-            if "aux" in found:
-                assert found["aux"][row.aux] == min(found["aux"].values())
+            assert found["aux"].keys() == ways
+            assert found["aux"][row.aux] == min(found["aux"].values())
             assert " ms" in row.measured
             assert f"for the table in ksae/backends/serving.py: {row}" in table
 
@@ -370,4 +377,5 @@ def test_the_files_with_tests_for_a_gpu_are_found(process: Any) -> None:
     from gpu import run as script
 
     names = [Path(path).name for path in script.marked()]
-    assert "test_cuda.py" in names and "test_gpu_bench.py" not in names
+    assert {"test_cuda.py", "test_screened_encode.py"} <= set(names)
+    assert "test_gpu_bench.py" not in names

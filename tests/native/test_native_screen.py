@@ -5,25 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bf16_dots import bf16_dots, skip_without  # noqa: F401
 
-from ksae import _cpu
 from ksae.backends import cpu as native
 
-ISA = "avx512bf16"
-SCREENS = ISA in _cpu.isas()
-if not SCREENS:  # said aloud: on such a CPU there is nothing to test here, and collection shows it
-    pytest.skip(
-        "this CPU has no BF16 dot instructions: certified screening cannot run",
-        allow_module_level=True,
-    )
-
-
-@pytest.fixture(autouse=True)
-def isa():
-    before = _cpu.isa()
-    _cpu.set_isa(ISA)
-    yield
-    _cpu.set_isa(before)
+skip_without()
+pytestmark = pytest.mark.usefixtures("bf16_dots")
 
 
 def encode(x, W, b, k, b_dec=None, mask=None, **options):

@@ -3,30 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
+from bf16_dots import bf16_dots, skip_without  # noqa: F401
 from cases import integers, randn
 from torch import Tensor
 
-from ksae import _cpu
 from ksae.backends import cpu as native
 
-ISA = "avx512bf16"
-if ISA not in _cpu.isas():  # said aloud: on such a CPU there is nothing to test here
-    pytest.skip(
-        "this CPU has no BF16 dot instructions: certified screening cannot run",
-        allow_module_level=True,
-    )
-
-
-@pytest.fixture(autouse=True)
-def isa() -> Iterator[None]:
-    before = _cpu.isa()
-    _cpu.set_isa(ISA)
-    yield
-    _cpu.set_isa(before)
+skip_without()
+pytestmark = pytest.mark.usefixtures("bf16_dots")
 
 
 def problem(kind: str, N: int, d: int, F: int) -> list[Tensor]:

@@ -205,3 +205,23 @@ def test_more_entries_than_kernels_can_number_are_refused(op: str) -> None:
             if name in spec.names:
                 arguments[name] = given[name][:-1]
         spec.check(arguments)
+
+
+@pytest.mark.parametrize(
+    "op",
+    ["sparse_decode", "sparse_residual", "sparse_residual_slice", "prefix_residual",
+     "prefix_residual_slice", "sparse_decode_backward_values"],
+)  # fmt: skip
+def test_a_call_with_so_many_entries_is_refused_before_they_are_read(op: str) -> None:
+    """Which memory could not hold: one number, that many times."""
+    spec = BY_NAME[op]
+    values = torch.zeros(1, 1).expand(ENTRIES + 1, 1)
+    given = {
+        "values": values, "indices": torch.zeros(1, 1, dtype=torch.long).expand(ENTRIES + 1, 1),
+        "W_dec": randn(F, d), "grad": randn(N, d), "target": randn(N, d), "columns": d,
+        "start": 0, "stop": d, "widths": torch.tensor([2, F]), "shares": torch.ones(2),
+        "row_offsets": torch.arange(N + 1),
+    }  # fmt: skip
+    arguments = [given.get(name, spec.defaults.get(name)) for name in spec.names]
+    with pytest.raises(ValueError, match=f"^{op}: .* must be of at most {ENTRIES} entries, got"):
+        getattr(ops, op)(*arguments)

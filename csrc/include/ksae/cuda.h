@@ -149,8 +149,8 @@ cudaError_t group_by_latent(const GroupParams& p, void* workspace, cudaStream_t 
 
 // ---- latent passes: each latent's gradient row is formed, used and forgotten ------------------
 // A group is one term of the loss: its code grouped by latent, and its scale (dL/drecon = scale *
-// residual); at most four. Passes do nothing if a scale is not finite. Arrays of groups lie in host
-// memory; everything else is on the device.
+// residual); at most four. If a scale is not finite, sums and squares are 0, and nothing else is
+// written. Arrays of groups lie in host memory; everything else is on the device.
 struct LatentSumsGroup {
   const int32_t* offsets;  // [F + 1]
   const int32_t* order;    // [N * k]

@@ -56,7 +56,7 @@ class Matches:
         row, place = (true_values > 0).nonzero(as_tuple=True)
         truth[row, true_indices[row, place].long()] = True
         self._true += truth.sum(0)
-        row, place = (values > 0).nonzero(as_tuple=True)
+        row, place = (values != 0).nonzero(as_tuple=True)
         latent = indices[row, place].long()
         self._fired += torch.bincount(latent, minlength=len(self._fired))
         hits = latent[truth[row, self.feature[latent]]]

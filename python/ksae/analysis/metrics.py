@@ -55,7 +55,7 @@ class Accumulator:
     def __init__(self, d: int, F: int) -> None:
         self.d = d
         self.tokens = 0
-        self.fired = torch.zeros(F, dtype=torch.int64)  # [F] tokens on which each latent was > 0
+        self.fired = torch.zeros(F, dtype=torch.int64)  # [F] tokens on which each latent was not 0
         self._x = torch.zeros(d, dtype=torch.float64)  # [d] sum x
         self._e = torch.zeros(d, dtype=torch.float64)  # [d] sum e
         self._sums = dict.fromkeys(

@@ -33,7 +33,9 @@ def mean_codes(model: SparseCoder, texts: Sequence[Tensor]) -> Tensor:
         for number, x in enumerate(texts):
             if len(x) == 0:
                 raise ValueError(f"mean_codes: text {number} must have a token, got none")
-            rows.append(model.encode_dense(x.to(model.W_enc.dtype)).float().mean(0))
+            rows.append(
+                model.encode_dense(x.to(model.W_enc.device, model.W_enc.dtype)).float().mean(0)
+            )
     return torch.stack(rows) if rows else torch.zeros(0, model.d_sae)
 
 

@@ -9,11 +9,13 @@ field is named for are not in the signature of the function: the reference serve
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OF = {
@@ -24,6 +26,18 @@ _OF = {
     "i64": torch.int64,
     "bool": torch.bool,
 }
+
+
+def pointer(t: Tensor | None) -> int:
+    """0 for None."""
+    return 0 if t is None else t.data_ptr()
+
+
+def guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the device of `t`."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
 Fields = Sequence[Any]  # names, and those of a list's entries as a tuple
 
 

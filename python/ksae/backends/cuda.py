@@ -12,7 +12,6 @@ Environment, read once at import: KSAE_NATIVE=0 leaves the native code out.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -25,17 +24,13 @@ from .. import env
 from ..reference.dtypes import MODES
 from ..reference.group import rows_of
 from . import bridge
-from .bridge import DTYPES
+from .bridge import DTYPES, guard, pointer
 from .cuda_screen import Screened
 from .driver import why_not_by_version
 from .product import Encode, Screen
 
 OLDEST = (8, 0)  # compute capability
 _known: set[torch.device] = set()  # devices that have it
-
-
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 class _Workspace:
@@ -51,12 +46,7 @@ class _Workspace:
 
 def _entries(code: Tensor, table: Tensor | None) -> int | tuple[int]:
     """Entries a row, or their row offsets or rows, as the native side takes them."""
-    return code.shape[1] if table is None else (_pointer(table),)
-
-
-def guard(t: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches go to the device of `t`."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    return code.shape[1] if table is None else (pointer(table),)
 
 
 def _stream(t: Tensor) -> int:
@@ -96,9 +86,9 @@ class Kernels(Encode):
         number = 0 if mode is None else 1 + MODES.index(mode)
         with guard(scores):
             self.module.select(
-                rows, F, k, DTYPES[scores.dtype], DTYPES[values.dtype], _pointer(scores),
-                _pointer(second), number, beta, _pointer(informed), _pointer(bias), 0,
-                _pointer(columns), relu, _pointer(values), _pointer(indices),
+                rows, F, k, DTYPES[scores.dtype], DTYPES[values.dtype], pointer(scores),
+                pointer(second), number, beta, pointer(informed), pointer(bias), 0,
+                pointer(columns), relu, pointer(values), pointer(indices),
                 _Workspace(scores.device), _stream(scores),
             )  # fmt: skip
 
@@ -106,7 +96,7 @@ class Kernels(Encode):
         """The positions of True in mask [F], ascending, and in the last of [F + 1] their number."""
         columns = mask.new_empty(mask.numel() + 1, dtype=torch.int32)
         with guard(mask):
-            self.module.list_columns(mask.numel(), _pointer(mask), _pointer(columns), _stream(mask))
+            self.module.list_columns(mask.numel(), pointer(mask), pointer(columns), _stream(mask))
         return columns
 
     def bf16_copy(self, W: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +104,7 @@ class Kernels(Encode):
         W, copy = W.contiguous(), W.new_empty(rows, d, dtype=torch.bfloat16)
         norms = W.new_empty(3, rows)
         with guard(W):
-            self.module.bf16_copy(rows, d, _pointer(W), _pointer(copy), _pointer(norms), _stream(W))
+            self.module.bf16_copy(rows, d, pointer(W), pointer(copy), pointer(norms), _stream(W))
         return copy, norms
 
     def _screen(
@@ -145,8 +135,8 @@ class Kernels(Encode):
         out = values.new_empty(N, d, dtype=torch.float32 if partial else values.dtype)
         with guard(values):
             self.module.sparse_decode(
-                N, d, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
-                indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(out), partial,
+                N, d, F, k, DTYPES[values.dtype], pointer(values), pointer(indices),
+                indices.element_size(), pointer(W_dec), pointer(b_dec), pointer(out), partial,
                 _stream(values),
             )  # fmt: skip
         return out
@@ -200,10 +190,10 @@ class Kernels(Encode):
         residual = target.new_empty(N, stop - start, dtype=torch.float32)
         with guard(values):
             self.module.sparse_residual(
-                N, d, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
-                indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(target),
-                target.dtype == torch.float32, start, stop - start, _pointer(residual),
-                _pointer(sq_error), _pointer(grad_values), _pointer(column_sums),
+                N, d, F, k, DTYPES[values.dtype], pointer(values), pointer(indices),
+                indices.element_size(), pointer(W_dec), pointer(b_dec), pointer(target),
+                target.dtype == torch.float32, start, stop - start, pointer(residual),
+                pointer(sq_error), pointer(grad_values), pointer(column_sums),
                 _Workspace(values.device),
                 _stream(values),
             )  # fmt: skip
@@ -217,8 +207,8 @@ class Kernels(Encode):
         out = grad.new_empty(indices.shape)
         with guard(grad):
             self.module.sparse_decode_backward_values(
-                N, d, F, _entries(indices, row_of), DTYPES[W_dec.dtype], _pointer(grad),
-                _pointer(indices), indices.element_size(), _pointer(W_dec), _pointer(out),
+                N, d, F, _entries(indices, row_of), DTYPES[W_dec.dtype], pointer(grad),
+                pointer(indices), indices.element_size(), pointer(W_dec), pointer(out),
                 grad.dtype != W_dec.dtype, _stream(grad),
             )  # fmt: skip
         return out
@@ -229,8 +219,8 @@ class Kernels(Encode):
         order = values.new_empty(N * k, dtype=torch.int32)
         with guard(values):
             self.module.group_by_latent(
-                N, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
-                indices.element_size(), _pointer(offsets), _pointer(order),
+                N, F, k, DTYPES[values.dtype], pointer(values), pointer(indices),
+                indices.element_size(), pointer(offsets), pointer(order),
                 _Workspace(values.device), _stream(values),
             )  # fmt: skip
         return offsets, order
@@ -249,9 +239,9 @@ class Kernels(Encode):
         offsets, order = self.group_by_latent(values, indices, F)
         with guard(grad):
             self.module.sparse_decode_backward_weight(
-                N, d, F, _entries(values, row_of), DTYPES[grad.dtype], _pointer(grad),
-                _pointer(values), _pointer(offsets), _pointer(order), _pointer(grad_W),
-                _pointer(value_sum), _Workspace(grad.device), _stream(grad),
+                N, d, F, _entries(values, row_of), DTYPES[grad.dtype], pointer(grad),
+                pointer(values), pointer(offsets), pointer(order), pointer(grad_W),
+                pointer(value_sum), _Workspace(grad.device), _stream(grad),
             )  # fmt: skip
         return grad_W, value_sum
 
@@ -260,7 +250,7 @@ class Kernels(Encode):
         variance = y.new_empty((), dtype=torch.float32)
         with guard(y):
             self.module.total_variance(
-                N, d, DTYPES[y.dtype], _pointer(y), _pointer(variance), _Workspace(y.device),
+                N, d, DTYPES[y.dtype], pointer(y), pointer(variance), _Workspace(y.device),
                 _stream(y),
             )  # fmt: skip
         return variance
@@ -272,10 +262,10 @@ class Kernels(Encode):
         errors, terms, scales = (first.new_empty(len(shares)) for _ in range(3))
         loss = torch.empty_like(first)
         given = [
-            (e.numel(), _pointer(e), _pointer(d), share)
+            (e.numel(), pointer(e), pointer(d), share)
             for e, d, share in zip(sq_errors, denominators, shares, strict=True)
         ]
-        out = (_pointer(errors), _pointer(terms), _pointer(loss), _pointer(scales))
+        out = (pointer(errors), pointer(terms), pointer(loss), pointer(scales))
         with guard(first):
             self.module.loss_terms(given, *out, _stream(first))
         return errors, terms, loss, scales
@@ -294,9 +284,9 @@ class Kernels(Encode):
         taken = loss.new_empty((), dtype=torch.bool)
         with guard(loss):
             self.module.adam_scalars(
-                _pointer(loss), _pointer(norm), clip_norm or 0, _pointer(scales), scales.numel(),
-                _pointer(lr), _pointer(t), _pointer(constants), _pointer(hyper), _pointer(taken),
-                _pointer(taken_scales), _stream(loss),
+                pointer(loss), pointer(norm), clip_norm or 0, pointer(scales), scales.numel(),
+                pointer(lr), pointer(t), pointer(constants), pointer(hyper), pointer(taken),
+                pointer(taken_scales), _stream(loss),
             )  # fmt: skip
         return hyper, taken, taken_scales
 
@@ -314,9 +304,9 @@ class Kernels(Encode):
     ) -> None:
         with guard(p):
             self.module.vector_update(
-                p.numel(), DTYPES[p.dtype], [_pointer(g) for g in grads], _pointer(scales),
-                _pointer(minus), _pointer(taken), _pointer(hyper), _pointer(p), _pointer(master),
-                _pointer(m), _pointer(v), _stream(p),
+                p.numel(), DTYPES[p.dtype], [pointer(g) for g in grads], pointer(scales),
+                pointer(minus), pointer(taken), pointer(hyper), pointer(p), pointer(master),
+                pointer(m), pointer(v), _stream(p),
             )  # fmt: skip
 
 

@@ -9,9 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+from .bridge import pointer
 
 
 class Screened:
@@ -46,8 +44,8 @@ class Screened:
     def _run(self, step: str, scores: Tensor | None = None, first: int = 0) -> None:
         rows = 0 if scores is None else len(scores)
         self.module.screened(
-            step, *self.sizes, first, rows, self.capacity, _pointer(scores),
-            [_pointer(t) for t in self.given], *self.queue,
+            step, *self.sizes, first, rows, self.capacity, pointer(scores),
+            [pointer(t) for t in self.given], *self.queue,
         )  # fmt: skip
 
     def select(self, scores: Tensor, first: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cuda import guard
+from .bridge import guard
 
 
 class Latents:

@@ -14,7 +14,6 @@ take, in place of all this.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from .. import env
 from ..reference.encode import refuse_entries
+from .bridge import guard
 
 chunk_bytes = int(env.read("KSAE_CHUNK_BYTES") or 0)  # 0: as many as is wise
 CHUNK_BYTES, CHUNK_ROWS = 256 << 20, 2048
@@ -60,7 +60,7 @@ def _without_tf32(a: Tensor, b: Tensor) -> Tensor:
         )
     from ..kernels.product import float32_product
 
-    with torch.cuda.device(a.device) if a.is_cuda else contextlib.nullcontext():
+    with guard(a):
         return float32_product(a, b)
 
 
@@ -254,21 +254,36 @@ class Encode(ABC):
         norms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`topk_encode` of float32 at the price of a bf16 product and 2 k float32 scores a row."""
+        values, indices = self._screened(x, W_enc, b_enc, b_dec, [(k, mask)], W_bf16, norms)
+        return values, indices
+
+    def _screened(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor | None,
+        wanted: Sequence[tuple[int, Tensor | None]],
+        W_bf16: Tensor | None,
+        norms: Tensor | None,
+    ) -> list[Tensor]:
+        """As `_encode`, with one product of bf16 copies for all selections."""
         N = x.shape[0]
         if N == 0:
-            return x.new_empty(0, k), x.new_empty(0, k, dtype=torch.int64)
+            return [x.new_empty(0, k, dtype=T) for k, _ in wanted for T in (x.dtype, torch.int64)]
         if W_bf16 is None or norms is None:
             W_bf16, norms = self.bf16_copy(W_enc)
         xc = x if b_dec is None else x - b_dec
         rounded, x_norms = self.bf16_copy(xc)
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            screen = self._screen(xc, W_enc, b_enc, x_norms, norms, k, mask)
+        with guard(x):
+            screens = [self._screen(xc, W_enc, b_enc, x_norms, norms, *of) for of in wanted]
             rows = _rows_of_chunk(N, len(W_enc), x.device)
             for n in range(0, N, rows):
                 scores = _scores(rounded[n : n + rows], W_bf16)
-                screen.select(scores, n)
+                for screen in screens:
+                    screen.select(scores, n)
                 del scores  # before the next chunk's: one at a time
-            return screen.result()
+            return [t for screen in screens for t in screen.result()]
 
     def screened_topk_encode_aux(
         self,
@@ -287,17 +302,17 @@ class Encode(ABC):
         norms: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`topk_encode_aux`, each selection of pre-activations screened where so few are chosen
-        that it pays."""
-        F, kept = W_enc.shape[0], (W_bf16, norms)
-        if grad is None or W_dec is None:
-            chosen = self.screened_topk_encode(x, W_enc, b_enc, k, b_dec, None, *kept)
-        else:
-            chosen = self.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
-        if pays(k_aux, F):
-            aux = self.screened_topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead, *kept)
-        else:
-            aux = self.topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead)
-        return (*chosen, *aux)
+        that it pays; both share the product then."""
+        graded, few = grad is not None and W_dec is not None, pays(k_aux, W_enc.shape[0])
+        wanted = [(k, None)] * (not graded) + [(k_aux, dead)] * few
+        found = self._screened(x, W_enc, b_enc, b_dec, wanted, W_bf16, norms) if wanted else []
+        if grad is not None and W_dec is not None:
+            by_score = self.grad_topk_encode(x, grad, W_enc, b_enc, W_dec, k, beta, mode, b_dec)
+            found = [*by_score, *found]
+        if not few:
+            found += self.topk_encode(x, W_enc, b_enc, k_aux, b_dec, dead)
+        values, indices, aux_values, aux_indices = found
+        return values, indices, aux_values, aux_indices
 
     def grad_topk_encode(
         self,

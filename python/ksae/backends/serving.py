@@ -10,9 +10,9 @@ be imported, else the reference. Three ways encode, and a table of measurements 
 `bench/gpu/run.py` measures them on a GPU and prints the rows to put into TABLE. A call takes the
 row of its GPU generation and dtype that is nearest in d and F; without a row, the product. Where
 nothing is measured, float32 is screened: products in bf16 have 15 times the rate of those in
-float32 by the makers' figures (H100, H200), 8 times (A100), 2 to 4 (RTX 4090). A step with AuxK
-encodes twice when it is fused or screened, while the product serves both its selections: a choice
-of its own.
+float32 by the makers' figures (H100, H200), 16 times (A100), 2 to 4 (RTX 4090). A step with AuxK
+encodes twice when it is fused, while one product serves both selections of the other ways: a
+choice of its own.
 
 Environment, read once at import: KSAE_ENCODE=product, screened or fused overrides the table.
 """

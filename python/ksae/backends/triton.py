@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import env
 from ..reference.group import rows_of
 from . import product as products
-from .cuda import guard
+from .bridge import guard
 from .latents import Latents
 
 

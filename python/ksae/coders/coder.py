@@ -220,8 +220,7 @@ class SparseCoder(Counts):
     @property
     def dead(self) -> Tensor:
         """[F] bool: latents that have not fired for more than `dead_after` tokens."""
-        before = self._since_before if recomputes() else None
-        return (self.tokens_since_fired if before is None else before) > self.dead_after
+        return self.found("tokens_since_fired") > self.dead_after
 
     # ------------------------------------------------------------------------------------- the code
 

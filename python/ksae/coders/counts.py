@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import Activation
-from .code import Code, has_numbers
+from .code import Code, has_numbers, recomputes
 from .terms import total_variance
 
 
@@ -18,9 +18,15 @@ class Counts(nn.Module):
 
     activation: Activation
     tokens_since_fired: Tensor  # [F] int64
-    _since_before: Tensor | None = None  # before the last forward pass
+    _before: dict[str, Tensor] | None = None  # the buffers before the last forward pass
     ranks: Any = None  # of `ksae.shard`, where the tensors hold the latents of one rank only
     peers: Any = None  # of `ksae.count_over_ranks`: processes that hold other tokens of a batch
+
+    def found(self, name: str) -> Tensor:
+        """A buffer as this forward pass finds it: where a backward pass recomputes one, as that one
+        found it."""
+        before = self._before if recomputes() else None
+        return self.get_buffer(name) if before is None else before[name]
 
     def of_batch(self, part: Tensor) -> Tensor:
         """The sum over the processes that hold other tokens of the batch, of any shape."""
@@ -57,6 +63,6 @@ class Counts(nn.Module):
         else:
             hits = self.of_batch((hits > 0).short())
             since = self.tokens_since_fired + self.of_batch(torch.tensor(N, device=hits.device))
-        if has_numbers(since):
-            self._since_before = self.tokens_since_fired.clone()  # for a recomputation of this pass
+        if has_numbers(since):  # for a recomputation of this pass
+            self._before = {n: b.clone() for n, b in self.named_buffers(recurse=False)}
         self.tokens_since_fired.copy_(torch.where(hits > 0, 0, since))

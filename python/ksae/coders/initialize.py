@@ -70,8 +70,8 @@ def initialize_from(
     TopKSAE: b_dec is the geometric median of x, and W_enc = encoder_scale * W_dec if it is W_dec,
     as the constructor leaves it: short rows turn faster towards the data at the same learning rate,
     and k of them reconstruct too little at first, not too much. 1 leaves it; so do activations with
-    thresholds, which have a scale of their own. Transcoder: b_dec is the mean of y, and b_enc =
-    -W_enc mean(x), so that the pre-activations start centred.
+    a penalty (JumpReLU, ReLU, Gated), which choose by the size of values. Transcoder: b_dec is the
+    mean of y, and b_enc = -W_enc mean(x), so that the pre-activations start centred.
 
     Raises:
         ValueError: shapes that do not fit, an empty or non-finite sample, no y for a transcoder, or

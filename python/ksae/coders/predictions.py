@@ -43,7 +43,8 @@ def unrectified(
 ) -> Tensor:
     """Values [N, k] with the pre-activations of dead latents [F] in place of zeros."""
     x = rows - model.b_dec if model.centred else rows
-    u = ops.sparse_decode_backward_values(x, indices, model.W_enc) + model.b_enc[indices]
+    W, b = model.activation.encoder(model)
+    u = ops.sparse_decode_backward_values(x, indices, W) + b[indices]
     return torch.where(values > 0, values, torch.where(dead[indices], u, 0))
 
 

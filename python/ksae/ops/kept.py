@@ -12,7 +12,7 @@ def keeps_bf16_copy(W_enc: Tensor, k: int, aux: bool = False) -> bool:
     """Whether `topk_encode` reads W_bf16 and norms for weights like W_enc [F, d], so that a copy
     is worth keeping.
 
-    k: the largest selection of the call; aux: of topk_encode_aux.
+    k: the selection of the call, by which its way is chosen; aux: of topk_encode_aux.
     """
     return serving.screens(W_enc, k, aux)
 

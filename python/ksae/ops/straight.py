@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..reference.dtypes import FLOATS, accumulator
+from ..reference.dtypes import ENTRIES, FLOATS, accumulator
 from .grammar import Argument
 from .messages import index_range, offsets_range
 from .rows import Offsets
@@ -234,7 +234,8 @@ class _Lines:
         E, N, t = of.E, of.N, of.name
         known, other = (E, N) if E in self.known else (N, E)
         self.lines += [f"if {t} is None:", f"    {other} = {known}", "else:"]
-        one_each = (f"len({of.entries}.shape) == 2", f"{of.entries}.shape[1] == 1")
+        of_size = f"{of.entries}.shape[1] == 1", f"{of.entries}.shape[0] <= {ENTRIES}"
+        one_each = (f"len({of.entries}.shape) == 2", *of_size)
         look = (f"len({t}.shape) == 1", f"{t}.shape[0] > 0", f"{t}.dtype is dtype_i64")
         self.unless(*look, f"{t}{self.device}", *one_each, indent="    ")
         if known == N:

@@ -19,8 +19,10 @@ from ksae.coders import (
     TopK,
 )
 from ksae.errors import UserError
+from ksae.step.train_step import fused_refuses
 
 if TYPE_CHECKING:
+    from ksae.runs.config import RunConfig
     from ksae.runs.model_config import ModelConfig
 
 NAMES: dict[type[Activation], str] = {
@@ -93,3 +95,13 @@ def check_activation(model: ModelConfig, where: str) -> None:
             kind.check("model", model.d_sae)
         except ValueError as error:
             raise UserError(f"{where}: {str(error).replace('model: ', 'model.', 1)}") from None
+
+
+def check_fused(activation: Activation, config: RunConfig, where: str) -> None:
+    """Refuse the fused step where it does not serve the activation of the run's model.
+
+    Raises:
+        UserError: so it is.
+    """
+    if config.train.fused and (what := fused_refuses(activation, config.model.auxk)):
+        raise UserError(f"{where}: train.fused must be false with {what}, got true")

@@ -296,11 +296,10 @@ def check(config: RunConfig, where: str = "config") -> None:
         )
     _check_lists(model, where)
     if model.activation != "topk":
-        from ksae.runs.activation import check_activation  # with torch, as above
+        from ksae.runs.activation import activation_of, check_activation, check_fused  # with torch
 
         check_activation(model, where)
-        if train.fused and model.activation == "pursuit":
-            raise UserError(f"{where}: train.fused must be false with pursuit, got true")
+        check_fused(activation_of(model), config, where)
     _check_schedules(config, where)
     if warmup_steps(train) > total_steps(train):
         raise UserError(

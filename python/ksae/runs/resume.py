@@ -57,7 +57,6 @@ CHANGEABLE = frozenset(
 BEFORE = {
     "train.clip": "above",
     "train.decoder_lr": 1.0,
-    "train.k_start": None,
     "train.penalty_warmup": 0,
 }
 VALUES = "source.values"  # the fingerprint of the activations

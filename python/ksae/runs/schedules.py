@@ -19,7 +19,8 @@ def check(step: TrainStep, config: TrainConfig) -> None:
     kind, start = type(activation).__name__, config.k_start
     if start is not None:
         try:
-            step.k = start
+            for k in range(min(start, step.model.k), max(start, step.model.k) + 1):
+                step.k = k
         except ValueError as error:
             reason = str(error).removeprefix("TrainStep: k ")
             raise UserError(f"train: train.k_start {reason}") from None

@@ -16,6 +16,7 @@ from ksae.coders.coder import SparseCoder
 from ksae.parallel.ranks import Ranks
 from ksae.runs import checks, ranks
 from ksae.runs import config as runconfig
+from ksae.runs.activation import check_fused
 from ksae.runs.checkpoint import identity
 from ksae.runs.config import RunConfig
 from ksae.runs.data import RunData, open_data
@@ -60,6 +61,7 @@ def _prepare(
     if config.model.start is not None:
         path = str(config.model.start if newest is None else newest)
         config, model = start_from(config, path, device)
+        check_fused(model.activation, config, "train")
     if newest is not None:
         compare_early(config, newest, allow_change)
     data = open_run_data(config, model, ranks.all_of_them() if R > 1 else None)

@@ -19,10 +19,10 @@ from ..coders.terms import Term
 from ..ops import product
 from .dead_latents import padded
 
-# Bytes that are gathered in the time of a multiplication and addition of a product: at 5.5 TB/s
-# from L2 and 790 (bf16) or 60 (float32) TFLOP/s, which are a ceiling measured on one H200, and
-# an assumption and a maker's figure.
-BYTES = {2: 5.5e12 * 2 / 790e12, 4: 5.5e12 * 2 / 60e12}
+# Bytes/s from L2, assumed; flop/s of products: bf16, measured on one H200, and float32, assumed.
+L2, PRODUCT = 5.5e12, {2: 790e12, 4: 60e12}
+# Bytes that are gathered in the time of a multiplication and addition of a product.
+BYTES = {size: L2 * 2 / rate for size, rate in PRODUCT.items()}
 
 
 def pays(term: Term, most: int | None, W: Tensor) -> bool:

@@ -97,7 +97,8 @@ class FusedStep:
         ks = [term.k for term in terms if term.aux is None]
         dense = (most or 0) if pays(terms[-1], most, model.W_enc) else 0
         k, k_aux = min(max(ks), self.latents), 0 if dense else min(k_aux, self.latents)
-        self.state.keep_bf16_copy(k, k_aux, batch.grad is not None)
+        if model.activation.reads_copy:
+            self.state.keep_bf16_copy(k, k_aux, batch.grad is not None)
         how = (batch.grad, self.state.W_bf16)
         chosen = communicator.select(model, batch.x, k, k_aux, *how)
         values, indices, by, *pre = chosen[0]
@@ -229,22 +230,21 @@ class FusedStep:
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
         own = scales[: len(g.values)]
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, own)
-        if g.dense is not None:
-            grad_b_enc += scales[-1] * g.dense.of_latents(g.dense.b_enc)
-            grad_dot_w += scales[-1] * g.dense.of_latents(g.dense.along)
-        along = grad_dot_w if model.normalize_decoder else None
         more: dict[str, Tensor] = {}
+        norms: Tensor | None = None
         if model.activation.penalized:
             penalty, more, norms = self._pass_on(batch, chosen, g, scales[0], active)
             metrics["loss"] = loss = loss + penalty
             coefficients, *grouped = g.of_encoder()
             pre = [_pre(chosen.codes[0])[:, None], *g.values[1:]]
             grad_b_enc, _ = ops.latent_sums(pre, coefficients, *grouped, own)
-            if g.dense is not None:
-                grad_b_enc += scales[-1] * g.dense.of_latents(g.dense.b_enc)
-            if "b_enc" in more:
-                more["b_enc"] = more["b_enc"] + grad_b_enc
-            along = -norms if along is None and norms is not None else along
+        if g.dense is not None:
+            grad_b_enc += scales[-1] * g.dense.of_latents(g.dense.b_enc)
+            grad_dot_w += scales[-1] * g.dense.of_latents(g.dense.along)
+        if "b_enc" in more:
+            more["b_enc"] = more["b_enc"] + grad_b_enc
+        along = None if norms is None else -norms
+        along = grad_dot_w if model.normalize_decoder else along
         sums = Sums(loss, scales, grad_b_enc, along, more, small, None)
         if self.communicator.replicas > 1:
             sums = over_replicas(self.communicator, model, batch, chosen, g, sums)

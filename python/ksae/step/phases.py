@@ -116,7 +116,7 @@ class RowGradients(NamedTuple):
     offsets: Tensor  # [F+1] int32: as of `group_by_latent`, an entry each
     order: Tensor  # [U] int32
     terms: int  # of the loss
-    fired: Tensor  # [F] bool: has a value > 0 in the first term
+    fired: Tensor  # [F] bool: has a value that is not 0 in the first term
 
     def rows(self, gradients: Tensor, W: Tensor, scales: Tensor) -> dict[str, Any]:
         """As the row pass takes them: each the coefficient 1 times its row. The scale is 1, or with

@@ -101,14 +101,15 @@ class State:
 
     def keep_bf16_copy(self, k: int, k_aux: int, graded: bool) -> None:
         """From the first step that screens with a bf16 copy on; graded: the selection of k is by a
-        gradient, so that only that of k_aux for AuxK, if there is one, screens."""
+        gradient, so that only that of k_aux for AuxK, if there is one, screens. Which way serves a
+        call is chosen by its k."""
         if self.W_bf16:
             return
         W, aux = self.parameters["W_enc"], k_aux > 0
         if W.is_inference() or self.model.shares_memory:  # writes that no version counts
             return
-        ks = [k] * (not graded) + [k_aux] * aux
-        if any(kept.keeps_bf16_copy(W, of, aux) for of in ks):
+        serves = not graded or (aux and kept.keeps_bf16_copy(W, k_aux, aux))
+        if serves and kept.keeps_bf16_copy(W, k, aux):
             self.W_bf16 = kept.bf16_copy(W)
 
     def renew_bf16_copy(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..coders.activation import Activation
 from ..coders.activation.above import Above
 from ..coders.auxk import AUXK
 from ..coders.coder import SparseCoder
@@ -173,9 +174,9 @@ class TrainStep:
         selects by it the downstream gradient grad [..., d_out].
 
         Returns 0-d tensors, all from before the update: loss, fvu, auxk_loss, l0 (mean number of
-        positive values a token), dead (share of latents), and with multi_topk multi_topk_loss, with
-        clip_norm grad_norm (unclipped), with grad nonfinite_grad_rows: how many rows of it had an
-        entry that is not finite and were selected by u.
+        values that are not 0 a token), dead (share of latents), and with multi_topk
+        multi_topk_loss, with clip_norm grad_norm (unclipped), with grad nonfinite_grad_rows: how
+        many rows of it had an entry that is not finite and were selected by u.
         """
         own = self.model.activation
         self.model.activation = own.scheduled(self._k, self._penalty)
@@ -297,6 +298,16 @@ def _check_lr(lr: float) -> None:
         raise ValueError(f"TrainStep: lr must be a finite number >= 0, got {lr}")
 
 
+def fused_refuses(activation: Activation, auxk: str) -> str | None:
+    """What of a coder, its activation or AuxK of that name, the fused step does not serve."""
+    kind = type(activation).__name__
+    if activation.fused_refuses:
+        return f"{kind} of {activation.fused_refuses}"
+    if not activation.identity and not AUXK[auxk].detached:
+        return f"{kind} and auxk={auxk!r}"
+    return None
+
+
 def _check(
     model: SparseCoder,
     lr: float,
@@ -331,12 +342,8 @@ def _check(
         if p.dtype != first.dtype or p.device != first.device:
             want = f"{first.dtype} on {first.device} as W_enc"
             raise ValueError(f"TrainStep: {name} must be {want}, got {p.dtype} on {p.device}")
-    if fused and (option := model.activation.fused_refuses):
-        kind = type(model.activation).__name__
-        raise ValueError(f"TrainStep: fused must be False with {kind} of {option}, got True")
-    if fused and not model.activation.identity and not AUXK[model.auxk].detached:
-        kind, got = type(model.activation).__name__, f"auxk={model.auxk!r}"
-        raise ValueError(f"TrainStep: fused must be False with {kind} and {got}, got True")
+    if fused and (what := fused_refuses(model.activation, model.auxk)):
+        raise ValueError(f"TrainStep: fused must be False with {what}, got True")
     if moments == "bfloat16" and isinstance(model.activation, Above):
         kind = type(model.activation).__name__
         raise ValueError(f"TrainStep: moments must be float32 with {kind}, got bfloat16")

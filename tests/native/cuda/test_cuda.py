@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels on a GPU: numbers, determinism, streams, CUDA graphs, devices, errors.
 
-Left out of a run where torch sees no GPU; tests/test_cuda_kernels.py runs the same kernels
+Left out of a run where torch sees no GPU; test_cuda_kernels.py runs the same kernels
 everywhere, in emulation.
 """
 

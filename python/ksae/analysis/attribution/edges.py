@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksae.analysis.attribution.effects import Effects, SiteEffects, leaf
+from ksae.analysis.attribution.effects import Effects, SiteEffects, gradients, leaf
 from ksae.analysis.attribution.frozen import frozen as frozen_gradients
 from ksae.analysis.attribution.nodes import Node, check_nodes
 from ksae.analysis.attribution.sites import Metric, Site, at_sites, run
@@ -91,21 +91,15 @@ def _into(
 ) -> list[Edge]:
     """The edges that end in one target."""
     last = len(found.sites) if target is None else target.site
-    if not goal.requires_grad:
-        return []
-    leaves = [*held.codes, *held.errors]
-    grads = torch.autograd.grad(goal, leaves, allow_unused=True, retain_graph=True)
+    grads = gradients(goal, [*held.codes, *held.errors], retain=True)
     made = []
-    for number, (of_code, of_error) in enumerate(
-        zip(grads[: len(held.codes)], grads[len(held.codes) :], strict=True)
-    ):
-        if of_code is None or of_error is None:
-            continue
+    for number in range(last):
+        of_code, of_error = grads[number], grads[len(held.codes) + number]
         here = found.at[number]
         codes = (here.patch - here.clean) * of_code
         errors = ((here.error_patch - here.error_clean) * of_error).sum(-1)
         for node in nodes:
-            if node.site == number != last:
+            if node.site == number:
                 weight = float(_part(node, found, codes, errors))
                 if weight != 0:
                     made.append(Edge(node, target, weight))

@@ -16,6 +16,7 @@ from ksae.analysis.attribution.sites import (
     Parts,
     Site,
     at_sites,
+    changed_to,
     check_sites,
     record,
     run,
@@ -84,10 +85,10 @@ class Effects:
 
     def _latents(self, number: int, positions: bool) -> Iterator[Node]:
         here, F = self.at[number], self.sites[number].coder.d_sae
-        changes = here.patch != here.clean
+        active = (here.clean != 0) | (here.patch != 0)
         place = torch.arange(here.indices.shape[-2], device=here.indices.device)[:, None]
-        keys = (here.indices + (place * F if positions else 0))[changes]
-        columns = [t[changes] for t in (here.effects, here.clean, here.patch)]
+        keys = (here.indices + (place * F if positions else 0))[active]
+        columns = [t[active] for t in (here.effects, here.clean, here.patch)]
         for key, (effect, activation, patched) in summed(keys, columns):
             position = key // F if positions else None
             yield Node(number, position, key % F, effect, activation, patched)
@@ -142,7 +143,7 @@ def effects(
     if patch is not None:
         same_shape(inputs, patch)
     clean, value = record(model, inputs, sites, metric)
-    others, other_value = _others(model, patch, sites, metric, clean)
+    others, other_value = changed_to(model, patch, sites, metric, clean)
     joined = [_join(a, b, s.coder.d_sae) for a, b, s in zip(clean, others, sites, strict=True)]
     if steps == 0:
         found = _direct(model, inputs, metric, sites, joined)
@@ -153,22 +154,6 @@ def effects(
         ]
     total = float(value.double().sum())
     return Effects(tuple(sites), found, total, other_value)
-
-
-def _others(
-    model: nn.Module,
-    patch: Mapping[str, Any] | None,
-    sites: Sequence[Site],
-    metric: Metric,
-    clean: Sequence[Parts],
-) -> tuple[list[Parts], float | None]:
-    """What nodes are changed to, at each site, and the metric of it."""
-    if patch is None:
-        return [
-            Parts(p.values[..., :0], p.indices[..., :0], torch.zeros_like(p.error)) for p in clean
-        ], None
-    others, value = record(model, patch, sites, metric)
-    return others, float(value.double().sum())
 
 
 def _join(a: Parts, b: Parts, F: int) -> SiteEffects:
@@ -264,9 +249,9 @@ def _integrated(
     return replace(here, gradients=of_code, error_gradients=of_error)
 
 
-def gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Of each leaf, zeros where the value does not depend on it."""
+def gradients(value: Tensor, leaves: Sequence[Tensor], *, retain: bool = False) -> list[Tensor]:
+    """Of each leaf, zeros where the value does not depend on it; retain: the graph is kept."""
     if not value.requires_grad:
         return [torch.zeros_like(t) for t in leaves]
-    grads = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=False)
+    grads = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=retain)
     return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]

@@ -16,6 +16,7 @@ from ksae.analysis.attribution.sites import (
     Parts,
     Site,
     at_sites,
+    changed_to,
     check_sites,
     record,
     run,
@@ -66,19 +67,15 @@ def curve(
     check_nodes(nodes, [site.coder.d_sae for site in sites])
     if patch is not None:
         same_shape(inputs, patch)
-        others, _ = record(model, patch, sites, metric)
-    else:
-        clean, _ = record(model, inputs, sites, metric)
-        others = [
-            Parts(p.values[..., :0], p.indices[..., :0], torch.zeros_like(p.error)) for p in clean
-        ]
+    clean, value = record(model, inputs, sites, metric)
+    others, _ = changed_to(model, patch, sites, metric, clean)
 
     def m(kept: Sequence[Node], without: bool) -> float:
         change = _Ablation(sites, others, kept, without, keep_errors)
         with at_sites(model, sites, change):
             return float(run(model, inputs, metric).double().sum())
 
-    full, empty = float(run(model, inputs, metric).double().sum()), m([], False)
+    full, empty = float(value.double().sum()), m([], False)
     if full == empty:
         raise UserError(
             f"curve: the metric must depend on the nodes, got {full:g} with and without"

@@ -27,8 +27,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
     get none, and the scale by which a norm divides. Outputs stay as they are to the bit.
 
     Raises:
-        UserError: no queries and keys are found in the attention of a block (known are those of the
-            Llama, GPT-2, GPT-NeoX, OPT, BERT and DistilBERT families and their kin).
+        UserError: a norm that is no nn.LayerNorm and no RMSNorm; no queries and keys are found in
+            the attention of a block (known are those of the Llama, GPT-2, GPT-NeoX, OPT, BERT and
+            DistilBERT families and their kin).
     """
     with ExitStack() as stack:
         for module, hook in _hooks(model):
@@ -43,8 +44,11 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 def _hooks(model: nn.Module) -> list[tuple[nn.Module, Hook]]:
     found: list[tuple[nn.Module, Hook]] = []
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+        name = type(module).__name__
+        if type(module) is nn.LayerNorm or name.endswith("RMSNorm"):
             found.append((module, _norm))
+        elif "Norm" in name:  # whose gain or centring may be another
+            raise UserError(f"frozen: norms must be nn.LayerNorm or an RMSNorm, got {name}")
     _, blocks = find_blocks(model)
     config: Any = getattr(model, "config", None)
     for number, block in enumerate(blocks):

@@ -156,6 +156,22 @@ def record(
     return [found[i] for i in range(len(sites))], value
 
 
+def changed_to(
+    model: nn.Module,
+    patch: Mapping[str, Any] | None,
+    sites: Sequence[Site],
+    metric: Metric,
+    clean: Sequence[Parts],
+) -> tuple[list[Parts], float | None]:
+    """What nodes are changed to, at each site, and the metric of it."""
+    if patch is None:
+        return [
+            Parts(p.values[..., :0], p.indices[..., :0], torch.zeros_like(p.error)) for p in clean
+        ], None
+    others, value = record(model, patch, sites, metric)
+    return others, float(value.double().sum())
+
+
 def run(model: nn.Module, inputs: Mapping[str, Any], metric: Metric) -> Tensor:
     """The metric of a forward pass.
 

@@ -46,10 +46,6 @@ def in_range(indices: Tensor, F: int) -> bool:
     return inside
 
 
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 _MAPPED = 1 << 25  # bytes; for more, malloc maps fresh pages, which the kernel clears
 _spare: dict[int, list[np.ndarray[Any, Any]]] = {}  # by size in bytes
 

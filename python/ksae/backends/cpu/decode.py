@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ...reference.group import rows_of
-from ..bridge import DTYPES
-from .calls import _cpu, _large, _pointer, _Workspace
+from ..bridge import DTYPES, pointer
+from .calls import _cpu, _large, _Workspace
 
 
 def _rows(row_offsets: Tensor) -> tuple[int, tuple[int]]:
@@ -29,9 +29,9 @@ def sparse_decode(
     out = values.new_empty(N, d, dtype=torch.float32 if partial else values.dtype)
     decode = _cpu.sparse_decode_partial if partial else _cpu.sparse_decode
     decode(
-        N, d, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
+        N, d, F, k, DTYPES[values.dtype], pointer(values), pointer(indices),
         indices.element_size(),
-        _pointer(W_dec), _pointer(b_dec), _pointer(out), torch.get_num_threads(),
+        pointer(W_dec), pointer(b_dec), pointer(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -82,11 +82,11 @@ def _residual(
     F, d = W_dec.shape
     residual = target.new_empty(N, stop - start, dtype=torch.float32)
     _cpu.sparse_residual(
-        N, d, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
+        N, d, F, k, DTYPES[values.dtype], pointer(values), pointer(indices),
         indices.element_size(),
-        _pointer(W_dec), _pointer(b_dec), _pointer(target), target.dtype == torch.float32, start,
+        pointer(W_dec), pointer(b_dec), pointer(target), target.dtype == torch.float32, start,
         stop - start,
-        _pointer(residual), _pointer(sq_error), _pointer(grad_values), _Workspace(),
+        pointer(residual), pointer(sq_error), pointer(grad_values), _Workspace(),
         torch.get_num_threads(),
     )  # fmt: skip
     return residual
@@ -144,10 +144,10 @@ def _prefix_residual(
     F, d = W_dec.shape
     residual = torch.empty(len(widths), N, stop - start, dtype=torch.float32)
     _cpu.prefix_residual(
-        N, d, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices),
-        indices.element_size(), _pointer(W_dec), _pointer(b_dec), _pointer(target),
-        target.dtype == torch.float32, _pointer(widths), _pointer(shares), len(widths), start,
-        stop - start, _pointer(residual), _pointer(sq_errors), _pointer(grad_values), _Workspace(),
+        N, d, F, k, DTYPES[values.dtype], pointer(values), pointer(indices),
+        indices.element_size(), pointer(W_dec), pointer(b_dec), pointer(target),
+        target.dtype == torch.float32, pointer(widths), pointer(shares), len(widths), start,
+        stop - start, pointer(residual), pointer(sq_errors), pointer(grad_values), _Workspace(),
         torch.get_num_threads(),
     )  # fmt: skip
     return residual
@@ -162,8 +162,8 @@ def sparse_decode_backward_values(
     wider = grad.dtype != W_dec.dtype
     products = _cpu.residual_products if wider else _cpu.sparse_decode_backward_values
     products(
-        N, d, F, k, DTYPES[W_dec.dtype], _pointer(grad), _pointer(indices), indices.element_size(),
-        _pointer(W_dec), _pointer(out), torch.get_num_threads(),
+        N, d, F, k, DTYPES[W_dec.dtype], pointer(grad), pointer(indices), indices.element_size(),
+        pointer(W_dec), pointer(out), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -173,11 +173,11 @@ def sparse_decode_backward_weight(
 ) -> tuple[Tensor, Tensor]:
     (N, k), d = values.shape, grad.shape[1]
     row_of = None if row_offsets is None else rows_of(row_offsets, N)
-    of = k if row_of is None else (_pointer(row_of),)  # by latent, entries are tokens of one entry
+    of = k if row_of is None else (pointer(row_of),)  # by latent, entries are tokens of one entry
     grad_W, value_sum = _large(F, d, grad.dtype), grad.new_empty(F)
     _cpu.sparse_decode_backward_weight(
-        N, d, F, of, DTYPES[grad.dtype], _pointer(grad), _pointer(values), _pointer(indices),
+        N, d, F, of, DTYPES[grad.dtype], pointer(grad), pointer(values), pointer(indices),
         indices.element_size(),
-        _pointer(grad_W), _pointer(value_sum), _Workspace(), torch.get_num_threads(),
+        pointer(grad_W), pointer(value_sum), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
     return grad_W, value_sum

@@ -9,8 +9,8 @@ from torch import Tensor
 from ... import env
 from ...reference.dtypes import MODES
 from ...reference.encode import refuse_entries
-from ..bridge import DTYPES
-from .calls import _cpu, _pointer, _Workspace
+from ..bridge import DTYPES, pointer
+from .calls import _cpu, _Workspace
 
 _ROUTES = ("auto", "dual", "pruned")  # of grad_topk_encode; as in ksae/cpu.h, as is MODES
 screening = env.read("KSAE_SCREEN") != "off"
@@ -20,7 +20,7 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     N, F = x.shape
     values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
     _cpu.topk(
-        N, F, k, DTYPES[x.dtype], _pointer(x), _pointer(values), _pointer(indices), _Workspace(),
+        N, F, k, DTYPES[x.dtype], pointer(x), pointer(values), pointer(indices), _Workspace(),
         torch.get_num_threads()
     )  # fmt: skip
     return values, indices
@@ -61,9 +61,9 @@ def topk_encode_counted(
         screen = screening and 100 * k <= F
     values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
     counts = _cpu.topk_encode(
-        N, d, F, k, DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
-        _pointer(b_dec), _pointer(mask), _pointer(values), _pointer(indices),
-        screen, slack, product_only, _pointer(scores), _Workspace(), torch.get_num_threads(),
+        N, d, F, k, DTYPES[x.dtype], pointer(x), pointer(W_enc), pointer(b_enc),
+        pointer(b_dec), pointer(mask), pointer(values), pointer(indices),
+        screen, slack, product_only, pointer(scores), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
     return values, indices, counts
 
@@ -99,8 +99,8 @@ def batch_topk_encode_counted(
     values, indices = x.new_empty(N * k), x.new_empty(N * k, dtype=torch.int64)
     row_offsets = x.new_empty(N + 1, dtype=torch.int64)
     counts = _cpu.batch_topk_encode(
-        N, d, F, k, DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
-        _pointer(b_dec), _pointer(values), _pointer(indices), _pointer(row_offsets), screen, slack,
+        N, d, F, k, DTYPES[x.dtype], pointer(x), pointer(W_enc), pointer(b_enc),
+        pointer(b_dec), pointer(values), pointer(indices), pointer(row_offsets), screen, slack,
         _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
     return values, indices, row_offsets, counts
@@ -148,10 +148,10 @@ def grad_topk_encode_counted(
         screen = screening and 100 * k <= F
     values, indices = x.new_empty(N, k), x.new_empty(N, k, dtype=torch.int64)
     counts = _cpu.grad_topk_encode(
-        N, d, F, k, DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc),
-        _pointer(b_dec), _pointer(values), _pointer(indices), screen, slack,
-        d_out, _pointer(grad), _pointer(W_dec), MODES.index(mode), beta, _ROUTES.index(route),
-        _pointer(scores), _Workspace(), torch.get_num_threads(),
+        N, d, F, k, DTYPES[x.dtype], pointer(x), pointer(W_enc), pointer(b_enc),
+        pointer(b_dec), pointer(values), pointer(indices), screen, slack,
+        d_out, pointer(grad), pointer(W_dec), MODES.index(mode), beta, _ROUTES.index(route),
+        pointer(scores), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
     return values, indices, counts
 
@@ -227,13 +227,13 @@ def threshold_encode_by(
     above = torch.empty(N, (F + 31) // 32, dtype=torch.int32)  # a bit a pre-activation
     row_offsets = torch.empty(N + 1, dtype=torch.int64)
     of_all = (
-        N, d, F, DTYPES[x.dtype], _pointer(x), _pointer(W_enc), _pointer(b_enc), _pointer(b_dec),
-        _pointer(theta), _pointer(above), _pointer(row_offsets),
+        N, d, F, DTYPES[x.dtype], pointer(x), pointer(W_enc), pointer(b_enc), pointer(b_dec),
+        pointer(theta), pointer(above), pointer(row_offsets),
     )  # fmt: skip
     _cpu.threshold_encode_count(*of_all, screen, slack, _Workspace(), torch.get_num_threads())
     refuse_entries(E := int(row_offsets[-1]))
     values, latents = x.new_empty(E), x.new_empty(E, dtype=torch.int64)
     _cpu.threshold_encode_fill(
-        *of_all, _pointer(values), _pointer(latents), _Workspace(), torch.get_num_threads()
+        *of_all, pointer(values), pointer(latents), _Workspace(), torch.get_num_threads()
     )
     return values, latents, row_offsets

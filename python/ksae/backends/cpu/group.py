@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..bridge import DTYPES
-from .calls import _cpu, _pointer, _Workspace
+from ..bridge import DTYPES, pointer
+from .calls import _cpu, _Workspace
 
 
 def group_by_latent(values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Tensor]:
@@ -15,7 +15,7 @@ def group_by_latent(values: Tensor, indices: Tensor, F: int) -> tuple[Tensor, Te
     offsets = values.new_empty(F + 1, dtype=torch.int32)
     order = values.new_empty(N * k, dtype=torch.int32)
     _cpu.group_by_latent(
-        N, F, k, DTYPES[values.dtype], _pointer(values), _pointer(indices), indices.element_size(),
-        _pointer(offsets), _pointer(order), _Workspace(), torch.get_num_threads(),
+        N, F, k, DTYPES[values.dtype], pointer(values), pointer(indices), indices.element_size(),
+        pointer(offsets), pointer(order), _Workspace(), torch.get_num_threads(),
     )  # fmt: skip
     return offsets, order

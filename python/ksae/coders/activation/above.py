@@ -44,7 +44,7 @@ class Above(Activation):
         return {"mean_active": torch.tensor(torch.inf, dtype=torch.float64, device=device)}
 
     def is_dense(self, coder: SparseCoder) -> bool:
-        return SHARE * float(coder.get_buffer("mean_active")) > coder.d_sae
+        return SHARE * float(coder.found("mean_active")) > coder.d_sae
 
     def select(
         self,

@@ -35,6 +35,7 @@ class Activation:
     """
 
     k: int  # entries a token, on average or at most; 0: as many as there are
+    reads_copy: ClassVar[bool] = False  # `select` takes W_bf16
     ragged: ClassVar[bool] = False  # codes have row offsets: a number of entries of each row's own
     other_k: ClassVar[bool] = True  # a row's first entries are its code with a smaller k
     of_input: ClassVar[bool] = False  # predicts what it reads: no activation of a transcoder
@@ -147,10 +148,14 @@ class Activation:
         """Whether so many latents were active in the last batch that dense products are faster."""
         return False
 
+    def encoder(self, coder: SparseCoder) -> tuple[Tensor, Tensor]:
+        """The rows [F, d_in] and the bias [F] that make pre-activations."""
+        return coder.W_enc, coder.b_enc
+
     def encode_dead(self, coder: SparseCoder, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and indices [N, k] of the k largest dead pre-activations: the code of AuxK."""
         b_dec = coder.b_dec if coder.centred else None
-        return functional.topk_encode(rows, coder.W_enc, coder.b_enc, k, b_dec, coder.dead)
+        return functional.topk_encode(rows, *self.encoder(coder), k, b_dec, coder.dead)
 
     def select_aux(
         self,
@@ -162,4 +167,4 @@ class Activation:
         W_bf16: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
         """What `select` returns, then values and indices [N, k_aux] of dead latents, for AuxK."""
-        return (*self.select(coder, rows, k, grad), *coder.encode_dead(rows, k_aux))
+        return (*self.select(coder, rows, k, grad, W_bf16), *coder.encode_dead(rows, k_aux))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import functional
+from .base import Activation
 from .topk import TopK
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class BatchTopK(TopK):
     threshold: str = "running"
 
     ragged: ClassVar[bool] = True
+    reads_copy: ClassVar[bool] = False
+    select_aux = Activation.select_aux
 
     def check(self, owner: str, F: int) -> None:
         super().check(owner, F)
@@ -69,18 +72,6 @@ class BatchTopK(TopK):
     ) -> tuple[Tensor, ...]:
         b_dec = coder.b_dec if coder.centred else None
         return functional.batch_topk_encode(rows, coder.W_enc, coder.b_enc, k, b_dec)
-
-    def select_aux(
-        self,
-        coder: SparseCoder,
-        rows: Tensor,
-        k: int,
-        k_aux: int,
-        grad: Tensor | None,
-        W_bf16: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, ...]:
-        chosen = self.select(coder, rows, k, grad)
-        return (*chosen, *coder.encode_dead(rows, k_aux))
 
     def infer(self, coder: SparseCoder, rows: Tensor, grad: Tensor | None) -> tuple[Tensor, ...]:
         theta = float(coder.get_buffer("threshold"))

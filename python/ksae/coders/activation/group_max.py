@@ -30,6 +30,7 @@ class GroupMax(TopK):
     """
 
     other_k: ClassVar[bool] = False
+    reads_copy: ClassVar[bool] = False
     select_aux = Activation.select_aux
 
     def check(self, owner: str, F: int) -> None:

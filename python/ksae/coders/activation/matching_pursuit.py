@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from ... import functional
 from ..pursuit import matching_pursuit, merged
+from .base import Activation
 from .topk import TopK
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ class MatchingPursuit(TopK):
     tolerance: float = 0.0
 
     other_k: ClassVar[bool] = False
+    reads_copy: ClassVar[bool] = False
     of_input: ClassVar[bool] = True
+    select_aux = Activation.select_aux
 
     def check(self, owner: str, F: int) -> None:
         super().check(owner, F)
@@ -58,6 +60,5 @@ class MatchingPursuit(TopK):
         W = coder.W_dec
         return merged(*matching_pursuit(rows, W, W, k, coder.b_dec, self.tolerance))
 
-    def encode_dead(self, coder: SparseCoder, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        W = coder.W_dec
-        return functional.topk_encode(rows, W, W.new_zeros(len(W)), k, coder.b_dec, coder.dead)
+    def encoder(self, coder: SparseCoder) -> tuple[Tensor, Tensor]:
+        return coder.W_dec, coder.W_dec.new_zeros(coder.d_sae)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class NormTopK(TopK):
         TypeError: k is no integer. What is out of range is refused by the coder.
     """
 
+    reads_copy: ClassVar[bool] = False
     select_aux = Activation.select_aux
 
     def select(

@@ -104,7 +104,7 @@ class ReLU(Above):
     ) -> Tensor:
         p, factor = 1.0, 1.0
         if self.p_end is not None:
-            _, done, factor = coder.get_buffer("anneal").tolist()
+            _, done, factor = coder.found("anneal").tolist()
             p = self._power(int(done))
         norms = own["norms"].index_select(0, code.indices) if self.decoder_norm else None
         return self.l1 * factor * self._norm(code, norms, len(goal.rows), p)
@@ -131,7 +131,8 @@ class ReLU(Above):
             assert code.offsets is not None
             N = len(code.offsets) - 1
             pair = [self._norm(code, norms, N, self._power(int(done) + i)) for i in (0, 1)]
-            queue.copy_(torch.cat([queue[1:], torch.stack(pair).double()[None]]))
+            newest = coder.of_batch(torch.stack(pair).double())  # only their ratio counts
+            queue.copy_(torch.cat([queue[1:], newest[None]]))
         first, last = self.p_steps
         due = first + int((last - first) * done / (self.updates - 1))
         if done < self.updates and batch >= due:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class TopK(Activation):
     """
 
     k: int
+
+    reads_copy: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         name = type(self).__name__
