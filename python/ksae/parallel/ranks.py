@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,9 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+        # A group that outlives destroy_process_group keeps Gloo's threads, and where one of them
+        # drops the last tensor of an exchange while Python ends, the process aborts.
+        self._group = weakref.ref(group)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.device = torch.device("cpu")
         if dist.get_backend(group) == "nccl":
@@ -42,12 +45,24 @@ class Ranks:
         self.bytes: Counter[str] = Counter()
         self._agreed: dict[str, Any] = {}  # what was last agreed on, by subject
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise RankError(
+                f"rank {self.rank} of {self.size}: its process group must be there, got one that"
+                " torch.distributed.destroy_process_group has ended"
+            )
+        return group
+
     @contextlib.contextmanager
     def exchange(self, name: str, size: int) -> Iterator[None]:
         """Around a collective that sends `size` bytes to other ranks: counted, errors explained."""
         self.bytes[name] += size
         try:
             yield
+        except RankError:
+            raise
         except RuntimeError as error:
             why = str(error).strip().split("\n")[0]
             raise RankError(
