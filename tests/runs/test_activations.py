@@ -13,8 +13,12 @@ import torch
 
 import ksae
 from ksae import cli
-from ksae.runs import checkpoint
+from ksae.activations import ArraySource
+from ksae.errors import UserError
+from ksae.runs import checkpoint, start
 from ksae.runs import log as runlog
+from ksae.runs.config import TrainConfig
+from ksae.runs.trainer import Trainer
 
 CASES: dict[str, dict[str, Any]] = {
     "batch_topk": {"k": 2, "threshold": "running", "dead-after": 40},
@@ -109,6 +113,7 @@ def test_start_from_a_run(tmp_path: Path) -> None:
         ("relu", {"p-end": 2}, "model.p_end must be in (0, 1) or None, got 2"),
         ("relu", {"multi-k": "[3]"}, "model.multi_k must be null with relu"),
         ("jump_relu", {"beta": 1}, "model.beta must be null with jump_relu, got 1"),
+        ("group_max", {"k-start": 8}, "train.k_start must be null with group_max, got 8"),
     ],
 )
 def test_messages(
@@ -116,4 +121,66 @@ def test_messages(
 ) -> None:
     assert cli.run(["train", *arguments(tmp_path, "a", activation, **more)]) != 0
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_each_k_of_a_schedule_is_checked_before_training(tmp_path: Path, capsys: Any) -> None:
+    """Also of a model to start from, and where both ends are good."""
+    coder = ksae.SAE(6, 32, ksae.GroupMax(4))
+    coder.save(tmp_path / "start.safetensors")
+    given = arguments(tmp_path, "a", "topk", **{"k-start": 8, "k-steps": 9})
+    for option in ("--activation", "--d-sae"):
+        del given[given.index(option) : given.index(option) + 2]
+    want = "train.k_start must divide 32, the number of latents, got 5"
+    assert cli.run(["train", "--from", str(tmp_path / "start.safetensors"), *given]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and want in said
+    assert not (tmp_path / "a").exists()
+    config = TrainConfig(steps=9, k_start=8, threads=1)
+    with pytest.raises(UserError, match=want):
+        Trainer(coder, ArraySource([torch.randn(400, 6)]), config, out=tmp_path / "a").run()
+    assert not (tmp_path / "a").exists()
+
+
+def unread(*args: object, **options: object) -> None:
+    raise AssertionError("a model or data were read")
+
+
+FUSED = [
+    ("jump_relu", {"auxk": "batch_topk"}, "JumpReLU and auxk='batch_topk'"),
+    ("gated", {"auxk": "batch_topk"}, "Gated and auxk='batch_topk'"),
+    ("pursuit", {}, "MatchingPursuit of steps that see each other"),
+]
+
+
+@pytest.mark.parametrize(("activation", "more", "got"), FUSED)
+def test_what_the_fused_step_does_not_serve(
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: Any,
+    activation: str,
+    more: dict[str, Any],
+    got: str,
+) -> None:
+    """One sentence before a model or data are read; with the model to start from, before data."""
+    given = [w for w in arguments(tmp_path, "a", activation, **more) if w != "--no-fused"]
+    monkeypatch.setattr(start, "open_data", unread)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(start, "_prepare", unread)
+        assert cli.run(["train", *given]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"train.fused must be false with {got}, got true" in said
+    kinds = {
+        "jump_relu": ksae.JumpReLU(),
+        "gated": ksae.Gated(),
+        "pursuit": ksae.MatchingPursuit(3),
+    }
+    ksae.SAE(6, 32, kinds[activation]).save(tmp_path / "start.safetensors")
+    options = {
+        "from": tmp_path / "start.safetensors", "activations": tmp_path / "x.npy",
+        "out": tmp_path / "a", **more,
+    }  # fmt: skip
+    assert cli.run(["train", *(str(w) for n, v in options.items() for w in (f"--{n}", v))]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"train.fused must be false with {got}, got true" in said
     assert not (tmp_path / "a").exists()
