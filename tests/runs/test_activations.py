@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import assert_resumes
 
 import ksae
 from ksae import cli
 from ksae.activations import ArraySource
 from ksae.errors import UserError
-from ksae.runs import checkpoint, start
-from ksae.runs import log as runlog
+from ksae.runs import start
 from ksae.runs.config import TrainConfig
 from ksae.runs.trainer import Trainer
 
@@ -47,39 +47,29 @@ def arguments(tmp_path: Path, out: str, activation: str, **more: Any) -> list[st
 
 @pytest.mark.parametrize("activation", CASES)
 def test_train_and_resume(tmp_path: Path, activation: str) -> None:
-    for out in ("a", "b"):
-        assert cli.run(["train", *arguments(tmp_path, out, activation)]) == 0
-    checkpoint.step_path(tmp_path / "b" / "checkpoints", 20).unlink()  # as if killed after step 14
-    assert cli.run(["train", "--out", str(tmp_path / "b"), "--resume", "--no-progress"]) == 0
-    lines = []
-    for out in ("a", "b"):
-        found = runlog.read(tmp_path / out / "metrics.jsonl")
-        lines.append([{n: v for n, v in r.items() if n != "tokens_per_second"} for r in found])
-    assert lines[0] == lines[1]
-    models = [ksae.load(tmp_path / out) for out in ("a", "b")]
-    for name, t in models[0].state_dict().items():
-        assert torch.equal(models[1].state_dict()[name], t), name
-    found_in = models[0].activation
+    lines = assert_resumes(lambda out: arguments(tmp_path, out, activation), tmp_path)
+    model = ksae.load(tmp_path / "a")
+    found_in = model.activation
     if activation == "batch_topk":
-        assert found_in == ksae.BatchTopK(2) and models[0].threshold > 0
-        assert lines[0][-1]["l0"] == pytest.approx(2)
+        assert found_in == ksae.BatchTopK(2) and model.threshold > 0
+        assert lines[-1]["l0"] == pytest.approx(2)
     elif activation == "gated":
-        assert found_in == ksae.Gated(0.01) and models[0].r_mag.any()
+        assert found_in == ksae.Gated(0.01) and model.r_mag.any()
     elif activation == "abs_topk":
-        assert found_in == ksae.AbsTopK(2) and lines[0][-1]["l0"] == 2
+        assert found_in == ksae.AbsTopK(2) and lines[-1]["l0"] == 2
     elif activation == "pursuit":
-        assert found_in == ksae.MatchingPursuit(3) and 1 < lines[0][-1]["l0"] <= 3
+        assert found_in == ksae.MatchingPursuit(3) and 1 < lines[-1]["l0"] <= 3
     elif activation == "group_max":
-        assert found_in == ksae.GroupMax(4) and 3 < lines[0][-1]["l0"] <= 4
+        assert found_in == ksae.GroupMax(4) and 3 < lines[-1]["l0"] <= 4
     elif activation == "norm_topk":
         assert found_in == ksae.NormTopK(2)
-        assert [round(line["l0"]) for line in lines[0]] == [4, 2]  # of steps 10 and 20
+        assert [round(line["l0"]) for line in lines] == [4, 2]  # of steps 10 and 20
     elif activation == "relu":
         assert found_in == ksae.ReLU(0.01, p_end=0.5, p_steps=(2, 15))
-        assert models[0].anneal[0] == 20
+        assert model.anneal[0] == 20
     else:
         assert isinstance(found_in, ksae.JumpReLU) and found_in.target == 3
-        assert "fvu_8" in lines[0][-1]
+        assert "fvu_8" in lines[-1]
     evaluation = json.loads((tmp_path / "a" / "evaluation.json").read_text())
     assert evaluation["l0"] > 0
 
