@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,8 +28,7 @@ from torch import Tensor
 
 from ksae.activations import PYDOC, SMOLLM2, open_source
 from ksae.coders import TopKSAE
-from ksae.errors import UserError
-from ksae.files.atomic import write_atomic
+from ksae.errors import UserError, failure
 from ksae.runs.config import DataConfig
 from ksae.runs.data import open_data
 from ksae.step.schedule import learning_rate
@@ -38,10 +36,11 @@ from ksae.step.train_step import TrainStep
 
 from ..contestants import peers
 from ..contestants.workers import missing
-from ..harness.data import Weights
-from ..harness.measure import describe, machine, revision
+from ..harness.data import Weights, fill
+from ..harness.measure import describe, machine, revision, write_json
 from ..suites.quality import CHUNK, batches, measure, start_of
 from . import recipe_report
+from .store import stored
 
 SITES = {
     "resid": "layers.9.resid_post",
@@ -113,9 +112,7 @@ class Ksae:
         recipe = RECIPES[cell.recipe]
         dead_after = min(10_000_000, cell.steps * batch // 4)
         self.model = TopKSAE(start["W_enc"].shape[1], cell.F, cell.k, dead_after=dead_after)
-        with torch.no_grad():
-            for name, value in start.items():
-                getattr(self.model, name).copy_(value)
+        fill(self.model, start)
         options: dict[str, Any] = {"decoder_lr": recipe.decoder_lr}
         if recipe.clip is not None:
             options |= {"clip_norm": 1.0, "clip": recipe.clip}
@@ -166,8 +163,7 @@ def run(cell: Cell, train: Tensor, held: Tensor, batch: int) -> dict[str, Any]:
         seconds = time.perf_counter() - begin
         fvu, dead = measure(trained.weights(), cell.k, held)
     except Exception as error:  # of whatever another library does
-        text = str(error).strip().splitlines()
-        return {"failure": f"{type(error).__name__}: {text[0] if text else 'no message'}"}
+        return {"failure": failure(error)}
     result = {"fvu": fvu, "dead": dead, "seconds": round(seconds, 1)}
     return result | ({"version": trained.version} if recipe.peer else {})
 
@@ -232,16 +228,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def stored(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The results so far; those of other settings are not mixed with them."""
-    if not path.exists():
-        return {"settings": settings, "cells": []}
-    record: dict[str, Any] = json.loads(path.read_text())
-    if record["settings"] != settings:
-        raise SystemExit(f"{path} was made with {record['settings']}; give another --out")
-    return record
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
@@ -271,8 +257,7 @@ def work(record: dict[str, Any], path: Path, args: argparse.Namespace) -> None:
         row = asdict(cell) | run(cell, train, held, args.batch) | {"revision": revision()}
         kept = [old for old in record["cells"] if recipe_report.key_of(old) != astuple(cell)]
         record["cells"] = [*kept, row]
-        content = (json.dumps(record, indent=1) + "\n").encode()
-        write_atomic(path, lambda file, c=content: file.write(c))  # type: ignore[misc]
+        write_json(path, record)
         print(recipe_report.line(row), flush=True)
 
 

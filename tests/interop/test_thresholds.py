@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from training import assert_same_coder
 
 import ksae
 from ksae.cli import run
@@ -59,13 +60,6 @@ def by_hand(model: ksae.SparseCoder, x: Tensor, theta: Tensor) -> Tensor:
     """The reconstruction [N, d] of a JumpReLU with thresholds theta."""
     u = x @ model.W_enc.T + model.b_enc
     return torch.where(u > theta, u.relu(), 0) @ model.W_dec + model.b_dec
-
-
-def same(a: ksae.SparseCoder, b: ksae.SparseCoder) -> None:
-    assert type(a) is type(b)
-    assert a.config() == b.config()
-    for key, tensor in a.state_dict().items():
-        assert torch.equal(b.state_dict()[key], tensor), key
 
 
 REFUSED = {
@@ -117,9 +111,9 @@ def test_ksae_coders_come_back_as_they_were(kind: str, tmp_path: Path) -> None:
         convert.convert(tmp_path / "m", place(tmp_path, name), name)
         if kind == "jumprelu" or name in ("ksae", "dictionary-learning"):
             again = ksae.load(place(tmp_path, name))
-            same(again, model)
+            assert_same_coder(again, model)
             convert.convert(place(tmp_path, name), tmp_path / "back", "ksae")
-            same(ksae.load(tmp_path / "back"), model)
+            assert_same_coder(ksae.load(tmp_path / "back"), model)
         again = ksae.load(place(tmp_path, name)).eval()
         assert torch.equal(again(X).recon, expected), name
 
@@ -135,7 +129,7 @@ def test_training_options_are_kept_beside(option: dict[str, Any], tmp_path: Path
     model.save(tmp_path / "m")
     for name in sorted(set(FORMATS) - {"gemma-scope"}):
         convert.convert(tmp_path / "m", place(tmp_path, name), name)
-        same(ksae.load(place(tmp_path, name)), model)
+        assert_same_coder(ksae.load(place(tmp_path, name)), model)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +174,7 @@ def test_a_threshold_kept_beside_does_not_hide_a_trained_one(tmp_path: Path) -> 
     convert.convert(tmp_path / "n", tmp_path / "t", "saelens")
     found = load_file(tmp_path / "t" / "sae_weights.safetensors")["threshold"]
     assert torch.equal(found, model.log_threshold.detach().exp())
-    same(ksae.load(tmp_path / "t"), model)
+    assert_same_coder(ksae.load(tmp_path / "t"), model)
 
 
 def test_gemma_scope(tmp_path: Path) -> None:
