@@ -26,6 +26,7 @@ A, B = Shape("A", 8192, 4096, 131072, 64), Shape("B", 8192, 768, 24576, 32)
 # One H200: bytes/s of a copy and flop/s of a bf16 product, measured; bytes/s from L2, assumed.
 CEILINGS = {"copy": 4.3e12, "product": PRODUCT[2], "gather": L2}
 F32, F64, I32, I64 = 4, 8, 4, 8
+SHARES, SHARE = 3072, 8  # of the latents for the centre's gradient (csrc/cuda/row_update.cu)
 GROUPING = 9  # bits of a key that a pass of group_by_latent sorts by (csrc/cuda/group_by_latent.cu)
 
 
@@ -118,20 +119,20 @@ def update(shape: Shape, s: int) -> Iterable[Launches]:
     yield Launches("update", "sums of latents", sums, 4, entries, entries)
     scalars = "csrc/cuda/adam_scalars.cu: adam_kernel"
     yield Launches("update", "scalars of Adam", scalars, 1, 0)
-    centre = "csrc/cuda/centre.cu: centre_kernel, column_sums_kernel"
-    yield Launches("update", "the centre's gradient", centre, 2, F * d * s)
     adam = F * d * (6 * F32 + (0 if s == F32 else 2))
     copied = F * d * 2 if s == F32 else 0  # the copy that the next screening reads
     group = N * k * (I32 + F32)
-    old = 0 if s == F32 else F * d * s  # W beside its master, for the part along it
+    parts = -(-F // max(-(-F // SHARES), SHARE)) * d * F32  # written here, read to be added
     yield Launches(
-        "update", "W_enc", latents.SOURCE, 4, adam + copied + group + N * d * s,
-        adam + copied + group + N * d * s, N * k * d * s, 2 * N * k * d,
+        "update", "W_enc, parts of the centre's gradient", latents.SOURCE, 4,
+        adam + copied + group + N * d * s + parts, adam + copied + group + N * d * s,
+        N * k * d * s, 2 * N * k * d,
     )  # fmt: skip
+    added = "csrc/cuda/column_sums.cu: column_sums_kernel"
+    yield Launches("update", "the centre's gradient", added, 1, parts)
     yield Launches(
         "update", "W_dec", latents.SOURCE, 4,
-        adam + old + group + N * d * F32, adam + group + N * d * s,
-        N * k * d * F32, 2 * N * k * d,
+        adam + group + N * d * F32, adam + group + N * d * s, N * k * d * F32, 2 * N * k * d,
     )  # fmt: skip
     vectors = "csrc/cuda/vector_update.cu: vector_kernel"
     yield Launches("update", "b_enc and b_dec", vectors, 2, 7 * F * F32, 7 * F * F32)

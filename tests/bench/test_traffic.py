@@ -78,7 +78,7 @@ def launches(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     own = {name: n for name, n in seen.items() if name in OF_OP or name == "topk_encode"}
     encode = sum(line.launches for line in traffic.encode(shape, dtype.itemsize))
     native = sum(OF_OP[name] * n for name, n in own.items() if name != "topk_encode")
-    native += 2 * (own["row_update"] == 2) + encode  # the centre's sum
+    native += (own["row_update"] == 2) + encode  # the centre's parts, added
     count_of_dead = 3 + 1  # compare, sum, copy; of AuxK's bound, which `Idle` leaves out
     return native, seen.total() - sum(own.values()) + count_of_dead
 
@@ -92,10 +92,10 @@ def test_the_table_has_the_launches_of_the_step(shape: Shape, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("shape", "dtype", "ratio", "native", "of_torch"),
     [
-        (traffic.A, torch.bfloat16, 1.48, 39, 20),
-        (traffic.A, torch.float32, 1.72, 44, 20),
-        (traffic.B, torch.bfloat16, 2.65, 39, 20),
-        (traffic.B, torch.float32, 2.84, 44, 20),
+        (traffic.A, torch.bfloat16, 1.41, 38, 20),
+        (traffic.A, torch.float32, 1.65, 43, 20),
+        (traffic.B, torch.bfloat16, 2.60, 38, 20),
+        (traffic.B, torch.float32, 2.80, 43, 20),
     ],
     ids=lambda p: getattr(p, "name", None),
 )

@@ -194,11 +194,12 @@ struct RowUpdateParams {
   const void* centre;       // [columns] dtype or null: encoder only
   float* grad_dot_w;        // [F] or null; divided by |W_i|^2 by a slice that starts at 0
   const float* grad_b_enc;  // [F] with grad_b_dec
-  float* grad_b_dec;        // [d] or null: W^T grad_b_enc with W as it was
-  void* W;                  // [F, d] dtype
-  float* master;            // [F, d] float32 that W is the rounded copy of, or null
-  void *m, *v;              // [F, d] moments: float32, or bfloat16 with rng_state
-  void* W_bf16;             // [F, d] bfloat16 copy of a float32 W, written with it, or null
+  // [d] or null: W^T grad_b_enc with W as it was; whole rows, without grad_dot_w and normalize
+  float* grad_b_dec;
+  void* W;        // [F, d] dtype
+  float* master;  // [F, d] float32 that W is the rounded copy of, or null
+  void *m, *v;    // [F, d] moments: float32, or bfloat16 with rng_state
+  void* W_bf16;   // [F, d] bfloat16 copy of a float32 W, written with it, or null
   // [3, F] upper bounds of the norms of the rows of W, of W - W_bf16 and of W_bf16, written with
   // W_bf16, or null; infinite where the first is above 2^60 or not a number. All columns then.
   float* norms;

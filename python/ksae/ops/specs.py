@@ -115,8 +115,12 @@ def _updated_rows(
     rng_state: Tensor | None,
     norms: Tensor | None,
     grad_b_dec: Tensor | None,
+    grad_dot_w: Tensor | None,
+    normalize: bool,
 ) -> None:
     _rows(op, coefficients, rows, W, scales, start, d, columns, row_of)
+    if grad_b_dec is not None and (grad_dot_w is not None or normalize):
+        raise fail(op, "grad_b_dec", "None with grad_dot_w or normalize", "a tensor")
     if rng_state is not None and start % 4:  # four columns share their random words
         raise fail(op, "start", "a multiple of 4 with rng_state", start)
     if columns != d:

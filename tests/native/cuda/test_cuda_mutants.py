@@ -251,7 +251,7 @@ MUTANTS = {
     ),
     # ------------------------------------------------------------------------------------- latent
     "latent: missing barrier": Mutant(
-        "row_update.cu",
+        "row_pass.h",
         "{  // the other columns count as well\n      __syncthreads();",
         "{\n      if (!WRONG) __syncthreads();",
     ),
@@ -261,7 +261,7 @@ MUTANTS = {
         "if (lane < count - WRONG) {",
     ),
     "latent: dropped overflow": Mutant(
-        "row_update.cu",
+        "row_pass.h",
         "    if (end - begin <= 1 << log) {",
         "    if (WRONG && end - begin > 1 << log) continue;\n    if (end - begin <= 1 << log) {",
     ),
@@ -277,7 +277,7 @@ MUTANTS = {
         "entries.h", "e0 < to; e0 += 32", "e0 < to; e0 += WRONG ? to - from : 32"
     ),
     "latent: lost tail": Mutant(
-        "row_update.cu", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
+        "row_pass.h", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
     ),
     "latent: a bf16 copy's lost part is not summed": Mutant(
         "norms.h",
@@ -294,6 +294,19 @@ MUTANTS = {
     ),
     "latent: a norm that may overflow": Mutant(
         "norms.h", "safe = full <= 0x1p60f;", "safe = WRONG || full <= 0x1p60f;"
+    ),
+    "latent: a block keeps its first latent's part of b_dec alone": Mutant(
+        "row_update.cu",
+        "blockIdx.x * share + l, scratch, centre);",
+        "blockIdx.x * share + (WRONG ? 0 : l), scratch, centre);",
+    ),
+    "latent: parts of b_dec begin anywhere": Mutant(
+        "row_update.cu",
+        "store4(centre + c, Four{}, p.d - c, kAligned);",
+        "if (!WRONG) store4(centre + c, Four{}, p.d - c, kAligned);",
+    ),
+    "latent: the part of b_dec is of the new row": Mutant(
+        "row_pass.h", "fmaf(of_bias, w.x[j], sum.x[j]);", "fmaf(of_bias, w.x[j] + WRONG, sum.x[j]);"
     ),
     # --------------------------------------------------------------------------------------- sums
     "sums: off by one": Mutant(
