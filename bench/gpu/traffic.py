@@ -69,7 +69,7 @@ def encode(shape: Shape, s: int) -> Iterable[Launches]:
         copy = "csrc/cuda/bf16_copy.cu: bf16_copy_kernel"
         yield Launches("encode", "bf16 copy of x", copy, 1, N * d * (F32 + 2))
         cuda = "csrc/cuda/screened_select.cu"
-        yield Launches("encode", "norms of groups", f"{cuda}: groups_kernel", 2, 3 * F * F32)
+        yield Launches("encode", "norms of groups", f"{cuda}: groups_kernel", 1, 3 * F * F32)
     W = chunks * F * d * 2  # it does not stay in L2 from one chunk to the next
     scores = N * F * F32
     yield Launches(
@@ -93,8 +93,8 @@ def encode(shape: Shape, s: int) -> Iterable[Launches]:
 def residual(shape: Shape, s: int) -> Iterable[Launches]:
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     code, touched = N * k * (s + I64), F * (1 - (1 - k / F) ** N)
-    variance = "csrc/cuda/total_variance.cu: three kernels"
-    yield Launches("residual", "variance of the target", variance, 3, N * d * s)
+    variance = "csrc/cuda/total_variance.cu: shares_kernel, columns_kernel"
+    yield Launches("residual", "variance of the target", variance, 2, N * d * s)
     small = N * F64 + N * k * F32
     yield Launches(
         "residual", "residual, its sums, the values' gradients",
@@ -115,8 +115,8 @@ def residual(shape: Shape, s: int) -> Iterable[Launches]:
 def update(shape: Shape, s: int) -> Iterable[Launches]:
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     entries = N * k * (I32 + s + F32) + 2 * F * F32
-    sums = "csrc/cuda/latent_sums.cu: list, pieces, sums_kernel"
-    yield Launches("update", "sums of latents", sums, 4, entries, entries)
+    sums = "csrc/cuda/latent_sums.cu: sum_pieces_kernel, sums_kernel"
+    yield Launches("update", "sums of latents", sums, 2, entries, entries)
     scalars = "csrc/cuda/adam_scalars.cu: adam_kernel"
     yield Launches("update", "scalars of Adam", scalars, 1, 0)
     adam = F * d * (6 * F32 + (0 if s == F32 else 2))
@@ -124,14 +124,14 @@ def update(shape: Shape, s: int) -> Iterable[Launches]:
     group = N * k * (I32 + F32)
     parts = -(-F // max(-(-F // SHARES), SHARE)) * d * F32  # written here, read to be added
     yield Launches(
-        "update", "W_enc, parts of the centre's gradient", latents.SOURCE, 4,
+        "update", "W_enc, parts of the centre's gradient", latents.SOURCE, 2,
         adam + copied + group + N * d * s + parts, adam + copied + group + N * d * s,
         N * k * d * s, 2 * N * k * d,
     )  # fmt: skip
     added = "csrc/cuda/column_sums.cu: column_sums_kernel"
     yield Launches("update", "the centre's gradient", added, 1, parts)
     yield Launches(
-        "update", "W_dec", latents.SOURCE, 4,
+        "update", "W_dec", latents.SOURCE, 2,
         adam + group + N * d * F32, adam + group + N * d * s, N * k * d * F32, 2 * N * k * d,
     )  # fmt: skip
     vectors = "csrc/cuda/vector_update.cu: vector_kernel"

@@ -24,42 +24,62 @@ namespace ksae::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
 constexpr int kPieceColumns = 128;
+constexpr int64_t kBlockColumns = 512;     // of a block of pieces_kernel
 constexpr int64_t kMostShares = 3072;      // of the latents, for grad_b_dec
 constexpr int64_t kLeastShare = 8;         // latents
 constexpr int64_t kSharedRow = 11 * 1024;  // numbers of a row of sums that shared memory holds
 
-// Pieces of long segments, a block a piece and 128 columns: each warp adds an eighth of a unit, and
-// the warps' sums are added in their order.
+// The sum of a piece's columns [c0, c0 + 128): each warp adds an eighth of a unit, and the warps'
+// sums are added in their order.
 template <class C, class R, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 3) pieces_kernel(Args args) {
+__device__ __forceinline__ void sum_piece(const Args& args, const Piece& piece, int64_t c0,
+                                          float* sums) {
+  const RowUpdateParams& p = args.p;
+  const RowGroup& group = args.group[piece.group];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t c = c0 + 4 * lane;
+  const int32_t share = (1 << args.segments.log_cut[piece.group]) / kWarps;
+  const int32_t first = piece.from + warp * share;
+  const int32_t last = first + share < piece.to ? first + share : piece.to;
+  const float scale = p.scales ? p.scales[piece.group] : 1.0f;
+  Four sum{};
+  add_entries<kAligned, C, R>(group, p.columns, scale, first, last, c, centre4<R>(p, c), sum);
+  *reinterpret_cast<Four*>(sums + warp * kPieceColumns + 4 * lane) = sum;
+  __syncthreads();
+  if (threadIdx.x < kPieceColumns && c0 + threadIdx.x < p.columns) {
+    float total = 0;
+    for (int w = 0; w < kWarps; ++w) total += sums[w * kPieceColumns + threadIdx.x];
+    args.pieces[piece.slot * p.columns + c0 + threadIdx.x] = total;
+  }
+  __syncthreads();  // read before the next are written
+}
+
+// Pieces of long segments. A block looks at a unit a warp, far from each other, as those of one
+// latent are not, and sums the pieces it finds for some of the columns.
+template <class C, class R, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 3) pieces_kernel(Args args, int64_t every) {
   static_assert(1 << kLogCut >= kThreads, "an entry a lane");
   KSAE_SHARED_BYTES(shared);
-  auto* sums = reinterpret_cast<float*>(shared);  // [warps, 128]
+  auto* sums = reinterpret_cast<float*>(shared);                          // [warps, 128]
+  auto* found = reinterpret_cast<Piece*>(sums + kWarps * kPieceColumns);  // [2 * warps]
   const RowUpdateParams& p = args.p;
   if (!all_finite(p.scales, p.n_groups)) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t slices = (p.columns + kPieceColumns - 1) / kPieceColumns;
-  const int64_t items = *args.segments.count * slices;
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    const Piece piece = args.segments.list[item / slices];
-    const RowGroup& group = args.group[piece.group];
-    const int64_t c0 = item % slices * kPieceColumns, c = c0 + 4 * lane;
-    const int32_t share = (1 << args.segments.log_cut[piece.group]) / (kThreads / 32);
-    const int32_t first = piece.from + warp * share;
-    const int32_t last = first + share < piece.to ? first + share : piece.to;
-    const float scale = p.scales ? p.scales[piece.group] : 1.0f;
-    const Four centre = centre4<R>(p, c);
-    Four sum{};
-    add_entries<kAligned, C, R>(group, p.columns, scale, first, last, c, centre, sum);
-    *reinterpret_cast<Four*>(sums + warp * kPieceColumns + 4 * lane) = sum;
-    __syncthreads();
-    if (threadIdx.x < kPieceColumns && c0 + threadIdx.x < p.columns) {
-      float total = 0;
-      for (int w = 0; w < kThreads / 32; ++w) total += sums[w * kPieceColumns + threadIdx.x];
-      args.pieces[int64_t(piece.slot) * p.columns + c0 + threadIdx.x] = total;
-    }
-    __syncthreads();  // read before the next item's are written
+  const int64_t unit = blockIdx.x % every + threadIdx.x / 32 * every;
+  Piece own[2] = {};
+  if (unit < args.segments.units()) pieces_of(args.segments, unit, own);
+  if (threadIdx.x % 32 == 0) {
+    found[threadIdx.x / 32 * 2] = own[0];
+    found[threadIdx.x / 32 * 2 + 1] = own[1];
+  }
+  __syncthreads();
+  const int64_t first = blockIdx.x / every * kBlockColumns, last = first + kBlockColumns;
+  for (int i = 0; i < 2 * kWarps; ++i) {
+    const Piece piece = found[i];
+    if (piece.from == piece.to) continue;
+    for (int64_t c = first; c < last && c < p.columns; c += kPieceColumns)
+      sum_piece<C, R, kAligned>(args, piece, c, sums);
   }
 }
 
@@ -78,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 3) latent_kernel(Args args) {
       p.grad_sq[blockIdx.x] = 0;
   } else {
     float* centre = p.d > kSharedRow ? args.sums + blockIdx.x * p.d
-                                     : reinterpret_cast<float*>(scratch + kThreads / 32);
+                                     : reinterpret_cast<float*>(scratch + kWarps);
     for (int c = 4 * threadIdx.x; c < p.d; c += 4 * blockDim.x)
       store4(centre + c, Four{}, p.d - c, kAligned);
     const uint32_t share = finite ? args.share : 0;
@@ -109,10 +129,8 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
   Args args{};
   args.p = p;
   const int64_t units = units_of(p.groups, p.n_groups);
-  if (!grid_fits(2 * units)) return cudaErrorInvalidConfiguration;
-  auto* memory = static_cast<char*>(workspace);
-  args.segments = segments_of(p.groups, p.n_groups, p.F, memory);
-  args.pieces = reinterpret_cast<float*>(memory + list_bytes(units));
+  args.segments = segments_of(p.groups, p.n_groups, p.F);
+  args.pieces = static_cast<float*>(workspace);
   bool aligned = aligned4(static_cast<const T*>(p.W), p.d) &&
                  aligned4(static_cast<const M*>(p.m), p.d) &&
                  aligned4(static_cast<const M*>(p.v), p.d) && aligned4(p.master, p.d) &&
@@ -123,24 +141,23 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
     aligned = aligned && aligned4(static_cast<const R*>(p.groups[g].rows), p.columns);
   }
   if (units && p.columns) {
-    unsigned blocks = 0;
-    const int64_t slices = (p.columns + kPieceColumns - 1) / kPieceColumns;
-    cudaError_t error = grid_for(2 * units * slices, &blocks);
-    if (error == cudaSuccess) error = list_pieces(args.segments, stream);
-    if (error != cudaSuccess) return error;
-    error = with_alignment(aligned, [&](auto is) {
-      KSAE_LAUNCH((pieces_kernel<C, R, is.value>), blocks, kThreads,
-                  kThreads / 32 * kPieceColumns * sizeof(float), stream, args);
+    const int64_t every = (units + kWarps - 1) / kWarps;
+    const int64_t blocks = every * ((p.columns + kBlockColumns - 1) / kBlockColumns);
+    if (!grid_fits(blocks)) return cudaErrorInvalidConfiguration;
+    const cudaError_t error = with_alignment(aligned, [&](auto is) {
+      KSAE_LAUNCH((pieces_kernel<C, R, is.value>), static_cast<unsigned>(blocks), kThreads,
+                  kWarps * (kPieceColumns * sizeof(float) + 2 * sizeof(Piece)), stream, args,
+                  every);
       return cudaGetLastError();
     });
     if (error != cudaSuccess) return error;
   }
   args.share = share_of(p);
-  args.sums = reinterpret_cast<float*>(memory + list_bytes(units) + pieces_bytes(p));
+  args.sums = args.pieces + pieces_bytes(p) / sizeof(float);
   const int64_t blocks = shares_of(p), wanted = (p.columns + 127) / 128 * 32;
   const auto threads =
       static_cast<unsigned>(wanted < 32 ? 32 : (wanted > kThreads ? kThreads : wanted));
-  size_t bytes = kThreads / 32 * sizeof(double);
+  size_t bytes = kWarps * sizeof(double);
   if (p.grad_b_dec && p.d <= kSharedRow) bytes += (p.d + 3) / 4 * 4 * sizeof(float);
   const cudaError_t error = with_alignment(aligned, [&](auto is) {
     KSAE_LAUNCH((latent_kernel<C, R, T, M, kPass, is.value>), static_cast<unsigned>(blocks),
@@ -187,8 +204,7 @@ ValueSumsParams sums_params(const DecodeBackwardWeightParams& p) {
 }  // namespace
 
 size_t row_update_workspace(const RowUpdateParams& p) {
-  return list_bytes(units_of(p.groups, p.n_groups)) + pieces_bytes(p) +
-         (p.grad_b_dec ? shares_of(p) * p.d * sizeof(float) : 0);
+  return pieces_bytes(p) + (p.grad_b_dec ? shares_of(p) * p.d * sizeof(float) : 0);
 }
 
 cudaError_t row_update(const RowUpdateParams& p, void* workspace, cudaStream_t stream) {

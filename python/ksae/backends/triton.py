@@ -190,7 +190,7 @@ class Kernels(products.Encode, Latents):
         residual = target.new_empty(N, columns, dtype=torch.float32)
         square = target.new_empty(N, dtype=torch.float64)
         grads = target.new_empty(values.shape, dtype=torch.float32)
-        held = products.chunk_bytes or products.CHUNK_BYTES
+        held = products.chunk_bytes or products.SMALL_CHUNK
         chunk = max(held // (4 * max(d, 1)), 1)
         with guard(values):
             decode.sparse_residual(

@@ -324,6 +324,19 @@ MUTANTS = {
         "u, begin)",
         "u, WRONG ? 0 : begin)",
     ),
+    "sums: a unit's second piece forgotten": Mutant(
+        "segments.h",
+        "if (offsets[j + 1] - later > cut)",
+        "if (!WRONG && offsets[j + 1] - later > cut)",
+    ),
+    "sums: a piece ends with its unit": Mutant(
+        "segments.h", "from, end < to ? end : to};", "from, end < to && !WRONG ? end : to};"
+    ),
+    "sums: another latent is looked up": Mutant(
+        "segments.h",
+        "at < high && offsets[at] <= entry;",
+        "at < high && offsets[at] <= entry - WRONG;",
+    ),
     "sums: lost tail": Mutant(
         "latent_sums.cu", "if (i >= p.F) return;", "if (i >= p.F - WRONG) return;"
     ),
@@ -335,6 +348,11 @@ MUTANTS = {
     ),
     "variance: lost row": Mutant(
         "total_variance.cu", "if (n + b >= last)", "if (n + b >= last - WRONG)"
+    ),
+    "variance: an earlier block ends": Mutant(
+        "total_variance.cu",
+        "== static_cast<int>(gridDim.x) - 1;",
+        "== static_cast<int>(gridDim.x) - 1 - WRONG;",
     ),
     "variance: lost share": Mutant("total_variance.cu", "s += kLanes)", "s += kLanes + WRONG)"),
     "variance: lost slice": Mutant(
@@ -384,7 +402,7 @@ def mutated(file: str) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    segments, many = (KERNELS / "segments.h").read_text(), "kMostUnits = 4096;"
+    segments, many = mutated("segments.h"), "kMostUnits = 4096;"
     assert many in segments
     few = segments.replace(many, "kMostUnits = 3;")  # so that units have more than 256 entries
     common = (KERNELS / "common.h").read_text()
