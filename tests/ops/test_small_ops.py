@@ -108,19 +108,28 @@ def check_terms(impl: Implementation, a: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("t", [0, 1, 3000])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.5, 0.0)])
-@pytest.mark.parametrize("norm", [None, 0.0, 0.3, 40.0])
+@pytest.mark.parametrize(
+    ("norm", "always"), [(None, False), *((n, b) for n in (0.0, 0.3, 40.0) for b in (False, True))]
+)
 def test_adam_scalars(
-    impl: Implementation, t: int, betas: tuple[float, float], norm: float | None
+    impl: Implementation, t: int, betas: tuple[float, float], norm: float | None, always: bool
 ) -> None:
     a = scalars_arguments(torch.float32, clip=norm is not None)
+    a |= {"decoder_lr": 3.0, "always": always}
     a["t"].fill_(t)
     a["constants"][:2] = torch.tensor(betas, dtype=torch.float64)
     if norm is not None:
         a["norm"].fill_(norm)
-    hyper, taken, scales = impl.adam_scalars(*a.values())
+    hyper, taken, scales, of_decoder = impl.adam_scalars(*a.values())
     exact = reference.adam_scalars(*to_float64(a).values())
     assert hyper.dtype == torch.float32 and taken.dtype == torch.bool and bool(taken)
-    torch.testing.assert_close(hyper, exact[0].float(), rtol=3e-7, atol=0)  # each of them
+    wanted = exact[0].float()
+    if norm == 0 and always:  # float64 has smaller norms
+        wanted[5] = 1.25 / torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(hyper, wanted, rtol=3e-7, atol=0)  # each of them
+    assert torch.equal(of_decoder[1:], hyper[1:]) and of_decoder[0] == hyper[0] * 3
+    if norm is not None and always:
+        torch.testing.assert_close(hyper[5] * norm, torch.tensor(1.25 * (norm > 0)))
     assert torch.equal(scales, a["scales"])
 
 
@@ -131,7 +140,7 @@ def test_adam_scalars_of_a_step_that_is_not_taken(
 ) -> None:
     a = scalars_arguments(torch.float32)
     a[name].fill_(bad)
-    _, taken, scales = impl.adam_scalars(*a.values())
+    _, taken, scales, _ = impl.adam_scalars(*a.values())
     assert not taken and scales.isnan().all()
 
 

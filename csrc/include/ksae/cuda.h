@@ -271,9 +271,12 @@ struct AdamScalarsParams {
   const double* lr;         // [1]
   const double* t;          // [1] steps taken
   const double* constants;  // [3] beta1, beta2, eps
+  float decoder_lr;         // the rate of the decoder as a multiple of lr
+  bool always;              // gradients are scaled to clip_norm, also smaller ones
   float* hyper;             // [8]
   bool* taken;              // [1]
   float* taken_scales;      // [n_scales] scales, or NaN if the step is not taken
+  float* of_decoder;        // [8] hyper of the decoder
 };
 cudaError_t adam_scalars(const AdamScalarsParams& p, cudaStream_t stream);
 

@@ -274,11 +274,14 @@ class Kernels(products.Encode, Latents):
         lr: Tensor,
         t: Tensor,
         constants: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        decoder_lr: float = 1.0,
+        always: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from ..kernels.adam_scalars import adam_scalars
 
         with guard(loss):
-            return adam_scalars(loss, norm, clip_norm, scales, lr, t, constants)
+            rates = (lr, t, constants, decoder_lr, always)
+            return adam_scalars(loss, norm, clip_norm, scales, *rates)
 
     def vector_update(
         self,

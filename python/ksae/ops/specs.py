@@ -252,7 +252,8 @@ SPECS = (
     Spec(
         "adam_scalars",
         "loss:A[] norm:A[]?clip_norm clip_norm:float? scales:A[S] lr:f64[] t:f64[]"
-        " constants:f64[3] -> hyper:A[8] taken:bool[] taken_scales:A[S]",
+        " constants:f64[3] decoder_lr:0..inf=1 always:bool=False"
+        " -> hyper:A[8] taken:bool[] taken_scales:A[S] of_decoder:A[8]",
     ),
     Spec(
         "vector_update",

@@ -29,7 +29,7 @@ from .nested import Nested, prefix_metrics, together
 from .phases import Batch, Groups, Selection, Sums, columns_at_a_time, weighted_rows
 from .row_gradients import decoder_rows, encoder_rows, over_replicas
 from .state import State
-from .unfused import GRAD_SCALE, RATE, Metrics, scale_to
+from .unfused import Metrics
 
 
 class FusedStep:
@@ -81,8 +81,11 @@ class FusedStep:
         groups = self.residual(batch, chosen, columns)
         sums, metrics = self.sums(batch, chosen, groups)
         model.activation.observe(model, chosen.codes[0])
-        hyper, finite, scales = self.scalars(batch, chosen, groups, sums, metrics, columns)
-        self.update(batch, chosen, groups, sums._replace(scales=scales), hyper, finite, columns)
+        hyper, finite, scales, of_decoder = self.scalars(
+            batch, chosen, groups, sums, metrics, columns
+        )
+        sums = sums._replace(scales=scales)
+        self.update(batch, chosen, groups, sums, hyper, of_decoder, finite, columns)
         return metrics, finite
 
     # -------------------------------------------------------------------------------------- encode
@@ -316,8 +319,9 @@ class FusedStep:
         sums: Sums,
         metrics: Metrics,
         columns: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Adam's numbers for this step, whether all is finite, [] bool, and the clipped scales."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Adam's numbers for this step, whether all is finite, [] bool, the scales of the terms,
+        and Adam's numbers for the decoder."""
         norm = None
         if self.clip_norm is not None:
             norm = self._gradient_norm(batch, chosen, groups, sums, columns)
@@ -325,12 +329,11 @@ class FusedStep:
         state, before = self.state, sums.scales
         if sums.reduced is not None:  # whose scale is 1
             before = torch.cat([before, torch.ones_like(before[:1])])
-        hyper, finite, scales = ops.adam_scalars(
-            sums.loss, norm, self.clip_norm, before, state.lr, state.t, state.constants
+        rates = (state.lr, state.t, state.constants, self.decoder_lr, self.clip == "always")
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = ops.adam_scalars(
+            sums.loss, norm, self.clip_norm, before, *rates
         )
-        if norm is not None and self.clip_norm is not None and self.clip == "always":
-            hyper[GRAD_SCALE] = scale_to(self.clip_norm, norm)
-        return hyper, finite, scales
+        return found
 
     def _gradient_norm(
         self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, columns: int
@@ -367,6 +370,7 @@ class FusedStep:
         g: Groups,
         sums: Sums,
         hyper: Tensor,
+        of_decoder: Tensor,
         finite: Tensor,
         columns: int,
     ) -> None:
@@ -376,10 +380,6 @@ class FusedStep:
         if sums.reduced is not None:
             fired = sums.reduced.fired
         centre_grad = self._update_encoder(batch, g, sums, hyper)
-        of_decoder = hyper
-        if self.decoder_lr != 1:
-            of_decoder = hyper.clone()
-            of_decoder[RATE] *= self.decoder_lr
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
             self._update_decoder(g, sums, of_decoder, start, start + columns >= model.d_out)

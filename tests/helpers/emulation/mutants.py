@@ -281,10 +281,12 @@ def scalars(kernels: Emulated) -> Iterator[Case]:
     for loss in (0.5, torch.nan):
         a = scalars_arguments(torch.float32)
         a["loss"].fill_(loss)
-        (hyper, *got), (want_hyper, *want) = (
-            g.adam_scalars(*a.values()) for g in (kernels, reference)
-        )
-        yield f"loss {loss}", close(hyper, want_hyper) and all_same(tuple(got), tuple(want))
+        for always in (False, True):
+            (hyper, *got, own), (want_hyper, *want, want_own) = (
+                g.adam_scalars(*a.values(), 3.0, always) for g in (kernels, reference)
+            )
+            right = close(hyper, want_hyper) and close(own, want_own)
+            yield f"loss {loss}", right and all_same(tuple(got), tuple(want))
 
 
 def vector(kernels: Emulated) -> Iterator[Case]:

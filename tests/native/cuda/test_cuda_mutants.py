@@ -365,6 +365,12 @@ MUTANTS = {
         "loss_terms.cu", "g == 0 || below > 0", "WRONG || g == 0 || below > 0"
     ),
     "scalars: the step before": Mutant("adam_scalars.cu", "*p.t + 1", "*p.t + (WRONG ? 0 : 1)"),
+    "scalars: a small gradient is left": Mutant(
+        "adam_scalars.cu", "most = p.always ?", "most = p.always && !WRONG ?"
+    ),
+    "scalars: one rate": Mutant(
+        "adam_scalars.cu", "p.hyper[0] * p.decoder_lr;", "p.hyper[0] * (WRONG ? 1 : p.decoder_lr);"
+    ),
     "scalars: every step is taken": Mutant(
         "adam_scalars.cu", "= taken ? p.scales[g]", "= taken || WRONG ? p.scales[g]"
     ),
