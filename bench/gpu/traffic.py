@@ -136,6 +136,8 @@ def update(shape: Shape, s: int) -> Iterable[Launches]:
     )  # fmt: skip
     vectors = "csrc/cuda/vector_update.cu: vector_kernel"
     yield Launches("update", "b_enc and b_dec", vectors, 2, 7 * F * F32, 7 * F * F32)
+    counters = "csrc/cuda/count_tokens.cu: count_latents_kernel, add_counts_kernel"
+    yield Launches("update", "counters", counters, 1 + (F > 32768), F * 20, F * 20)
 
 
 def totals(lines: Iterable[Launches]) -> tuple[int, float, float, float]:

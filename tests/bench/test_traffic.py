@@ -2,8 +2,8 @@
 """Bytes and launches of a fused step on a GPU: what the formulas say, and that the launches are
 those of the step's code.
 
-Bounds are what is true today. Wanted are 1.15 times the minimum of bytes, 40 launches at A and 30
-at B: none is reached yet, and the table says by how much.
+Bounds are what is true today. Wanted are 1.15 times the minimum of bytes, which is not reached, and
+40 launches at A and 30 at B, all together.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ OF_OP = {
     "latent_sums": 2,
     "adam_scalars": 1,
     "row_update": 2,
+    "count_tokens": 1,
     "vector_update": 1,
 }
 NOTHING = {"empty", "empty_like", "new_empty", "view", "_unsafe_view", "reshape", "detach", "t"}
@@ -62,7 +63,10 @@ def calls(shape: Shape, dtype: torch.dtype) -> Counter[str]:
         def most(self) -> int:
             return 0
 
-        def after_step(self, N: int) -> None:
+        def within(self, N: int) -> int:
+            return 4 * N
+
+        def after_step(self, N: int, number: torch.Tensor) -> None:
             pass
 
     step.dead_latents = Idle()  # type: ignore[assignment]
@@ -79,8 +83,9 @@ def launches(shape: Shape, dtype: torch.dtype) -> tuple[int, int]:
     encode = sum(line.launches for line in traffic.encode(shape, dtype.itemsize))
     native = sum(OF_OP[name] * n for name, n in own.items() if name != "topk_encode")
     native += (own["row_update"] == 2) + encode  # the centre's parts, added
-    count_of_dead = 3 + 1  # compare, sum, copy; of AuxK's bound, which `Idle` leaves out
-    return native, seen.total() - sum(own.values()) + count_of_dead
+    native += shape.F > 32768  # count_tokens adds the counts of several blocks
+    copy_of_bound = 1  # of AuxK's, which `Idle` leaves out
+    return native, seen.total() - sum(own.values()) + copy_of_bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -92,10 +97,10 @@ def test_the_table_has_the_launches_of_the_step(shape: Shape, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("shape", "dtype", "ratio", "native", "of_torch"),
     [
-        (traffic.A, torch.bfloat16, 1.41, 31, 17),
-        (traffic.A, torch.float32, 1.65, 35, 17),
-        (traffic.B, torch.bfloat16, 2.52, 25, 17),
-        (traffic.B, torch.float32, 2.72, 29, 17),
+        (traffic.A, torch.bfloat16, 1.41, 33, 2),
+        (traffic.A, torch.float32, 1.65, 37, 2),
+        (traffic.B, torch.bfloat16, 2.52, 26, 2),
+        (traffic.B, torch.float32, 2.72, 30, 2),
     ],
     ids=lambda p: getattr(p, "name", None),
 )

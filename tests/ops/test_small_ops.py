@@ -11,6 +11,7 @@ from cases import (
     Implementation,
     assert_rounded,
     clone_all,
+    count_arguments,
     randn,
     scalars_arguments,
     terms_arguments,
@@ -166,3 +167,22 @@ def test_vector_update_that_is_not_taken(impl: Implementation, dtype: torch.dtyp
     before = clone_all(a)
     impl.vector_update(*a.values())
     assert all(torch.equal(t, before[name]) for name, t in written(a).items())
+
+
+@pytest.mark.parametrize("F", [1, 33, 4097, 70_001])
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.interpreted(where=lambda F, taken: F < 5000)
+def test_count_tokens(impl: Implementation, F: int, taken: bool) -> None:
+    """Latents on both sides of each bound; runs of one block, of several, and a rest."""
+    a = count_arguments(torch.float32, F)
+    a["taken"].fill_(taken)
+    a["since"][0] = a["dead_after"]
+    before, fired = a["since"].clone(), a["offsets"].diff() > 0
+    l0, dead, soon = impl.count_tokens(*a.values())
+    after = torch.where(fired, 0, before + 64) if taken else before
+    assert torch.equal(a["since"], after) and a["t"] == 6 + taken
+    assert soon.dtype == torch.int64 and soon == (after > 300).sum()
+    number = torch.float32
+    assert l0.dtype == dead.dtype == number
+    assert torch.equal(l0, torch.tensor(int(a["offsets"][-1]) / 64, dtype=number))
+    assert torch.equal(dead, torch.tensor(float((before > 500).sum())) / F)

@@ -280,6 +280,21 @@ struct AdamScalarsParams {
 };
 cudaError_t adam_scalars(const AdamScalarsParams& p, cudaStream_t stream);
 
+// The counters of a step: since = 0 where a latent has entries, else since + tokens; t + 1.
+struct CountTokensParams {
+  int64_t F;
+  const bool* taken;       // [1] nothing is written but what it counts if it is false
+  const int32_t* offsets;  // [F + 1] of group_by_latent
+  int64_t* since;          // [F]
+  double* t;               // [1]
+  int64_t tokens, dead_after, within;
+  float* l0;      // [1] entries / tokens
+  float* dead;    // [1] share of the latents with since > dead_after before the step
+  int64_t* soon;  // [1] latents with since > dead_after - within after it
+};
+size_t count_tokens_workspace(const CountTokensParams& p);
+cudaError_t count_tokens(const CountTokensParams& p, void* workspace, cudaStream_t stream);
+
 // Adam with the gradient: sum of scales * grads, less minus.
 struct VectorUpdateParams {
   int64_t size;

@@ -283,6 +283,22 @@ class Kernels(products.Encode, Latents):
             rates = (lr, t, constants, decoder_lr, always)
             return adam_scalars(loss, norm, clip_norm, scales, *rates)
 
+    def count_tokens(
+        self,
+        loss: Tensor,
+        taken: Tensor,
+        offsets: Tensor,
+        since: Tensor,
+        t: Tensor,
+        tokens: int,
+        dead_after: int,
+        within: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from ..kernels.count_tokens import count_tokens
+
+        with guard(loss):
+            return count_tokens(loss, taken, offsets, since, t, tokens, dead_after, within)
+
     def vector_update(
         self,
         grads: Sequence[Tensor],

@@ -256,6 +256,11 @@ SPECS = (
         " -> hyper:A[8] taken:bool[] taken_scales:A[S] of_decoder:A[8]",
     ),
     Spec(
+        "count_tokens",
+        "loss:A[] taken:bool[] offsets:i32[F+1] since!:i64[F] t!:f64[] tokens:int dead_after:int"
+        " within:int -> l0:A[] dead:A[] soon:i64[]",
+    ),
+    Spec(
         "vector_update",
         "grads:A[...]* scales:A[G]? minus:A[...]? taken:bool[] hyper:A[8] p!:T[...]"
         " master!:A[...]? m!:A[...] v!:A[...] ->",

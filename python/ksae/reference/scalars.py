@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small ops of a step: variance, loss terms, Adam's scalars, the update of a vector."""
+"""Small ops of a step: variance, loss terms, Adam's scalars, the update of a vector, counters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .dtypes import accumulator
 
-__all__ = ["adam_scalars", "loss_terms", "total_variance", "vector_update"]
+__all__ = ["adam_scalars", "count_tokens", "loss_terms", "total_variance", "vector_update"]
 
 
 def total_variance(y: Tensor) -> Tensor:
@@ -112,3 +112,28 @@ def vector_update(
         old.copy_(torch.where(taken, new, old))
     if master is not None:
         p.copy_(torch.where(taken, master.to(p.dtype), p))
+
+
+def count_tokens(
+    loss: Tensor,  # [] float32: whose type the shares have
+    taken: Tensor,  # [] bool: nothing is written if it is False
+    offsets: Tensor,  # [F+1] int32, from group_by_latent
+    since: Tensor,  # [F] int64: tokens since each latent fired, written
+    t: Tensor,  # [] float64: steps taken, written
+    tokens: int,  # of this step
+    dead_after: int,
+    within: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The counters of a step, after it.
+
+    Returns:
+        l0 [] float32: entries a token; dead [] float32: the share of latents that were dead before
+        the step, which have not fired for more than dead_after tokens; soon [] int64: how many may
+        be dead after `within` more tokens.
+    """
+    dead = (since > dead_after).sum()
+    fired = offsets[1:] > offsets[:-1]
+    since.add_(taken, alpha=tokens).masked_fill_(fired & taken, 0)
+    t += taken
+    soon = (since > dead_after - within).sum()
+    return offsets[-1].to(loss.dtype) / tokens, dead.to(loss.dtype) / len(since), soon

@@ -29,6 +29,7 @@ from cases import (
     at_rest,
     clone_all,
     code,
+    count_arguments,
     hidden_winners,
     integers,
     norm_arguments,
@@ -289,6 +290,15 @@ def scalars(kernels: Emulated) -> Iterator[Case]:
             yield f"loss {loss}", right and all_same(tuple(got), tuple(want))
 
 
+def tokens(kernels: Emulated) -> Iterator[Case]:
+    for F, taken in ((33, True), (70_001, True), (33, False)):
+        a = count_arguments(torch.float32, F) | {"taken": torch.tensor(taken)}
+        want = clone_all(a)
+        got = kernels.count_tokens(*a.values())
+        counts = all_same(got, reference.count_tokens(*want.values()))
+        yield f"F={F}, {taken}", counts and same(a["since"], want["since"]) and a["t"] == want["t"]
+
+
 def vector(kernels: Emulated) -> Iterator[Case]:
     for size, extras in ((33, True), (700, False)):
         a = vector_arguments(torch.float32, size, extras=extras)
@@ -308,6 +318,7 @@ CASES: dict[str, Callable[[Emulated], Iterator[Case]]] = {
     "sums": sums,
     "variance": variance,
     "scalars": scalars,
+    "tokens": tokens,
     "vector": vector,
 }
 

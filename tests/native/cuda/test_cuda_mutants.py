@@ -374,6 +374,20 @@ MUTANTS = {
     "scalars: every step is taken": Mutant(
         "adam_scalars.cu", "= taken ? p.scales[g]", "= taken || WRONG ? p.scales[g]"
     ),
+    "tokens: a bound is met": Mutant(
+        "count_tokens.cu", "before > p.dead_after;", "before > p.dead_after - WRONG;"
+    ),
+    "tokens: those before": Mutant(
+        "count_tokens.cu", "soon += after >", "soon += (WRONG ? before : after) >"
+    ),
+    "tokens: a run's end": Mutant(
+        "count_tokens.cu",
+        "first + run < p.F ? first + run",
+        "first + run < p.F ? first + run - WRONG",
+    ),
+    "tokens: a block's counts": Mutant(
+        "count_tokens.cu", "i < blocks; i +=", "i < blocks - WRONG; i +="
+    ),
     "vector: lost tail": Mutant("vector_update.cu", "if (i >= p.size", "if (i >= p.size - WRONG"),
     "vector: lost gradient": Mutant(
         "vector_update.cu", "if (n < p.n_grads)", "if (n < p.n_grads - WRONG)"
