@@ -162,15 +162,15 @@ def measure(args: argparse.Namespace) -> list[tuple[list[Any], list[Any]]]:
 
 
 def report(args: argparse.Namespace, rounds: list[tuple[list[Any], list[Any]]]) -> str:
-    S = args.steps
+    S: int = args.steps
 
     def wall(answers: list[Any]) -> float:
         seconds: float = max(a[1] for a in answers) - min(a[0] for a in answers)
-        return seconds / S * 1e3
+        return seconds * 1e3 / S
 
     def cpu(answers: list[Any]) -> float:
         seconds: float = sum(a[2] for a in answers)
-        return seconds / S * 1e3
+        return seconds * 1e3 / S
 
     def quartiles(values: list[float]) -> str:
         low, middle, high = statistics.quantiles(values, n=4)

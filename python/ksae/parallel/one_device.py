@@ -42,6 +42,10 @@ class OneDevice:
         """The rows of the ranks that share the latents [N, columns], from this one's."""
         return rows
 
+    def tokens(self, rows: Tensor) -> Tensor:
+        """`gather`, which the next call overwrites."""
+        return rows
+
     def own(self, rows: Tensor) -> Tensor:
         """This rank's rows [n, columns] of [N, columns]."""
         return rows

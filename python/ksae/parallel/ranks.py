@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
 from ..errors import RankError
 from ..ops import accumulator
 from .cost import SMALL
@@ -23,6 +22,9 @@ from .one_device import Pending
 
 # torch 2.13 renames it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+ROWS = 128  # of a pass over a batch whose temporaries stay in cache
 
 
 class Ranks:
@@ -165,10 +167,13 @@ class Ranks:
 
     def start_variance(self, y: Tensor) -> Pending:
         """`variance` whose exchange goes on beside other work."""
-        mean = y.sum(0, dtype=torch.float64) / max(len(y), 1)  # [d]
+        parts = [y] if y.is_cuda else torch.split(y, ROWS)
+        sums = torch.stack([t.sum(0, dtype=torch.float64) for t in parts])
+        mean = sums.sum(0) / max(len(y), 1)  # [d]
         size = torch.full((1,), len(y), dtype=torch.float64, device=y.device)
-        within = ops.total_variance(y).double()[None] if len(y) else torch.zeros_like(size)
-        mine = torch.cat([size, within, mean])
+        centre = mean.to(accumulator(y.dtype))
+        squares = [torch.linalg.vector_norm(t - centre, dtype=torch.float64) ** 2 for t in parts]
+        mine = torch.cat([size, torch.stack(squares).sum()[None], mean])
         every = self.start_gather(mine[None], "variance")
 
         def end() -> Tensor:

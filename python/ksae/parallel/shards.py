@@ -46,7 +46,8 @@ class Shards(Ranks):
     ) -> None:
         super().__init__(group)
         self.latents, self.data = latents, data
-        self._received: Tensor | None = None  # partial sums, as they came last
+        # What exchanges bring, from step to step: new pages would cost as much as the exchange.
+        self._kept: dict[str, Tensor] = {}
         self.everyone: Ranks = self if everyone is None else everyone
         self.replicas = 1 if data is None else data.size
         self.leads = self.everyone.rank == 0
@@ -77,6 +78,17 @@ class Shards(Ranks):
 
     def observed(self, values: Tensor) -> Tensor:
         return super().observed(values) if self.everyone is self else self.everyone.observed(values)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        into = self._keep("rows", rows, self.size * len(rows))
+        return self.gather(rows, "rows", into)
+
+    def _keep(self, name: str, like: Tensor, rows: int) -> Tensor:
+        """Memory for rows [rows, ...], that of the last call where it fits."""
+        kept, shape = self._kept.get(name), (rows, *like.shape[1:])
+        if kept is None or kept.shape != shape or kept.dtype != like.dtype:
+            kept = self._kept[name] = like.new_empty(shape)
+        return kept
 
     def mean_entries(self, E: int, N: int) -> float:
         """A token, of E of this rank's latents for N tokens."""
@@ -228,11 +240,9 @@ class Shards(Ranks):
         return table, squares, grads.masked_fill_(values == 0, 0).view(code.matrices()[0].shape)
 
     def _added(self, part: Tensor) -> Tensor:
-        """This rank's rows [n, d] of the sum over ranks of [N, d]; the next call overwrites them,
-        for the pages of new memory would cost as much as the exchange."""
-        if self._received is None or self._received.shape != part.shape:
-            self._received = torch.empty_like(part)
-        parts = self.scatter(part, "partial sums", into=self._received)  # [R, n, d]
+        """This rank's rows [n, d] of the sum over ranks of [N, d]; overwritten by the next call."""
+        into = self._keep("partial sums", part, len(part))
+        parts = self.scatter(part, "partial sums", into)  # [R, n, d]
         own = parts[0]
         for other in parts[1:]:
             own += other
