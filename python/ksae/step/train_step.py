@@ -255,7 +255,7 @@ class TrainStep:
         )
         if grad is not None:
             grad = communicator.gather(grad.reshape(-1, grad.shape[-1]))
-        return communicator.gather(rows), target, grad
+        return communicator.tokens(rows), target, grad
 
     def _warn(self, x: Tensor, y: Tensor, grad: Tensor | None, loss: Tensor) -> None:
         """Say why a step was not taken."""
