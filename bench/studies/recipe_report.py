@@ -70,7 +70,7 @@ def write(record: dict[str, Any], out: Path) -> None:
         f"{name} {value}" for name, value in record["settings"].items() if value is not None
     )
     text = [
-        "# Recipes of training on SmolLM2-135M, layer 9",
+        "# Recipes of training on SmolLM2-135M, layer 9 (minilm: all-MiniLM-L6-v2, layer 3)",
         "",
         f"Held-out FVU (share of latents that never fire on the held-out rows); {settings}. Means "
         "over the seeds of the row, or over as many of them as a cell says; bold: the best rate "

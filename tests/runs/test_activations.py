@@ -85,6 +85,22 @@ def test_start_from_a_run(tmp_path: Path) -> None:
     assert ksae.load(tmp_path / "c").activation == ksae.BatchTopK(2)
 
 
+def test_start_from_thresholds_that_are_learned_themselves(tmp_path: Path, capsys: Any) -> None:
+    linear = arguments(tmp_path, "a", "jump_relu", parametrization="linear")
+    assert cli.run(["train", *linear]) == 0
+    made = ksae.load(tmp_path / "a")
+    assert made.activation.parametrization == "linear" and "theta" in made.state_dict()
+    start = ["train", "--from", str(tmp_path / "a"), "--activations", str(tmp_path / "x.npy")]
+    start += ["--steps", "3", "--batch-size", "32", "--no-progress", "--out"]
+    assert cli.run([*start, str(tmp_path / "c")]) == 0
+    went_on = ksae.load(tmp_path / "c")
+    assert went_on.activation == made.activation and not torch.equal(went_on.theta, made.theta)
+    assert cli.run(["train", *arguments(tmp_path, "b", "jump_relu")]) == 0
+    start[2] = str(tmp_path / "b")
+    assert cli.run([*start, str(tmp_path / "d"), "--parametrization", "linear"]) != 0
+    assert "--parametrization must be left out with --from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("activation", "more", "message"),
     [

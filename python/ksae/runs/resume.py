@@ -85,7 +85,7 @@ def compare(
     """
     old, new = BEFORE | _flat(before), ({} if partly else BEFORE) | _flat(now)
     if "model.class" in old:  # what is left to the model is what it takes
-        centred = "Transcoder" not in old["model.class"]
+        centred = "Transcoder" not in str(old["model.class"])
         rate = decoder_rate(centred, bool(old.get("model.normalize_decoder")))
         for flat in (old, new):
             if flat.get(RATE, rate) is None:
