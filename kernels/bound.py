@@ -78,18 +78,38 @@ def norms(t: Tensor, rounded: Tensor, slack: float = 1.0) -> Tensor:
 
 
 @triton.jit
-def margins(op, rows, f, b):
-    """m [BLOCK_N, BLOCK_F] of a tile; b [BLOCK_F] float32."""
-    g = (op.d + 16) * 2.0**-22
-    full = tl.load(op.x_norms + rows)
-    lost = tl.load(op.x_norms + op.N + rows)
-    rounded = tl.load(op.x_norms + 2 * op.N + rows)
+def of_row(x_norms_ptr, n, N, d):
+    """What rows n add to the margin of each latent: the factors of what it lost and of its copy."""
+    g = (d + 16) * 2.0**-22
+    full = tl.load(x_norms_ptr + n)
+    lost = tl.load(x_norms_ptr + N + n)
+    rounded = tl.load(x_norms_ptr + 2 * N + n)
     of_lost = full * (1 + g)
     of_rounded = lost + g * (rounded + full)
+    return of_lost, of_rounded
+
+
+@triton.jit
+def of_bias(b, d):
+    """The part of the margin that does not depend on the row."""
+    size = tl.abs(b)
+    return tl.where(size < 1e37, size * 2.0**-20, float("inf")) + d * 2.0**-124
+
+
+@triton.jit
+def margin(w_lost, w_rounded, of_lost, of_rounded, bias):
+    """m, from the norms of a latent, `of_row` and `of_bias`."""
+    m = w_lost * of_lost + w_rounded * of_rounded
+    return m + bias
+
+
+@triton.jit
+def margins(op, rows, f, b):
+    """m [BLOCK_N, BLOCK_F] of a tile; b [BLOCK_F] float32."""
+    of_lost, of_rounded = of_row(op.x_norms, rows, op.N, op.d)
     w_lost = tl.load(op.w_norms + op.F + f)
     w_rounded = tl.load(op.w_norms + 2 * op.F + f)
-    size = tl.abs(b)
-    of_bias = tl.where(size < 1e37, size * 2.0**-20, float("inf"))
-    of_bias += op.d * 2.0**-124
-    m = w_lost[None, :] * of_lost[:, None] + w_rounded[None, :] * of_rounded[:, None]
-    return m + of_bias[None, :]
+    bias = of_bias(b, op.d)
+    return margin(
+        w_lost[None, :], w_rounded[None, :], of_lost[:, None], of_rounded[:, None], bias[None, :]
+    )

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bound import margin, of_bias, of_row
 from .gate import LOWEST, MAX_K, Candidates, capacity_of
 from .keys import NOTHING, key_of, kth_largest, of_order, order_of
 from .launch import registers, warps_of
@@ -38,8 +39,8 @@ from .topk import MODES, ROUND, TILE, group_of, order_maxima_kernel
 def groups_kernel(
     norms_ptr,  # [3, F] of W_enc
     bias_ptr,  # [F]
-    groups_ptr,  # [3, groups]: the largest of what was lost, of the copies, of the biases
-    F, groups,
+    groups_ptr,  # [3, groups]: the largest of what was lost, of the copies, of the biases' parts
+    F, d, groups,
     GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(0) * PARTS + tl.arange(0, PARTS)
@@ -47,27 +48,10 @@ def groups_kernel(
     inside = f < F
     lost = tl.load(norms_ptr + F + f, inside, 0.0)
     rounded = tl.load(norms_ptr + 2 * F + f, inside, 0.0)
-    size = tl.abs(tl.load(bias_ptr + f, inside, 0.0))
-    size = tl.where(size < 1e37, size, float("inf"))  # a NaN as well
+    bias = of_bias(tl.load(bias_ptr + f, inside, 0.0), d)
     tl.store(groups_ptr + g, tl.max(lost, axis=1), g < groups)
     tl.store(groups_ptr + groups + g, tl.max(rounded, axis=1), g < groups)
-    tl.store(groups_ptr + 2 * groups + g, tl.max(size, axis=1), g < groups)
-
-
-@triton.jit
-def _of_row(x_norms_ptr, n, N, d):
-    """What a row adds to the margin of each latent: factors of its norms, as in bound.py."""
-    g = (d + 16) * 2.0**-22
-    full = tl.load(x_norms_ptr + n)
-    lost = tl.load(x_norms_ptr + N + n)
-    rounded = tl.load(x_norms_ptr + 2 * N + n)
-    return full * (1 + g), lost + g * (rounded + full)
-
-
-@triton.jit
-def _margin(lost, rounded, size, of_lost, of_rounded, d):
-    of_bias = tl.where(size < 1e37, size * 2.0**-20, float("inf")) + d * 2.0**-124
-    return lost * of_lost + rounded * of_rounded + of_bias
+    tl.store(groups_ptr + 2 * groups + g, tl.max(bias, axis=1), g < groups)
 
 
 @triton.jit
@@ -94,14 +78,14 @@ def screened_select_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     n = row + n0
-    of_lost, of_rounded = _of_row(x_norms_ptr, n, N, d)
+    of_lost, of_rounded = of_row(x_norms_ptr, n, N, d)
     g = tl.arange(0, GROUPS)
     own = maxima_ptr + row * groups
     best = of_order(tl.load(own + g, g < groups, 0))
     lost = tl.load(groups_ptr + g, g < groups, 0.0)
     rounded = tl.load(groups_ptr + groups + g, g < groups, 0.0)
-    size = tl.load(groups_ptr + 2 * groups + g, g < groups, 0.0)
-    m = _margin(lost, rounded, size, of_lost, of_rounded, d)
+    bias = tl.load(groups_ptr + 2 * groups + g, g < groups, 0.0)
+    m = margin(lost, rounded, of_lost, of_rounded, bias)
     certain = tl.where(g < groups, _lower(best, m).to(tl.int64), NOTHING)
     bound = kth_largest(certain, k, 32)  # NOTHING, which all reach, if there are fewer than k
     reach = order_of(best + m)
@@ -123,7 +107,7 @@ def screened_select_kernel(
         s = tl.load(scores_ptr + row * F + f, inside, 0.0) + b
         w_lost = tl.load(norms_ptr + F + f, inside, 0.0)
         w_rounded = tl.load(norms_ptr + 2 * F + f, inside, 0.0)
-        own_m = _margin(w_lost, w_rounded, tl.abs(b), of_lost, of_rounded, d)
+        own_m = margin(w_lost, w_rounded, of_lost, of_rounded, of_bias(b, d))
         top = s + own_m
         order = order_of(top)
         passed = inside & (order >= bound) & (order > nothing)
@@ -175,8 +159,9 @@ class Screen:
         self.of_groups = x.new_empty(3, self.groups)
         parts = max(1, 1024 // self.group)
         groups_kernel[(triton.cdiv(self.groups, parts),)](
-            w_norms, b_enc, self.of_groups, F, self.groups, GROUP=self.group, PARTS=parts
-        )
+            w_norms, b_enc, self.of_groups, F, x.shape[1], self.groups, GROUP=self.group,
+            PARTS=parts,
+        )  # fmt: skip
         capacity = capacity or min(2 * capacity_of(k, 64), 4096)
         self.found = Candidates(
             torch.empty(N + 1, dtype=torch.int32, device=x.device),

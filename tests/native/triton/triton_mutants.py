@@ -19,6 +19,7 @@ import triton_bound_cases as bounds
 import triton_encode_cases as encodes
 import triton_interpreter  # noqa: F401
 import triton_screen_cases as screens
+import triton_stored_cases as stored
 
 import ksae.kernels
 
@@ -29,17 +30,17 @@ class Mutant(NamedTuple):
     file: str
     old: str  # occurs once
     new: str
-    case: str  # "bound: ", "screen: " or "topk: " and the case that sees it
+    case: str  # "bound: ", "screen: ", "stored: " or "topk: " and the case that sees it
 
 
 MUTANTS = {
     # ----------------------------------------------------------------------------------- the bound
     "a quarter of the margins": Mutant(
-        "bound.py", "return m + of_bias[None, :]", "return 0.75 * m + of_bias[None, :]",
+        "bound.py", "return m + bias", "return 0.75 * m + bias",
         "bound: rounding of x",
     ),
     "a quarter of the margins, W": Mutant(
-        "bound.py", "return m + of_bias[None, :]", "return 0.75 * m + of_bias[None, :]",
+        "bound.py", "return m + bias", "return 0.75 * m + bias",
         "bound: rounding of W",
     ),
     "a twentieth of a row's norms": Mutant(
@@ -53,7 +54,7 @@ MUTANTS = {
         "bound.py", "of_rounded = lost + g", "of_rounded = 0 * lost + g", "bound: rounding of x"
     ),
     "no term of W's rounding": Mutant(
-        "bound.py", "m = w_lost[None, :]", "m = 0 * w_lost[None, :]", "bound: rounding of W"
+        "bound.py", "m = w_lost * of_lost", "m = 0 * w_lost * of_lost", "bound: rounding of W"
     ),
     "no term of the accumulation": Mutant(
         "bound.py", "lost + g * (rounded + full)", "lost", "bound: accumulation"
@@ -92,6 +93,37 @@ MUTANTS = {
     "screen: guess too high unseen": Mutant(
         "screen.py", "(bound >= order_of(tau))", "(bound >= NOTHING)", "screen: guess too high"
     ),
+    # ---------------------------------------------------------------------------- scores in memory
+    "stored: a group's maximum is certain": Mutant(
+        "screen_stored.py", "_lower(best, m)", "_lower(best, 0 * m)", "stored: rounding of x"
+    ),
+    "stored: a group reaches no higher than its maximum": Mutant(
+        "screen_stored.py", "reach = order_of(best + m)", "reach = order_of(best)",
+        "stored: hidden by its copy",
+    ),
+    "stored: a group's smallest loss": Mutant(
+        "screen_stored.py", "tl.max(lost, axis=1)", "tl.min(lost, axis=1)",
+        "stored: hidden by its copy",
+    ),
+    "stored: a group's smallest copy": Mutant(
+        "screen_stored.py", "tl.max(rounded, axis=1)", "tl.min(rounded, axis=1)",
+        "stored: hidden by the row's copy",
+    ),
+    "stored: an upper end below the score": Mutant(
+        "screen_stored.py", "top = s + own_m", "top = s", "stored: hidden by its copy"
+    ),
+    "stored: a lower end above the score": Mutant(
+        "screen_stored.py", "of_order(_lower(s, own_m))", "of_order(_lower(s, 0 * own_m))",
+        "stored: rounding of W",
+    ),
+    "stored: overflow unseen": Mutant(
+        "screen_stored.py", "count += tl.sum(one)", "count += tl.sum(fits.to(tl.int32))",
+        "stored: near ties, overflow",
+    ),
+    "stored: masked latents pass": Mutant(
+        "screen_stored.py", "passed & (tl.load(mask_ptr + f, inside, 0) != 0)", "passed",
+        "stored: masked",
+    ),
     "redo: overflow unseen": Mutant(
         "redo.py", "(short | (count > CAPACITY))", "short", "topk: overflow"
     ),
@@ -125,6 +157,11 @@ def of_screen(package: str, case: str) -> str:
     return screens.outcome(case)
 
 
+def of_stored(package: str, case: str) -> str:
+    stored.screen_stored, stored.bound = module(package, "screen_stored"), module(package, "bound")
+    return stored.outcome(case)
+
+
 def of_topk(package: str, case: str) -> str:
     encodes.encode = module(package, "topk_encode")
     return encodes.outcome(f"topk, {case}")
@@ -133,6 +170,7 @@ def of_topk(package: str, case: str) -> str:
 RUN: dict[str, Callable[[str, str], str]] = {
     "bound": of_bound,
     "screen": of_screen,
+    "stored": of_stored,
     "topk": of_topk,
 }
 
