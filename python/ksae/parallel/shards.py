@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..coders.activation import AbsTopK
 from ..coders.auxk import AUXK
 from ..coders.code import Code, by_row
 from ..coders.coder import SparseCoder
@@ -124,11 +125,14 @@ class Shards(Ranks):
         if ragged:  # all may be of this replica's tokens
             k = min(k * self.replicas, len(model.W_enc))
         if (ragged or (grad is None and wide)) and not by_scores:
-            return OneDevice.select(one, model, rows, k, k_aux, grad, W_bf16)
+            first, *aux = OneDevice.select(one, model, rows, k, k_aux, grad, W_bf16)
+            return [_by_size(first) if isinstance(model.activation, AbsTopK) else first, *aux]
         encoder = (rows, model.W_enc, model.b_enc)
         b_dec = model.b_dec if model.centred else None
         if ragged or (grad is None and wide):
             chosen = OneDevice.select(one, model, rows, k, 0, grad, W_bf16)
+            if isinstance(model.activation, AbsTopK):
+                chosen = [_by_size(chosen[0])]
         else:
             by = model.activation.score(model, grad)  # type: ignore[attr-defined]
             chosen = [ops.scored_encode(*encoder, k, b_dec, None, *by)]
@@ -246,6 +250,12 @@ class Shards(Ranks):
         for other in parts[1:]:
             own += other
         return own
+
+
+def _by_size(chosen: Selected) -> Selected:
+    """A selection by |u| of values u."""
+    values, indices, _ = chosen
+    return values, indices, values.abs()
 
 
 def rows_of_table(code: Code, widths: Tensor, n: int) -> Tensor:
