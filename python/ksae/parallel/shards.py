@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..coders.activation import AbsTopK
 from ..coders.auxk import AUXK
 from ..coders.code import Code, by_row
 from ..coders.coder import SparseCoder
@@ -124,11 +125,14 @@ class Shards(Ranks):
         if ragged:  # all may be of this replica's tokens
             k = min(k * self.replicas, len(model.W_enc))
         if (ragged or (grad is None and wide)) and not by_scores:
-            return OneDevice.select(one, model, rows, k, k_aux, grad, W_bf16)
+            first, *aux = OneDevice.select(one, model, rows, k, k_aux, grad, W_bf16)
+            return [_by_size(first) if isinstance(model.activation, AbsTopK) else first, *aux]
         encoder = (rows, model.W_enc, model.b_enc)
         b_dec = model.b_dec if model.centred else None
         if ragged or (grad is None and wide):
             chosen = OneDevice.select(one, model, rows, k, 0, grad, W_bf16)
+            if isinstance(model.activation, AbsTopK):
+                chosen = [_by_size(chosen[0])]
         else:
             by = model.activation.score(model, grad)  # type: ignore[attr-defined]
             chosen = [ops.scored_encode(*encoder, k, b_dec, None, *by)]
@@ -180,8 +184,7 @@ class Shards(Ranks):
         if keys.shape[1] != width:
             padded = keys.new_full((keys.shape[0], width), LEAST)
             padded[:, : keys.shape[1]] = keys[:, :width]
-        candidates = self.scatter(padded, "candidates")  # [R, n, width]
-        best = candidates.transpose(0, 1).flatten(1)  # [n, R * width]
+        best = torch.cat(self.scatter(padded, "candidates"), 1)  # [n, R * width]
         if len(ks) == 1:
             picked = best.topk(most, dim=1, sorted=False).values.amin(1, keepdim=True)
         else:
@@ -198,6 +201,7 @@ class Shards(Ranks):
         target: Tensor,
         columns: int,
         sums: Tensor | None,
+        rounded: Tensor | None = None,  # of one device
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Partial reconstructions go to the token's rank, which adds them in the order of ranks;
         its residual goes to all. The squares are one sum: [1]."""
@@ -242,11 +246,17 @@ class Shards(Ranks):
     def _added(self, part: Tensor) -> Tensor:
         """This rank's rows [n, d] of the sum over ranks of [N, d]; overwritten by the next call."""
         into = self._keep("partial sums", part, len(part))
-        parts = self.scatter(part, "partial sums", into)  # [R, n, d]
+        parts = self.scatter(part, "partial sums", into)  # R of [n, d]
         own = parts[0]
         for other in parts[1:]:
             own += other
         return own
+
+
+def _by_size(chosen: Selected) -> Selected:
+    """A selection by |u| of values u."""
+    values, indices, _ = chosen
+    return values, indices, values.abs()
 
 
 def rows_of_table(code: Code, widths: Tensor, n: int) -> Tensor:

@@ -16,6 +16,7 @@ FREE = frozenset(
         "train.threads",
         "train.timeout",
         "train.replicas",
+        "train.graph",
         "train.prefetch",
         "train.checkpoint_every",
         "train.keep_last",
