@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One latent's row in a pass (row_update.cu): its gradient, and what is done with it.
+// One latent's row in a row pass: its gradient, and what is done with it.
 #pragma once
 
 #include "entries.h"

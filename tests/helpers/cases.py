@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ksae import ops, reference
 from ksae.backends import cpu as native
 
+T = TypeVar("T")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = tuple(ops.serving())
 
@@ -417,6 +418,18 @@ def assert_same(what: str, got: Tensor, expected: Tensor) -> None:
         raise AssertionError(
             f"{what}: {count} differ, first at {list(worst)}: {got[worst]} for {expected[worst]}"
         )
+
+
+def on_threads(run: Callable[[], T], counts: Sequence[int] = (1, 2, 3)) -> list[T]:
+    """What `run` gives on so many threads each."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return results
 
 
 def hidden_winners() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ from .replicas import Replicas
 from .shards import Shards
 
 # The rest is on every rank.
-BY_LATENT = ("W_enc", "b_enc", "W_dec", "log_threshold", "tokens_since_fired")
+BY_LATENT = ("W_enc", "b_enc", "W_dec", "log_threshold", "theta", "tokens_since_fired")
 SERVED = (TopK, GradTopK, BatchTopK, JumpReLU)
 
 

@@ -20,7 +20,7 @@ from ..coders.coder import SparseCoder
 from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from ..ops import product
-from ..parallel.one_device import OneDevice
+from ..parallel.one_device import OneDevice, Pending
 from ..parallel.shards import Shards
 from .counters import count
 from .dead_latents import DeadLatents
@@ -78,7 +78,7 @@ class FusedStep:
         target = y
         if model.W_skip is not None:
             target = y.to(acc) - product(self.communicator.own(x), model.W_skip.T)
-        batch = Batch(x, y, target, grad)
+        batch = Batch(x, y, target, grad, self.communicator.start_variance(y))
         chosen = self.encode(batch)
         columns = self.columns(batch, chosen)
         groups = self.residual(batch, chosen, columns)
@@ -145,7 +145,7 @@ class FusedStep:
     def residual(self, batch: Batch, chosen: Selection, columns: int) -> Groups:
         """Each term's residual, the gradients of its values, and its code grouped by latent."""
         model, communicator, groups = self.model, self.communicator, Groups()
-        groups.variance = communicator.variance(batch.y)
+        groups.variance = batch.variance()
         whole = model.activation.penalized or any(term.of_residual for term in chosen.terms)
         rounds, N, d = self.rounds and not whole, self.tokens(batch), model.d_out
         for term, code in zip_longest(chosen.terms, chosen.codes):
@@ -392,11 +392,11 @@ class FusedStep:
         for name, gradient in ({"b_enc": sums.grad_b_enc} | sums.more).items():
             ops.vector_update([gradient], None, None, finite, hyper, *state.of(name))
         for name, parts in sums.small.items():
-            minus = centre_grad if name == "b_dec" else None
+            minus = centre_grad() if centre_grad and name == "b_dec" else None
             scales = sums.scales[: len(parts)]
             ops.vector_update(parts, scales, minus, finite, hyper, *state.of(name))
 
-    def _update_encoder(self, batch: Batch, g: Groups, sums: Sums, hyper: Tensor) -> Tensor | None:
+    def _update_encoder(self, batch: Batch, g: Groups, sums: Sums, hyper: Tensor) -> Pending | None:
         """Returns what centring adds to the gradient of b_dec [d_in], None without centring."""
         model, state = self.model, self.state
         centred = model.centred
@@ -409,7 +409,7 @@ class FusedStep:
             W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=grad, start=0, normalize=False,
             W_bf16=W_bf16, rng_state=state.rng_state("W_enc"), norms=norms,
         )  # fmt: skip
-        return None if grad is None else self.communicator.over_latents(grad)
+        return None if grad is None else self.communicator.start_over_latents(grad)
 
     def _take_columns(
         self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, start: int, columns: int

@@ -208,6 +208,7 @@ class TrainStep:
                 metrics, finite = self._unfused.step(rows, target, flat)
                 if self._fused is not None:
                     self.state.renew_bf16_copy()
+        self.state.keep_above(model.activation.at_least(), finite)
         for buffer, old in running:
             buffer.copy_(torch.where(finite, buffer, old))
         if scaled is not None:
@@ -254,7 +255,7 @@ class TrainStep:
         )
         if grad is not None:
             grad = communicator.gather(grad.reshape(-1, grad.shape[-1]))
-        return communicator.gather(rows), target, grad
+        return communicator.tokens(rows), target, grad
 
     def _warn(self, x: Tensor, y: Tensor, grad: Tensor | None, loss: Tensor) -> None:
         """Say why a step was not taken."""
