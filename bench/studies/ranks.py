@@ -40,10 +40,11 @@ def serve(pipe: Any, rank: int, args: argparse.Namespace, store: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from ksae import SAE, TopK, TrainStep
     from ksae.bench.harness import data
+    from ksae.coders import SAE, TopK
     from ksae.coders.coder import SparseCoder
     from ksae.parallel.shard import shard
+    from ksae.step.train_step import TrainStep
 
     R = args.ranks
     torch.set_num_threads(R if rank < 0 else 1)

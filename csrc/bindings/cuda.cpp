@@ -280,8 +280,9 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
   });
   module.def("adam_scalars",
              [](Pointer loss, Pointer norm, float clip_norm, Pointer scales, int n_scales,
-                Pointer lr, Pointer t, Pointer constants, Pointer hyper, Pointer taken,
-                Pointer taken_scales, Pointer stream) {
+                Pointer lr, Pointer t, Pointer constants, float decoder_lr, bool always,
+                Pointer hyper, Pointer taken, Pointer taken_scales, Pointer of_decoder,
+                Pointer stream) {
                const AdamScalarsParams p{as<const float>(loss),
                                          as<const float>(norm),
                                          clip_norm,
@@ -290,9 +291,12 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                                          as<const double>(lr),
                                          as<const double>(t),
                                          as<const double>(constants),
+                                         decoder_lr,
+                                         always,
                                          as<float>(hyper),
                                          as<bool>(taken),
-                                         as<float>(taken_scales)};
+                                         as<float>(taken_scales),
+                                         as<float>(of_decoder)};
                check(adam_scalars(p, as<CUstream_st>(stream)), "adam_scalars");
              });
   module.def("vector_update",

@@ -53,6 +53,11 @@ MORE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"auxk": "batch_topk", "activation": BATCH, "prefixes": WIDTHS, **DEAD},
         CLIP,
     ),
+    "jump, linear": (
+        "sae",
+        {"activation": ksae.JumpReLU(0.1, bandwidth=0.4, theta=0.7, parametrization="linear")},
+        CLIP,
+    ),
 }
 CASES = TOPK | MORE
 

@@ -19,7 +19,7 @@ from cases import (
 )
 from implementations import EVERY, INTERPRETED
 
-from ksae import reference
+from ksae import ops, reference
 
 interpreted_too = pytest.mark.implementations(*EVERY, INTERPRETED)
 sides = pytest.mark.parametrize("side", ["encoder", "decoder"])
@@ -181,3 +181,13 @@ def test_every_latent_counts_in_the_gradient_of_b_dec(
         want = 4.0 * one["W"][latent]
         impl.row_update(*one.values())
         torch.testing.assert_close(one["grad_b_dec"], want)
+
+
+@pytest.mark.parametrize("other", ["grad_dot_w", "normalize"])
+def test_the_gradient_of_b_dec_is_of_the_encoder_alone(other: str) -> None:
+    a = row_arguments(torch.float32, "encoder")
+    a[other] = True if other == "normalize" else torch.zeros(33)
+    with pytest.raises(
+        ValueError, match=r"^row_update: grad_b_dec must be None with grad_dot_w or"
+    ):
+        ops.row_update(*a.values())

@@ -279,16 +279,19 @@ class Kernels(Encode):
         lr: Tensor,
         t: Tensor,
         constants: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        hyper, taken_scales = loss.new_empty(8), torch.empty_like(scales)
+        decoder_lr: float = 1.0,
+        always: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        hyper, of_decoder = loss.new_empty(8), loss.new_empty(8)
+        taken_scales = torch.empty_like(scales)
         taken = loss.new_empty((), dtype=torch.bool)
         with guard(loss):
             self.module.adam_scalars(
                 pointer(loss), pointer(norm), clip_norm or 0, pointer(scales), scales.numel(),
-                pointer(lr), pointer(t), pointer(constants), pointer(hyper), pointer(taken),
-                pointer(taken_scales), _stream(loss),
+                pointer(lr), pointer(t), pointer(constants), decoder_lr, always, pointer(hyper),
+                pointer(taken), pointer(taken_scales), pointer(of_decoder), _stream(loss),
             )  # fmt: skip
-        return hyper, taken, taken_scales
+        return hyper, taken, taken_scales, of_decoder
 
     def vector_update(
         self,

@@ -115,8 +115,12 @@ def _updated_rows(
     rng_state: Tensor | None,
     norms: Tensor | None,
     grad_b_dec: Tensor | None,
+    grad_dot_w: Tensor | None,
+    normalize: bool,
 ) -> None:
     _rows(op, coefficients, rows, W, scales, start, d, columns, row_of)
+    if grad_b_dec is not None and (grad_dot_w is not None or normalize):
+        raise fail(op, "grad_b_dec", "None with grad_dot_w or normalize", "a tensor")
     if rng_state is not None and start % 4:  # four columns share their random words
         raise fail(op, "start", "a multiple of 4 with rng_state", start)
     if columns != d:
@@ -248,7 +252,13 @@ SPECS = (
     Spec(
         "adam_scalars",
         "loss:A[] norm:A[]?clip_norm clip_norm:float? scales:A[S] lr:f64[] t:f64[]"
-        " constants:f64[3] -> hyper:A[8] taken:bool[] taken_scales:A[S]",
+        " constants:f64[3] decoder_lr:0..inf=1 always:bool=False"
+        " -> hyper:A[8] taken:bool[] taken_scales:A[S] of_decoder:A[8]",
+    ),
+    Spec(
+        "count_tokens",
+        "loss:A[] taken:bool[] offsets:i32[F+1] since!:i64[F] t!:f64[] tokens:int dead_after:int"
+        " within:int -> l0:A[] dead:A[] soon:i64[]",
     ),
     Spec(
         "vector_update",

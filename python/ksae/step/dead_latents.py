@@ -59,17 +59,22 @@ class DeadLatents:
                 return int(count.number)
         return int(self.model.dead.sum())
 
-    def after_step(self, N: int) -> None:
-        """The counters are those after a step of N tokens."""
+    def within(self, N: int) -> int:
+        """After a step of N tokens, latents are counted that may be dead after so many more."""
+        return LAG * max(self._largest, N)
+
+    def after_step(self, N: int, number: Tensor) -> None:
+        """The counters are those after a step of N tokens; number: of the latents that may be dead
+        after `within(N)` more, []."""
+        within, arrived = self.within(N), None
         self._largest = max(self._largest, N)
-        model, within = self.model, LAG * self._largest
-        self._version = model.tokens_since_fired._version
+        self._version = self.model.tokens_since_fired._version
         if self._unseen:
             return
-        number, arrived = (model.tokens_since_fired > model.dead_after - within).sum(), None
         if number.is_cuda:
+            device = number.device
             number = number.to("cpu", non_blocking=True)
-            arrived = torch.cuda.current_stream(model.W_enc.device).record_event()
+            arrived = torch.cuda.current_stream(device).record_event()
         self._tokens.append(N)
         self._counts.append(_Count(number, arrived, within))
 

@@ -22,6 +22,7 @@ from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from ..ops import product
 from ..parallel.one_device import OneDevice, Pending
 from ..parallel.shards import Shards
+from .counters import count
 from .dead_latents import DeadLatents
 from .dense_auxk import dense_auxk, pays
 from .entries import of_zeros, pass_on
@@ -29,7 +30,7 @@ from .nested import Nested, prefix_metrics, together
 from .phases import Batch, Groups, Selection, Sums, columns_at_a_time, weighted_rows
 from .row_gradients import decoder_rows, encoder_rows, over_replicas
 from .state import State
-from .unfused import GRAD_SCALE, RATE, Metrics, scale_to
+from .unfused import Metrics
 
 
 class FusedStep:
@@ -81,8 +82,14 @@ class FusedStep:
         groups = self.residual(batch, chosen, columns)
         sums, metrics = self.sums(batch, chosen, groups)
         model.activation.observe(model, chosen.codes[0])
-        hyper, finite, scales = self.scalars(batch, chosen, groups, sums, metrics, columns)
-        self.update(batch, chosen, groups, sums._replace(scales=scales), hyper, finite, columns)
+        hyper, finite, scales, of_decoder = self.scalars(
+            batch, chosen, groups, sums, metrics, columns
+        )
+        sums = sums._replace(scales=scales)
+        self.update(batch, chosen, groups, sums, hyper, of_decoder, finite, columns)
+        fired = None if sums.reduced is None else sums.reduced.fired
+        counted = (sums.loss, finite, groups.offsets[0], fired, self.tokens(batch))
+        metrics |= count(model, self.state, self.is_one, self.dead_latents, *counted)
         return metrics, finite
 
     # -------------------------------------------------------------------------------------- encode
@@ -90,9 +97,13 @@ class FusedStep:
     def encode(self, batch: Batch) -> Selection:
         """The code of each term: prefixes of one selection, and for AuxK that of dead latents."""
         model, communicator = self.model, self.communicator
-        n_dead = communicator.over_latents(model.dead.sum())
+        n_dead: Tensor | None = None
+        if not self.is_one or (self.asks_for_dead and model.auxk_alpha > 0):
+            n_dead = communicator.over_latents(model.dead.sum())
         most = None if self.dead_latents is None else self.dead_latents.most()
         k_aux = aux_width(model, n_dead if self.asks_for_dead else most)
+        if k_aux and n_dead is None:
+            n_dead = model.dead.sum()
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
         ks = [term.k for term in terms if term.aux is None]
         dense = (most or 0) if pays(terms[-1], most, model.W_enc) else 0
@@ -222,9 +233,10 @@ class FusedStep:
             "loss": loss,
             "fvu": fvu,
             "auxk_loss": named.get("auxk", torch.zeros_like(loss)),
-            "l0": active.to(acc) / N,
-            "dead": chosen.n_dead.to(acc) / model.d_sae,
         }
+        if not self.is_one:  # else `count` counts them
+            assert chosen.n_dead is not None
+            metrics |= {"l0": active.to(acc) / N, "dead": chosen.n_dead.to(acc) / model.d_sae}
         if (other := multi_loss(model, named)) is not None:
             metrics["multi_topk_loss"] = other
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
@@ -316,8 +328,9 @@ class FusedStep:
         sums: Sums,
         metrics: Metrics,
         columns: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Adam's numbers for this step, whether all is finite, [] bool, and the clipped scales."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Adam's numbers for this step, whether all is finite, [] bool, the scales of the terms,
+        and Adam's numbers for the decoder."""
         norm = None
         if self.clip_norm is not None:
             norm = self._gradient_norm(batch, chosen, groups, sums, columns)
@@ -325,12 +338,9 @@ class FusedStep:
         state, before = self.state, sums.scales
         if sums.reduced is not None:  # whose scale is 1
             before = torch.cat([before, torch.ones_like(before[:1])])
-        hyper, finite, scales = ops.adam_scalars(
-            sums.loss, norm, self.clip_norm, before, state.lr, state.t, state.constants
-        )
-        if norm is not None and self.clip_norm is not None and self.clip == "always":
-            hyper[GRAD_SCALE] = scale_to(self.clip_norm, norm)
-        return hyper, finite, scales
+        rates = (state.lr, state.t, state.constants, self.decoder_lr, self.clip == "always")
+        clipped = (sums.loss, norm, self.clip_norm)
+        return ops.adam_scalars(*clipped, before, *rates)  # type: ignore[no-any-return]
 
     def _gradient_norm(
         self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, columns: int
@@ -367,19 +377,13 @@ class FusedStep:
         g: Groups,
         sums: Sums,
         hyper: Tensor,
+        of_decoder: Tensor,
         finite: Tensor,
         columns: int,
     ) -> None:
-        """Adam for all parameters, the matrices in one pass over their rows; then the counters."""
+        """Adam for all parameters, the matrices in one pass over their rows."""
         model, state = self.model, self.state
-        fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value (finite loss: no NaN)
-        if sums.reduced is not None:
-            fired = sums.reduced.fired
         centre_grad = self._update_encoder(batch, g, sums, hyper)
-        of_decoder = hyper
-        if self.decoder_lr != 1:
-            of_decoder = hyper.clone()
-            of_decoder[RATE] *= self.decoder_lr
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
             self._update_decoder(g, sums, of_decoder, start, start + columns >= model.d_out)
@@ -389,11 +393,6 @@ class FusedStep:
         for name, parts in sums.small.items():
             minus = centre_grad() if centre_grad and name == "b_dec" else None
             ops.vector_update(parts, sums.scales[: len(parts)], minus, *taken, *state.of(name))
-        since = model.tokens_since_fired
-        since.add_(finite, alpha=self.tokens(batch)).masked_fill_(fired & finite, 0)
-        state.t += finite
-        if self.dead_latents is not None:
-            self.dead_latents.after_step(batch.x.shape[0])
 
     def _update_encoder(self, batch: Batch, g: Groups, sums: Sums, hyper: Tensor) -> Pending | None:
         """Returns what centring adds to the gradient of b_dec [d_in], None without centring."""

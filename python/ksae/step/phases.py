@@ -32,7 +32,7 @@ class Selection(NamedTuple):
 
     terms: list[Term]  # those with a bias first
     codes: list[Code]  # one a term, but for AuxK that is dense
-    n_dead: Tensor  # [] int64
+    n_dead: Tensor | None  # [] int64; of one device where a term needs it
     most_dead: int = 0  # of AuxK that is dense; 0: it is not
 
 

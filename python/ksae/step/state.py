@@ -92,6 +92,14 @@ class State:
         """Parameter, master and moments, as the row pass takes them."""
         return self.parameters[name], self.masters.get(name), *self.moments[name]
 
+    @torch.no_grad()
+    def keep_above(self, bounds: Mapping[str, float], finite: Tensor) -> None:
+        """Raise entries of parameters that an update left below a number, if it was taken."""
+        for name, least in bounds.items():
+            for t in (self.parameters[name], self.masters.get(name)):
+                if t is not None:
+                    t.copy_(torch.where(finite, t.clamp(min=least), t))
+
     def rng_state(self, name: str) -> Tensor | None:
         """Seed and step of the stochastic rounding of a matrix, as the row pass takes them."""
         seed = self.seeds.get(name)

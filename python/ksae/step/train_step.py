@@ -208,6 +208,7 @@ class TrainStep:
                 metrics, finite = self._unfused.step(rows, target, flat)
                 if self._fused is not None:
                     self.state.renew_bf16_copy()
+        self.state.keep_above(model.activation.at_least(), finite)
         for buffer, old in running:
             buffer.copy_(torch.where(finite, buffer, old))
         if scaled is not None:

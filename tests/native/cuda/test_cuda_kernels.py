@@ -253,6 +253,22 @@ def test_the_workspace_of_many_entries_is_bounded(emulated: Emulator) -> None:
     assert sizes[0] < 0.6 * pieces and pieces <= sizes[1] and max(sizes) < 1.01 * pieces
 
 
+@pytest.mark.parametrize("T", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.implementations(*ON_CUDA)
+@pytest.mark.parametrize(("F", "d"), [(5, 11 * 1024 + 5), (3073 * 8, 5), (9, 8)], ids=str)
+def test_parts_of_the_gradient_of_b_dec(impl: Emulated, T: torch.dtype, F: int, d: int) -> None:
+    """A part in the workspace; shares of nine latents, the last shorter; one latent."""
+    a = row_arguments(T, "encoder", N=3, d=d, F=F, ks=(2,))
+    a["grad_b_enc"] = integers(F)
+    a["W"] = integers(F, d, dtype=T, seed=1)
+    if a["master"] is not None:
+        a["master"] = a["W"].float()
+    a["grad_b_dec"].fill_(torch.nan)
+    want = a["W"].double().T @ a["grad_b_enc"].double()
+    impl.row_update(*a.values())
+    assert_same("grad_b_dec", a["grad_b_dec"].double(), want)
+
+
 # ------------------------------------------------------------------------------------ unused slots
 
 

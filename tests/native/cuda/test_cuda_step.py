@@ -33,6 +33,7 @@ def as_on_cuda(impl: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """Every op of the fused step is the emulated kernel, and the step takes CUDA's way."""
     monkeypatch.setattr("ksae.step.fused.ops", impl)
     monkeypatch.setattr("ksae.parallel.one_device.ops", impl)
+    monkeypatch.setattr("ksae.step.counters.ops", impl)
     monkeypatch.setattr("ksae.coders.activation.topk.ops", impl)
     made = FusedStep.__init__
 

@@ -61,7 +61,8 @@ def read(source: Source) -> Coder:
     }
     buffers = dict(model.named_buffers())
     if isinstance(model.activation, JumpReLU):
-        buffers["log_threshold"] = weights.pop("log_threshold")
+        learned = model.activation.learned
+        buffers[learned] = weights.pop(learned)
         weights["threshold"] = model.activation.thresholds(model).detach()
     activation = ACTIVATIONS[kind]
     if isinstance(model.activation, BatchTopK):
@@ -90,16 +91,34 @@ def read(source: Source) -> Coder:
 
 def exact(coder: Coder, threshold: Tensor | None) -> Coder:
     """`coder`, read from ksae's file, with the JumpReLU `threshold` that it had in another format,
-    of which the file holds the logarithm, if that is still so."""
-    kept = coder.extra["ksae"]["buffers"].get("log_threshold")
-    if threshold is None or kept is None or not torch.equal(_log(threshold, coder), kept):
+    where the file holds the logarithm of it or the same numbers in another type."""
+    if threshold is None or coder.activation != "jumprelu":
         return coder
-    return replace(coder, threshold=threshold)
+    assert coder.threshold is not None
+    log = coder.extra["ksae"]["buffers"].get("log_threshold")
+    if log is None:
+        same = torch.equal(threshold.to(coder.threshold.dtype).expand(coder.d_sae), coder.threshold)
+    else:
+        same = torch.equal(_log(threshold, coder), log)
+    return replace(coder, threshold=threshold) if same else coder
 
 
 def _log(threshold: Tensor, coder: Coder) -> Tensor:
-    """JumpReLU's parameter [F]. Of accumulators' type: in 16 bits the logarithm is too coarse."""
+    """Of accumulators' type: in 16 bits the logarithm is too coarse."""
     return threshold.to(accumulator(coder.dtype)).log().expand(coder.d_sae).contiguous()
+
+
+def _jump_relu(
+    coder: Coder, fields: dict[str, Any], before: dict[str, Any]
+) -> tuple[Activation, dict[str, Tensor]]:
+    """With the parameter of before, if it still gives these thresholds."""
+    assert coder.threshold is not None
+    made = JumpReLU(**fields)
+    held = before.get(made.learned)
+    if held is None or not torch.equal(made.theta_of({made.learned: held}), coder.threshold):
+        held = coder.threshold.expand(coder.d_sae).contiguous()
+        held = _log(coder.threshold, coder) if made.parametrization == "log" else held
+    return made, {made.learned: held}
 
 
 def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[str, Tensor]]:
@@ -108,14 +127,7 @@ def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[st
     fields = dict(kept.get("config", {}).get("activation", {}))
     name, before = fields.pop("name", None), kept.get("buffers", {})
     if coder.activation == "jumprelu":
-        assert coder.threshold is not None
-        log = before.get("log_threshold")
-        same = log is not None and torch.equal(
-            log.to(accumulator(log.dtype)).exp(), coder.threshold
-        )
-        if not same:
-            log = _log(coder.threshold, coder)
-        return JumpReLU(**(fields if name == "JumpReLU" else {})), {"log_threshold": log}
+        return _jump_relu(coder, fields if name == "JumpReLU" else {}, before)
     if coder.activation == "topk":
         return TopK(coder.k or 0), {}
     if coder.activation == "groupmax":
