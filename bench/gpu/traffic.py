@@ -99,7 +99,7 @@ def residual(shape: Shape, s: int) -> Iterable[Launches]:
     yield Launches(
         "residual", "residual, its sums, the values' gradients",
         "csrc/cuda/sparse_decode.cu: residual_kernel", 2,
-        code + touched * d * s + N * d * (s + F32) + small,
+        code + touched * d * s + N * d * (s + s) + small,
         code + touched * d * s + N * d * (s + s) + small,
         N * k * d * s, 4 * N * k * d,
     )  # fmt: skip
@@ -132,7 +132,7 @@ def update(shape: Shape, s: int) -> Iterable[Launches]:
     yield Launches("update", "the centre's gradient", added, 1, parts)
     yield Launches(
         "update", "W_dec", latents.SOURCE, 2,
-        adam + group + N * d * F32, adam + group + N * d * s, N * k * d * F32, 2 * N * k * d,
+        adam + group + N * d * s, adam + group + N * d * s, N * k * d * s, 2 * N * k * d,
     )  # fmt: skip
     vectors = "csrc/cuda/vector_update.cu: vector_kernel"
     yield Launches("update", "b_enc and b_dec", vectors, 2, 7 * F * F32, 7 * F * F32)

@@ -82,14 +82,21 @@ def markdown(record: dict[str, Any]) -> str:
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
     ]
-    for row in record["cells"]:
+    order = {cell: i for i, cell in enumerate(pairs.PAIRS)}
+    places = [(row["library"], row["architecture"]) for row in record["cells"]]
+    for _, row in sorted(
+        zip(places, record["cells"], strict=True), key=lambda p: order.get(p[0], len(order))
+    ):
         cells = [str(row[name]) for name in COLUMNS[:2]]
         if "failure" in row:
             lines.append(f"| {' | '.join(cells)} | {row['failure']} |")
             continue
         cells += [row["version"], *(f"{row[name]:.3f}" for name in COLUMNS[3:6])]
         cells += [f"{100 * row[name]:.2f} %" for name in COLUMNS[6:9]]
-        cells += [f"{row['L0']:.1f}", pairs.DIFFERENCES.get((cells[0], cells[1]), "")]
+        cells += [
+            f"{row['L0']:.1f}" if "L0" in row else "",
+            pairs.DIFFERENCES.get((cells[0], cells[1]), ""),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -168,20 +168,25 @@ cudaError_t launch(const RowUpdateParams& p, void* workspace, cudaStream_t strea
   return column_sums(args.sums, blocks, p.d, p.grad_b_dec, stream);
 }
 
-// A pass over the encoder's rows, or over the decoder's, which differ in types.
+// As launch, by the types of rows and coefficients: of the encoder, or of the decoder, whose rows
+// are residuals, rounded or not.
+template <class T, class M, Pass kPass>
+cudaError_t launch_rows(const RowUpdateParams& p, void* workspace, cudaStream_t stream) {
+  if (p.rows_dtype != p.dtype) return launch<T, float, T, M, kPass>(p, workspace, stream);
+  if constexpr (!std::is_same_v<T, float> && kPass != Pass::kCentre) {
+    if (p.coefficients_dtype == p.dtype) return launch<T, T, T, M, kPass>(p, workspace, stream);
+  }
+  return launch<float, T, T, M, kPass>(p, workspace, stream);
+}
+
 template <Pass kPass>
 cudaError_t launch_side(const RowUpdateParams& p, void* workspace, cudaStream_t stream) {
-  const bool encoder = p.rows_dtype == p.dtype;
   if constexpr (kUpdates<kPass>) {
-    using B = __nv_bfloat16;
-    if (p.rng_state)
-      return encoder ? launch<float, B, B, B, kPass>(p, workspace, stream)
-                     : launch<B, float, B, B, kPass>(p, workspace, stream);
+    if (p.rng_state) return launch_rows<__nv_bfloat16, __nv_bfloat16, kPass>(p, workspace, stream);
   }
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return encoder ? launch<float, T, T, float, kPass>(p, workspace, stream)
-                   : launch<T, float, T, float, kPass>(p, workspace, stream);
+    return launch_rows<T, float, kPass>(p, workspace, stream);
   });
 }
 
@@ -259,6 +264,7 @@ const Field kFields[] = {
     KSAE_FIELD(P, columns),
     KSAE_FIELD(P, dtype),
     KSAE_FIELD(P, rows_dtype),
+    KSAE_FIELD(P, coefficients_dtype),
     KSAE_LIST(P, groups, n_groups, kGroup),
     KSAE_FIELD(P, scales),
     KSAE_FIELD(P, centre),
@@ -275,7 +281,7 @@ const Field kFields[] = {
     KSAE_FIELD(P, hyper),
     KSAE_FIELD(P, normalize),
 };
-constexpr size_t kOfNorm = 12, kAll = sizeof(kFields) / sizeof(Field);
+constexpr size_t kOfNorm = 13, kAll = sizeof(kFields) / sizeof(Field);
 const OpOf<cudaStream_t, P, row_grad_sq, row_update_workspace> norm("row_grad_sq", kFields,
                                                                     kOfNorm);
 const OpOf<cudaStream_t, P, row_update, row_update_workspace> update("row_update", kFields + 1,

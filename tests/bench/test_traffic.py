@@ -57,6 +57,7 @@ def calls(shape: Shape, dtype: torch.dtype) -> Counter[str]:
     step = ksae.TrainStep(sae)._fused
     assert step is not None
     step.asks_for_dead, step.sums_in_decode = False, True
+    step.rounds = dtype != torch.float32
     step.columns = lambda batch, chosen: shape.d  # type: ignore[method-assign]
 
     class Idle:
@@ -97,10 +98,10 @@ def test_the_table_has_the_launches_of_the_step(shape: Shape, dtype: torch.dtype
 @pytest.mark.parametrize(
     ("shape", "dtype", "ratio", "native", "of_torch"),
     [
-        (traffic.A, torch.bfloat16, 1.41, 33, 2),
+        (traffic.A, torch.bfloat16, 1.40, 33, 2),
         (traffic.A, torch.float32, 1.65, 37, 2),
-        (traffic.B, torch.bfloat16, 2.52, 26, 2),
-        (traffic.B, torch.float32, 2.72, 30, 2),
+        (traffic.B, torch.bfloat16, 2.48, 26, 2),
+        (traffic.B, torch.float32, 2.51, 30, 2),
     ],
     ids=lambda p: getattr(p, "name", None),
 )

@@ -137,16 +137,17 @@ def row_arguments(
     F: int = 33,
     ks: Sequence[int] = (5, 9),
     columns: tuple[int, int] | None = None,
+    rounded: bool = False,
 ) -> dict[str, Any]:
     """Arguments of row_update for W_enc or W_dec in the middle of a run; no token uses the last
-    latent, and row 3 of the matrix is zero."""
+    latent, and row 3 of the matrix is zero. rounded: the residuals are in the weights' dtype."""
     acc, encoder = reference.accumulator(dtype), side == "encoder"
     codes = [code(N, F - 1, k, dtype) for k in ks]
     grouped = [reference.group_by_latent(v, i, F) for v, i in codes]
     W = randn(F, d, dtype=dtype, seed=4)
     W[3] = 0
     start, stop = columns or (0, d)
-    kind = dtype if encoder else acc
+    kind = dtype if encoder or rounded else acc
     rows = [randn(N, d, dtype=kind, seed=9 + g)[:, start:stop].contiguous() for g in range(len(ks))]
     used = torch.zeros(F, dtype=torch.bool)  # the sums of a latent without entries are zero
     for offsets, _ in grouped:

@@ -80,6 +80,27 @@ def test_row_update(
 
 
 @interpreted_too
+@pytest.mark.parametrize("ks", [(5,), (5, 9)], ids=["one group", "two groups"])
+@pytest.mark.interpreted(where=lambda dtype, ks: dtype == torch.bfloat16)
+def test_row_update_by_residuals_in_the_dtype_of_the_weights(
+    impl: Implementation, dtype: torch.dtype, ks: tuple[int, ...]
+) -> None:
+    """Values and rows are both stored; a latent without entries, long and unaligned rows."""
+    for d in (23, 24):
+        a = row_arguments(dtype, "decoder", ks=ks, d=d, rounded=True)
+        assert a["rows"][0].dtype == a["coefficients"][0].dtype == dtype
+        exact = to_float64(a)
+        got = impl.row_grad_sq(*norm_arguments(a))
+        eps = torch.finfo(torch.float32).eps
+        assert_rounded("grad_sq", got, reference.row_grad_sq(*norm_arguments(exact)), eps)
+        impl.row_update(*a.values())
+        reference.row_update(*exact.values())
+        for name, t in written(a).items():
+            floor = max(16 * eps, 2 * torch.finfo(t.dtype).eps) if name in ("W", "master") else None
+            assert_rounded(name, t, written(exact)[name], floor)
+
+
+@interpreted_too
 @pytest.mark.interpreted(where=lambda dtype: dtype != torch.float16)
 def test_row_update_in_slices_is_the_whole(impl: Implementation, dtype: torch.dtype) -> None:
     """The first slice leaves what the second needs for its projection; unit rows come last."""

@@ -116,6 +116,7 @@ struct ResidualParams {
   double* sq_error;        // [N] sum over all d of residual^2, or null
   float* grad_values;      // [N, k] <residual_n, W_dec[index]> over all d; 0 where the value is 0
   float* column_sums;      // [d] sum of the residual over the tokens, or null; with sq_error only
+  void* rounded;           // [N, d] decode.dtype, the residual, or null; with sq_error only
 };
 size_t sparse_residual_workspace(const ResidualParams& p);
 cudaError_t sparse_residual(const ResidualParams& p, void* workspace, cudaStream_t stream);
@@ -187,7 +188,8 @@ struct RowUpdateParams {
   int64_t F, d;
   int64_t start, columns;  // which columns of W are updated
   Dtype dtype;
-  Dtype rows_dtype;  // of the groups' rows: dtype (encoder), or float32 (decoder)
+  Dtype rows_dtype;          // of the groups' rows: dtype, or float32 with coefficients of dtype
+  Dtype coefficients_dtype;  // of the groups: dtype (decoder), or float32 (encoder)
   const RowGroup* groups;
   const float* scales;  // [n_groups]
   int n_groups;

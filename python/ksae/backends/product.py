@@ -30,6 +30,7 @@ from .bridge import guard
 chunk_bytes = int(env.read("KSAE_CHUNK_BYTES") or 0)  # 0: as many as is wise
 CHUNK_BYTES, SMALL_CHUNK, CHUNK_ROWS = 1 << 30, 256 << 20, 2048
 MAX_SCREENED = 1024
+_free: dict[torch.device, int] = {}
 
 
 def tf32_allowed() -> bool:
@@ -106,9 +107,12 @@ def _rows_of_chunk(N: int, F: int, device: torch.device | None = None) -> int:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that torch can still allocate: the device's, and what it holds and does not use."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + held
+    """Bytes that torch can still allocate: the device's, and what it holds and does not use. While
+    a graph is captured, what was free when the question was last asked."""
+    if not torch.cuda.is_current_stream_capturing():
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        _free[device] = int(torch.cuda.mem_get_info(device)[0]) + held
+    return _free.get(device, CHUNK_BYTES)
 
 
 def pays(k: int, F: int) -> bool:

@@ -183,6 +183,7 @@ class Kernels(products.Encode, Latents):
         columns: int,
         column_sums: Tensor | None = None,
         row_offsets: Tensor | None = None,
+        rounded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ..kernels import sparse_decode as decode
 
@@ -195,7 +196,7 @@ class Kernels(products.Encode, Latents):
         with guard(values):
             decode.sparse_residual(
                 values, indices, W_dec, b_dec, target, residual, square, grads, chunk,
-                row_offsets, _rows_of(row_offsets, values),
+                row_offsets, _rows_of(row_offsets, values), rounded,
             )  # fmt: skip
         if column_sums is not None:
             torch.sum(residual, 0, out=column_sums[:columns])

@@ -54,9 +54,11 @@ def _rows(
     columns: int,
     row_of: Sequence[Tensor] | None,
 ) -> None:
-    """Coefficients are wide where rows are stored, and the other way round; rows lie within W."""
+    """Coefficients are stored ones, or wide where rows are stored; rows lie within W."""
     stored, wide, kind = W.dtype, scales.dtype, rows[0].dtype
-    want = wide if kind == stored else stored
+    want = stored
+    if kind == stored and len(coefficients) > 0 and coefficients[0].dtype == wide:
+        want = wide
     for g, t in enumerate(coefficients):
         if t.dtype != want:
             raise wrong_type(op, f"coefficients[{g}]", str(want), t)
@@ -205,7 +207,7 @@ SPECS = (
     ),
     Spec(
         "sparse_residual",
-        f"{_RESIDUAL} columns:0..d column_sums!:A[d]? {_OFFSETS}"
+        f"{_RESIDUAL} columns:0..d column_sums!:A[d]? {_OFFSETS} rounded!:T[N,d]?"
         " -> residual:A[N,columns] sq_error:f64[N] grad_values:A[E,k]",
     ),
     Spec(

@@ -108,6 +108,7 @@ class OneDevice:
         target: Tensor,
         columns: int,
         sums: Tensor | None,
+        rounded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`sparse_residual` of the codes of all ranks, target being this rank's rows [n, d].
 
@@ -115,7 +116,7 @@ class OneDevice:
         the residual's products with this rank's chosen rows of W_dec [N, k].
         """
         return ops.sparse_residual(  # type: ignore[no-any-return]
-            *code.matrices(), W_dec, bias, target, columns, sums, code.offsets
+            *code.matrices(), W_dec, bias, target, columns, sums, code.offsets, rounded
         )
 
     def prefix_residual(

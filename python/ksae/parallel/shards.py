@@ -202,6 +202,7 @@ class Shards(Ranks):
         target: Tensor,
         columns: int,
         sums: Tensor | None,
+        rounded: Tensor | None = None,  # of one device
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Partial reconstructions go to the token's rank, which adds them in the order of ranks;
         its residual goes to all. The squares are one sum: [1]."""

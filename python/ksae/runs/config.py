@@ -115,6 +115,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the weights")
     device: str | None = setting(None, "default cuda if there is one, else cpu")
     fused: bool = setting(True, "the fused step; false runs autograd and torch's Adam")
+    graph: Literal["auto", "off"] = setting(
+        "auto", "on a GPU: steps of one shape are replays of a CUDA graph, where they can be"
+    )
     seed: int = setting(0, "of the weights and of the order of the data")
     timeout: float = setting(600.0, "several processes: seconds that they wait for each other")
     replicas: int | None = setting(None, "several processes: copies; default what sends least")

@@ -58,6 +58,8 @@ class FusedStep:
         self.latents = model.W_enc.shape[0]  # of this rank
         # one reading of the residual less
         self.sums_in_decode = model.W_enc.is_cuda and self.is_one
+        # rows that the decoder's gradient gathers, of half the bytes
+        self.rounds = self.sums_in_decode and state.acc != state.dtype and not model.prefixes
         # on CUDA only the device knows how many are dead; of ranks, nobody does
         self.dead_latents: DeadLatents | None = None
         self.asks_for_dead = not model.W_enc.is_cuda
@@ -97,9 +99,8 @@ class FusedStep:
     def encode(self, batch: Batch) -> Selection:
         """The code of each term: prefixes of one selection, and for AuxK that of dead latents."""
         model, communicator = self.model, self.communicator
-        n_dead: Tensor | None = None
-        if not self.is_one or (self.asks_for_dead and model.auxk_alpha > 0):
-            n_dead = communicator.over_latents(model.dead.sum())
+        asks = not self.is_one or (self.asks_for_dead and model.auxk_alpha > 0)
+        n_dead = communicator.over_latents(model.dead.sum()) if asks else None
         most = None if self.dead_latents is None else self.dead_latents.most()
         k_aux = aux_width(model, n_dead if self.asks_for_dead else most)
         if k_aux and n_dead is None:
@@ -145,6 +146,8 @@ class FusedStep:
         """Each term's residual, the gradients of its values, and its code grouped by latent."""
         model, communicator, groups = self.model, self.communicator, Groups()
         groups.variance = batch.variance()
+        whole = model.activation.penalized or any(term.of_residual for term in chosen.terms)
+        rounds, N, d = self.rounds and not whole, self.tokens(batch), model.d_out
         for term, code in zip_longest(chosen.terms, chosen.codes):
             target, variance = batch.target, groups.variance
             if term.of_residual:
@@ -154,11 +157,11 @@ class FusedStep:
                 dead = (model.dead, chosen.most_dead)
                 groups.dense = dense_auxk(model, batch.x, target, term, *dead)
                 groups.sq_errors.append(groups.dense.sq_error)
-                N, d = self.tokens(batch), model.d_out
                 below = term.denominator(N, d, groups.variance, variance, chosen.n_dead)
                 groups.denominators.append(below)
                 continue
-            residual, square, grads, sums = self._residual(term, code, target, groups, columns)
+            of_term = (term, code, target, groups, columns, rounds)
+            residual, square, grads, sums = self._residual(*of_term)
             if groups.residuals and columns < model.d_out:
                 groups.whole.append(residual)
                 residual = residual[:, :columns].contiguous()
@@ -171,7 +174,6 @@ class FusedStep:
             groups.residuals.append(residual)
             groups.sq_errors.append(square)
             groups.sums.append(sums)
-            N, d = self.tokens(batch), model.d_out
             below = term.denominator(N, d, groups.variance, variance, chosen.n_dead)
             groups.denominators.append(below)
         if self.nested is not None:
@@ -183,7 +185,7 @@ class FusedStep:
         return groups
 
     def _residual(
-        self, term: Term, code: Code, target: Tensor, groups: Groups, columns: int
+        self, term: Term, code: Code, target: Tensor, groups: Groups, columns: int, rounds: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """A term's residual, its squares [N], its values' gradients, and its sums where the kernel
         forms them: the first columns, all of them in terms after the first."""
@@ -199,10 +201,11 @@ class FusedStep:
         if term.biases > 1:
             bias = term.biases * model.b_dec
         columns = model.d_out if groups.residuals else columns
+        narrow = torch.empty_like(target, dtype=self.state.dtype) if rounds else None
         residual, square, grads = self.communicator.residual(
-            code, model.W_dec, bias, target, columns, sums
+            code, model.W_dec, bias, target, 0 if rounds else columns, sums, narrow
         )
-        return residual, square, grads, sums
+        return residual if narrow is None else narrow, square, grads, sums
 
     def _whole_residual(self, batch: Batch, chosen: Selection, g: Groups) -> Tensor:
         """That of the reconstruction, [N, d]."""
@@ -242,8 +245,7 @@ class FusedStep:
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
         own = scales[: len(g.values)]
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, own)
-        more: dict[str, Tensor] = {}
-        norms: Tensor | None = None
+        more, norms = dict[str, Tensor](), None
         if model.activation.penalized:
             penalty, more, norms = self._pass_on(batch, chosen, g, scales[0], active)
             metrics["loss"] = loss = loss + penalty
@@ -387,19 +389,18 @@ class FusedStep:
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
             self._update_decoder(g, sums, of_decoder, start, start + columns >= model.d_out)
-        taken = (finite, hyper)
         for name, gradient in ({"b_enc": sums.grad_b_enc} | sums.more).items():
-            ops.vector_update([gradient], None, None, *taken, *state.of(name))
+            ops.vector_update([gradient], None, None, finite, hyper, *state.of(name))
         for name, parts in sums.small.items():
             minus = centre_grad() if centre_grad and name == "b_dec" else None
-            ops.vector_update(parts, sums.scales[: len(parts)], minus, *taken, *state.of(name))
+            scales = sums.scales[: len(parts)]
+            ops.vector_update(parts, scales, minus, finite, hyper, *state.of(name))
 
     def _update_encoder(self, batch: Batch, g: Groups, sums: Sums, hyper: Tensor) -> Pending | None:
         """Returns what centring adds to the gradient of b_dec [d_in], None without centring."""
         model, state = self.model, self.state
-        centred, grad = model.centred, None
-        if centred:
-            grad = torch.empty(model.d_in, dtype=state.acc, device=batch.x.device)
+        centred = model.centred
+        grad = sums.grad_b_enc.new_empty(model.d_in) if centred else None
         W, master, m, v = state.of("W_enc")
         W_bf16, norms = state.W_bf16 or (None, None)
         ops.row_update(

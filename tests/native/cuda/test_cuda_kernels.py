@@ -321,6 +321,23 @@ def test_column_sums_beside_the_residual(
     assert torch.equal(sums, again)
 
 
+@pytest.mark.parametrize("d", [24, 33])
+@pytest.mark.parametrize("offsets", [None, torch.tensor([0, 0, 3, 14])], ids=["k a row", "offsets"])
+def test_the_residual_in_the_dtype_of_the_weights(
+    impl: Emulated, dtype: torch.dtype, d: int, offsets: Tensor | None
+) -> None:
+    """Beside what is returned, which it does not change, and no columns of that."""
+    N, F, k = 3, 7, 2
+    values, indices = code(N, F, k, dtype) if offsets is None else code(14, F, 1, dtype)
+    W, b, x = (randn(*s, dtype=dtype, seed=i) for i, s in enumerate([(F, d), (d,), (N, d)]))
+    args = (values, indices, W, b, x)
+    rounded, sums, plain = torch.empty(N, d, dtype=dtype), torch.empty(d), torch.empty(d)
+    whole, *want = impl.sparse_residual(*args, d, plain, offsets)
+    none, *got = impl.sparse_residual(*args, 0, sums, offsets, rounded)
+    assert none.shape == (N, 0) and torch.equal(rounded, whole.to(dtype))
+    assert all(map(torch.equal, [*got, sums], [*want, plain]))
+
+
 # ---------------------------------------------------------------------------------------- alignment
 
 

@@ -51,6 +51,32 @@ def test_one_step(dtype: torch.dtype, oracle: dict[str, Any], case: str) -> None
     assert_at_most_twice_torchs_error(case, dtype, oracle)
 
 
+@pytest.mark.parametrize("case", ["plain", "clip", "multi", "skip", "few dead"])
+def test_one_step_with_rounded_residuals(
+    dtype: torch.dtype, oracle: dict[str, Any], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums from the residual's own kernel, and its rows in the dtype of the weights but for AuxK,
+    which predicts it."""
+    made, kinds = FusedStep.__init__, []
+
+    def rounding(self: FusedStep, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        self.sums_in_decode, self.rounds = True, dtype != torch.float32
+        self.dead_latents = DeadLatents(self.model)
+        self.columns = lambda batch, chosen: self.model.d_out  # type: ignore[method-assign]
+
+    update = FusedStep._update_decoder
+
+    def noting(self: FusedStep, g: Any, *args: Any) -> None:
+        kinds.append({r.dtype for r in g.residuals})
+        update(self, g, *args)
+
+    monkeypatch.setattr(FusedStep, "__init__", rounding)
+    monkeypatch.setattr(FusedStep, "_update_decoder", noting)
+    assert_at_most_twice_torchs_error(case, dtype, oracle)
+    assert kinds == [{torch.float32 if case == "few dead" else dtype}]
+
+
 @pytest.mark.parametrize("case", ["few dead", "more dead than k_aux", "transcoder, unit rows"])
 def test_one_step_with_dense_auxk(
     dtype: torch.dtype, oracle: dict[str, Any], case: str, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from ksae.coders.activation import (
     GradTopK,
     GroupMax,
     JumpReLU,
+    MatchingPursuit,
     ReLU,
     TopK,
 )
@@ -38,7 +39,7 @@ TRAINING = (
 )  # fmt: skip
 ACTIVATIONS: dict[type[Activation], str] = {
     TopK: "topk", GradTopK: "topk", BatchTopK: "batchtopk", JumpReLU: "jumprelu", ReLU: "relu",
-    Gated: "gated", GroupMax: "groupmax",
+    Gated: "gated", GroupMax: "groupmax", MatchingPursuit: "pursuit",
 }  # fmt: skip
 
 
@@ -65,6 +66,9 @@ def read(source: Source) -> Coder:
         buffers[learned] = weights.pop(learned)
         weights["threshold"] = model.activation.thresholds(model).detach()
     activation = ACTIVATIONS[kind]
+    if isinstance(model.activation, MatchingPursuit):
+        weights["tolerance"] = model.activation.tolerance
+        weights["stop_on_repeat"] = model.activation.stop_on_repeat
     if isinstance(model.activation, BatchTopK):
         theta = buffers["threshold"]  # kernels take it in the accumulators' type
         weights["threshold"] = theta.to(accumulator(model.W_enc.dtype)) if theta >= 0 else None
@@ -132,6 +136,8 @@ def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[st
         return TopK(coder.k or 0), {}
     if coder.activation == "groupmax":
         return GroupMax(coder.k or 0), {}
+    if coder.activation == "pursuit":
+        return MatchingPursuit(coder.k or 0, coder.tolerance, coder.stop_on_repeat), {}
     if coder.activation == "relu":
         return ReLU(**(fields if name == "ReLU" else {})), {}
     if coder.activation == "gated":
@@ -144,8 +150,8 @@ def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[st
             f"{float(coder.threshold)} (not set): its coders take the k largest of the batch then, "
             "others all that are positive"
         )
-    of_library = "dictionary_learning" in coder.extra
-    estimator = "dictionary_learning" if of_library else "running"
+    of_library = [n for n in ("dictionary_learning", "saelens") if n in coder.extra]
+    estimator = of_library[0] if of_library else "running"
     made = BatchTopK(coder.k or 0, fields["threshold"] if name == "BatchTopK" else estimator)
     theta, old = coder.threshold, before.get("threshold")
     same = old is not None and (theta is None or bool(old.to(theta.dtype) == theta))
@@ -172,7 +178,8 @@ def build(coder: Coder, fold: bool) -> modules.SparseCoder:
     settings |= {"dtype": coder.dtype, "device": "meta"}
     if coder.group_sizes is not None:
         settings["prefixes"] = coder.group_sizes.cumsum(0).tolist()
-        settings.setdefault("prefix_weights", "dictionary_learning")
+        weights = "sum" if "saelens" in coder.extra else "dictionary_learning"
+        settings.setdefault("prefix_weights", weights)
     if not coder.centred:
         settings |= {"d_out": coder.d_out, "skip": coder.W_skip is not None}
     sizes = {"d_in": coder.d_in, "d_sae": coder.d_sae}
