@@ -22,10 +22,7 @@ from .shards import Shards
 # The rest is on every rank.
 BY_LATENT = ("W_enc", "b_enc", "W_dec", "log_threshold", "theta", "tokens_since_fired")
 SERVED = (TopK, GradTopK, BatchTopK, JumpReLU, AbsTopK)
-BY_FLOAT32 = (
-    BatchTopK,
-    AbsTopK,
-)  # whose order is by values: 16 bits have ties that scores have not
+BY_FLOAT32 = (BatchTopK, AbsTopK)  # by values, of which more are equal in 16 bits
 
 
 def shard(sae: SparseCoder, mesh: Any = None, *, replicas: int | None = None) -> SparseCoder:

@@ -184,7 +184,8 @@ class Shards(Ranks):
         if keys.shape[1] != width:
             padded = keys.new_full((keys.shape[0], width), LEAST)
             padded[:, : keys.shape[1]] = keys[:, :width]
-        best = torch.cat(self.scatter(padded, "candidates"), 1)  # [n, R * width]
+        candidates = self.scatter(padded, "candidates")  # [R, n, width]
+        best = candidates.transpose(0, 1).flatten(1)  # [n, R * width]
         if len(ks) == 1:
             picked = best.topk(most, dim=1, sorted=False).values.amin(1, keepdim=True)
         else:
@@ -246,7 +247,7 @@ class Shards(Ranks):
     def _added(self, part: Tensor) -> Tensor:
         """This rank's rows [n, d] of the sum over ranks of [N, d]; overwritten by the next call."""
         into = self._keep("partial sums", part, len(part))
-        parts = self.scatter(part, "partial sums", into)  # R of [n, d]
+        parts = self.scatter(part, "partial sums", into)  # [R, n, d]
         own = parts[0]
         for other in parts[1:]:
             own += other
