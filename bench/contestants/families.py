@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Architectures beside TopK, of every library that has them.
 
-CONTESTANTS take a library's step as its users do, with its defaults, for the suite `families`. A
-`pair` is for equal results: ksae's step set up as the library's, from the same weights.
+CONTESTANTS take a library's step as its users do, with its defaults, for the suite `families`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -26,7 +23,6 @@ ARCHITECTURES = ("BatchTopK", "Matryoshka", "JumpReLU")
 SHARES = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the latents, that each level adds
 BANDWIDTH = 0.05
 L0_WEIGHT = 1e-5
-AUXK = 1 / 32  # dictionary-learning's weight of it
 CHECKED = 5  # steps of which `fvu` is asked
 NEVER = 10**9  # tokens after which a latent is dead, in benchmarks of time
 
@@ -136,40 +132,7 @@ class _Jump(torch.autograd.Function):
         return of_code * active, -(near * (theta * of_code + of_active)).sum(0)
 
 
-# ------------------------------------------------------------------------------------ equal results
-
-
-class Ours:
-    """ksae's TrainStep as the step of a library that sums squares over d.
-
-    ksae minimises the mean of squares over all elements, which is the library's loss divided by d;
-    the length that gradients are clipped to and Adam's eps are divided as well, so that both take
-    the same steps.
-
-    alpha: the weight of AuxK beside the library's sum.
-    """
-
-    def __init__(
-        self, start: Weights, lr: float, activation: Any, *, alpha: float, dead_after: int,
-        eps: float = 1e-8, betas: tuple[float, float] = (0.9, 0.999), **options: Any,
-    ) -> None:  # fmt: skip
-        from ksae.coders import SAE
-        from ksae.step.train_step import TrainStep
-
-        F, self.d = start["W_enc"].shape
-        self.model = SAE(
-            self.d, F, activation, loss="mse", auxk_alpha=alpha, dead_after=dead_after, **options
-        )
-        with torch.no_grad():
-            for name, value in start.items():
-                getattr(self.model, name).copy_(value)
-        self.trainer = TrainStep(
-            self.model, lr, decoder_lr=1.0, clip_norm=1 / self.d, eps=eps / self.d, betas=betas
-        )
-
-    def step(self, x: Tensor) -> Tensor:
-        """One step; the loss before it, in the library's unit."""
-        return self.trainer(x)["loss"] * self.d
+# ---------------------------------------------------------------------------------- other libraries
 
 
 class SaeLens:
@@ -190,8 +153,11 @@ class SaeLens:
             d_in=d, d_sae=F, apply_b_dec_to_input=True, **config
         )
         self.model = getattr(sae_lens, name)(made)
+        values = {**start, "W_enc": start["W_enc"].T}
+        if name == "GatedTrainingSAE":
+            values["b_gate"] = values.pop("b_enc")
         with torch.no_grad():
-            for parameter, value in {**start, "W_enc": start["W_enc"].T}.items():
+            for parameter, value in values.items():
                 getattr(self.model, parameter).copy_(value)
         settings = SAETrainerConfig(
             total_training_samples=MANY,
@@ -239,13 +205,16 @@ class DictionaryLearning:
         where = {"layer": 0, "lm_name": "none", "device": "cpu"}
         kind = getattr(trainers, name, None) or _of_a_file(name)
         self.trainer = kind(**sizes, **where, **settings)
-        self.trainer.dead_feature_threshold = dead_after + 1  # it counts from there on
+        if hasattr(self.trainer, "dead_feature_threshold"):
+            self.trainer.dead_feature_threshold = dead_after + 1  # it counts from there on
         ae = self.trainer.ae
         named = dict(ae.named_parameters())
         values = {
             "encoder.weight": start["W_enc"], "encoder.bias": start["b_enc"],
             "decoder.weight": start["W_dec"].T, "b_dec": start["b_dec"],
             "W_enc": start["W_enc"].T, "b_enc": start["b_enc"], "W_dec": start["W_dec"],
+            "bias": start["b_dec"], "decoder_bias": start["b_dec"], "gate_bias": start["b_enc"],
+            "r_mag": torch.zeros(F), "mag_bias": torch.zeros(F),
         }  # fmt: skip
         if theta is not None:
             values["threshold"] = torch.full((F,), theta)
@@ -254,6 +223,15 @@ class DictionaryLearning:
                 tensor.copy_(values[parameter])
         self.t = 0
         self.squares = 0.0  # a token, of the whole reconstruction
+        self.said = torch.tensor(0.0)  # by its last loss
+        loss = self.trainer.loss
+
+        def heard(*args: Any, **named: Any) -> Any:
+            found = loss(*args, **named)
+            self.said = found.detach()
+            return found
+
+        self.trainer.loss = heard
 
     @torch.no_grad()
     def prepare(self, x: Tensor) -> None:
@@ -267,7 +245,8 @@ class DictionaryLearning:
 
     def step(self, x: Tensor) -> float:
         self.t += 1  # its step 0 would replace b_dec
-        return float(self.trainer.update(self.t, x))
+        said = self.trainer.update(self.t, x)
+        return float(self.said if said is None else said)  # some return none
 
     def fvu(self, loss: float, x: Tensor) -> float:
         return per_token(self.squares, x)
@@ -285,15 +264,22 @@ def _of_a_file(name: str) -> Any:
 NAMES = {
     "sae-lens": {
         "TopK": "TopKTrainingSAE",
+        "NormTopK": "TopKTrainingSAE",
         "BatchTopK": "BatchTopKTrainingSAE",
         "Matryoshka": "MatryoshkaBatchTopKTrainingSAE",
         "JumpReLU": "JumpReLUTrainingSAE",
+        "JumpReLU, tanh": "JumpReLUTrainingSAE",
+        "ReLU": "StandardTrainingSAE",
+        "Gated": "GatedTrainingSAE",
     },
     "dictionary-learning": {
         "TopK": "TopKTrainer",
         "BatchTopK": "BatchTopKTrainer",
         "Matryoshka": "MatryoshkaBatchTopKTrainer",
         "JumpReLU": "JumpReluTrainer",
+        "JumpReLU, steps of u": "JumpReluTrainer",
+        "ReLU": "StandardTrainer",
+        "Gated": "GatedSAETrainer",
     },
 }
 
@@ -331,50 +317,3 @@ CONTESTANTS = {
     for architecture in ARCHITECTURES
     for name, make in MAKERS.items()
 }
-
-Pair = tuple[Callable[[], Ours], Callable[[], Any]]
-
-
-def pair(
-    library: str, architecture: str, start: Weights, k: int, lr: float, batch: int, dead_after: int
-) -> Pair:
-    """What makes ksae's contestant, and what makes the library's.
-
-    Args:
-        library, architecture: one of PAIRS. k: active latents a token.
-        batch: tokens a step. dead_after: tokens without a value after which AuxK revives.
-    """
-    from ksae.coders.activation import BatchTopK, TopK
-
-    F, d = start["W_enc"].shape
-    name = NAMES[library][architecture]
-    levels: dict[str, Any]
-    if library == "sae-lens":
-        kind: Any = SaeLens
-        rule = "saelens"
-        ours: dict[str, Any] = {"alpha": 1.0, "auxk": "saelens", "normalize_decoder": False}
-        theirs: dict[str, Any] = {"k": k, "rescale_acts_by_decoder_norm": False, "batch": batch}
-        levels = {"matryoshka_widths": widths(F)}
-    else:
-        kind, rule = DictionaryLearning, "dictionary_learning"
-        ours = {"alpha": AUXK / d, "auxk": "dictionary_learning"}
-        theirs = {"k": k}
-        levels = {"group_fractions": list(SHARES)}
-    activation = TopK(k) if architecture == "TopK" else BatchTopK(k, threshold=rule)
-    if architecture == "Matryoshka":
-        ours |= {"prefixes": widths(F)}
-        ours["prefix_weights"] = "sum" if library == "sae-lens" else "dictionary_learning"
-        theirs |= levels
-
-    def make_theirs() -> Any:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return kind(start, lr, name, dead_after, **theirs)
-
-    return lambda: Ours(start, lr, activation, dead_after=dead_after, **ours), make_theirs
-
-
-PAIRS = [
-    (library, architecture)
-    for library in ("sae-lens", "dictionary-learning")
-    for architecture in ("TopK", "BatchTopK", "Matryoshka")
-]

@@ -3,7 +3,7 @@
 
     python -m ksae.bench.studies.families --cache bench/cache/recipe --out bench/results
 
-A cell is library x architecture: ksae set up as the library (contestants/families.py) and the
+A cell is library x architecture: ksae set up as the library (contestants/pairs.py) and the
 library's own step, from the same weights on the same batches of SmolLM2-135M's residual stream,
 both in float32. Each cell is written as it ends; one that is there is not run again, and one that
 fails is a row that says why.
@@ -22,18 +22,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ksae.files.atomic import write_atomic
-
-from ..contestants import families
+from ..contestants import pairs
 from ..contestants.workers import missing
-from ..harness.measure import describe, machine
+from ..harness.measure import describe, machine, write_json
 from ..suites.quality import batches, start_of
 from .recipe import rows_of
 
 NAME = "families_study"
 LAST = 20  # steps at the end whose mean loss is compared
 COLUMNS = ("library", "architecture", "version", "first", "ksae", "library's", "difference",
-           "largest of a step", "dead")  # fmt: skip
+           "largest of a step", "dead", "L0", "theirs differs")  # fmt: skip
 
 
 def run(cell: tuple[str, str], train: Tensor, settings: dict[str, Any]) -> dict[str, Any]:
@@ -44,9 +42,10 @@ def run(cell: tuple[str, str], train: Tensor, settings: dict[str, Any]) -> dict[
         if (reason := missing(library)) is not None:
             raise ImportError(reason)
         start = start_of(F, train, seed=0)
-        pair = families.pair(
-            library, architecture, start, k, settings["lr"], batch, steps // 4 * batch
-        )
+        pair = pairs.pair(
+            library, architecture, start, train[:batch], k, settings["lr"], batch,
+            steps // 4 * batch,
+        )  # fmt: skip
         ours, theirs = [cast(Any, make()) for make in pair]
         losses: tuple[list[float], list[float]] = [], []
         with contextlib.redirect_stdout(io.StringIO()):
@@ -65,6 +64,7 @@ def run(cell: tuple[str, str], train: Tensor, settings: dict[str, Any]) -> dict[
         "difference": (a - b) / b,
         "largest of a step": max(abs(x - y) / y for x, y in zip(*losses, strict=True)),
         "dead": float(ours.model.dead.float().mean()),
+        "L0": ours.l0,
     }
 
 
@@ -76,18 +76,27 @@ def markdown(record: dict[str, Any]) -> str:
         describe(record["machine"] | record["settings"]),
         "",
         f"Squares summed over d, a token, with what the library adds to them; means of the last"
-        f" {LAST} steps. dead: share of latents at the end, by ksae.",
+        f" {LAST} steps. dead, L0: share of latents at the end, active latents a token of the last"
+        " step, by ksae. theirs differs: what the library does that ksae cannot be set to.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"|{'---|' * len(COLUMNS)}",
     ]
-    for row in record["cells"]:
+    order = {cell: i for i, cell in enumerate(pairs.PAIRS)}
+    places = [(row["library"], row["architecture"]) for row in record["cells"]]
+    for _, row in sorted(
+        zip(places, record["cells"], strict=True), key=lambda p: order.get(p[0], len(order))
+    ):
         cells = [str(row[name]) for name in COLUMNS[:2]]
         if "failure" in row:
             lines.append(f"| {' | '.join(cells)} | {row['failure']} |")
             continue
         cells += [row["version"], *(f"{row[name]:.3f}" for name in COLUMNS[3:6])]
-        cells += [f"{100 * row[name]:.2f} %" for name in COLUMNS[6:]]
+        cells += [f"{100 * row[name]:.2f} %" for name in COLUMNS[6:9]]
+        cells += [
+            f"{row['L0']:.1f}" if "L0" in row else "",
+            pairs.DIFFERENCES.get((cells[0], cells[1]), ""),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -116,14 +125,13 @@ def main(argv: list[str] | None = None) -> int:
             raise SystemExit(f"{path} was made with {record['settings']}; give another --out")
     train, _ = rows_of("resid", args.cache, None)
     record["machine"] = machine(model="SmolLM2-135M", rows=len(train))
-    for cell in families.PAIRS:
+    for cell in pairs.PAIRS:
         kept = [row for row in record["cells"] if (row["library"], row["architecture"]) != cell]
         if any("failure" not in row for row in record["cells"] if row not in kept):
             continue
         found = {"library": cell[0], "architecture": cell[1], **run(cell, train, settings)}
         record["cells"] = [*kept, found]
-        content = (json.dumps(record, indent=1) + "\n").encode()
-        write_atomic(path, lambda file, c=content: file.write(c))  # type: ignore[misc]
+        write_json(path, record)
         print(found, flush=True)
     (args.out / f"{NAME}.md").write_text(markdown(record))
     return 0

@@ -58,9 +58,9 @@ metrics = step(x)  # x: the tokens of this rank
 share the harvest of activations; `ksae convert runs/x/checkpoints/step_00001000 sae.safetensors
 --to ksae` gathers a checkpoint into one file, and any number of processes goes on from it.
 
-TopK, GradTopK, BatchTopK (float32) and JumpReLU are served, SAEs and transcoders, with Matryoshka
-prefixes and every AuxK. BatchTopK has one threshold for the tokens and latents of all ranks. What
-is not served is refused by name.
+TopK, GradTopK, BatchTopK and AbsTopK (both float32) and JumpReLU are served, SAEs and transcoders,
+with Matryoshka prefixes and every AuxK. BatchTopK has one threshold for the tokens and latents of
+all ranks. What is not served is refused by name.
 
 ## What is sent
 
@@ -78,9 +78,9 @@ active latents and b the bytes of an element of x:
 | sums for b_dec, float64, and for centring | (R - 1) d 12 |
 | mean and variance of the targets, float64 | (R - 1) d 8 |
 
-BatchTopK sends no candidates but the counts of three digits of a threshold, (R - 1) 48 kB, and on
-equal values a few more. P Matryoshka prefixes have P partial reconstructions and residuals. AuxK
-adds candidates of k_aux dead latents, and partial sums and residuals once more. A skip
+BatchTopK sends no candidates but the counts of three digits of a threshold, (R - 1) 49,152 bytes,
+and on equal values a few more. P Matryoshka prefixes have P partial reconstructions and residuals.
+AuxK adds candidates of k_aux dead latents, and partial sums and residuals once more. A skip
 connection adds the sum of its gradient, in two exchanges of d_in d_out 4 (R - 1) / R bytes. No
 weight and no gradient of a latent is sent.
 
@@ -99,8 +99,9 @@ TAIL = """
 
 - **The rows of all tokens.** Tokens, partial sums and residuals are N d numbers on every rank,
   and N = R n grows with R: with more ranks take fewer tokens each, as a fixed batch N does.
-  They are not yet taken in chunks, so exchange does not hide behind the product; the times
-  above are sums.
+  They are not taken in chunks, so these exchanges do not hide behind the product; the times
+  above are sums. Small ones do: the variance goes beside the encode, the sum for centring beside
+  the decoder's update. On a CPU Gloo's copies take the cores that would compute meanwhile.
 - **Links between nodes.** Within a node the exchange is small beside the product; between
   nodes, at the assumed rate and with 131,072 latents, it is the larger part.
 - **AuxK's candidates**: k_aux is half the width by default, so they are as large as the tokens.

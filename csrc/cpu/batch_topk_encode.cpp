@@ -59,7 +59,9 @@ struct Job {
     const Scoring full = how == Scoring::kScreen ? Scoring::kFloat : how;
     wide = plan_chunk(roomy, {}, full, e.F, tile, 1, arena);
     wide.scratch_bytes = 0;  // serial steps that need it do not run
-    take_spill(main.chunk, arena);
+    // as many candidates as are wanted fit
+    const int64_t blocks = std::min<int64_t>(wanted / main.chunk.capacity, 1 << 20) + 1;
+    take_spill(main.chunk, blocks, arena);
     arena.used = std::max(arena.used, after_sample);
     list.capacity = std::max({wanted * 5 / 2, wanted + e.F, n_sample * first.chunk.capacity});
     list.score = static_cast<float*>(arena.take(list.capacity * 4));
@@ -70,18 +72,6 @@ struct Job {
     list.exact = static_cast<uint8_t*>(arena.take(e.N));
     rows = static_cast<int32_t*>(arena.take(std::max(n_sample, tile) * 4));
     bytes = arena.used;
-  }
-
-  // As many candidates as are wanted fit.
-  void take_spill(EncodeChunk& c, Arena& arena) const {
-    Spill& s = c.spill;
-    s.room = c.capacity;
-    s.blocks = int32_t(std::min<int64_t>(wanted / s.room, 1 << 20)) + 1;
-    s.used = static_cast<int32_t*>(arena.take(4));
-    s.row = static_cast<int32_t*>(arena.take(s.blocks * 4));
-    s.count = static_cast<int32_t*>(arena.take(s.blocks * 4));
-    s.score = static_cast<float*>(arena.take(s.blocks * s.room * 4));
-    s.index = static_cast<int32_t*>(arena.take(s.blocks * s.room * 4));
   }
 };
 

@@ -203,6 +203,17 @@ Plan plan_chunk(const EncodeParams& p, const Second& second, Scoring scoring, in
   return plan;
 }
 
+void take_spill(EncodeChunk& c, int64_t blocks, Arena& arena) {
+  Spill& s = c.spill;
+  s.room = c.capacity;
+  s.blocks = int32_t(blocks);
+  s.used = static_cast<int32_t*>(arena.take(4));
+  s.row = static_cast<int32_t*>(arena.take(blocks * 4));
+  s.count = static_cast<int32_t*>(arena.take(blocks * 4));
+  s.score = static_cast<float*>(arena.take(blocks * s.room * 4));
+  s.index = static_cast<int32_t*>(arena.take(blocks * s.room * 4));
+}
+
 void run_chunk(const EncodeChunk& c, const Plan& plan, int threads, EncodeStats* stats) {
   const Kernels& t = kernels();
   const int64_t tiles = (c.R + t.tile_rows - 1) / t.tile_rows;

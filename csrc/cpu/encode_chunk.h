@@ -29,6 +29,8 @@ Scoring scoring_of(const EncodeParams& p);
 // Sizes and memory of the chunks of N rows, M latents at most.
 Plan plan_chunk(const EncodeParams& p, const Second& second, Scoring scoring, int64_t M, int64_t N,
                 int threads, Arena& arena);
+// Gives the chunk that many blocks for rows with more candidates than its capacity.
+void take_spill(EncodeChunk& c, int64_t blocks, Arena& arena);
 void run_chunk(const EncodeChunk& c, const Plan& plan, int threads, EncodeStats* stats);
 
 }  // namespace ksae::cpu

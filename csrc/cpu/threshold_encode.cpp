@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // threshold_encode, threaded over rows (the kernels: isa/threshold_encode.cpp).
 //
-// Screened, chunks of rows go through topk_encode's product behind the gate "above its threshold";
-// a row with more candidates than a chunk has room for is counted without screening. Where most
-// rows of a chunk are such rows, so are all that follow.
+// Screened, chunks of rows go through topk_encode's product behind the gate "above its threshold".
+// A row with more candidates than it has room for spills into blocks that the chunk shares; when
+// these run out, it is counted without screening. Where most rows of a chunk are such rows, so are
+// all that follow.
 #include <algorithm>
 
 #include "encode_chunk.h"
@@ -12,8 +13,9 @@
 namespace ksae::cpu {
 namespace {
 
-constexpr int64_t kUnpacked = 2;  // rows for which packing the weights would cost more
-constexpr int64_t kRoom = 96;     // a row has room for some four times as many candidates
+constexpr int64_t kUnpacked = 2;    // rows for which packing the weights would cost more
+constexpr int64_t kRoom = 96;       // a row has room for some four times as many candidates
+constexpr int64_t kSpillShare = 4;  // rows of a chunk for one more room
 
 int64_t scratch_floats(const ThresholdEncodeParams& p) {
   return kThresholdRows * (p.d + kVectorPad);
@@ -54,12 +56,19 @@ void count_from(const ThresholdEncodeParams& p, int64_t first, void* workspace, 
   });
 }
 
+Plan plan_screened(const ThresholdEncodeParams& p, const EncodeParams& e, int threads,
+                   Arena& arena) {
+  Plan plan = plan_chunk(e, {}, Scoring::kScreen, p.F, p.N, threads, arena);
+  take_spill(plan.chunk, plan.chunk_rows / kSpillShare + 1, arena);
+  return plan;
+}
+
 // Returns how many rows are counted.
 int64_t count_screened(const ThresholdEncodeParams& p, void* workspace, int threads) {
   const EncodeParams e = product_of(p);
   if (!screened(p)) return 0;
   Arena arena{static_cast<char*>(workspace), scratch_bytes(p, threads)};
-  Plan plan = plan_chunk(e, {}, Scoring::kScreen, p.F, p.N, threads, arena);
+  Plan plan = plan_screened(p, e, threads, arena);
   EncodeChunk& c = plan.chunk;
   c.theta = p.theta;
   c.gate = 0;
@@ -67,6 +76,7 @@ int64_t count_screened(const ThresholdEncodeParams& p, void* workspace, int thre
   EncodeStats unused{};
   for (c.row0 = 0; c.row0 < p.N; c.row0 += c.R) {
     c.R = std::min(plan.chunk_rows, p.N - c.row0);
+    *c.spill.used = 0;
     run_chunk(c, plan, threads, &unused);
     if (2 * std::count(c.redo, c.redo + c.R, uint8_t(1)) > c.R) return c.row0;
     parallel_blocks(c.R, kThresholdRows, threads, [&](int64_t r0, int64_t r1, int rank) {
@@ -81,7 +91,7 @@ int64_t count_screened(const ThresholdEncodeParams& p, void* workspace, int thre
 size_t threshold_encode_workspace(const ThresholdEncodeParams& p, int threads) {
   Arena arena{nullptr, scratch_bytes(p, threads)};
   const EncodeParams e = product_of(p);
-  if (screened(p)) plan_chunk(e, {}, Scoring::kScreen, p.F, p.N, threads, arena);
+  if (screened(p)) plan_screened(p, e, threads, arena);
   return arena.used;
 }
 

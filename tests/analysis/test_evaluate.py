@@ -8,6 +8,7 @@ import itertools
 import math
 
 import pytest
+import tiny_lm
 import torch
 from torch import nn
 
@@ -22,19 +23,7 @@ RESIDUAL = "layers.1.resid_post"
 
 @pytest.fixture(scope="module")
 def lm() -> nn.Module:
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return tiny_lm.llama(VOCABULARY, D, 32, 3, initializer_range=0.3).train()
 
 
 @pytest.fixture()

@@ -4,6 +4,7 @@ what is wrong once."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -122,6 +123,26 @@ def test_two_processes_share_a_harvest(tmp_path: Path) -> None:
         done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert_same_losses(tmp_path / "1", tmp_path / "2", exact=False)
+
+
+def test_smollm2_has_the_fvu_of_one_process(tmp_path: Path) -> None:
+    """Harvest, training and evaluation on a real model, but for near-ties that rounding decides."""
+    settings = {
+        "model": "smollm2-135m", "hook": "layers.9.resid_post", "text": "pydoc", "max_tokens": 4000,
+        "d_sae": 2304, "k": 32, "batch_size": 512, "steps": 30, "holdout": 0.2, "eval_tokens": 800,
+        "replicas": 1, "threads": 1,
+    }  # fmt: skip
+    found = []
+    for R in (1, 2):
+        words = command(R, tmp_path, tmp_path)[: -2 * len(OPTIONS) - 4]
+        given = {**settings, "out": tmp_path / str(R)}
+        pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in given.items())
+        words += [word for pair in pairs for word in pair]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / str(R) / "evaluation.json").read_text())["fvu"])
+    assert 0.1 < found[0] < 0.9
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
 
 
 def test_a_killed_rank_ends_all_and_the_run_goes_on(data: Path, two: Path, tmp_path: Path) -> None:

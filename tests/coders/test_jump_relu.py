@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ import pytest
 import torch
 from cases import randn
 from torch import Tensor
+from training import (
+    assert_fused_is_unfused,
+    assert_reads_back,
+    assert_resumes,
+    assert_same_bits_on_threads,
+)
 
 import ksae
 from ksae.coders.coder import SparseCoder
@@ -27,12 +34,20 @@ FUSED: dict[str, dict[str, Any]] = {
     "skip": {"skip": True, "dead_after": 100, "k_aux": 4},
     "tanh": {"penalty": "tanh", "coefficient": 0.05},
     "tanh, norms": {"penalty": "tanh", "coefficient": 0.05, "normalize_decoder": False},
-}
+    "linear": {"parametrization": "linear"},
+    "linear, target_l0": {
+        "parametrization": "linear", "penalty": "target_l0", "target": 6.0, "coefficient": 0.1,
+    },
+    "linear, tanh": {"parametrization": "linear", "penalty": "tanh", "coefficient": 0.05},
+}  # fmt: skip
 UNFUSED: dict[str, dict[str, Any]] = {
     "pre_act": {"pre_act": 0.01, "dead_after": 100, "auxk_alpha": 0.0},
-}
+    "linear, pre_act": {
+        "parametrization": "linear", "pre_act": 0.01, "dead_after": 100, "auxk_alpha": 0.0,
+    },
+}  # fmt: skip
 CASES = FUSED | UNFUSED
-OWN = ("penalty", "target", "coefficient", "pre_act")
+OWN = ("penalty", "target", "coefficient", "pre_act", "parametrization")
 
 
 def build(case: str, dtype: torch.dtype = torch.float64) -> SparseCoder:
@@ -49,7 +64,11 @@ def build(case: str, dtype: torch.dtype = torch.float64) -> SparseCoder:
         model.W_dec /= model.W_dec.norm(dim=1, keepdim=True)
         model.b_enc.copy_(randn(F, seed=3) * 0.3 - 0.2)
         model.b_dec.copy_(randn(*model.b_dec.shape, seed=4) * 0.1)
-        model.log_threshold.add_(0.3 * randn(F, seed=6))
+        shift = 0.3 * randn(F, seed=6)
+        if activation.parametrization == "log":
+            model.log_threshold.add_(shift)
+        else:
+            model.theta.mul_(shift.exp())
         if model.W_skip is not None:
             model.W_skip.copy_(randn(OUT, D, seed=5) * 0.1)
         model.tokens_since_fired[::3] = 1000
@@ -67,7 +86,7 @@ def by_formula(model: SparseCoder, x: Tensor, y: Tensor) -> tuple[Tensor, list[T
     leaves of autograd, and what they pass on is written out."""
     a: Any = model.activation
     names = dict(model.named_parameters())
-    theta = model.log_threshold.exp()
+    theta = model.theta if hasattr(model, "theta") else model.log_threshold.exp()
     u = (x - (model.b_dec if model.centred else 0)) @ model.W_enc.T + model.b_enc
     active, near = u > theta, (u - theta).abs() < BAND / 2
     f = torch.where(active, u, 0).detach().requires_grad_()
@@ -129,39 +148,20 @@ def test_gradients_are_those_of_the_formulas(case: str) -> None:
 @pytest.mark.parametrize("clip", [None, 0.01], ids=["", "clipped"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_fused_is_unfused(case: str, clip: float | None, dtype: torch.dtype) -> None:
-    steps = [
-        ksae.TrainStep(build(case, dtype), 1e-2, clip_norm=clip, fused=fused)
-        for fused in (True, False)
-    ]
-    tight = dtype == torch.float64
-    for seed in (10, 20):
-        fused, unfused = (step(*batch(case, seed)) for step in steps)
-        assert fused.keys() == unfused.keys()
-        for name in fused:
-            tolerance = {"rtol": 1e-9, "atol": 1e-11} if tight else {"rtol": 0.1, "atol": 1e-3}
-            torch.testing.assert_close(
-                fused[name].double(), unfused[name].double(), **tolerance, msg=name
-            )
-    if tight:
-        a, b = (step.model.state_dict() for step in steps)
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-10, msg=name)
-        start = build(case).log_threshold
-        assert ((a["log_threshold"] - start).abs() > 1e-3).sum() > F // 2
+    model = assert_fused_is_unfused(
+        lambda fused: ksae.TrainStep(build(case, dtype), 1e-2, clip_norm=clip, fused=fused),
+        [batch(case, seed) for seed in (10, 20)],
+    )
+    if dtype == torch.float64:
+        learned = model.activation.learned
+        ends = [of.get_parameter(learned) for of in (model, build(case))]
+        assert ((ends[0] - ends[1]).abs() > 1e-3).sum() > F // 2
 
 
 def test_a_step_has_the_same_bits_for_any_number_of_threads() -> None:
-    before, states = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            step = ksae.TrainStep(build("aux", torch.float32), 1e-2)
-            step(*batch("aux"))
-            states.append({**step.model.state_dict(), **step.state_dict()})
-    finally:
-        torch.set_num_threads(before)
-    for state in states[1:]:
-        assert all(torch.equal(state[name], t) for name, t in states[0].items())
+    assert_same_bits_on_threads(
+        lambda: ksae.TrainStep(build("aux", torch.float32), 1e-2), batch("aux")
+    )
 
 
 def test_in_use_only_what_is_above_its_threshold() -> None:
@@ -175,6 +175,39 @@ def test_in_use_only_what_is_above_its_threshold() -> None:
     assert float(out.loss.detach()) == pytest.approx(float(out.fvu))  # the penalty is training's
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thresholds_that_are_learned_themselves_stay_at_0_or_above(
+    fused: bool, dtype: torch.dtype
+) -> None:
+    model = build("linear", dtype)
+    with torch.no_grad():
+        model.theta.copy_(torch.linspace(1e-3, 0.05, F))
+        model.b_enc.fill_(-0.1)  # so that many values are near, and the gradients of both signs
+    step = ksae.TrainStep(model, 0.1, fused=fused)
+    step(*batch("linear"))
+    held = [model.theta] if dtype == torch.float32 else [model.theta, step.masters["theta"]]
+    for theta in held:
+        assert theta.min() == 0 and 0 < (theta == 0).sum() < F
+    at_zero = (model.theta == 0).clone()
+    step(*batch("linear", 20))
+    assert (model.theta >= 0).all() and (model.theta[at_zero] > 0).any()  # they come back
+
+
+def test_a_threshold_below_0_counts_as_0_and_has_its_gradient() -> None:
+    model, x = build("linear").train(), batch("linear")[0].double()
+    with torch.no_grad():
+        model.theta[:50] = -0.05
+        at_zero = copy.deepcopy(model)
+        at_zero.theta[:50] = 0.0
+    for a, b in zip(*(torch.autograd.grad(m(x).loss, m.parameters()) for m in (model, at_zero)),
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+    assert model.activation.thresholds(model)[:50].eq(0).all()
+    below, loss = model.theta.clone(), ksae.TrainStep(model)(x * torch.nan)["loss"]
+    assert loss.isnan() and torch.equal(model.theta, below)  # a step that is not taken
+
+
 def test_no_entry_at_all() -> None:
     model = build("l0", torch.float32)
     with torch.no_grad():
@@ -183,36 +216,25 @@ def test_no_entry_at_all() -> None:
     assert metrics["l0"] == 0 and metrics["loss"].isfinite()
 
 
-@pytest.mark.parametrize("case", ["target_l0", "skip"])
+@pytest.mark.parametrize("case", ["target_l0", "skip", "linear"])
 def test_files(case: str, tmp_path: Path) -> None:
     model = build(case, torch.float32)
-    model.save(tmp_path / "model.safetensors")
-    back = ksae.load(tmp_path / "model.safetensors")
-    assert back.activation == model.activation and back.config() == model.config()
-    for name, t in model.state_dict().items():
-        assert torch.equal(back.state_dict()[name], t)
+    assert_reads_back(model, tmp_path)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 def test_a_step_resumes(fused: bool) -> None:
-    whole, first = (ksae.TrainStep(build("aux", torch.float32), fused=fused) for _ in range(2))
-    for seed in range(4):
-        whole(*batch("aux", seed))
-    for seed in range(2):
-        first(*batch("aux", seed))
-    second = ksae.TrainStep(build("aux", torch.float32), fused=fused)
-    second.model.load_state_dict(first.model.state_dict())
-    second.load_state_dict(first.state_dict())
-    for seed in (2, 3):
-        second(*batch("aux", seed))
-    for name, t in whole.model.state_dict().items():
-        assert torch.equal(second.model.state_dict()[name], t), name
+    assert_resumes(
+        lambda: ksae.TrainStep(build("aux", torch.float32), fused=fused),
+        [batch("aux", seed) for seed in range(4)],
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"penalty": "l1"}, "penalty must be one of l0, target_l0, tanh, got 'l1'"),
+        ({"parametrization": "exp"}, "parametrization must be one of log, linear, got 'exp'"),
         ({"coefficient": -1.0}, "coefficient must be a finite number >= 0, got -1.0"),
         ({"theta": 0.0}, "theta must be a finite number > 0, got 0.0"),
         ({"theta": float("nan")}, "theta must be a finite number > 0, got nan"),

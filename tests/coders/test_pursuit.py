@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import randn
 from torch import Tensor
+from training import assert_resumes
 
 import ksae
 from ksae.coders.coder import SparseCoder
@@ -24,13 +25,18 @@ def unit(*shape: int, seed: int) -> Tensor:
     return W / W.norm(dim=1, keepdim=True)
 
 
-def plain(x: Tensor, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def plain(
+    x: Tensor, W_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int, stop: bool = False
+) -> tuple[Tensor, Tensor]:
     """The dense code [N, F] and the last residual, by autograd through every step."""
     r, z = x - b_dec, x.new_zeros(len(x), len(W_dec))
+    done = torch.zeros(len(x), 1, dtype=torch.bool)
     for _ in range(k):
         u = r @ W_enc.T
         j = u.argmax(1, keepdim=True)
-        c = u.gather(1, j).relu()
+        c = torch.where(done, 0, u.gather(1, j).relu())
+        if stop:
+            done = done | (z.gather(1, j) > 0)
         z = z.scatter_add(1, j, c)
         r = r - c * W_dec[j[:, 0]]
     return z, r
@@ -40,17 +46,18 @@ def dense(values: Tensor, indices: Tensor) -> Tensor:
     return values.new_zeros(len(values), F).scatter_add(1, indices, values)
 
 
+@pytest.mark.parametrize("stop", [False, True], ids=["", "stops on repeat"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_steps_and_gradients_are_those_of_autograd(tied: bool) -> None:
+def test_steps_and_gradients_are_those_of_autograd(tied: bool, stop: bool) -> None:
     x, b = randn(N, D, seed=1).double().requires_grad_(), randn(D, seed=2).double() * 0.1
     b.requires_grad_()
     W_dec = unit(F, D, seed=3).requires_grad_()
     W_enc = W_dec if tied else (W_dec.detach() + 0.1 * randn(F, D, seed=4)).requires_grad_()
     leaves = [x, b, W_dec] if tied else [x, b, W_dec, W_enc]
     h = randn(N, F, seed=5).double()
-    z, r = plain(x, W_enc, W_dec, b, K)
+    z, r = plain(x, W_enc, W_dec, b, K, stop)
     want = torch.autograd.grad((z * h).sum() + r.square().sum(), leaves)
-    values, indices = ksae.pursuit.matching_pursuit(x, W_enc, W_dec, K, b)
+    values, indices = ksae.pursuit.matching_pursuit(x, W_enc, W_dec, K, b, stop_on_repeat=stop)
     torch.testing.assert_close(dense(values, indices), z)
     torch.testing.assert_close(dense(*merged(values, indices)), z)
     left = x - b - ksae.sparse_decode(*merged(values, indices), W_dec)
@@ -61,6 +68,7 @@ def test_steps_and_gradients_are_those_of_autograd(tied: bool) -> None:
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-11)
     twice = [len(set(row)) < K for row in indices.tolist()]
     assert any(twice)  # a latent that is taken again
+    assert bool((values[twice] == 0).any()) == stop
 
 
 def test_merged() -> None:
@@ -141,18 +149,11 @@ def test_it_learns_and_resumes(dtype: torch.dtype) -> None:
     x = torch.stack([
         (torch.rand(256, 3, 1) * atoms[torch.randint(30, (256, 3))]).sum(1) for _ in range(30)
     ])  # fmt: skip
-    whole, first = (ksae.TrainStep(build(dtype), lr=1e-2, fused=False) for _ in "ab")
-    fvu = [float(whole(batch)["fvu"]) for batch in x]
+    metrics = assert_resumes(
+        lambda: ksae.TrainStep(build(dtype), lr=1e-2, fused=False), [(batch,) for batch in x]
+    )
+    fvu = [float(m["fvu"]) for m in metrics]
     assert fvu[-1] < 0.5 * fvu[0]
-    for batch in x[:10]:
-        first(batch)
-    second = ksae.TrainStep(build(dtype), lr=1e-2, fused=False)
-    second.model.load_state_dict(first.model.state_dict())
-    second.load_state_dict(first.state_dict())
-    for batch in x[10:]:
-        second(batch)
-    for name, t in whole.model.state_dict().items():
-        assert torch.equal(second.model.state_dict()[name], t), name
 
 
 def test_files_and_use(tmp_path: Path) -> None:

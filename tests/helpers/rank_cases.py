@@ -18,6 +18,8 @@ DEAD = {"k_aux": 8, "dead": 3, "auxk_alpha": 1.0}
 CLIP = {"clip_norm": 0.05}
 BATCH, JUMP = ksae.BatchTopK(5), ksae.JumpReLU(0.1, bandwidth=0.4, theta=0.7)
 MORE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "abs": ("sae", {"activation": ksae.AbsTopK(5), "multi_topk": True, **DEAD}, CLIP),
+    "abs, saelens": ("skip", {"activation": ksae.AbsTopK(5), "auxk": "saelens", **DEAD}, {}),
     "batch": ("sae", {"activation": BATCH}, {}),
     "batch, dead": (
         "sae",
@@ -49,6 +51,11 @@ MORE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "batch_topk, prefixes, batch": (
         "sae",
         {"auxk": "batch_topk", "activation": BATCH, "prefixes": WIDTHS, **DEAD},
+        CLIP,
+    ),
+    "jump, linear": (
+        "sae",
+        {"activation": ksae.JumpReLU(0.1, bandwidth=0.4, theta=0.7, parametrization="linear")},
         CLIP,
     ),
 }

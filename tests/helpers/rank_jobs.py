@@ -152,6 +152,10 @@ def refused(group: Any, how: str) -> None:
             sae = ksae.SAE(8, 40, ksae.JumpReLU(penalty="tanh"))
         case "batch":
             sae = ksae.SAE(8, 40, ksae.BatchTopK(2), dtype=torch.bfloat16)
+        case "abs":
+            sae = ksae.SAE(8, 40, ksae.AbsTopK(2), dtype=torch.bfloat16)
+        case "norm":
+            sae = ksae.SAE(8, 40, ksae.NormTopK(2))
         case "3-d":
             mesh = dist.init_device_mesh("cpu", (2, 2, 1))
         case "type":

@@ -92,8 +92,7 @@ def _serve(pipe: Connection, rank: int, world: int, timeout: float, store: str) 
         world_size=world,
         timeout=timedelta(seconds=max(timeout, 60.0)),  # to find each other on a busy machine
     )
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), dist.group.WORLD)
-    groups: dict[int, Any] = {world: dist.group.WORLD}
+    groups: dict[int, Any] = {} if timeout < 60 else {world: dist.group.WORLD}
     while True:
         try:
             job, ranks, args = pipe.recv()
@@ -102,7 +101,8 @@ def _serve(pipe: Connection, rank: int, world: int, timeout: float, store: str) 
         answer: Any = None
         try:
             if ranks not in groups:
-                groups[ranks] = dist.new_group(list(range(ranks)))
+                limit = timedelta(seconds=timeout)
+                groups[ranks] = dist.new_group(list(range(ranks)), timeout=limit)
             if rank < ranks:
                 answer = job(groups[ranks], *args)
         except Exception as error:

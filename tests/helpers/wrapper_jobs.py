@@ -10,6 +10,7 @@ import torch.distributed as dist
 from rank_cases import make, rows
 from rank_jobs import own
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 import ksae
@@ -36,6 +37,9 @@ def wrapped(
     net: nn.Module = model
     if how == "ddp":
         net = DistributedDataParallel(model, process_group=group)
+    elif how == "fsdp1":
+        options: Any = {"process_group": group, "device_id": torch.device("cpu")}
+        net = FullyShardedDataParallel(model, use_orig_params=True, **options)
     else:
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard
@@ -49,6 +53,9 @@ def wrapped(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(out.loss.detach()))
+    if how == "fsdp1":
+        with FullyShardedDataParallel.summon_full_params(net):
+            return losses, {n: t.clone() for n, t in model.state_dict().items()}
     state = model.state_dict()
     whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
     return losses, whole

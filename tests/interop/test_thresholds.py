@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from training import assert_same_coder
 
 import ksae
 from ksae.cli import run
@@ -34,7 +35,8 @@ def randomize(model: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=g)
-            parameter.copy_(drawn - 1 if name == "log_threshold" else drawn)
+            drawn = {"log_threshold": drawn - 1, "theta": drawn.exp() / 3}.get(name, drawn)
+            parameter.copy_(drawn)
     return model
 
 
@@ -42,6 +44,7 @@ def make(kind: str, **options: Any) -> ksae.SparseCoder:
     """A trained-looking coder whose b_dec is not subtracted; "sae": with b_dec = 0, where it is."""
     made = {
         "jumprelu": ksae.JumpReLU(coefficient=0.5, bandwidth=0.25),
+        "linear": ksae.JumpReLU(coefficient=0.5, bandwidth=0.25, parametrization="linear"),
         "batchtopk": ksae.BatchTopK(K, "saelens"),
         "matryoshka": ksae.BatchTopK(K),
         "topk": ksae.TopK(K),
@@ -59,13 +62,6 @@ def by_hand(model: ksae.SparseCoder, x: Tensor, theta: Tensor) -> Tensor:
     """The reconstruction [N, d] of a JumpReLU with thresholds theta."""
     u = x @ model.W_enc.T + model.b_enc
     return torch.where(u > theta, u.relu(), 0) @ model.W_dec + model.b_dec
-
-
-def same(a: ksae.SparseCoder, b: ksae.SparseCoder) -> None:
-    assert type(a) is type(b)
-    assert a.config() == b.config()
-    for key, tensor in a.state_dict().items():
-        assert torch.equal(b.state_dict()[key], tensor), key
 
 
 REFUSED = {
@@ -106,20 +102,21 @@ def test_a_threshold_that_is_not_set_is_refused(kind: str, to: str, tmp_path: Pa
         convert.convert(tmp_path / "m", place(tmp_path, to), to, fold=True)
 
 
-@pytest.mark.parametrize("kind", ["jumprelu", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("kind", ["jumprelu", "linear", "batchtopk", "matryoshka"])
 def test_ksae_coders_come_back_as_they_were(kind: str, tmp_path: Path) -> None:
     model = make(kind, auxk="openai", auxk_alpha=0.25)
     with torch.no_grad():
         model.b_dec.zero_()  # so that each format can hold it
     model.save(tmp_path / "m")
     expected = model(X).recon
-    for name in sorted(set(FORMATS) - set(REFUSED[kind])):
+    jumps = kind in ("jumprelu", "linear")
+    for name in sorted(set(FORMATS) - set(REFUSED["jumprelu" if jumps else kind])):
         convert.convert(tmp_path / "m", place(tmp_path, name), name)
-        if kind == "jumprelu" or name in ("ksae", "dictionary-learning"):
+        if jumps or name in ("ksae", "dictionary-learning"):
             again = ksae.load(place(tmp_path, name))
-            same(again, model)
+            assert_same_coder(again, model)
             convert.convert(place(tmp_path, name), tmp_path / "back", "ksae")
-            same(ksae.load(tmp_path / "back"), model)
+            assert_same_coder(ksae.load(tmp_path / "back"), model)
         again = ksae.load(place(tmp_path, name)).eval()
         assert torch.equal(again(X).recon, expected), name
 
@@ -135,7 +132,7 @@ def test_training_options_are_kept_beside(option: dict[str, Any], tmp_path: Path
     model.save(tmp_path / "m")
     for name in sorted(set(FORMATS) - {"gemma-scope"}):
         convert.convert(tmp_path / "m", place(tmp_path, name), name)
-        same(ksae.load(place(tmp_path, name)), model)
+        assert_same_coder(ksae.load(place(tmp_path, name)), model)
 
 
 @pytest.mark.parametrize(
@@ -169,18 +166,37 @@ def test_thresholds_keep_their_bits(
         assert (found.activation, found.k, found.centred) == ("jumprelu", None, False)
 
 
-def test_a_threshold_kept_beside_does_not_hide_a_trained_one(tmp_path: Path) -> None:
-    make("jumprelu").save(tmp_path / "m")
+@pytest.mark.parametrize("kind", ["jumprelu", "linear"])
+def test_a_threshold_kept_beside_does_not_hide_a_trained_one(kind: str, tmp_path: Path) -> None:
+    make(kind).save(tmp_path / "m")
     convert.convert(tmp_path / "m", tmp_path / "s", "saelens")
     convert.convert(tmp_path / "s", tmp_path / "n", "ksae")  # keeps the threshold of s beside
     model = ksae.load(tmp_path / "n")
     with torch.no_grad():
-        model.log_threshold += 0.5
+        model.get_parameter(model.activation.learned).add_(0.5)
     model.save(tmp_path / "n")
     convert.convert(tmp_path / "n", tmp_path / "t", "saelens")
     found = load_file(tmp_path / "t" / "sae_weights.safetensors")["threshold"]
-    assert torch.equal(found, model.log_threshold.detach().exp())
-    same(ksae.load(tmp_path / "t"), model)
+    assert torch.equal(found, model.activation.thresholds(model).detach())
+    assert_same_coder(ksae.load(tmp_path / "t"), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("to", ["saelens", "dictionary-learning", "circuit-tracer"])
+def test_thresholds_that_are_learned_themselves(
+    to: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """They are written as they are, 0 too; one below 0, as another optimizer leaves it, as the 0
+    that it counts as, and comes back."""
+    model = make("linear", dtype=dtype)
+    with torch.no_grad():
+        model.theta[2], model.theta[3] = 0, -0.25
+    convert.convert(_saved(model, tmp_path), place(tmp_path, to), to)
+    found = convert.read(place(tmp_path, to))[1].threshold
+    assert found is not None and torch.equal(found.to(dtype), model.theta.detach().relu())
+    again = ksae.load(place(tmp_path, to)).eval()
+    assert_same_coder(again, model)
+    assert torch.equal(again(X).recon, model(X).recon)
 
 
 def test_gemma_scope(tmp_path: Path) -> None:

@@ -76,3 +76,21 @@ def test_no_bias_of_the_decoder() -> None:
     got = native.threshold_encode_by(x, W, b, theta, screen=True)
     assert all(torch.equal(a, c) for a, c in zip(got, want, strict=True))
     assert 0 < len(want[0]) < 70 * 60
+
+
+@pytest.mark.parametrize("every", [25, 3])
+def test_rows_with_more_candidates_than_room(every: int) -> None:
+    """With 25 they spill; with 3 there is no room for all of them."""
+    x, W, b, theta, b_dec = problem("random", 150, 64, 3000)
+    x[::every] *= 100
+    want = native.threshold_encode_by(x, W, b, theta, b_dec, screen=False)
+    most = want[2].diff()[::every]
+    assert (most > 1000).all()  # twice what a row has room for
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            got = native.threshold_encode_by(x, W, b, theta, b_dec, screen=True)
+            assert all(torch.equal(a, c) for a, c in zip(got, want, strict=True))
+    finally:
+        torch.set_num_threads(before)

@@ -68,9 +68,18 @@ def test_what_one_rank_refuses_is_told_to_all(pool: Pool, how: str, says: str) -
         ("float64", "shard: sae must be float32, bfloat16 or float16, got torch.float64"),
         (
             "activation",
-            "shard: sae must have an activation of TopK, GradTopK, BatchTopK, JumpReLU,",
+            "shard: sae must have an activation of TopK, GradTopK, BatchTopK, JumpReLU, AbsTopK,",
         ),
-        ("relu", "shard: sae must have an activation of TopK, GradTopK, BatchTopK, JumpReLU, got"),
+        (
+            "relu",
+            "shard: sae must have an activation of TopK, GradTopK, BatchTopK, JumpReLU, AbsTopK,"
+            " got ReLU",
+        ),
+        (
+            "norm",
+            "shard: sae must have an activation of TopK, GradTopK, BatchTopK, JumpReLU, AbsTopK,",
+        ),
+        ("abs", "shard: sae must be float32 with AbsTopK, got torch.bfloat16"),
         ("tanh", "shard: sae must have JumpReLU with the penalty l0 or target_l0, got tanh"),
         ("batch", "shard: sae must be float32 with BatchTopK, got torch.bfloat16"),
         ("3-d", "shard: mesh must have 1 or 2 dimensions, got 3 of sizes (2, 2, 1)"),
@@ -146,7 +155,7 @@ def test_one_process_has_no_ranks() -> None:
 
 @pytest.mark.parametrize("how", ["killed", pytest.param("absent", marks=pytest.mark.nightly)])
 def test_a_rank_that_is_gone_is_an_error_within_the_time_out(how: str) -> None:
-    pool = Pool(3, timeout=5.0)
+    pool = Pool(3, timeout=10.0)
     start = time.monotonic()
     answers = pool.run(rank_jobs.silent, 3, how)
     assert time.monotonic() - start < 60  # with the start of three processes

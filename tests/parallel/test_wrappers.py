@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DistributedDataParallel and fully_shard around modules: what is counted is the whole batch."""
+"""Wrappers of torch.distributed around modules: what is counted is the whole batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pool() -> Iterator[Pool]:
     pool.close()
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp1", "fsdp"])
 @pytest.mark.parametrize("case", ["plain", "saelens", "skip, all", "gradient"])
 def test_two_processes_are_one(pool: Pool, case: str, how: str) -> None:
     """The mean of their losses, their counters, running norms and parameters."""

@@ -13,7 +13,7 @@ import torch
 from tiny_study import tiny_study
 
 import ksae
-from ksae.bench.contestants import families
+from ksae.bench.contestants import families, pairs
 from ksae.bench.harness.data import batches, initial_weights
 from ksae.coders.code import Code
 
@@ -26,17 +26,20 @@ def no_services(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
-def two(library: str, architecture: str, dead_after: int) -> tuple[families.Ours, Any]:
+def two(library: str, architecture: str, dead_after: int) -> tuple[pairs.Ours, Any]:
     """ksae's contestant and the library's, in float64."""
     start = {name: value.double() for name, value in initial_weights(F, d).items()}
+    sample = torch.cat(batches("planted", N, d, 4)).double()
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        pair = families.pair(library, architecture, start, k, LR, N, dead_after)
-        ours, theirs = (make() for make in pair)
+        made = pairs.pair(library, architecture, start, sample, k, LR, N, dead_after)
+        ours, theirs = (make() for make in made)
     finally:
         torch.set_default_dtype(default)
     model = theirs.trainer.ae if library == "dictionary-learning" else theirs.model.double()
+    if architecture.startswith("JumpReLU"):  # sae-lens keeps it in float32
+        model.threshold.data = model.threshold.data.double()
     assert {p.dtype for p in model.parameters()} == {torch.float64}
     return ours, theirs
 
@@ -49,23 +52,40 @@ def losses(ours: Any, theirs: Any, steps: int = STEPS) -> tuple[list[float], lis
     return found
 
 
-@pytest.mark.parametrize(("library", "architecture"), families.PAIRS)
+SAME = [pair for pair in pairs.PAIRS if pair not in pairs.DIFFERENCES]
+AUXK = ("TopK", "BatchTopK", "Matryoshka")
+
+
+@pytest.mark.parametrize(("library", "architecture"), [*SAME, ("sae-lens", "NormTopK")])
 def test_the_steps_are_those_of_the_library(library: str, architecture: str) -> None:
-    """Selection, loss, gradients, projection, clipping, Adam and unit rows; of sae-lens AuxK too:
-    dictionary-learning counts a batch before it asks which latents are dead, ksae after it."""
-    sae_lens = library == "sae-lens"
-    ours, theirs = two(library, architecture, DEAD if sae_lens else STEPS * N)
+    """Selection, loss, gradients, projection, clipping, Adam and unit rows; of sae-lens what it
+    does with dead latents too: dictionary-learning counts a batch before it asks which latents are
+    dead, ksae after it; and sae-lens' AuxK ranks by decoder norms where its selection does."""
+    with_dead = library == "sae-lens" and architecture != "NormTopK"
+    ours, theirs = two(library, architecture, DEAD if with_dead else STEPS * N)
     got, want = losses(ours, theirs)
     assert got == pytest.approx(want, rel=1e-6)
-    if sae_lens:
+    if with_dead:
         assert bool(ours.model.dead.any())
-    else:
+    if library == "dictionary-learning" or architecture not in (*AUXK, "NormTopK"):
         assert want[-1] < 0.9 * want[0]
+    if architecture.startswith("JumpReLU"):
+        theirs_in = theirs.trainer.ae if library == "dictionary-learning" else theirs.model
+        got_theta, want_theta = ours.model.theta, theirs_in.threshold
+        torch.testing.assert_close(got_theta, want_theta, rtol=1e-6, atol=1e-6)
+        assert (want_theta - want_theta.max()).abs().max() > 5 * LR  # they have moved apart
 
 
-@pytest.mark.parametrize(
-    "architecture", [name for library, name in families.PAIRS if library == "dictionary-learning"]
-)
+@pytest.mark.parametrize(("library", "architecture"), pairs.DIFFERENCES)
+def test_what_differs_begins_the_same_and_stays_near(library: str, architecture: str) -> None:
+    ours, theirs = two(library, architecture, DEAD)
+    got, want = losses(ours, theirs)
+    assert got[0] == pytest.approx(want[0], rel=1e-6)
+    assert got[-1] != pytest.approx(want[-1], rel=1e-6)
+    assert got == pytest.approx(want, rel=5e-2)
+
+
+@pytest.mark.parametrize("architecture", AUXK)
 def test_dictionary_learning_with_auxk_is_near(architecture: str) -> None:
     ours, theirs = two("dictionary-learning", architecture, DEAD)
     got, want = losses(ours, theirs)
@@ -74,7 +94,7 @@ def test_dictionary_learning_with_auxk_is_near(architecture: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "architecture"), [pair for pair in families.PAIRS if pair[1] != "TopK"]
+    ("library", "architecture"), [pair for pair in pairs.PAIRS if pair[1] in AUXK[1:]]
 )
 def test_thresholds_are_estimated_as_the_library_does(library: str, architecture: str) -> None:
     """On the codes of the same batches; dictionary-learning begins after its step 1000."""
@@ -120,7 +140,7 @@ def test_the_study_compares_them_and_goes_on_where_it_was_stopped(
 ) -> None:
     study = tiny_study(monkeypatch, "families")
     words = ["--d-sae", "32", "--k", "4", "--steps", "24", "--batch", "32", "--out", str(tmp_path)]
-    monkeypatch.setattr(families, "PAIRS", [("sae-lens", "BatchTopK"), ("no-library", "TopK")])
+    monkeypatch.setattr(pairs, "PAIRS", [("sae-lens", "BatchTopK"), ("no-library", "TopK")])
     assert study.main(words) == 0
     record = json.loads((tmp_path / "families_study.json").read_text())
     done, failed = record["cells"]

@@ -29,17 +29,19 @@ KSAE_INLINE void center_row(const ThresholdEncodeParams& p, int64_t n, float* ro
   }
 }
 
-template <class T>
-void count_rows(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, float* scratch) {
+// Rows row_at(0), ... row_at(n - 1).
+template <class T, class Row>
+void count_rows(const ThresholdEncodeParams& p, int64_t n, Row row_at, float* scratch) {
   const int64_t words = (p.F + 31) / 32, stride = p.d + kVectorPad;
   const T* W = static_cast<const T*>(p.W_enc);
   const T* b = static_cast<const T*>(p.b_enc);
-  for (int64_t first = row0; first < row1; first += kThresholdRows) {
-    const int64_t rows = row1 - first < kThresholdRows ? row1 - first : kThresholdRows;
+  for (int64_t first = 0; first < n; first += kThresholdRows) {
+    const int64_t rows = n - first < kThresholdRows ? n - first : kThresholdRows;
     for (int64_t r = 0; r < rows; ++r) {
-      center_row<T>(p, first + r, scratch + r * stride);
-      for (int64_t i = 0; i < words; ++i) p.above[(first + r) * words + i] = 0;
-      p.row_offsets[first + r + 1] = 0;
+      const int64_t row = row_at(first + r);
+      center_row<T>(p, row, scratch + r * stride);
+      for (int64_t i = 0; i < words; ++i) p.above[row * words + i] = 0;
+      p.row_offsets[row + 1] = 0;
     }
     for (int64_t i = 0; i < p.F; i += kDots) {
       const int latents = p.F - i < kDots ? int(p.F - i) : kDots;
@@ -49,12 +51,13 @@ void count_rows(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, floa
         next[l] = i + l + kDots < p.F ? w[l] + kDots * p.d : w[l];
       }
       for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = row_at(first + r);
         float u[kDots];
         dots<2>(latents, scratch + r * stride, w, p.d, r == 0 ? next : w, u);
         for (int l = 0; l < latents; ++l) {
           const bool above = u[l] + to_float(b[i + l]) > p.theta[i + l];
-          p.above[(first + r) * words + (i + l) / 32] |= uint32_t(above) << (i + l) % 32;
-          p.row_offsets[first + r + 1] += above;
+          p.above[row * words + (i + l) / 32] |= uint32_t(above) << (i + l) % 32;
+          p.row_offsets[row + 1] += above;
         }
       }
     }
@@ -91,40 +94,60 @@ void fill_rows(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, float
   }
 }
 
+// Marks which of the candidates of row r are above; returns how many.
+template <class T>
+int64_t decide(const ThresholdEncodeParams& p, const EncodeChunk& c, int64_t r, const float* score,
+               const int32_t* index, int64_t n, bool& centred, float* row) {
+  const T* W = static_cast<const T*>(p.W_enc);
+  const T* b = static_cast<const T*>(p.b_enc);
+  uint32_t* above = p.above + row_of(c, r) * ((p.F + 31) / 32);
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    const int32_t i = index[j];
+    bool is_above = score[j] - margin(c, r, i) > 0;
+    if (!is_above && !(score[j] + margin(c, r, i) <= 0)) {
+      if (!centred) center_row<T>(p, row_of(c, r), row);
+      centred = true;
+      const T* w[1] = {W + i * p.d};
+      float u[1];
+      dots<2>(1, row, w, p.d, w, u);
+      is_above = u[0] + to_float(b[i]) > p.theta[i];
+    }
+    above[i / 32] |= uint32_t(is_above) << i % 32;
+    count += is_above;
+  }
+  return count;
+}
+
 template <class T>
 void decide_rows(const ThresholdEncodeParams& p, const EncodeChunk& c, int64_t r0, int64_t r1,
                  float* scratch) {
   const int64_t words = (p.F + 31) / 32;
-  const T* W = static_cast<const T*>(p.W_enc);
-  const T* b = static_cast<const T*>(p.b_enc);
+  const int32_t blocks = *c.spill.used < c.spill.blocks ? *c.spill.used : c.spill.blocks;
+  int64_t again[kThresholdRows], n_again = 0;
+  const auto row_at = [&again](int64_t i) { return again[i]; };
   for (int64_t r = r0; r < r1; ++r) {
     const int64_t n = row_of(c, r);
     if (c.redo[r]) {
-      count_rows<T>(p, n, n + 1, scratch);
+      again[n_again++] = n;
+      if (n_again < kThresholdRows) continue;
+      count_rows<T>(p, n_again, row_at, scratch);
+      n_again = 0;
       continue;
     }
-    uint32_t* above = p.above + n * words;
-    for (int64_t i = 0; i < words; ++i) above[i] = 0;
-    const float* score = c.score + r * c.capacity;
-    const int32_t* index = c.index + r * c.capacity;
-    int64_t count = 0;
+    for (int64_t i = 0; i < words; ++i) p.above[n * words + i] = 0;
     bool centred = false;
-    for (int64_t j = 0; j < c.count[r]; ++j) {
-      const int32_t i = index[j];
-      bool is_above = score[j] - margin(c, r, i) > 0;
-      if (!is_above && !(score[j] + margin(c, r, i) <= 0)) {
-        if (!centred) center_row<T>(p, n, scratch);
-        centred = true;
-        const T* w[1] = {W + i * p.d};
-        float u[1];
-        dots<2>(1, scratch, w, p.d, w, u);
-        is_above = u[0] + to_float(b[i]) > p.theta[i];
-      }
-      above[i / 32] |= uint32_t(is_above) << i % 32;
-      count += is_above;
+    int64_t count = decide<T>(p, c, r, c.score + r * c.capacity, c.index + r * c.capacity,
+                              c.count[r], centred, scratch);
+    for (int32_t b = 0; b < blocks; ++b) {
+      if (c.spill.row[b] != r) continue;
+      const int64_t at = b * c.spill.room;
+      count += decide<T>(p, c, r, c.spill.score + at, c.spill.index + at, c.spill.count[b], centred,
+                         scratch);
     }
     p.row_offsets[n + 1] = count;
   }
+  count_rows<T>(p, n_again, row_at, scratch);
 }
 
 void threshold_decide(const ThresholdEncodeParams& p, const EncodeChunk& c, int64_t r0, int64_t r1,
@@ -134,8 +157,10 @@ void threshold_decide(const ThresholdEncodeParams& p, const EncodeChunk& c, int6
 }
 
 void threshold_count(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, float* scratch) {
-  with_dtype(p.dtype,
-             [&](auto tag) { count_rows<typename decltype(tag)::type>(p, row0, row1, scratch); });
+  const auto row_at = [row0](int64_t i) { return row0 + i; };
+  with_dtype(p.dtype, [&](auto tag) {
+    count_rows<typename decltype(tag)::type>(p, row1 - row0, row_at, scratch);
+  });
 }
 
 void threshold_fill(const ThresholdEncodeParams& p, int64_t row0, int64_t row1, float* scratch) {

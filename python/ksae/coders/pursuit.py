@@ -26,6 +26,7 @@ def matching_pursuit(
     k: int,
     b_dec: Tensor | None = None,
     tolerance: float = 0.0,
+    stop_on_repeat: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """k steps of matching pursuit: from r = x - b_dec the latent with the largest <W_enc[i], r> is
     taken with that value c, if it is above 0, and r becomes r - c W_dec[i].
@@ -37,6 +38,7 @@ def matching_pursuit(
         k: steps, in [1, F].
         b_dec: [d].
         tolerance: a row with |r| no larger takes no more steps.
+        stop_on_repeat: nor does one that has taken a latent for the second time (as SAELens).
 
     Returns:
         values [N, k] >= 0, c of each step; indices [N, k] int64. A latent may be taken more than
@@ -59,7 +61,8 @@ def matching_pursuit(
         raise ValueError(f"matching_pursuit: tolerance must be finite and >= 0, got {tolerance}")
     acc = accumulator(x.dtype)
     start = x.to(acc) if b_dec is None else x.to(acc) - b_dec.to(acc)
-    values, indices = _Matching.apply(start, W_enc, W_dec, k, tolerance)  # type: ignore[no-untyped-call]
+    options = (k, tolerance, stop_on_repeat)
+    values, indices = _Matching.apply(start, W_enc, W_dec, *options)  # type: ignore[no-untyped-call]
     return values, indices
 
 
@@ -68,16 +71,27 @@ class _Matching(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, r: Tensor, W_enc: Tensor, W_dec: Tensor, k: int, tolerance: float
+        ctx: Any,
+        r: Tensor,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        k: int,
+        tolerance: float,
+        stop_on_repeat: bool,
     ) -> tuple[Tensor, Tensor]:
         values = W_dec.new_zeros(len(r), k)
         indices = torch.zeros(len(r), k, dtype=torch.int64, device=r.device)
         bias = W_enc.new_zeros(len(W_enc))
+        done = torch.zeros(len(r), 1, dtype=torch.bool, device=r.device)
         r = r.clone()
         for t in range(k):
             c, j = ops.topk_encode(r.to(W_enc.dtype), W_enc, bias, 1)
             if tolerance > 0:
                 c = torch.where(r.norm(dim=1, keepdim=True) > tolerance, c, 0)
+            if stop_on_repeat:
+                c = torch.where(done, 0, c)
+                again = (indices[:, :t] == j) & (values[:, :t] > 0)
+                done |= again.any(1, keepdim=True)
             values[:, t : t + 1], indices[:, t : t + 1] = c, j
             r -= c.to(r.dtype) * W_dec[j[:, 0]].to(r.dtype)
         ctx.save_for_backward(r, W_enc, W_dec, values, indices)
@@ -98,7 +112,7 @@ class _Matching(torch.autograd.Function):
             of_enc.index_add_(0, j, gamma * r)
             of_dec.index_add_(0, j, -c * rho)
             rho = rho + gamma * read
-        return rho, of_enc.to(W_enc.dtype), of_dec.to(W_dec.dtype), None, None
+        return rho, of_enc.to(W_enc.dtype), of_dec.to(W_dec.dtype), None, None, None
 
 
 def merged(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

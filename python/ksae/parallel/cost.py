@@ -99,8 +99,9 @@ def update_bytes(s: Sizes) -> int:
 
 def working_bytes(s: Sizes) -> int:
     """Temporaries of a rank at the widest moment: tokens and residuals of the ranks that share its
-    latents, the partial sums as they are sent and received, the codes."""
+    latents, the partial sums as they are received, the codes. Partial sums are sent from where the
+    residuals come to lie."""
     N = s.shards * s.n
-    rows = N * s.d * (s.itemsize + 4 * s.prefixes) + 2 * N * s.prefixes * s.d * 4
+    rows = N * s.d * (s.itemsize + 2 * 4 * s.prefixes)
     gradients = 2 * s.latents * s.d * 4 if s.replicas > 1 else 0
     return rows + gradients + N * min(s.k, s.latents) * (s.itemsize + 8 + 8 + 4 + 4)

@@ -122,5 +122,6 @@ def _group(members: list[int], mesh: Any) -> dist.ProcessGroup:
     if members == list(range(dist.get_world_size())):
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-    found: dist.ProcessGroup = (mesh if mesh.ndim == 1 else mesh._flatten()).get_group()
+    # of two dimensions that are not all processes: the one that has all members
+    found: dist.ProcessGroup = mesh.get_group(list(mesh.shape).index(len(members)))
     return found

@@ -8,7 +8,6 @@ import json
 import time
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ..errors import RankError
@@ -28,13 +27,13 @@ def meet(what: str, members: list[int], mesh: str) -> None:
     _calls[key] = _calls.get(key, 0) + 1
     me = {"members": members, "mesh": mesh, "call": _calls[key], "waits": True}
     _say(me, key)
-    end = time.monotonic() + _timeout()
+    end = time.monotonic() + time_limit()
     try:
         for rank in members:
             while not _is_here(what, me, key, rank):
                 if time.monotonic() > end:
                     want = f"come with the mesh {mesh} of ranks {members}"
-                    got = f"nothing from it within {_timeout():.0f} s"
+                    got = f"nothing from it within {time_limit():.0f} s"
                     raise RankError(f"{what}: rank {rank} must {want}, got {got}")
                 time.sleep(PAUSE)
     except Exception as error:
@@ -80,7 +79,9 @@ def _differs(what: str, me: dict[str, Any], theirs: dict[str, Any], rank: int) -
 
 
 def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+    """Of the default group. torch before 2.9 has no public way to it."""
+    found = getattr(dist.group.WORLD, "get_group_store", None)
+    return dist.distributed_c10d._get_default_store() if found is None else found()
 
 
 def _say(said: dict[str, Any], *keys: str) -> None:
@@ -97,10 +98,8 @@ def _hear(rank: int, key: str = "last") -> dict[str, Any] | None:
     return heard
 
 
-def _timeout() -> float:
-    """Of the default group, in seconds."""
-    group = dist.group.WORLD
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    options = getattr(group._get_backend(device), "options", None)  # type: ignore[union-attr]
-    limit = getattr(options, "_timeout", None)
+def time_limit() -> float:
+    """The time-out of the default group in seconds, which its store has as well, unless the user
+    has made the store."""
+    limit = getattr(_store(), "timeout", None)
     return TIMEOUT if limit is None else float(limit.total_seconds())

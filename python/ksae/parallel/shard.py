@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..coders import registry
-from ..coders.activation import BatchTopK, GradTopK, JumpReLU, TopK
+from ..coders.activation import AbsTopK, BatchTopK, GradTopK, JumpReLU, TopK
 from ..coders.coder import SparseCoder
 from ..version import VERSION
 from .layout import lay_out
@@ -20,8 +20,12 @@ from .replicas import Replicas
 from .shards import Shards
 
 # The rest is on every rank.
-BY_LATENT = ("W_enc", "b_enc", "W_dec", "log_threshold", "tokens_since_fired")
-SERVED = (TopK, GradTopK, BatchTopK, JumpReLU)
+BY_LATENT = ("W_enc", "b_enc", "W_dec", "log_threshold", "theta", "tokens_since_fired")
+SERVED = (TopK, GradTopK, BatchTopK, JumpReLU, AbsTopK)
+BY_FLOAT32 = (
+    BatchTopK,
+    AbsTopK,
+)  # whose order is by values: 16 bits have ties that scores have not
 
 
 def shard(sae: SparseCoder, mesh: Any = None, *, replicas: int | None = None) -> SparseCoder:
@@ -39,8 +43,8 @@ def shard(sae: SparseCoder, mesh: Any = None, *, replicas: int | None = None) ->
     the batch; `ksae.parallel.layout.best_replicas` says where.
 
     Args:
-        sae: whole, float32, or but for `BatchTopK` bfloat16 or float16, with `TopK`, `GradTopK`,
-            `BatchTopK` or `JumpReLU`. On the meta device, where it takes no memory, each rank draws
+        sae: whole, float32, or with `TopK`, `GradTopK` or `JumpReLU` bfloat16 or float16; or with
+            `BatchTopK` or `AbsTopK`. On the meta device, where it takes no memory, each rank draws
             the first weights of its own latents.
         mesh: a DeviceMesh of one dimension, or of two: replicas, and the ranks of each; a process
             group; or None: all processes. An exchange takes no longer than the time-out of its
@@ -151,8 +155,8 @@ def _check(sae: SparseCoder, R: int) -> None:
     if kind not in SERVED:
         wanted = ", ".join(served.__name__ for served in SERVED)
         raise TypeError(f"shard: sae must have an activation of {wanted}, got {kind.__name__}")
-    if kind is BatchTopK and sae.W_enc.dtype != torch.float32:  # its order is by float32 values
-        raise TypeError(f"shard: sae must be float32 with BatchTopK, got {sae.W_enc.dtype}")
+    if kind in BY_FLOAT32 and sae.W_enc.dtype != torch.float32:
+        raise TypeError(f"shard: sae must be float32 with {kind.__name__}, got {sae.W_enc.dtype}")
     if isinstance(sae.activation, JumpReLU) and sae.activation.penalty == "tanh":
         raise TypeError("shard: sae must have JumpReLU with the penalty l0 or target_l0, got tanh")
     if sae.W_enc.dtype == torch.float64:  # keys are of float32 scores

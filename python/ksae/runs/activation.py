@@ -64,6 +64,7 @@ def activation_of(config: ModelConfig) -> Activation:
         target=config.l0,
         bandwidth=config.bandwidth,
         theta=config.theta,
+        parametrization=config.parametrization,
     )
 
 

@@ -13,6 +13,7 @@ from ksae.coders import (
     SAE,
     GradTopKSAE,
     GradTopKTranscoder,
+    JumpReLU,
     SparseCoder,
     TopKSAE,
     Transcoder,
@@ -25,7 +26,9 @@ from ksae.runs.config import RunConfig
 from ksae.runs.model_config import ModelConfig
 
 # Of a model to start from: what it computes. How it is trained is said anew.
-SIZES = ("kind", "d_sae", "k", "activation", "skip", "beta", "mode", "grad_norm")
+SIZES = (
+    "kind", "d_sae", "k", "activation", "parametrization", "skip", "beta", "mode", "grad_norm",
+)  # fmt: skip
 
 
 def build_model(
@@ -104,6 +107,8 @@ def start_from(
         "skip": model.skip,
         **{key: options[key] for key in ("beta", "mode", "grad_norm") if key in options},
     }
+    if isinstance(model.activation, JumpReLU):
+        sizes["parametrization"] = model.activation.parametrization
     default, given = ModelConfig(), config.model
     for key in SIZES:
         value = sizes.setdefault(key, getattr(default, key))

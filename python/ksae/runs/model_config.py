@@ -47,6 +47,9 @@ class ModelConfig:
     )
     l0_weight: float = setting(1e-3, "of jump_relu: weight of the penalty on active latents")
     theta: float = setting(1e-3, "of jump_relu: thresholds at the start")
+    parametrization: Literal["log", "linear"] = setting(
+        "log", "of jump_relu: what is learned, log(theta) or theta itself"
+    )
     bandwidth: float = setting(1e-3, "of jump_relu: of the kernel that trains thresholds")
     l1: float = setting(1e-3, "of relu, gated: weight of the penalty on the sum of values")
     decoder_norm: bool = setting(True, "of l1: values count times their decoder row's norm")

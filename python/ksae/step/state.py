@@ -92,6 +92,14 @@ class State:
         """Parameter, master and moments, as the row pass takes them."""
         return self.parameters[name], self.masters.get(name), *self.moments[name]
 
+    @torch.no_grad()
+    def keep_above(self, bounds: Mapping[str, float], finite: Tensor) -> None:
+        """Raise entries of parameters that an update left below a number, if it was taken."""
+        for name, least in bounds.items():
+            for t in (self.parameters[name], self.masters.get(name)):
+                if t is not None:
+                    t.copy_(torch.where(finite, t.clamp(min=least), t))
+
     def rng_state(self, name: str) -> Tensor | None:
         """Seed and step of the stochastic rounding of a matrix, as the row pass takes them."""
         seed = self.seeds.get(name)
@@ -129,6 +137,10 @@ class State:
             n: (p.data_ptr(), -1 if p.is_inference() else p._version, p.dtype, p.stride())
             for n, p in self.parameters.items()
         }
+
+    def was_written(self) -> bool:
+        """Whether somebody else has replaced or written a parameter since the last step."""
+        return self._read_versions() != self._versions
 
     def _check(self) -> None:
         """Parameters may have been given other memory, as by `.to`, since the step was made."""

@@ -71,6 +71,10 @@ class Activation:
         """What a step updates for it beside the weights, by name: where these start."""
         return {}
 
+    def at_least(self) -> dict[str, float]:
+        """Of `parameters`, by name, those that a step keeps from falling below a number."""
+        return {}
+
     @property
     def fused_refuses(self) -> str | None:
         """The option that the fused step does not serve, if there is one."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from ..coder import SparseCoder
 
 PENALTIES = ("l0", "target_l0", "tanh")
+LEARNED = {"log": "log_threshold", "linear": "theta"}  # parametrization -> name of the parameter
 
 
 @dataclass(frozen=True)
 class JumpReLU(Above):
-    """u where u > theta, theta = exp(log_threshold) a parameter [F], beside the loss a penalty.
+    """u where u > theta, theta [F] learned, beside the loss a penalty.
 
     Gradients of theta are straight-through estimates with the rectangle kernel K(t) = 1 on
     |t| < 1/2, t = (u - theta) / bandwidth: of u 1[u > theta] it is -theta / bandwidth K(t), and of
@@ -42,6 +43,11 @@ class JumpReLU(Above):
         tanh_scale: of "tanh".
         pre_act: weight >= 0 of the mean over tokens of sum relu(theta - u) |W_dec[i]| over dead
             latents (as SAELens, 3e-6 there): dense over these.
+        parametrization: the parameter [F] that is learned, "log", log_threshold = log(theta), or
+            "linear", theta itself (as SAELens and dictionary_learning), which `TrainStep` keeps at
+            0 or above (as SAELens). Where a step of another optimizer leaves it below 0, it counts
+            as 0, with the gradient as it is. Adam moves a parameter by about the learning rate at a
+            step: thresholds by a share of themselves, or by the rate.
 
     A training code holds the entries below theta within half a bandwidth as well, with value 0.
     Where parameters are of 16 bits, training compares u rounded to that type. While a training code
@@ -58,6 +64,7 @@ class JumpReLU(Above):
     theta: float = 1e-3
     tanh_scale: float = 4.0
     pre_act: float = 0.0
+    parametrization: str = "log"
 
     identity: ClassVar[bool] = False
     keeps_zeros: ClassVar[bool] = True
@@ -66,6 +73,9 @@ class JumpReLU(Above):
         if self.penalty not in PENALTIES:
             wanted = ", ".join(PENALTIES)
             raise ValueError(f"{owner}: penalty must be one of {wanted}, got {self.penalty!r}")
+        if self.parametrization not in LEARNED:
+            want, got = ", ".join(LEARNED), repr(self.parametrization)
+            raise ValueError(f"{owner}: parametrization must be one of {want}, got {got}")
         for name in ("coefficient", "pre_act"):
             if not 0 <= getattr(self, name) < math.inf:
                 got = getattr(self, name)
@@ -78,8 +88,22 @@ class JumpReLU(Above):
                 raise ValueError(f"{owner}: {name} must be a finite number > 0, got {value}")
 
     def parameters(self, F: int, acc: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        start = torch.full((F,), math.log(self.theta), dtype=acc, device=device)
-        return {"log_threshold": start}
+        start = math.log(self.theta) if self.parametrization == "log" else self.theta
+        return {self.learned: torch.full((F,), start, dtype=acc, device=device)}
+
+    def fields(self) -> dict[str, Any]:
+        fields = super().fields()
+        if self.parametrization == "log":  # as in files from before there was another
+            del fields["parametrization"]
+        return fields
+
+    @property
+    def learned(self) -> str:
+        """The name of the parameter of thresholds."""
+        return LEARNED[self.parametrization]
+
+    def at_least(self) -> dict[str, float]:
+        return {"theta": 0.0} if self.parametrization == "linear" else {}
 
     @property
     def fused_refuses(self) -> str | None:
@@ -87,7 +111,7 @@ class JumpReLU(Above):
 
     def thresholds(self, coder: SparseCoder) -> Tensor:
         """theta [F] in the accumulator's type."""
-        return _theta(coder.get_parameter("log_threshold"))
+        return self.theta_of(self.own(coder))
 
     def lowest(self, coder: SparseCoder) -> Tensor:
         return self.thresholds(coder).detach() - self.bandwidth / 2
@@ -100,14 +124,14 @@ class JumpReLU(Above):
         return functional.threshold_encode(rows, coder.W_enc, coder.b_enc, theta, b_dec)
 
     def own(self, coder: SparseCoder) -> dict[str, Tensor]:
-        return {"log_threshold": coder.get_parameter("log_threshold")}
+        return {self.learned: coder.get_parameter(self.learned)}
 
     @property
     def weighs_norms(self) -> bool:
         return self.penalty == "tanh"
 
     def values_of(self, own: Mapping[str, Tensor], pre: Tensor, indices: Tensor) -> Tensor:
-        at = _theta(own["log_threshold"]).index_select(0, indices)
+        at = self.theta_of(own).index_select(0, indices)
         return sparsity.jump_relu(pre, at, self.bandwidth)
 
     def penalty_of(
@@ -115,7 +139,7 @@ class JumpReLU(Above):
     ) -> Tensor:
         assert code.pre is not None
         N = len(goal.rows) if goal.tokens is None else goal.tokens
-        theta = _theta(own["log_threshold"])
+        theta = self.theta_of(own)
         if self.penalty == "tanh":
             norms, values = own["norms"].index_select(0, code.indices), code.values.to(theta.dtype)
             scaled = sparsity.tanh_penalty(values, norms, N, self.tanh_scale)
@@ -138,6 +162,10 @@ class JumpReLU(Above):
         below: Tensor = ((theta[dead] - u).relu() * norm).sum()
         return below
 
-
-def _theta(log_threshold: Tensor) -> Tensor:
-    return log_threshold.to(accumulator(log_threshold.dtype)).exp()
+    def theta_of(self, own: Mapping[str, Tensor]) -> Tensor:
+        """theta [F] in the accumulator's type, of the parameter that is learned."""
+        learned = own[self.learned]
+        wide = learned.to(accumulator(learned.dtype))
+        if self.parametrization == "log":
+            return wide.exp()
+        return wide + (wide.clamp(min=0) - wide).detach()  # wide where it is not below 0

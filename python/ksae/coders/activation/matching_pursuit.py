@@ -27,12 +27,14 @@ class MatchingPursuit(TopK):
     Args:
         k: steps, in [1, F], which is the largest number of active latents.
         tolerance: a token takes no more steps once its residual is no longer than this.
+        stop_on_repeat: nor once it has taken a latent for the second time (as SAELens).
 
     Raises:
         TypeError: k is no integer. What is out of range is refused by the coder.
     """
 
     tolerance: float = 0.0
+    stop_on_repeat: bool = False
 
     other_k: ClassVar[bool] = False
     reads_copy: ClassVar[bool] = False
@@ -57,8 +59,8 @@ class MatchingPursuit(TopK):
         grad: Tensor | None,
         W_bf16: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
-        W = coder.W_dec
-        return merged(*matching_pursuit(rows, W, W, k, coder.b_dec, self.tolerance))
+        W, how = coder.W_dec, (self.tolerance, self.stop_on_repeat)
+        return merged(*matching_pursuit(rows, W, W, k, coder.b_dec, *how))
 
     def encoder(self, coder: SparseCoder) -> tuple[Tensor, Tensor]:
         return coder.W_dec, coder.W_dec.new_zeros(coder.d_sae)

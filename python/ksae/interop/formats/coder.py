@@ -25,7 +25,7 @@ class Coder:
     b_enc: Tensor  # [F]
     W_dec: Tensor  # [F, d_out]
     b_dec: Tensor  # [d_out]
-    activation: str  # topk, groupmax, jumprelu, batchtopk, matryoshka, relu, gated
+    activation: str  # topk, groupmax, jumprelu, batchtopk, matryoshka, relu, gated, pursuit
     k: int | None
     centred: bool  # b_dec is subtracted from the input
     W_skip: Tensor | None = None  # [d_out, d]
@@ -35,6 +35,8 @@ class Coder:
     b_mag: Tensor | None = None  # [F]
     scaled: bool = False  # selection by pre-activation times norm of the decoder row
     normalization: str = "none"  # of the input, undone on the output
+    tolerance: float = 0.0  # of pursuit, whose encoder is W_dec; W_enc and b_enc are not used
+    stop_on_repeat: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -179,7 +181,7 @@ def require(
     if coder.activation not in activations:
         other = (
             ""
-            if coder.k is None or "topk" not in activations or coder.activation == "groupmax"
+            if "topk" not in activations or coder.activation not in ("batchtopk", "matryoshka")
             else f": --as-topk (as_topk=True) takes the {coder.k} largest of each token instead"
         )
         raise refuse("activation", coder.activation, other)

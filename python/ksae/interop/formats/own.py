@@ -19,6 +19,7 @@ from ksae.coders.activation import (
     GradTopK,
     GroupMax,
     JumpReLU,
+    MatchingPursuit,
     ReLU,
     TopK,
 )
@@ -38,7 +39,7 @@ TRAINING = (
 )  # fmt: skip
 ACTIVATIONS: dict[type[Activation], str] = {
     TopK: "topk", GradTopK: "topk", BatchTopK: "batchtopk", JumpReLU: "jumprelu", ReLU: "relu",
-    Gated: "gated", GroupMax: "groupmax",
+    Gated: "gated", GroupMax: "groupmax", MatchingPursuit: "pursuit",
 }  # fmt: skip
 
 
@@ -61,9 +62,13 @@ def read(source: Source) -> Coder:
     }
     buffers = dict(model.named_buffers())
     if isinstance(model.activation, JumpReLU):
-        buffers["log_threshold"] = weights.pop("log_threshold")
+        learned = model.activation.learned
+        buffers[learned] = weights.pop(learned)
         weights["threshold"] = model.activation.thresholds(model).detach()
     activation = ACTIVATIONS[kind]
+    if isinstance(model.activation, MatchingPursuit):
+        weights["tolerance"] = model.activation.tolerance
+        weights["stop_on_repeat"] = model.activation.stop_on_repeat
     if isinstance(model.activation, BatchTopK):
         theta = buffers["threshold"]  # kernels take it in the accumulators' type
         weights["threshold"] = theta.to(accumulator(model.W_enc.dtype)) if theta >= 0 else None
@@ -90,16 +95,34 @@ def read(source: Source) -> Coder:
 
 def exact(coder: Coder, threshold: Tensor | None) -> Coder:
     """`coder`, read from ksae's file, with the JumpReLU `threshold` that it had in another format,
-    of which the file holds the logarithm, if that is still so."""
-    kept = coder.extra["ksae"]["buffers"].get("log_threshold")
-    if threshold is None or kept is None or not torch.equal(_log(threshold, coder), kept):
+    where the file holds the logarithm of it or the same numbers in another type."""
+    if threshold is None or coder.activation != "jumprelu":
         return coder
-    return replace(coder, threshold=threshold)
+    assert coder.threshold is not None
+    log = coder.extra["ksae"]["buffers"].get("log_threshold")
+    if log is None:
+        same = torch.equal(threshold.to(coder.threshold.dtype).expand(coder.d_sae), coder.threshold)
+    else:
+        same = torch.equal(_log(threshold, coder), log)
+    return replace(coder, threshold=threshold) if same else coder
 
 
 def _log(threshold: Tensor, coder: Coder) -> Tensor:
-    """JumpReLU's parameter [F]. Of accumulators' type: in 16 bits the logarithm is too coarse."""
+    """Of accumulators' type: in 16 bits the logarithm is too coarse."""
     return threshold.to(accumulator(coder.dtype)).log().expand(coder.d_sae).contiguous()
+
+
+def _jump_relu(
+    coder: Coder, fields: dict[str, Any], before: dict[str, Any]
+) -> tuple[Activation, dict[str, Tensor]]:
+    """With the parameter of before, if it still gives these thresholds."""
+    assert coder.threshold is not None
+    made = JumpReLU(**fields)
+    held = before.get(made.learned)
+    if held is None or not torch.equal(made.theta_of({made.learned: held}), coder.threshold):
+        held = coder.threshold.expand(coder.d_sae).contiguous()
+        held = _log(coder.threshold, coder) if made.parametrization == "log" else held
+    return made, {made.learned: held}
 
 
 def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[str, Tensor]]:
@@ -108,18 +131,13 @@ def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[st
     fields = dict(kept.get("config", {}).get("activation", {}))
     name, before = fields.pop("name", None), kept.get("buffers", {})
     if coder.activation == "jumprelu":
-        assert coder.threshold is not None
-        log = before.get("log_threshold")
-        same = log is not None and torch.equal(
-            log.to(accumulator(log.dtype)).exp(), coder.threshold
-        )
-        if not same:
-            log = _log(coder.threshold, coder)
-        return JumpReLU(**(fields if name == "JumpReLU" else {})), {"log_threshold": log}
+        return _jump_relu(coder, fields if name == "JumpReLU" else {}, before)
     if coder.activation == "topk":
         return TopK(coder.k or 0), {}
     if coder.activation == "groupmax":
         return GroupMax(coder.k or 0), {}
+    if coder.activation == "pursuit":
+        return MatchingPursuit(coder.k or 0, coder.tolerance, coder.stop_on_repeat), {}
     if coder.activation == "relu":
         return ReLU(**(fields if name == "ReLU" else {})), {}
     if coder.activation == "gated":
@@ -132,8 +150,8 @@ def _activation(coder: Coder, kept: dict[str, Any]) -> tuple[Activation, dict[st
             f"{float(coder.threshold)} (not set): its coders take the k largest of the batch then, "
             "others all that are positive"
         )
-    of_library = "dictionary_learning" in coder.extra
-    estimator = "dictionary_learning" if of_library else "running"
+    of_library = [n for n in ("dictionary_learning", "saelens") if n in coder.extra]
+    estimator = of_library[0] if of_library else "running"
     made = BatchTopK(coder.k or 0, fields["threshold"] if name == "BatchTopK" else estimator)
     theta, old = coder.threshold, before.get("threshold")
     same = old is not None and (theta is None or bool(old.to(theta.dtype) == theta))
@@ -160,7 +178,8 @@ def build(coder: Coder, fold: bool) -> modules.SparseCoder:
     settings |= {"dtype": coder.dtype, "device": "meta"}
     if coder.group_sizes is not None:
         settings["prefixes"] = coder.group_sizes.cumsum(0).tolist()
-        settings.setdefault("prefix_weights", "dictionary_learning")
+        weights = "sum" if "saelens" in coder.extra else "dictionary_learning"
+        settings.setdefault("prefix_weights", weights)
     if not coder.centred:
         settings |= {"d_out": coder.d_out, "skip": coder.W_skip is not None}
     sizes = {"d_in": coder.d_in, "d_sae": coder.d_sae}

@@ -4,6 +4,10 @@
 SAELens has no TopK transcoder. One whose output is as wide as its input is its TopK SAE that does
 not subtract b_dec; with a skip connection or another width it is of ksae's own architecture, which
 importing `ksae.interop.saelens` registers.
+
+What its trainer saves is read as well: weights and configuration of a training class, of which
+BatchTopK and Matryoshka are no architectures for use. Of its matching pursuit a file has the tied
+rows alone.
 """
 
 from __future__ import annotations
@@ -38,8 +42,12 @@ ACTIVATIONS = {
     "jumprelu": "jumprelu",
     "standard": "relu",
     "gated": "gated",
+    "matching_pursuit": "pursuit",
+    "batchtopk": "batchtopk",
+    "matryoshka_batchtopk": "matryoshka",
     **TRANSCODERS,
 }
+SELECTS = ("topk", "batchtopk", "matryoshka")  # with a k, by norms or not
 
 
 # What releases before 6 called some fields.
@@ -51,7 +59,10 @@ NORMALIZATIONS = (
 
 
 def matches(source: Source) -> bool:
-    return "W_enc" in source.state and source.config("d_in", "d_sae") is not None
+    config = source.config("d_in", "d_sae")
+    if config is None or "W_dec" not in source.state:
+        return False
+    return "W_enc" in source.state or config.get("architecture") == "matching_pursuit"
 
 
 def read(source: Source) -> Coder:
@@ -69,23 +80,37 @@ def read(source: Source) -> Coder:
     needed = KEYS | ({"threshold"} if activation == "jumprelu" else set())
     if activation == "gated":  # the gate's bias is b_enc here
         needed = (needed - {"b_enc"}) | {"b_gate", *GATES}
+    if activation == "pursuit":
+        needed = {"W_dec", "b_dec"}
+    elif activation in ("batchtopk", "matryoshka"):
+        needed |= {"topk_threshold"}
+    elif activation == "jumprelu" and "threshold" not in source.state:  # of older trainers
+        needed = (needed - {"threshold"}) | {"log_threshold"}
     needed |= {"W_skip"} if "skip" in str(architecture) else set()
     tensors = source.tensors(needed, {"scaling_factor"})
     ones = tensors.get("scaling_factor")  # beside the weights for a while, never with another value
     if ones is not None and not torch.allclose(ones, torch.ones_like(ones)):
         raise UserError(f"load: scaling_factor of {owner} must be 1 everywhere, got other values")
+    if activation == "pursuit":
+        tensors |= _tied(tensors, config, owner)
+    threshold = tensors.get("threshold", tensors.get("topk_threshold"))
+    if "log_threshold" in tensors:
+        threshold = tensors["log_threshold"].exp()
     coder = Coder(
         W_enc=transposed(tensors["W_enc"], owner),
         b_enc=tensors["b_gate" if activation == "gated" else "b_enc"],
         W_dec=tensors["W_dec"],
         b_dec=tensors["b_dec"],
         W_skip=tensors.get("W_skip"),
-        threshold=tensors.get("threshold"),
+        threshold=threshold,
+        group_sizes=_group_sizes(config) if activation == "matryoshka" else None,
         **{name: tensors.get(name) for name in GATES},
         activation=activation,
-        k=integer(config, "k", source.path) if activation == "topk" else None,
+        k=_k(config, activation, source.path),
+        tolerance=float(config.get("residual_threshold", 0.0)),
+        stop_on_repeat=bool(config.get("stop_on_duplicate_support", False)),
         centred=centred,
-        scaled=activation == "topk" and bool(config.get("rescale_acts_by_decoder_norm", False)),
+        scaled=activation in SELECTS and bool(config.get("rescale_acts_by_decoder_norm", False)),
         normalization=normalization,
         extra={"saelens": dict(original)},
     )
@@ -95,6 +120,30 @@ def read(source: Source) -> Coder:
             f"its config gives, got {list(tensors['W_enc'].shape)}"
         )
     return check(coder, owner)
+
+
+def _tied(tensors: dict[str, Any], config: dict[str, Any], owner: str) -> dict[str, Any]:
+    """The encoder that matching pursuit has not; with it b_dec is out of use without centring."""
+    if not config.get("apply_b_dec_to_input", True) and tensors["b_dec"].any():
+        raise UserError(
+            f"load: b_dec of {owner} must be 0 for matching_pursuit with apply_b_dec_to_input ="
+            " false, which does not use it, got other values"
+        )
+    return {"W_enc": tensors["W_dec"].clone().T, "b_enc": torch.zeros_like(tensors["W_dec"][:, 0])}
+
+
+def _k(config: dict[str, Any], activation: str, path: Path) -> int | None:
+    """Latents a token, or steps."""
+    if activation == "pursuit":
+        steps = config.get("max_iterations")
+        return integer(config, "d_in" if steps is None else "max_iterations", path)
+    return integer(config, "k", path) if activation in SELECTS else None
+
+
+def _group_sizes(config: dict[str, Any]) -> torch.Tensor:
+    widths = [int(width) for width in config.get("matryoshka_widths") or []]
+    widths += [config["d_sae"]] if widths[-1:] != [config["d_sae"]] else []
+    return torch.tensor(widths).diff(prepend=torch.tensor([0]))
 
 
 def _current(config: dict[str, Any]) -> dict[str, Any]:
@@ -139,10 +188,18 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
     coder = require(
         coder,
         "SAELens",
-        activations=("topk", "jumprelu", "relu", "gated", "batchtopk", "matryoshka"),
+        activations=(
+            "topk",
+            "jumprelu",
+            "relu",
+            "gated",
+            "batchtopk",
+            "matryoshka",
+            "pursuit",
+        ),
         skip=True,
         square=False,
-        scaled=True,
+        scaled=coder.activation == "topk",
         normalization=NORMALIZATIONS,
         fold=fold,
     )
@@ -162,7 +219,8 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
     elif coder.W_skip is not None:
         raise UserError("convert: SAELens cannot hold W_skip with b_dec subtracted from the input")
     else:
-        architecture = "standard" if activation == "relu" else activation
+        named = {"relu": "standard", "pursuit": "matching_pursuit"}
+        architecture = named.get(activation, activation)
     config: dict[str, Any] = {
         "reshape_activations": "none",
         "metadata": {},
@@ -177,6 +235,9 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
     }
     if activation == "topk":
         config |= {"k": coder.k, "rescale_acts_by_decoder_norm": coder.scaled}
+    if activation == "pursuit":
+        config |= {"max_iterations": coder.k, "residual_threshold": coder.tolerance}
+        config["stop_on_duplicate_support"] = coder.stop_on_repeat
     if architecture in TRANSCODERS:
         config["d_out"] = coder.d_out
     tensors = {
@@ -185,6 +246,8 @@ def write(coder: Coder, path: Path, fold: bool) -> Path:
         "W_dec": coder.W_dec,
         "b_dec": coder.b_dec,
     }
+    if activation == "pursuit":
+        tensors = {name: tensors[name] for name in ("W_dec", "b_dec")}
     if threshold is not None:
         tensors["threshold"] = threshold
     for name in GATES if activation == "gated" else ():
