@@ -82,6 +82,8 @@ def shell(command: str) -> None:
         metadata = (ROOT / "pyproject.toml").read_text()
         for extra in ",".join(extras).split(",") if extras else []:
             assert re.search(rf"^{extra} = \[", metadata, re.MULTILINE), command
+        if command.startswith("ksae "):
+            check_options(command)
         return
     assert command.startswith("ksae "), f"neither run here nor elsewhere: {command}"
     run_command(command)
@@ -93,9 +95,7 @@ def check_shown(block: Block) -> None:
     text = (ROOT / block.test).read_text()
     if block.language == "sh":
         for line in filter(None, (each.split("#")[0] for each in block.code.splitlines())):
-            words = line.split()
-            options = {word for word in words[2:] if word.startswith("--")}
-            assert words[0] == "ksae" and options <= options_of(words[1]), line
+            check_options(line)
         return
     for node in ast.walk(ast.parse(block.code)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ksae"):
@@ -103,10 +103,17 @@ def check_shown(block: Block) -> None:
                 assert re.search(rf"\b{alias.name}\b", text), f"{block.test} lacks {alias.name}"
 
 
+def check_options(line: str) -> None:
+    words = line.split()
+    options = {word for word in words[2:] if word.startswith("--")}
+    assert words[0] == "ksae" and options <= options_of(words[1]), line
+
+
 def options_of(command: str) -> set[str]:
     """Of a subcommand of ksae."""
     commands: Any = typer.main.get_command(cli.app.app)
-    return {name for option in commands.commands[command].params for name in option.opts}
+    params = commands.commands[command].params
+    return {name for option in params for name in (*option.opts, *option.secondary_opts)}
 
 
 def test_every_page_is_in_the_navigation():
