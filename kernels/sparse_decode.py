@@ -31,6 +31,7 @@ def decode_kernel(
     target_ptr,  # [N, d] T or float32, read with TARGET
     offsets_ptr,  # [N + 1] int64 or None: of the rows of values and indices [E]; k is not read
     out_ptr,  # [N, stop - start]: T, or float32
+    rounded_ptr,  # [N, stop - start] T, the same, or None
     d, k, start, stop,
     BIAS: tl.constexpr, TARGET: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
@@ -54,6 +55,9 @@ def decode_kernel(
         total -= tl.load(target_ptr + n * d + c, inside, 0.0).to(tl.float32)
     out = out_ptr + n * (stop - start) + c - start
     tl.store(out, total.to(out_ptr.dtype.element_ty), inside)
+    if rounded_ptr is not None:
+        here = rounded_ptr + n * (stop - start) + c - start
+        tl.store(here, total.to(rounded_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -137,6 +141,7 @@ def decode(
     stop: int,
     out: Tensor,  # [N, stop - start], written
     row_offsets: Tensor | None = None,  # [N + 1] of a code [E, 1]
+    rounded: Tensor | None = None,  # [N, stop - start] T, written
 ) -> None:
     """Columns [start, stop) of the reconstruction, less the target if there is one."""
     k, d = values.shape[1], W_dec.shape[1]
@@ -144,7 +149,7 @@ def decode(
         return
     decode_kernel[out.shape[0], triton.cdiv(stop - start, SLICE)](
         values, indices, W_dec, values if b_dec is None else b_dec,
-        values if target is None else target, row_offsets, out, d, k, start, stop,
+        values if target is None else target, row_offsets, out, rounded, d, k, start, stop,
         BIAS=b_dec is not None, TARGET=target is not None, SLICE=SLICE, num_warps=1,
     )  # fmt: skip
 
@@ -192,6 +197,7 @@ def sparse_residual(
     chunk: int,
     row_offsets: Tensor | None = None,  # [N + 1] of a code [E, 1]
     row_of: Tensor | None = None,  # [E] int32, with row_offsets
+    rounded: Tensor | None = None,  # [N, d] T, written
 ) -> None:
     """Residual, its sums of squares and its products with the chosen rows.
 
@@ -202,7 +208,7 @@ def sparse_residual(
     columns = residual.shape[1]
     if row_offsets is not None:
         rows = residual if columns == d else residual.new_empty(N, d)
-        decode(values, indices, W_dec, b_dec, target, 0, d, rows, row_offsets)
+        decode(values, indices, W_dec, b_dec, target, 0, d, rows, row_offsets, rounded)
         row_squares(rows, sq_error)
         value_products(rows, values, indices, W_dec, grads, row_of)
         if columns < d:
@@ -214,7 +220,8 @@ def sparse_residual(
         part = slice(n, n + step)
         rows = whole[: min(step, N - n)]
         code = (values[part], indices[part], W_dec)
-        decode(*code, b_dec, target[part], 0, d, rows)
+        narrow = None if rounded is None else rounded[part]
+        decode(*code, b_dec, target[part], 0, d, rows, None, narrow)
         row_squares(rows, sq_error[part])
         value_products(rows, *code, grads[part])
         if columns < d:

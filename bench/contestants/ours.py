@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..harness.data import Weights, total_variance
+from ..harness.data import Weights, fill, total_variance
 
 
 class Contestant(Protocol):
@@ -61,9 +61,7 @@ class Ksae:
                 self.note = "no BF16 dot instructions to screen with"
         F, d = start["W_enc"].shape
         self.model = TopKSAE(d, F, k, dtype=dtype)
-        with torch.no_grad():
-            for name, value in start.items():
-                getattr(self.model, name).copy_(value)
+        fill(self.model, start)
         # the rate of the others, whose losses it is compared with
         self.trainer = TrainStep(self.model, lr=lr, decoder_lr=1.0, fused=fused)
 

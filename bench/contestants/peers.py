@@ -19,17 +19,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..harness.data import Weights, total_variance
+from ..harness.data import Weights, fill, total_variance
 from .ours import per_token
 
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 MANY = 10**9  # steps or tokens of a run that no benchmark reaches the end of
 
 
-def _copy(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
+def folded(model: torch.nn.Module) -> Weights:
+    """Of sae-lens' coders, with the decoder norms folded in: they select and decode as if they were
+    1."""
+    p = {name: t.detach() for name, t in model.named_parameters()}
+    norms = p["W_dec"].norm(dim=1)
+    return {
+        "W_enc": p["W_enc"].T * norms[:, None],
+        "b_enc": p["b_enc"] * norms,
+        "W_dec": p["W_dec"] / norms[:, None],
+        "b_dec": p["b_dec"],
+    }
 
 
 class Sparsify:
@@ -46,7 +53,7 @@ class Sparsify:
         self.model: Any = SparseCoder(d, SparseCoderConfig(num_latents=F, k=k))
         names = {"encoder.weight": "W_enc", "encoder.bias": "b_enc"}
         names |= {"W_dec": "W_dec", "b_dec": "b_dec"}
-        _copy(dict(self.model.named_parameters()), {p: start[w] for p, w in names.items()})
+        fill(self.model, {p: start[w] for p, w in names.items()})
         fused = True if fused_adam else None  # None: torch's own choice
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr, fused=fused)
         self.since_fired = torch.zeros(F, dtype=torch.long)
@@ -91,8 +98,7 @@ class SaeLens:
         self.note = "scales by decoder norm, clips"
         F, d = start["W_enc"].shape
         self.model: torch.nn.Module = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=F, k=k))
-        transposed = {**start, "W_enc": start["W_enc"].T}
-        _copy(dict(self.model.named_parameters()), transposed)
+        fill(self.model, start | {"W_enc": start["W_enc"].T})
         config = SAETrainerConfig(
             total_training_samples=MANY, train_batch_size_samples=1, lr=lr, lr_end=lr
         )
@@ -110,15 +116,7 @@ class SaeLens:
         return list(self.model.parameters())
 
     def weights(self) -> Weights:
-        """With the decoder norms folded in: it selects and decodes as if they were 1."""
-        p = {name: t.detach() for name, t in self.model.named_parameters()}
-        norms = p["W_dec"].norm(dim=1)
-        return {
-            "W_enc": p["W_enc"].T * norms[:, None],
-            "b_enc": p["b_enc"] * norms,
-            "W_dec": p["W_dec"] / norms[:, None],
-            "b_dec": p["b_dec"],
-        }
+        return folded(self.model)
 
 
 class DictionaryLearning:
@@ -147,7 +145,7 @@ class DictionaryLearning:
             "decoder.weight": start["W_dec"].T,
             "b_dec": start["b_dec"],
         }
-        _copy(dict(self.trainer.ae.named_parameters()), values)
+        fill(self.trainer.ae, values)
         self.t = 0
 
     def step(self, x: Tensor) -> float:
@@ -195,7 +193,7 @@ class Overcomplete:
             "encoder.final_block.0.bias": start["b_enc"],
             "dictionary._weights": start["W_dec"],
         }
-        _copy(dict(self.model.named_parameters()), values)
+        fill(self.model, values)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=lr)
         self.train = train_sae
         self.last = torch.tensor(0.0)

@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+
+from ksae.errors import failure
 
 from ..harness import data
 from ..harness.measure import map_each_block, peak_extra, slow_share
@@ -156,8 +157,7 @@ def _serve(pipe: Connection, name: str, task: Task) -> None:
     try:
         _run(pipe, name, task)
     except Exception as error:
-        lines = str(error).splitlines() or traceback.format_exc().splitlines()[-3:-1]
-        pipe.send({"failure": f"{type(error).__name__}: {lines[0]}"})
+        pipe.send({"failure": failure(error)})
 
 
 def _silence() -> None:

@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..harness.clock import HOST, CudaClock, interleave
 from ..harness.costs import Cost
 from ..harness.measure import Times
+from ..harness.record import Kept, Row
+from ..harness.session import Session
 from ..harness.shapes import Shape
 from . import rivals
-from .report import Record
+from .report import SUITE
 
 CHUNK = 8192  # rows of scores that are held at once
 Way = Callable[[], Any]
@@ -64,64 +65,40 @@ class Timer:
         self.device, self.rounds, self.seconds = device, rounds, seconds
         self.failed: dict[str, str] = {}
         self.extra: dict[str, int] = {}  # bytes that a call of a way has allocated at most
-        if device == "cuda":
-            self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+        self.clock = CudaClock() if device == "cuda" else HOST
 
     def __call__(self, ways: Mapping[str, Way], cold: bool = True) -> dict[str, Times]:
         """Times of each way; with `cold`, L2 holds none of its inputs."""
-        hosts, turn = {}, 0.0  # seconds that the host takes to queue a way; of all ways
+        idle: dict[str, float] = {}
         self.failed, self.extra = {}, {}
+        cuda = isinstance(self.clock, CudaClock)
+        if cuda:
+            self.clock.cold = cold
         for name, way in ways.items():
             try:
-                if self.device == "cuda":
+                if cuda:
                     way()  # compiles, allocates
                 self.wait()
                 before = memory(reset=True)
-                start = time.perf_counter()
-                way()
-                hosts[name] = time.perf_counter() - start
-                self.wait()
-                turn += time.perf_counter() - start + hosts[name] + 1e-3
+                idle[name] = self.clock.time(way)
                 self.extra[name] = memory() - before
             except Exception as error:
                 self.wait()
                 self.failed[name] = f"{type(error).__name__}: {str(error)[:300]}"
-        if self.device != "cuda":  # a dry run, whose times say nothing
-            return {name: Times.of([seconds]) for name, seconds in hosts.items()}
-        ways = {name: ways[name] for name in hosts}
-        pairs: dict[str, list[Any]] = {name: [] for name in ways}
-        names = list(ways)
-        for n in range(max(1, min(self.rounds, int(self.seconds / turn))) if names else 0):
-            shift = n % len(names)
-            for name in names[shift:] + names[:shift]:
-                if cold:
-                    self.flush.zero_()
-                # Queued while the device idles for longer than the host takes: some 2e9 cycles/s.
-                torch.cuda._sleep(int(min(1.5 * hosts[name] + 5e-4, 0.1) * 2e9))
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                ways[name]()
-                end.record()
-                pairs[name].append((start, end))
-            torch.cuda.synchronize()
-        return {
-            name: Times.of([a.elapsed_time(b) / 1e3 for a, b in taken])
-            for name, taken in pairs.items()
-        }
+        if not cuda:  # a dry run, whose times say nothing
+            return {name: Times.of([seconds]) for name, seconds in idle.items()}
+        ways = {name: ways[name] for name in idle}
+        samples = interleave(
+            ways, self.seconds, most=self.rounds, least=1, clock=self.clock, idle=idle
+        )
+        self.clock.hosts.clear()  # they hold the ways, and what these hold of the device's memory
+        return {name: Times.of(taken) for name, taken in samples.items()}
 
     def wall(self, way: Way) -> float:
         """Seconds a call among calls that are made one after the other, as in training."""
-
-        def seconds(calls: int) -> float:
-            self.wait()
-            start = time.perf_counter()
-            for _ in range(calls):
-                way()
-            self.wait()
-            return (time.perf_counter() - start) / calls
-
-        one = seconds(1)
-        return seconds(max(2, min(20, int(1 / one)))) if self.device == "cuda" else one
+        one = HOST.time(way)
+        calls = max(2, min(20, int(1 / one)))
+        return HOST.time(way, repeat=calls) if self.device == "cuda" else one
 
     def wait(self) -> None:
         if self.device == "cuda":
@@ -150,10 +127,10 @@ def copy_and_product(timer: Timer, tiny: bool) -> dict[str, float]:
     }
 
 
-def measure_ceilings(record: Record, timer: Timer, tiny: bool) -> None:
+def measure_ceilings(session: Session, timer: Timer, tiny: bool) -> None:
     """Bytes/s of a copy, flop/s of a bf16 product, bytes/s of rows gathered from L2."""
     device = timer.device
-    record.note("ceilings", **copy_and_product(timer, tiny))
+    session.fact("ceilings", **copy_and_product(timer, tiny))
     best = 0.0
     dtype = torch.float32 if tiny else torch.bfloat16
     for megabytes in (8, 32):
@@ -166,13 +143,13 @@ def measure_ceilings(record: Record, timer: Timer, tiny: bool) -> None:
             way = partial(rivals.decode, values, indices, table)
             taken = timer({"gather": way}, cold=False)["gather"]
             rate = N * k * d * table.element_size() / taken.median
-            record.note("ceilings", **{f"gather {megabytes} MB, d={d}": rate})
+            session.fact("ceilings", **{f"gather {megabytes} MB, d={d}": rate})
             best = max(best, rate)
-    record.note("ceilings", gather=best)
+    session.fact("ceilings", gather=best)
 
 
 def add_rows(
-    record: Record,
+    session: Session,
     timer: Timer,
     shape: Shape,
     op: str,
@@ -180,29 +157,43 @@ def add_rows(
     cost: Cost,
     gathered: float = 0,
 ) -> dict[str, Times]:
-    """Measures ways, and adds a row of each. Fraction: of the time that ceilings allow to have
-    taken, by formula."""
+    """Measures ways, and adds a row of each, with the time that ceilings allow to have taken, by
+    formula."""
     times = timer(ways)
-    ceilings = record.data["ceilings"]
-    floor = 0.0
+    ceilings = session.suite.facts.get("ceilings", {})
+    floor = None
     if {"copy", "product", "gather"} <= ceilings.keys():
         floor = max(cost.bytes / ceilings["copy"], cost.flops / ceilings["product"])
         floor = gathered / ceilings["gather"] if gathered else floor
-    for way, taken in times.items():
-        record.row(
-            shape=shape.name, op=op, way=way, **asdict(taken),
-            bytes=cost.bytes, flops=cost.flops, gathered=gathered, fraction=floor / taken.median,
-            extra_bytes=timer.extra[way],
-        )  # fmt: skip
+    for way in ways:
+        taken = times.get(way)
+        session.add(
+            Row(
+                SUITE,
+                shape.name,
+                op,
+                "step" if op == "step" else "forward",
+                way,
+                ours=way.startswith("ksae"),
+                kept=Kept(taken, [taken.q1]) if taken else None,
+                shape=shape.sizes,
+                dtype="fp32" if "float32" in f"{op} {way}" else "bf16",
+                bytes=cost.bytes,
+                flops=cost.flops,
+                floor=floor,
+                peak=timer.extra.get(way),
+                failure=timer.failed.get(way),
+                extra={"gathered": gathered} if gathered else {},
+            )
+        )
     for way, why in timer.failed.items():
-        record.row(shape=shape.name, op=op, way=way, note=why)
         if "OutOfMemory" not in why:
-            record.problem(f"{op} {shape.name} by {way}: {why}")
+            session.problem(f"{op} {shape.name} by {way}: {why}")
     return times
 
 
 def check(
-    record: Record,
+    session: Session,
     timer: Timer,
     what: str,
     got: Callable[[], Tensor],
@@ -215,8 +206,8 @@ def check(
         wanted = (want if isinstance(want, Tensor) else want()).float()
         error = float((result - wanted).norm() / wanted.norm().clamp_min(1e-30))
     except Exception as failure:
-        record.problem(f"{what}: {type(failure).__name__}: {str(failure)[:300]}")
+        session.problem(f"{what}: {type(failure).__name__}: {str(failure)[:300]}")
         timer.wait()  # raises where the device does not survive it
         return
     if not error <= most:
-        record.problem(f"{what}: relative error {error:.3g}, at most {most} was expected")
+        session.problem(f"{what}: relative error {error:.3g}, at most {most} was expected")

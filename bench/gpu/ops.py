@@ -19,19 +19,19 @@ from ksae.backends.triton import Kernels
 
 from ..harness import costs
 from ..harness.measure import Times
+from ..harness.session import Session
 from ..suites import latents
 from . import rivals
 from .measure import CHUNK, Inputs, Shape, Timer, Way, add_rows, check
-from .report import Record
 
 
-def measure_select(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+def measure_select(session: Session, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     i = Inputs(shape, timer.device, dtype)
     for op, wide in (("select", dtype), ("select float32", torch.float32)):
-        _measure_select(record, timer, shape, op, (i.x[:CHUNK] @ i.W.T).to(wide))
+        _measure_select(session, timer, shape, op, (i.x[:CHUNK] @ i.W.T).to(wide))
 
 
-def _measure_select(record: Record, timer: Timer, shape: Shape, op: str, scores: Tensor) -> None:
+def _measure_select(session: Session, timer: Timer, shape: Shape, op: str, scores: Tensor) -> None:
     k, portable = shape.k, Kernels()
     ways: dict[str, Way] = {
         "ksae": lambda: ops.topk(scores, k),
@@ -41,12 +41,12 @@ def _measure_select(record: Record, timer: Timer, shape: Shape, op: str, scores:
     want = scores.topk(k)[0]
     for way in ("ksae", "Triton"):
         got = lambda way=way: ways[way]()[0]
-        check(record, timer, f"{op} {shape.name} by {way}", got, want, 0)
+        check(session, timer, f"{op} {shape.name} by {way}", got, want, 0)
     cost = costs.topk(*scores.shape, k, scores.element_size())
-    add_rows(record, timer, shape, op, ways, cost)
+    add_rows(session, timer, shape, op, ways, cost)
 
 
-def measure_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+def measure_encode(session: Session, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     """Product and selection: what serves, both ways, and torch's."""
     i = Inputs(shape, timer.device, dtype)
     tokens = (i.x, i.W, i.b_enc, shape.k)
@@ -66,13 +66,13 @@ def measure_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
         ways[f"product + select, {size} MiB"] = in_chunks(size, ways["product + select"])
     for way in list(ways)[:3]:
         got = lambda way=way: ways[way]()[0]
-        check(record, timer, f"encode {shape.name} by {way}", got, i.values, 1e-2)
+        check(session, timer, f"encode {shape.name} by {way}", got, i.values, 1e-2)
     cost = costs.topk_encode(shape.N, shape.d, shape.F, shape.k, i.x.element_size())
-    times = add_rows(record, timer, shape, "encode + select", ways, cost)
-    note_choice(record, timer.device, shape, "16 bit", "encode", times)
+    times = add_rows(session, timer, shape, "encode + select", ways, cost)
+    note_choice(session, timer.device, shape, "16 bit", "encode", times)
 
 
-def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+def measure_screen(session: Session, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     """float32 weights: screened in bfloat16, and by float32 products."""
     i = Inputs(shape, timer.device, torch.float32)
     tokens = (i.x, i.W, i.b_enc, shape.k)
@@ -97,13 +97,13 @@ def measure_screen(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
     }
     for way in list(ways)[:5]:
         got = lambda way=way: ways[way]()[0]
-        check(record, timer, f"encode float32 {shape.name} by {way}", got, i.values, 1e-5)
+        check(session, timer, f"encode float32 {shape.name} by {way}", got, i.values, 1e-5)
     cost = costs.topk_encode(shape.N, shape.d, shape.F, shape.k, 4)
-    times = add_rows(record, timer, shape, "encode float32", ways, cost)
-    note_choice(record, timer.device, shape, "float32", "encode", times)
+    times = add_rows(session, timer, shape, "encode float32", ways, cost)
+    note_choice(session, timer.device, shape, "float32", "encode", times)
 
 
-def measure_grad_encode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+def measure_grad_encode(session: Session, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     i, portable = Inputs(shape, timer.device, dtype), Kernels()
     arguments = (i.x, i.x.flip(0), i.W, i.b_enc, i.W, shape.k, 0.5)
     ways: dict[str, Way] = {
@@ -113,10 +113,10 @@ def measure_grad_encode(record: Record, timer: Timer, shape: Shape, dtype: torch
         "products alone": lambda: (i.product(), i.product()),
     }
     cost = costs.grad_topk_encode(shape.N, shape.d, shape.F, shape.k, i.x.element_size())
-    add_rows(record, timer, shape, "grad encode + select", ways, cost)
+    add_rows(session, timer, shape, "grad encode + select", ways, cost)
 
 
-def measure_aux(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+def measure_aux(session: Session, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     """A second selection, of AuxK's dead latents, by kind of weights."""
     for kind, of in (("16 bit", dtype), ("float32", torch.float32)):
         single = kind == "float32"
@@ -140,8 +140,8 @@ def measure_aux(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) 
         sizes = (shape.N, shape.d, shape.F, shape.k)
         cost = costs.topk_encode_aux(*sizes, k_aux, i.x.element_size())
         name = "encode float32 + AuxK" if single else "encode + AuxK"
-        times = add_rows(record, timer, shape, name, ways, cost)
-        note_choice(record, timer.device, shape, kind, "aux", times)
+        times = add_rows(session, timer, shape, name, ways, cost)
+        note_choice(session, timer.device, shape, kind, "aux", times)
 
 
 def _each(*calls: Way) -> Any:
@@ -170,7 +170,7 @@ NAMES = {"product": "product + select", "screened": "screened product", "fused":
 
 
 def note_choice(
-    record: Record,
+    session: Session,
     device: str,
     shape: Shape,
     kind: str,
@@ -184,11 +184,11 @@ def note_choice(
     if not wanted <= ms.keys():
         return
     key = f"{shape.name}, {kind}"
-    found = record.data["choice"].get(key, {}) | {what: ms}
+    found = session.suite.facts.get("choice", {}).get(key, {}) | {what: ms}
     measured = ("encode", "aux")
     if found.keys() >= set(measured):
         generation = gpu.generation(torch.device("cuda")) if device == "cuda" else "dry run"
-        said = f"{record.data['machine'].get('gpu')}, N={shape.N}, k={shape.k}: " + (
+        said = f"{session.record.machine.get('gpu')}, N={shape.N}, k={shape.k}: " + (
             "; with AuxK ".join(
                 ", ".join(f"{way} {took:.4g} ms" for way, took in found[of].items())
                 for of in measured
@@ -197,10 +197,10 @@ def note_choice(
         said += f"; {time.strftime('%Y-%m-%d')}"
         way, aux = (min(found[of], key=found[of].__getitem__) for of in measured)
         found["row"] = repr(gpu.Row(generation, kind, shape.d, shape.F, way, said, aux))
-    record.note("choice", **{key: found})
+    session.fact("choice", **{key: found})
 
 
-def measure_decode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+def measure_decode(session: Session, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     """Reconstruction and residual, also of slots that AuxK has no latent for."""
     i, portable = Inputs(shape, timer.device, dtype), Kernels()
     s = i.x.element_size()
@@ -215,9 +215,9 @@ def measure_decode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
     }
     want = ways["embedding_bag"]()
     for way in list(ways)[:3]:
-        check(record, timer, f"decode {shape.name} by {way}", ways[way], want, 1e-2)
+        check(session, timer, f"decode {shape.name} by {way}", ways[way], want, 1e-2)
     cost, gathered = costs.sparse_decode(N, d, F, k, s), N * k * d * s
-    add_rows(record, timer, shape, "decode", ways, cost, gathered)
+    add_rows(session, timer, shape, "decode", ways, cost, gathered)
 
     target = (i.b_dec, i.x, d)
     ways = {
@@ -227,9 +227,9 @@ def measure_decode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
     want = want.float() - i.x.float()
     for way in ways:
         got = lambda way=way: ways[way]()[0]
-        check(record, timer, f"residual {shape.name} by {way}", got, want, 1e-2)
+        check(session, timer, f"residual {shape.name} by {way}", got, want, 1e-2)
     cost = costs.sparse_residual(N, d, F, k, s)
-    add_rows(record, timer, shape, "residual", ways, cost, gathered)
+    add_rows(session, timer, shape, "residual", ways, cost, gathered)
 
     k_aux = min(d, F) // 2  # slots of AuxK while nothing is dead
     none = (torch.zeros(N, k_aux, device=i.x.device, dtype=i.dtype), i.indices.new_zeros(N, k_aux))
@@ -241,7 +241,7 @@ def measure_decode(record: Record, timer: Timer, shape: Shape, dtype: torch.dtyp
         for name, served in (("ksae", ops), ("Triton", portable))
     }
     cost = costs.Cost(N * k_aux * (2 * s + 8) + N * d * (s + 4))
-    add_rows(record, timer, shape, "unused slots", ways, cost)
+    add_rows(session, timer, shape, "unused slots", ways, cost)
 
 
 def hot(indices: Tensor, latent: int) -> Tensor:
@@ -250,14 +250,14 @@ def hot(indices: Tensor, latent: int) -> Tensor:
     return torch.cat([first[:, None], indices[:, 1:]], 1)
 
 
-def measure_latents(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+def measure_latents(session: Session, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     """Grouping by latent and the passes over latents; once more with one latent in every token."""
     i = Inputs(shape, timer.device, dtype)
-    _measure_latents(record, timer, i, i.indices, "")
-    _measure_latents(record, timer, i, hot(i.indices, shape.F // 2), ", hot latent")
+    _measure_latents(session, timer, i, i.indices, "")
+    _measure_latents(session, timer, i, hot(i.indices, shape.F // 2), ", hot latent")
 
 
-def _measure_latents(record: Record, timer: Timer, i: Inputs, indices: Tensor, case: str) -> None:
+def _measure_latents(session: Session, timer: Timer, i: Inputs, indices: Tensor, case: str) -> None:
     shape, s, portable = i.shape, i.x.element_size(), Kernels()
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     ways: dict[str, Way] = {
@@ -269,18 +269,18 @@ def _measure_latents(record: Record, timer: Timer, i: Inputs, indices: Tensor, c
     for way in ("ksae", "Triton"):
         for part, want in enumerate(groups):
             got = lambda way=way, part=part: ways[way]()[part]
-            check(record, timer, f"group{case} {shape.name} by {way}", got, want, 0)
-    add_rows(record, timer, shape, f"group{case}", ways, costs.group_by_latent(N, F, k, s))
+            check(session, timer, f"group{case} {shape.name} by {way}", got, want, 0)
+    add_rows(session, timer, shape, f"group{case}", ways, costs.group_by_latent(N, F, k, s))
 
     ours, triton = (
         latents.both_passes(i.x, i.W, i.b_dec, i.values, indices, groups, served)
         for served in (ops, portable)
     )
     what = f"latent pass{case} {shape.name} by Triton"
-    check(record, timer, what, lambda: triton() - i.W.float(), lambda: ours() - i.W.float(), 1e-2)
+    check(session, timer, what, lambda: triton() - i.W.float(), lambda: ours() - i.W.float(), 1e-2)
     cost = latents.cost(N, d, F, k, s)
     ways = {"ksae": ours, "Triton": triton}
-    add_rows(record, timer, shape, f"latent pass{case}", ways, cost)
+    add_rows(session, timer, shape, f"latent pass{case}", ways, cost)
 
 
 SECTIONS = {

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .report import Record
+    from ..harness.session import Session
 
 TIMED_OUT = 124
 UNUSABLE = 70  # exit status of a process whose device is lost
@@ -70,8 +70,15 @@ def last_line(log: Path) -> str:
     return lines[-1][:300] if lines else ""
 
 
+def begun_of(session: Session) -> list[str]:
+    """Sections that some process has begun, as it is on disk now."""
+    session.resume()
+    names: list[str] = session.suite.facts["sections"]["begun"]
+    return names
+
+
 def supervise(
-    record: Record,
+    session: Session,
     names: Sequence[str],
     command: Callable[[Sequence[str]], Sequence[str]],
     log: Path,
@@ -83,28 +90,28 @@ def supervise(
     A section that takes longer than `most` seconds is ended; the next process begins after it.
     """
     waiting = list(names)
-    while waiting and record.left() > 0:
+    while waiting and session.left() > 0:
         process = start(command(waiting), log, environment)
         begun: list[str] = []
         since = time.monotonic()
         try:
             while (status := process.poll()) is None:
                 time.sleep(LOOK)
-                now = [name for name in record.reload()["begun"] if name in waiting]
+                now = [name for name in begun_of(session) if name in waiting]
                 begun, since = now, since if now == begun else time.monotonic()
-                if time.monotonic() - since > most or record.left() < -GRACE:
+                if time.monotonic() - since > most or session.left() < -GRACE:
                     status = TIMED_OUT
                     break
         finally:
             end(process)
+        begun = [name for name in begun_of(session) if name in waiting]
         if status == 0:
             return
-        begun = [name for name in record.reload()["begun"] if name in waiting]
         how = "took too long" if status == TIMED_OUT else f"its process ended with {status}"
-        record.problem(f"{begun[-1] if begun else waiting[0]}: {how}, after: {last_line(log)}")
+        session.problem(f"{begun[-1] if begun else waiting[0]}: {how}, after: {last_line(log)}")
         waiting = waiting[waiting.index(begun[-1]) + 1 :] if begun else []
     for name in waiting:
-        record.problem(f"no time for {name}")
+        session.problem(f"no time for {name}")
 
 
 def end_with_parent() -> None:

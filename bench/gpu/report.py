@@ -1,102 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of gpu/run.py: JSON and markdown, written anew after each measurement; goals."""
+"""What harness/report.py writes of the suite that gpu/run.py fills: notes, tables, goals."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
+from ..harness.record import Row, Suite
 
-class Record:
-    """What is known so far, on disk."""
-
-    def __init__(self, folder: Path, name: str, minutes: float) -> None:
-        self.base = folder / f"gpu_{name}_{time.strftime('%Y-%m-%d')}"
-        self.data: dict[str, Any] = {
-            "finished": False, "start": time.time(), "minutes": minutes, "begun": [],
-            "machine": {}, "build": {}, "tests": {}, "ceilings": {}, "choice": {}, "profile": {},
-            "rows": [], "problems": [],
-        }  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        self.save()
-
-    @classmethod
-    def resume(cls, path: Path) -> Record:
-        """The record that another process began; one of them writes at a time."""
-        record = cls.__new__(cls)
-        record.base = path.with_suffix("")
-        record.reload()
-        return record
-
-    def reload(self) -> dict[str, Any]:
-        """What is on disk now."""
-        self.data = json.loads(self.path.read_text())
-        return self.data
-
-    @property
-    def path(self) -> Path:
-        return self.base.with_name(self.base.name + ".json")
-
-    def begin(self, name: str) -> None:
-        """A section begins: whatever becomes of it, it is not tried again."""
-        print(f"{name}, {self.left():.0f} s left", flush=True)
-        self.data["begun"].append(name)
-        self.save()
-
-    def left(self) -> float:
-        """Seconds."""
-        return float(self.data["minutes"] * 60 - (time.time() - self.data["start"]))
-
-    def note(self, section: str, **values: Any) -> None:
-        self.data[section].update(values)
-        self.save()
-
-    def row(self, **values: Any) -> None:
-        self.data["rows"].append(values)
-        self.save()
-
-    def problem(self, what: str) -> None:
-        print(f"PROBLEM {what}", flush=True)
-        self.data["problems"].append(what)
-        self.save()
-
-    def save(self) -> None:
-        self.data["seconds"] = round(time.time() - self.data["start"], 1)
-        for suffix, text in (
-            (".json", json.dumps(self.data, indent=1)),
-            (".md", report(self.data)),
-        ):
-            scratch = self.base.with_name(self.base.name + suffix + ".part")
-            scratch.write_text(text + "\n")
-            scratch.replace(self.base.with_name(self.base.name + suffix))
+SUITE = "gpu"
+Table = tuple[str, list[str], list[list[str]]]  # title, header, cells
 
 
-def goals(rows: list[dict[str, Any]]) -> list[tuple[str, float, str, float, bool]]:
+def goals(rows: Sequence[Row]) -> list[tuple[str, float, str, float, bool]]:
     """(what, measured, relation, wanted, reached) for what was measured."""
-    found = {(r["shape"], r["op"], r["way"]): r for r in rows if "median" in r}
+    found = {(r.case, r.op, r.way): r for r in rows if r.times}
 
     def ratio(shape: str, op: str, a: str, b: str) -> float | None:
-        pair = found.get((shape, op, a)), found.get((shape, op, b))
-        return pair[0]["median"] / pair[1]["median"] if pair[0] and pair[1] else None
+        pair = [found[shape, op, way].times for way in (a, b) if (shape, op, way) in found]
+        return pair[0].median / pair[1].median if len(pair) == 2 and all(pair) else None  # type: ignore[union-attr]
 
-    def field(shape: str, op: str, name: str) -> float | None:
-        return found.get((shape, op, "ksae"), {}).get(name)
+    def of_ceiling(shape: str, op: str) -> float | None:
+        row = found.get((shape, op, "ksae"))
+        return None if row is None else fraction(row)
+
+    def products(shape: str) -> float | None:
+        row = found.get((shape, "step", "ksae"))
+        return None if row is None else row.extra.get("products")
 
     wanted: list[tuple[str, float | None, str, float]] = []
     for shape, encode, step in (("A", 1.12, 2.3), ("B", 1.5, 2.9)):
         for op in ("select", "select float32"):
-            wanted.append((f"{shape} {op}: of copy", field(shape, op, "fraction"), ">=", 0.7))
+            wanted.append((f"{shape} {op}: of copy", of_ceiling(shape, op), ">=", 0.7))
             faster = ratio(shape, op, "torch.topk", "ksae")
             wanted.append((f"{shape} {op}: torch.topk / ksae", faster, ">=", 5))
-        wanted.append((f"{shape} decode: of gather", field(shape, "decode", "fraction"), ">=", 0.7))
-        part = field(shape, "latent pass", "fraction")
+        wanted.append((f"{shape} decode: of gather", of_ceiling(shape, "decode"), ">=", 0.7))
+        part = of_ceiling(shape, "latent pass")
         wanted.append((f"{shape} latent pass: of bytes", part, ">=", 0.65))
         share = ratio(shape, "encode + select", "ksae", "product alone")
         wanted.append((f"{shape} encode + select / product", share, "<=", encode))
-        wanted.append((f"{shape} step / product", field(shape, "step", "products"), "<=", step))
+        wanted.append((f"{shape} step / product", products(shape), "<=", step))
         faster = ratio(shape, "step", "dense torch", "ksae")
         wanted.append((f"{shape} dense torch step / ksae's", faster, ">=", 3))
     # of the fused Triton kernels
@@ -109,8 +52,8 @@ def goals(rows: list[dict[str, Any]]) -> list[tuple[str, float, str, float, bool
         for of in ("ksae", way):
             share = ratio(shape, "encode float32", of, "bf16 product alone")
             wanted.append((f"{shape} float32 by {of} / bf16 product", share, "<=", screened))
-    extra = found.get(("A", "encode + select", way), {}).get("extra_bytes")
-    gigabytes = None if extra is None else extra / 1e9
+    row = found.get(("A", "encode + select", way))
+    gigabytes = None if row is None or row.peak is None else row.peak / 1e9
     wanted.append(("A fused encode: GB of its own", gigabytes, "<=", 0.2))
     return [
         (what, got, relation, want, got >= want if relation == ">=" else got <= want)
@@ -119,44 +62,52 @@ def goals(rows: list[dict[str, Any]]) -> list[tuple[str, float, str, float, bool
     ]
 
 
-def report(data: Mapping[str, Any]) -> str:
-    """The record as markdown."""
-    lines = [f"# {data['machine'].get('gpu', 'GPU')}", ""]
-    lines += [f"- {name}: {value}" for name, value in data["machine"].items()]
-    lines += [f"- ceiling, {name}: {value:.4g}/s" for name, value in data["ceilings"].items()]
-    built, tests = data["build"].get("status", "not run"), data["tests"]
+def fraction(row: Row) -> float | None:
+    """Of the time taken, what the ceilings allow."""
+    return row.floor / row.times.median if row.floor is not None and row.times else None
+
+
+def notes(suite: Suite) -> list[str]:
+    """Ceilings, what was built and tested, rows for the table of ways to encode."""
+    facts = suite.facts
+    lines = [f"ceiling, {name}: {value:.4g}/s" for name, value in facts.get("ceilings", {}).items()]
+    built, tests = facts.get("build", {}).get("status", "not run"), facts.get("tests", {})
     ran = "not run"
     if "pytest" in tests:
         ran = f"{tests['pytest']} ({tests['passed']} passed, {len(tests['failed'])} failed)"
-    lines += [f"- build: {built}; tests marked gpu: {ran}; finished: {data['finished']}"]
-    lines += [f"- failed: {name}" for name in tests.get("failed", [])]
-    rows = [found["row"] for found in data["choice"].values() if "row" in found]
-    lines += [f"- for the table in ksae/backends/serving.py: {row}" for row in rows]
-    lines += [f"- PROBLEM: {text}" for text in data["problems"]]
-    header = ("shape", "op", "way", "ms", "quartiles", "of ceiling", "products", "wall", "extra MB")
-    lines += ["", f"| {' | '.join(header)} |", "|---|---|---|---:|---:|---:|---:|---:|---:|"]
-    for r in data["rows"]:
-        cells = [r["shape"], r["op"], r["way"]]
-        if "median" in r:
-            cells += [f"{r['median'] * 1e3:.4g}", f"{r['q1'] * 1e3:.4g}-{r['q3'] * 1e3:.4g}"]
-            cells += [f"{r['fraction']:.2f}"]
-        else:
-            cells += [r["note"], "", ""]
-        cells += [f"{r['products']:.2f}" if "products" in r else ""]
-        cells += [f"{r['wall'] * 1e3:.4g}" if "wall" in r else ""]
-        cells += [f"{r['extra_bytes'] / 2**20:.0f}" if "extra_bytes" in r else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| goal | measured | wanted | reached |", "|---|---:|---:|---|"]
-    for what, got, relation, want, reached in goals(data["rows"]):
-        lines.append(f"| {what} | {got:.3g} | {relation} {want} | {'yes' if reached else 'NO'} |")
-    for step, kernels in data["profile"].items():
+    lines += [f"build: {built}; tests marked gpu: {ran}"]
+    lines += [f"failed: {name}" for name in tests.get("failed", [])]
+    found = (choice["row"] for choice in facts.get("choice", {}).values() if "row" in choice)
+    return [*lines, *(f"for the table in ksae/backends/serving.py: {row}" for row in found)]
+
+
+def tables(suite: Suite) -> list[Table]:
+    """What was measured, the goals, and the kernels of each step that was profiled."""
+    header = ["shape", "op", "way", "ms", "quartiles", "of ceiling", "products", "wall", "extra MB"]
+    found = [("Measured", header, [_cells(row) for row in suite.rows])]
+    judged = [
+        [what, f"{got:.3g}", f"{relation} {want}", "yes" if reached else "NO"]
+        for what, got, relation, want, reached in goals(suite.rows)
+    ]
+    found.append(("Goals", ["goal", "measured", "wanted", "reached"], judged))
+    for step, kernels in suite.facts.get("profile", {}).items():
         calls = sum(kernel["calls"] for kernel in kernels)
-        lines += [
-            "",
-            f"Step {step}: {calls} calls",
-            "",
-            "| kernel | calls | us |",
-            "|---|---:|---:|",
-        ]
-        lines += [f"| {e['kernel']} | {e['calls']} | {e['us']} |" for e in kernels]
-    return "\n".join(lines)
+        each = [[str(e[key]) for key in ("kernel", "calls", "us")] for e in kernels]
+        found.append((f"Step {step}: {calls} calls", ["kernel", "calls", "us"], each))
+    return found
+
+
+def _cells(row: Row) -> list[str]:
+    cells = [row.case, row.op, row.way]
+    if (t := row.times) is None:
+        return [*cells, row.failure or "no time", *[""] * 5]
+    share = fraction(row)
+    cells += [_ms(t.median), f"{_ms(t.q1)}-{_ms(t.q3)}", "" if share is None else f"{share:.2f}"]
+    more: dict[str, Any] = row.extra
+    cells += [f"{more['products']:.2f}" if "products" in more else ""]
+    cells += [_ms(more["wall"]) if "wall" in more else ""]
+    return [*cells, "" if row.peak is None else f"{row.peak / 2**20:.0f}"]
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"

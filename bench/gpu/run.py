@@ -24,7 +24,6 @@ import argparse
 import functools
 import gc
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -36,13 +35,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-try:
+if __package__:
+    from ..harness.record import Record
+    from ..harness.report import markdown, terminal
+    from ..harness.session import Session
     from .process import UNUSABLE, end_with_parent, run, supervise
-    from .report import Record, report
-except ImportError:  # run as a file, maybe before ksae is installed
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    from gpu.process import UNUSABLE, end_with_parent, run, supervise
-    from gpu.report import Record, report
+    from .report import SUITE
+else:  # run as a file, maybe before ksae is installed
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+    from bench.gpu.process import UNUSABLE, end_with_parent, run, supervise
+    from bench.gpu.report import SUITE
+    from bench.harness.record import Record
+    from bench.harness.report import markdown, terminal
+    from bench.harness.session import Session
+
+    del sys.path[0]  # where a folder named kernels would shadow other packages
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "build" / "gpu"  # where the build lands
@@ -56,7 +63,7 @@ def cuda_tool(name: str) -> str | None:
     return shutil.which(name, path=path)
 
 
-def build(record: Record, log: Path, capability: tuple[int, int]) -> bool:
+def build(session: Session, log: Path, capability: tuple[int, int]) -> bool:
     """The package in build/gpu: with CUDA kernels, or else without. False: there is none."""
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
     pip += ["--no-index", "--upgrade", "--target", str(PACKAGE), str(ROOT)]
@@ -64,23 +71,23 @@ def build(record: Record, log: Path, capability: tuple[int, int]) -> bool:
     options = {"CMAKE_CUDA_ARCHITECTURES": architecture, "PYTHONSAFEPATH": "1"}
     nvcc = cuda_tool(os.environ.get("CUDACXX", "nvcc"))
     if nvcc is None:
-        record.problem("no nvcc: built without the CUDA kernels")
+        session.problem("no nvcc: built without the CUDA kernels")
     for cuda in ("1", "0") if nvcc else ("0",):
         start = time.monotonic()
         options |= {"KSAE_CUDA": cuda, "CUDACXX": nvcc or ""}
-        status, out = run(pip, min(BUILD, record.left()), log, **options)
+        status, out = run(pip, min(BUILD, session.left()), log, **options)
         took = round(time.monotonic() - start, 1)
-        record.note("build", status=status, seconds=took, architecture=architecture, cuda=cuda)
+        session.fact("build", status=status, seconds=took, architecture=architecture, cuda=cuda)
         if status == 0:
             return True
-        record.note("build", tail=out[-3000:])
-        record.problem(f"the build with KSAE_CUDA={cuda} ended with {status}")
+        session.fact("build", tail=out[-3000:])
+        session.problem(f"the build with KSAE_CUDA={cuda} ended with {status}")
     try:
         pure_python(PACKAGE)
     except OSError as error:
-        record.problem(f"no copy of the package: {error}")
+        session.problem(f"no copy of the package: {error}")
         return False
-    record.note("build", status="pure Python: Triton and torch ways alone")
+    session.fact("build", status="pure Python: Triton and torch ways alone")
     return True
 
 
@@ -103,7 +110,7 @@ def marked() -> list[str]:
     return [str(p) for p in files if marks.search(p.read_text())]
 
 
-def tests(record: Record, log: Path, environment: dict[str, str]) -> None:
+def tests(session: Session, log: Path, environment: dict[str, str]) -> None:
     """The tests marked gpu; on many cores, for Triton compiles hundreds of kernels for them."""
     pytest = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rN", "-p", "no:cacheprovider"]
     pytest += ["--tb=short", "-p", "gpu.plugin", "-c", str(ROOT / "pyproject.toml"), *marked()]
@@ -114,42 +121,44 @@ def tests(record: Record, log: Path, environment: dict[str, str]) -> None:
         pytest += ["--timeout", "90", "--timeout-method", "thread"]
     paths = os.pathsep.join([environment["PYTHONPATH"], str(Path(__file__).parents[1])])
     options = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    status, out = run(pytest, min(TESTS, record.left()), log, **options)
+    status, out = run(pytest, min(TESTS, session.left()), log, **options)
     failed = sorted(set(re.findall(r"^FAILED (.*)$", out, re.MULTILINE)))
     passed = len(re.findall(r"\bPASSED\b", out))
-    record.note("tests", pytest=status, passed=passed, failed=failed[:100], tail=out[-1000:])
+    session.fact("tests", pytest=status, passed=passed, failed=failed[:100], tail=out[-1000:])
     if status:
         first = f", the first {failed[0]}" if failed else ""
         what = f"the tests marked gpu ended with {status}"
-        record.problem(f"{what}: {passed} passed, {len(failed)} failed{first}")
+        session.problem(f"{what}: {passed} passed, {len(failed)} failed{first}")
 
 
-def sanitize(record: Record, log: Path, environment: dict[str, str]) -> None:
+def sanitize(session: Session, log: Path, environment: dict[str, str]) -> None:
     """compute-sanitizer, where it is installed, on each op once."""
     sanitizer = cuda_tool("compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
         if sanitizer is None:
-            record.note("tests", **{tool: "compute-sanitizer is not installed"})
+            session.fact("tests", **{tool: "compute-sanitizer is not installed"})
             continue
-        if record.left() < SANITIZER:
-            record.problem(f"no time for {tool}")
+        if session.left() < SANITIZER:
+            session.problem(f"no time for {tool}")
             continue
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *this(), "--smoke"]
         status, out = run(command, SANITIZER, log, **environment)
-        record.note("tests", **{tool: status, f"{tool}_tail": out[-1000:]})
+        session.fact("tests", **{tool: status, f"{tool}_tail": out[-1000:]})
         if status:
-            record.problem(f"compute-sanitizer's {tool} ended with {status}")
+            session.problem(f"compute-sanitizer's {tool} ended with {status}")
 
 
-def first_look(record: Record, log: Path, dry: bool, environment: dict[str, str]) -> None:
+def first_look(session: Session, log: Path, dry: bool, environment: dict[str, str]) -> None:
     """Each op and a step of each dtype, before time is spent on what a broken one would waste."""
     start = time.monotonic()
     command = [*this(), "--smoke", *(["--dry-run"] if dry else [])]
-    status, out = run(command, min(SMOKE, record.left()), log, **environment)
+    status, out = run(command, min(SMOKE, session.left()), log, **environment)
     took = round(time.monotonic() - start, 1)
-    record.note("tests", smoke=status, smoke_seconds=took, smoke_tail=out[-1000:] if status else "")
+    session.fact(
+        "tests", smoke=status, smoke_seconds=took, smoke_tail=out[-1000:] if status else ""
+    )
     if status:
-        record.problem(f"the smoke test ended with {status}")
+        session.problem(f"the smoke test ended with {status}")
 
 
 def this() -> list[str]:
@@ -208,6 +217,20 @@ def take_steps(i: Any) -> None:
             assert losses.isfinite().all() and losses[-1] <= 1.2 * losses[0], losses
 
 
+def open_session(path: Path, machine: dict[str, Any] | None = None) -> Session:
+    """Whose numbers are on disk as they come, with their report; what it shows is printed."""
+    conditions = {"command": "python bench/gpu/run.py --out DIR", "data": "normal"}
+    show = lambda text, seconds: print(text, flush=True)
+    report = lambda record: markdown(record, [])
+    return Session(Record(machine or {}, SUITE, conditions), path, show=show, report=report)
+
+
+def begin(session: Session, name: str) -> None:
+    """A section begins: whatever becomes of it, it is not tried again."""
+    session.show(f"{name}, {session.left():.0f} s left", session.spent())
+    session.fact("sections", begun=[*session.suite.facts["sections"]["begun"], name])
+
+
 # most wanted first
 NAMES = ("step", "variants", "encode", "encode float32", "latents", "decode", "profile", "select")
 NAMES += ("AuxK", "grad encode")
@@ -222,7 +245,7 @@ def sections(shapes: Sequence[str]) -> tuple[list[str], list[str]]:
     return ["ceilings", *small], [*steps, *(f"{n} {s}" for s in shapes[2:] for n in rest)]
 
 
-def measure(record: Record, names: Sequence[str], dry: bool) -> int:
+def measure(session: Session, names: Sequence[str], dry: bool) -> int:
     """Measures sections in this process. Not 0: the device is lost, and the rest is to do."""
     import torch
 
@@ -234,21 +257,21 @@ def measure(record: Record, names: Sequence[str], dry: bool) -> int:
     timer = Timer(device, 12)
     shapes = {shape.name: shape for shape in (TINY if dry else SHAPES)}
     for name in names:
-        if record.left() < 20:
-            record.problem(f"no time for {name}")
+        if session.left() < 20:
+            session.problem(f"no time for {name}")
             continue
-        record.begin(name)
+        begin(session, name)
         what, _, shape = name.rpartition(" ")
         call: Callable[[], None]
         if name == "ceilings":
-            call = functools.partial(measuring.measure_ceilings, record, timer, dry)
+            call = functools.partial(measuring.measure_ceilings, session, timer, dry)
         else:
             work = ops.SECTIONS | steps.SECTIONS
-            call = functools.partial(work[what], record, timer, shapes[shape], dtype)
+            call = functools.partial(work[what], session, timer, shapes[shape], dtype)
         try:
             call()
         except Exception as error:  # the rest can still be measured
-            record.problem(f"{name}: {type(error).__name__}: {str(error)[:500]}")
+            session.problem(f"{name}: {type(error).__name__}: {str(error)[:500]}")
         gc.collect()
         if not dry:
             try:
@@ -259,8 +282,8 @@ def measure(record: Record, names: Sequence[str], dry: bool) -> int:
     return 0
 
 
-def everything(record: Record, dry: bool, installed: bool) -> None:
-    log = record.base.with_name(record.base.name + ".log")
+def everything(session: Session, dry: bool, installed: bool) -> None:
+    log = session.path.with_suffix(".log")
     environment = {}
     if not dry and not installed:
         import torch
@@ -269,26 +292,27 @@ def everything(record: Record, dry: bool, installed: bool) -> None:
             [str(PACKAGE), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
         capability = torch.cuda.get_device_capability()
-        if not build(record, log, capability):
+        if not build(session, log, capability):
             return
     if not installed:
-        first_look(record, log, dry, environment)
+        first_look(session, log, dry, environment)
     small, large = sections(("B", "A") if dry else ("B", "A", "B-65536", "A-65536"))
 
     def command(names: Sequence[str]) -> Sequence[str]:
-        options = ["--into", str(record.path), "--sections", ",".join(names)]
+        options = ["--into", str(session.path), "--sections", ",".join(names)]
         return [*this(), *options, *(["--dry-run"] if dry else [])]
 
-    supervise(record, small, command, log, SECTION, **environment)
+    supervise(session, small, command, log, SECTION, **environment)
     if not dry and not installed:
-        tests(record, log, environment)
-        sanitize(record, log, environment)
-    supervise(record, large, command, log, SECTION, **environment)
-    record.data["finished"] = True
-    record.save()
+        tests(session, log, environment)
+        sanitize(session, log, environment)
+    supervise(session, large, command, log, SECTION, **environment)
+    session.record.state = "complete"
+    session.record.conditions["seconds"] = round(session.spent(), 1)
+    session.end("complete")
 
 
-def describe(record: Record, dry: bool) -> None:
+def describe(session: Session, dry: bool) -> None:
     """What serves here, as the package says it that is measured."""
     import torch
 
@@ -296,11 +320,12 @@ def describe(record: Record, dry: bool) -> None:
     from ksae.backends import cuda
     from ksae.bench.harness import measure
 
-    record.note("machine", **measure.machine(data="normal"), cuda=str(torch.version.cuda))
     package = str(Path(cuda.__file__).parent)
-    record.note("machine", serving=json.dumps(ops.serving()), package=package)
+    more = {"cuda": str(torch.version.cuda), "serving": ops.serving(), "package": package}
+    session.record.machine |= measure.machine() | more
+    session.save()
     if not dry and cuda.kernels is None:
-        record.problem(f"the CUDA kernels do not serve: {cuda.reason}")
+        session.problem(f"the CUDA kernels do not serve: {cuda.reason}")
 
 
 def interpret() -> None:
@@ -328,10 +353,11 @@ def main() -> int:
         interpret()
     if arguments.sections:
         end_with_parent()
-        record = Record.resume(arguments.into)
-        if "serving" not in record.data["machine"]:
-            describe(record, dry)
-        return measure(record, arguments.sections.split(","), dry)
+        session = open_session(arguments.into)
+        session.resume()
+        if "serving" not in session.record.machine:
+            describe(session, dry)
+        return measure(session, arguments.sections.split(","), dry)
     if arguments.smoke:
         smoke("cpu" if dry else "cuda")
         return 0
@@ -344,16 +370,20 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and what was started ends as well
     gpu = "dry-run" if dry else torch.cuda.get_device_name()
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    record = Record(arguments.out, name, arguments.minutes)
-    record.note("machine", gpu=gpu)
+    path = arguments.out / f"gpu_{name}_{time.strftime('%Y-%m-%d')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"gpu": gpu}
     if smi := None if dry else shutil.which("nvidia-smi"):
         facts = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
         query = [smi, f"--query-gpu={facts}", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True, timeout=20)
-        record.note("machine", **{facts: done.stdout.strip()})
-    everything(record, dry, arguments.installed)
-    print(report(record.data))
-    return 1 if record.data["problems"] else 0
+        machine[facts] = done.stdout.strip()
+    session = open_session(path, machine)
+    session.begin(SUITE, 60 * arguments.minutes)
+    session.fact("sections", begun=[])
+    everything(session, dry, arguments.installed)
+    print(terminal(session.record))
+    return 1 if session.suite.problems else 0
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ from ksae.coders import TopKSAE
 from ksae.step.train_step import TrainStep
 
 from ..harness import costs
+from ..harness.record import Row
+from ..harness.session import Session
 from ..suites import latents
 from . import rivals
 from .measure import Inputs, Shape, Timer, Way, add_rows, memory
-from .report import Record
+from .report import SUITE
 
 LR = 1e-3
 
 
-def measure_step(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+def measure_step(session: Session, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     """Each contestant alone, for memory, with the encoder's product between its steps."""
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     inputs = Inputs(shape, timer.device, dtype)
@@ -48,8 +50,8 @@ def measure_step(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype)
     cost = sum(latents.train_step(N, d, F, k, inputs.x.element_size()).values(), costs.Cost())
     first = None
     for name, make in contestants.items():
-        if record.left() < 20:
-            record.problem(f"no time for step {shape.name} of {name}")
+        if session.left() < 20:
+            session.problem(f"no time for step {shape.name} of {name}")
             return
         step = None
         try:
@@ -60,21 +62,21 @@ def measure_step(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype)
             loss = float(step())  # of the third step: gradients and Adam are in it
             extra = memory() - before
             first = loss if first is None else first
-            compare_losses(record, shape, name, loss, first)
+            compare_losses(session, shape, name, loss, first)
             ways = {name: step, "product alone": inputs.product}
-            times = add_rows(record, timer, shape, "step", ways, cost)
-            rows = record.data["rows"]
-            rows[:] = [r for r in rows if (r["op"], r["way"]) != ("step", "product alone")]
+            times = add_rows(session, timer, shape, "step", ways, cost)
+            rows = session.suite.rows
+            rows[:] = [r for r in rows if (r.op, r.way) != ("step", "product alone")]
             if {name, "product alone"} <= times.keys():
                 ratio = times[name].median / times["product alone"].median
-                more = {"products": ratio, "extra_bytes": extra, "loss": loss}
-                rows[-1] |= more | {"wall": timer.wall(step)}
-                record.save()
+                rows[-1].peak = extra
+                rows[-1].extra |= {"products": ratio, "loss": loss, "wall": timer.wall(step)}
+                session.save()
         except Exception as error:  # the others can still be measured
             why = f"{type(error).__name__}: {str(error)[:300]}"
-            record.row(shape=shape.name, op="step", way=name, note=why)
+            session.add(Row(SUITE, shape.name, "step", "step", name, failure=why))
             if not isinstance(error, torch.OutOfMemoryError):
-                record.problem(f"step {shape.name} of {name}: {why}")
+                session.problem(f"step {shape.name} of {name}: {why}")
             del error
             timer.wait()  # raises where the device does not survive it
         del step
@@ -83,11 +85,11 @@ def measure_step(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype)
             torch.cuda.empty_cache()
 
 
-def compare_losses(record: Record, shape: Any, name: str, loss: float, first: float) -> None:
-    """A problem of the record if a contestant's loss is not near that of ksae, the first."""
+def compare_losses(session: Session, shape: Any, name: str, loss: float, first: float) -> None:
+    """A problem of the session if a contestant's loss is not near that of ksae, the first."""
     near = 0.05 if "moments" in name else 0.005  # these are rounded stochastically
     if not abs(loss - first) <= near * abs(first):
-        record.problem(f"step {shape.name} of {name}: loss {loss:.5g}, ksae's {first:.5g}")
+        session.problem(f"step {shape.name} of {name}: loss {loss:.5g}, ksae's {first:.5g}")
 
 
 class Recorded:
@@ -145,15 +147,15 @@ def variant(inputs: Inputs, dtype: torch.dtype, dead: float = 0, **options: Any)
     return lambda: step(x)["loss"]
 
 
-def measure_variants(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+def measure_variants(session: Session, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     """Steps that differ in one thing each, one model in memory at a time."""
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     inputs = Inputs(shape, timer.device, dtype)
     for name, options in VARIANTS.items():
         size = options.get("dtype", dtype).itemsize
         cost = sum(latents.train_step(N, d, F, k, size).values(), costs.Cost())
-        if record.left() < 20:
-            record.problem(f"no time for the step {name} of {shape.name}")
+        if session.left() < 20:
+            session.problem(f"no time for the step {name} of {shape.name}")
             return
         try:
             step = variant(inputs, **{"dtype": dtype, **options})
@@ -161,16 +163,16 @@ def measure_variants(record: Record, timer: Timer, shape: Shape, dtype: torch.dt
                 step()
         except Exception as error:
             timer.wait()
-            record.problem(f"step {name} of {shape.name}: {type(error).__name__}: {error}"[:400])
+            session.problem(f"step {name} of {shape.name}: {type(error).__name__}: {error}"[:400])
             continue
-        add_rows(record, timer, shape, "step variants", {name: step}, cost)
+        add_rows(session, timer, shape, "step variants", {name: step}, cost)
         del step
         gc.collect()
         if timer.device == "cuda":
             torch.cuda.empty_cache()
 
 
-def measure_profile(record: Record, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
+def measure_profile(session: Session, timer: Timer, shape: Shape, dtype: torch.dtype) -> None:
     """Every kernel of a step by name: calls and microseconds, of the device where there is one."""
     inputs = Inputs(shape, timer.device, dtype)
     kinds = torch.profiler.ProfilerActivity
@@ -192,7 +194,7 @@ def measure_profile(record: Record, timer: Timer, shape: Shape, dtype: torch.dty
             if getattr(e, spent) > 0
         ]
         found.sort(key=lambda e: -e["us"])
-        record.note("profile", **{f"{shape.name}, {T}": found[:60]})
+        session.fact("profile", **{f"{shape.name}, {T}": found[:60]})
         del step
         gc.collect()
 

@@ -26,6 +26,7 @@ A, B = Shape("A", 8192, 4096, 131072, 64), Shape("B", 8192, 768, 24576, 32)
 # One H200: bytes/s of a copy and flop/s of a bf16 product, measured; bytes/s from L2, assumed.
 CEILINGS = {"copy": 4.3e12, "product": PRODUCT[2], "gather": L2}
 F32, F64, I32, I64 = 4, 8, 4, 8
+SHARES, SHARE = 3072, 8  # of the latents for the centre's gradient (kCentre, csrc/cuda/row_pass.h)
 GROUPING = 9  # bits of a key that a pass of group_by_latent sorts by (csrc/cuda/group_by_latent.cu)
 
 
@@ -68,7 +69,7 @@ def encode(shape: Shape, s: int) -> Iterable[Launches]:
         copy = "csrc/cuda/bf16_copy.cu: bf16_copy_kernel"
         yield Launches("encode", "bf16 copy of x", copy, 1, N * d * (F32 + 2))
         cuda = "csrc/cuda/screened_select.cu"
-        yield Launches("encode", "norms of groups", f"{cuda}: groups_kernel", 2, 3 * F * F32)
+        yield Launches("encode", "norms of groups", f"{cuda}: groups_kernel", 1, 3 * F * F32)
     W = chunks * F * d * 2  # it does not stay in L2 from one chunk to the next
     scores = N * F * F32
     yield Launches(
@@ -92,13 +93,13 @@ def encode(shape: Shape, s: int) -> Iterable[Launches]:
 def residual(shape: Shape, s: int) -> Iterable[Launches]:
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     code, touched = N * k * (s + I64), F * (1 - (1 - k / F) ** N)
-    variance = "csrc/cuda/total_variance.cu: three kernels"
-    yield Launches("residual", "variance of the target", variance, 3, N * d * s)
+    variance = "csrc/cuda/total_variance.cu: shares_kernel, columns_kernel"
+    yield Launches("residual", "variance of the target", variance, 2, N * d * s)
     small = N * F64 + N * k * F32
     yield Launches(
         "residual", "residual, its sums, the values' gradients",
         "csrc/cuda/sparse_decode.cu: residual_kernel", 2,
-        code + touched * d * s + N * d * (s + F32) + small,
+        code + touched * d * s + N * d * (s + s) + small,
         code + touched * d * s + N * d * (s + s) + small,
         N * k * d * s, 4 * N * k * d,
     )  # fmt: skip
@@ -114,27 +115,29 @@ def residual(shape: Shape, s: int) -> Iterable[Launches]:
 def update(shape: Shape, s: int) -> Iterable[Launches]:
     N, d, F, k = shape.N, shape.d, shape.F, shape.k
     entries = N * k * (I32 + s + F32) + 2 * F * F32
-    sums = "csrc/cuda/latent_sums.cu: list, pieces, sums_kernel"
-    yield Launches("update", "sums of latents", sums, 4, entries, entries)
+    sums = "csrc/cuda/latent_sums.cu: sum_pieces_kernel, sums_kernel"
+    yield Launches("update", "sums of latents", sums, 2, entries, entries)
     scalars = "csrc/cuda/adam_scalars.cu: adam_kernel"
     yield Launches("update", "scalars of Adam", scalars, 1, 0)
-    centre = "csrc/cuda/centre.cu: centre_kernel, column_sums_kernel"
-    yield Launches("update", "the centre's gradient", centre, 2, F * d * s)
     adam = F * d * (6 * F32 + (0 if s == F32 else 2))
     copied = F * d * 2 if s == F32 else 0  # the copy that the next screening reads
     group = N * k * (I32 + F32)
-    old = 0 if s == F32 else F * d * s  # W beside its master, for the part along it
+    parts = -(-F // max(-(-F // SHARES), SHARE)) * d * F32  # written here, read to be added
     yield Launches(
-        "update", "W_enc", latents.SOURCE, 4, adam + copied + group + N * d * s,
-        adam + copied + group + N * d * s, N * k * d * s, 2 * N * k * d,
+        "update", "W_enc, parts of the centre's gradient", latents.SOURCE, 2,
+        adam + copied + group + N * d * s + parts, adam + copied + group + N * d * s,
+        N * k * d * s, 2 * N * k * d,
     )  # fmt: skip
+    added = "csrc/cuda/column_sums.cu: column_sums_kernel"
+    yield Launches("update", "the centre's gradient", added, 1, parts)
     yield Launches(
-        "update", "W_dec", latents.SOURCE, 4,
-        adam + old + group + N * d * F32, adam + group + N * d * s,
-        N * k * d * F32, 2 * N * k * d,
+        "update", "W_dec", latents.SOURCE, 2,
+        adam + group + N * d * s, adam + group + N * d * s, N * k * d * s, 2 * N * k * d,
     )  # fmt: skip
     vectors = "csrc/cuda/vector_update.cu: vector_kernel"
     yield Launches("update", "b_enc and b_dec", vectors, 2, 7 * F * F32, 7 * F * F32)
+    counters = "csrc/cuda/count_tokens.cu: count_latents_kernel, add_counts_kernel"
+    yield Launches("update", "counters", counters, 1 + (F > 32768), F * 20, F * 20)
 
 
 def totals(lines: Iterable[Launches]) -> tuple[int, float, float, float]:

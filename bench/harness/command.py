@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ksae.errors import UserError, first_line
+from ksae.errors import UserError, failure
 
 from ..suites import SUITES, budget, runner
 from . import figures, report
@@ -131,7 +131,7 @@ def _run_all(session: Session, suites: Sequence[str], mode: str, bar: tqdm[None]
             session.end("interrupted")
             return "interrupted"
         except (RuntimeError, MemoryError) as error:  # out of memory, say: the others go on
-            session.end(f"failed: {type(error).__name__}: {first_line(error)}")
+            session.end(f"failed: {failure(error)}")
         else:
             session.end("complete")
         finished += seconds

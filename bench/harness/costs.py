@@ -127,6 +127,10 @@ def adam_scalars(scales: int = 1) -> Cost:
     return Cost((2 + 8 + 2 * scales) * F32 + 5 * 8 + 1, 20)
 
 
+def count_tokens(F: int) -> Cost:
+    return Cost(F * 16 + (F + 1) * 4 + 2 * F32 + 8, 3 * F)
+
+
 def vector_update(size: float, s: int = F32) -> Cost:
     """One gradient, and Adam."""
     return Cost(size * F32) + adam(size, s)

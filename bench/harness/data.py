@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Weights = dict[str, Tensor]  # W_enc [F, d], b_enc [F], W_dec [F, d], b_dec [d], float32
 
@@ -50,6 +50,13 @@ def initial_weights(F: int, d: int, seed: int = 0) -> Weights:
     W = torch.randn(F, d, generator=generator)
     W /= W.norm(dim=1, keepdim=True)
     return {"W_enc": W, "b_enc": torch.zeros(F), "W_dec": W, "b_dec": torch.zeros(d)}
+
+
+@torch.no_grad()
+def fill(module: nn.Module, weights: Weights) -> None:
+    """Copy weights into the parameters of these names."""
+    for name, value in weights.items():
+        module.get_parameter(name).copy_(value)
 
 
 def total_variance(x: Tensor) -> float:

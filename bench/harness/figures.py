@@ -26,6 +26,19 @@ OURS = ["#0b6fb8", "#56b4e9", "#004a80"]
 OTHERS = ["#d1600a", "#2a8a4a", "#cc79a7", "#8c6d1f", "#777777", "#b22222", "#444444"]
 
 
+def pyplot() -> Any:
+    """matplotlib.pyplot without a display; None, and a line that says so, if it is not there."""
+    if not plots.available():
+        print("no pictures: matplotlib is not installed")
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def draw(run: Record, out: Path) -> list[Path]:
     """Write all pictures that the run has data for; none without matplotlib."""
     if not plots.available():

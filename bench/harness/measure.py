@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing, memory and the description of the machine, shared by all suites.
+"""Medians, memory and the description of the machine, shared by all suites.
 
 KSAE_BENCH_SLOW=op:share makes every timed call of that op of ksae take (1 + share) times as long;
 it exists for the test of `ksae bench --compare`.
@@ -22,15 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-# Seconds; shorter calls are repeated within a sample. Well below a scheduler's time slice, so that
-# where the machine does other things as well most samples are whole.
-MIN_SAMPLE = 0.0003
 UNKNOWN = "unknown"  # the revision of a package that is installed
 IDLE = 0.5  # load average that an idle machine may have
-LONG = 0.1  # seconds; one idle call is enough before such a one
-FAR = 8  # times the fastest
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt in glibc
 
@@ -58,63 +51,6 @@ def slow_share(op: str) -> float:
     """By how much KSAE_BENCH_SLOW slows the calls of `op`."""
     named, _, share = os.environ.get("KSAE_BENCH_SLOW", "").partition(":")
     return float(share) if named == op and share else 0.0
-
-
-def timed(call: Callable[[], Any], repeat: int = 1, slow: float = 0.0) -> float:
-    """Seconds of one call, the mean of `repeat`; a GPU's work is waited for."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else None
-    if wait:
-        wait()
-    start = time.perf_counter()
-    for _ in range(repeat):
-        call()
-    if wait:
-        wait()
-    end = time.perf_counter()
-    if slow:
-        until = end + slow * (end - start)
-        while end < until:  # busy, as a slower kernel would be
-            end = time.perf_counter()
-    return (end - start) / repeat
-
-
-def interleave(
-    ways: Mapping[str, Callable[[], Any]],
-    seconds: float,
-    *,
-    most: int = 100,
-    least: int = 3,
-    slow: Mapping[str, float] | None = None,
-) -> dict[str, list[float]]:
-    """Seconds of each of `ways`, once a round in an order that rotates, after two idle calls.
-
-    Rounds end after `seconds` (but not before `least`) or after `most`. Ways that take more than
-    FAR times as long as the fastest take part in the first round and in every sixteenth; those of
-    LONG calls in two rounds, and in more while there is time.
-    Calls shorter than MIN_SAMPLE are repeated: their inputs are hot in the cache if they fit.
-    """
-    end = time.perf_counter() + seconds
-    slow = slow or {}
-    taken: dict[str, float] = {}
-    for name, call in ways.items():
-        first = timed(call, slow=slow.get(name, 0.0))
-        taken[name] = first if first > LONG else timed(call)
-    far = FAR * min(taken.values(), default=0)
-    repeats = {name: max(1, round(MIN_SAMPLE / max(t, 1e-7))) for name, t in taken.items()}
-    # Of a way that is both long and far behind, the idle call is the sample of the first round.
-    samples = {name: [t] if t > max(LONG, far) else [] for name, t in taken.items()}
-    names = list(ways)
-    for round_ in range(most):
-        turn = round_ % len(names)
-        late = time.perf_counter() > end
-        for name in names[turn:] + names[:turn]:
-            if late and round_ >= 2 and taken[name] > LONG:
-                continue
-            if taken[name] <= far or (round_ % 16 == 0 and (round_ or not samples[name])):
-                samples[name].append(timed(ways[name], repeats[name], slow.get(name, 0.0)))
-        if round_ + 1 >= least and time.perf_counter() > end:
-            break
-    return samples
 
 
 def peak_extra(call: Callable[[], Any]) -> int | None:
@@ -157,6 +93,8 @@ def _high_water() -> int:
 
 def machine(**conditions: Any) -> dict[str, Any]:
     """What a record of timings has to say: hardware, versions, revision, the run's `conditions`."""
+    import torch
+
     from ksae.backends import cpu as native
 
     record = {

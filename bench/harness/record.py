@@ -2,11 +2,13 @@
 """What a run leaves: rows of all suites in one JSON file, written as it goes.
 
 {"schema": 2, "machine": {...}, "mode": "quick", "conditions": {...}, "state": "complete",
- "suites": {name: {"seconds": s, "state": ..., "facts": {...}, "notes": [...], "rows": [...]}}}
+ "suites": {name: {"seconds": s, "state": ..., "facts": {...}, "notes": [...], "rows": [...],
+                   "start": t, "budget": s, "problems": [...]}}}
 
 A row is a line. Of its samples the file keeps what is read again: "times", median, quartiles and
 number of all, and "lows", the lower quartile of each block. Fields at their default are left out.
-Files of schema 1 hold every sample in "blocks", and are read as well.
+Files of schema 1 hold every sample in "blocks", and are read as well, as are those without the last
+three of a suite.
 """
 
 from __future__ import annotations
@@ -129,6 +131,9 @@ class Suite:
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    start: float = 0.0  # seconds since 1970
+    budget: float = 0.0  # seconds that it may take
+    problems: list[str] = field(default_factory=list)  # what went wrong
 
 
 @dataclass

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..gpu import report as gpu
 from . import record
 from .measure import UNKNOWN, table
 from .record import Record, Row, groups
@@ -20,6 +21,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"  # the README's sectio
 TABLES_BEGIN, TABLES_END = "<!-- tables:begin -->", "<!-- tables:end -->"  # the site's
 RESULT = "bench/results/cpu/bench.json"  # what the sections are made from
 Cells = list[list[str]]
+COMPARED = ("ops", "step", "families", "quality")  # suites whose rows are ksae's and its rivals'
 REFERENCE, NO_KERNEL = "reference", "ksae (the reference)"  # ways of the op suite
 # What users call; every other op is a part of a step.
 FOR_USERS = (
@@ -213,7 +215,7 @@ def sections(run: Record) -> list[tuple[str, list[str], list[tuple[str, list[str
     """Title, notes, and tables (title, header, cells) of each suite that ran."""
     found = []
     for name, suite in run.suites.items():
-        notes = list(suite.notes)
+        notes = [*suite.notes, *(f"PROBLEM: {problem}" for problem in suite.problems)]
         if suite.state != "complete":
             notes.append(suite.state)
         tables = []
@@ -225,8 +227,8 @@ def sections(run: Record) -> list[tuple[str, list[str], list[tuple[str, list[str
                 for case, rows in by_case.items():
                     chosen = [r for r in rows if (r.op in FOR_USERS) == wanted]
                     tables.append((said + case, *ops_table(chosen)))
-        elif name == "gpu":
-            tables = [(case, *ops_table(rows)) for case, rows in by_case.items()]
+        elif name == gpu.SUITE:
+            notes, tables = [*gpu.notes(suite), *notes], gpu.tables(suite)
         elif name in ("step", "families"):
             tables = [(case, *step_table(rows)) for case, rows in by_case.items()]
         elif name == "scaling":
@@ -261,7 +263,7 @@ def terminal(run: Record) -> str:
 def _faster_rivals(run: Record) -> Iterator[tuple[Row, Row, float]]:
     """The best of ksae, a faster rival, and how many times faster; of each thing ksae loses."""
     for suite, case, op, mode in groups(run.rows):
-        if suite not in ("ops", "step", "families", "quality"):
+        if suite not in COMPARED:
             continue
         members = [r for r in run.rows if r.group == (suite, case, op, mode)]
         ours, rival = best_of_ours(members), best_rival(members)
@@ -276,6 +278,8 @@ def losing(run: Record) -> list[str]:
         for _, r, times in _faster_rivals(run)
     ]
     lines += [f"{r.suite}: {r.op} at {r.case}: {r.way}: {r.failure}" for r in run.rows if _wrong(r)]
+    if not lines and not run.suites.keys() & {*COMPARED}:
+        return []
     head = "Where ksae loses:" if lines else "No row in which ksae loses."
     return [head, *(f"- {line}" for line in lines)]
 
@@ -317,8 +321,8 @@ def markdown(run: Record, pictures: Sequence[str]) -> str:
         for case, header, cells in tables:
             if cells:
                 lines += ["", f"### {case}", "", *_markdown_table(header, cells)]
-    head, *rows = losing(run)
-    lines += ["", "## " + head.rstrip(":."), "", *rows]
+    for head, *rows in filter(None, [losing(run)]):
+        lines += ["", "## " + head.rstrip(":."), "", *rows]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -335,11 +339,14 @@ def _markdown_table(header: list[str], cells: Cells) -> list[str]:
 def conditions(run: Record) -> str:
     """Hardware, versions, threads, data and revision in a sentence."""
     m = run.machine
+    if "cpu" not in m:  # of a run that was cut off before it knew
+        return ", ".join(f"{name} {value}" for name, value in m.items())
+    where = f"{m['gpu']}; " if "gpu" in m else ""
     isa = f", {m['isa']}" if m.get("isa") else ""
     known = m.get("revision", UNKNOWN) != UNKNOWN  # an installed package has none
     revision = f" at revision `{m['revision']}`" if known else ""
     return (
-        f"{m['cpu']}{isa}, {m['threads']} thread{'s' * (m['threads'] != 1)}, "
+        f"{where}{m['cpu']}{isa}, {m['threads']} thread{'s' * (m['threads'] != 1)}, "
         f"torch {m['torch']}, ksae {m['ksae']}{revision}, {m['date']}; "
         f"data: {run.conditions.get('data', 'normal')}; "
         f"{run.conditions.get('seconds', 0):.0f} s, {run.state}."
@@ -348,6 +355,8 @@ def conditions(run: Record) -> str:
 
 
 def reproduce(run: Record) -> str:
+    if "command" in run.conditions:
+        return str(run.conditions["command"])
     suites = run.conditions.get("suites", ",".join(run.suites))
     chosen = f" --suite {suites}" if suites else ""
     return f"ksae bench --{run.mode} --threads {run.machine['threads']}{chosen} --out bench-results"

@@ -22,11 +22,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ksae.files.atomic import write_atomic
-
 from ..contestants import pairs
 from ..contestants.workers import missing
-from ..harness.measure import describe, machine
+from ..harness.measure import describe, machine, write_json
 from ..suites.quality import batches, start_of
 from .recipe import rows_of
 
@@ -133,8 +131,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         found = {"library": cell[0], "architecture": cell[1], **run(cell, train, settings)}
         record["cells"] = [*kept, found]
-        content = (json.dumps(record, indent=1) + "\n").encode()
-        write_atomic(path, lambda file, c=content: file.write(c))  # type: ignore[misc]
+        write_json(path, record)
         print(found, flush=True)
     (args.out / f"{NAME}.md").write_text(markdown(record))
     return 0

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..harness import figures
+
 TOPK = "topk"
 # column -> (key, key of TopK, whether the difference is relative)
 COLUMNS = {
@@ -116,13 +118,9 @@ def write(record: dict[str, Any], out: Path, missing: int = 0) -> None:
 
 def plots(record: dict[str, Any], out: Path) -> None:
     """CE increase against k and FVU against k, means with intervals."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plots: matplotlib is not installed")
+    if (pyplot := figures.pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.ticker import ScalarFormatter
 
     found = groups(record)
     sites = list(dict.fromkeys(site for site, *_ in found))
@@ -143,7 +141,7 @@ def plots(record: dict[str, Any], out: Path) -> None:
                 axis.errorbar(ks, means, half, label=label_, capsize=3, marker="o")
             axis.set(title=f"layer 9, {site}", xlabel="k", ylabel=label, xscale="log")
             axis.set_xticks(sorted({k for s, k, _, _ in found if s == site}))
-            axis.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+            axis.get_xaxis().set_major_formatter(ScalarFormatter())
             axis.minorticks_off()
             axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         lines = axes[0][0].get_legend_handles_labels()

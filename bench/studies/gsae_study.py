@@ -12,10 +12,8 @@ not run again. See bench/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,15 @@ from torch import Tensor, nn
 from ksae.analysis.evaluate import compare_language_model, evaluate
 from ksae.analysis.steering import logit_shift, matched_latents
 from ksae.coders import GradTopKSAE, TopKSAE
-from ksae.coders.initialize import geometric_median
-from ksae.files.atomic import write_atomic
 from ksae.runs.evaluation import about
 from ksae.step.train_step import TrainStep
 
-from ..harness import data
-from ..harness.measure import describe, machine
+from ..harness.data import fill
+from ..harness.measure import describe, machine, write_json
+from ..suites.quality import batches, start_of
 from . import gsae_data, gsae_report
 from .gsae_data import SITES, Pairs, StudyData
+from .store import stored
 
 TOPK = "topk"
 AT_ONCE = 8  # contexts in one pass of the language model
@@ -46,31 +44,20 @@ def name_of(beta: float) -> str:
 def train(site: Pairs, k: int, seed: int, beta: float | None, args: argparse.Namespace) -> Any:
     """A trained model; beta None is TopK."""
     d = site.x.shape[1]
-    start = data.initial_weights(args.d_sae, d, seed)
-    start |= {"b_dec": geometric_median(site.x[:8192])}
+    start = start_of(args.d_sae, site.x, seed)
     options = {"dead_after": args.dead_after}
     sae = (
         TopKSAE(d, args.d_sae, k, **options)
         if beta is None
         else GradTopKSAE(d, args.d_sae, k, beta=beta, grad_norm="sqrt_d", **options)
     )
-    with torch.no_grad():
-        for name, value in start.items():
-            getattr(sae, name).copy_(value)
+    fill(sae, start)
     step = TrainStep(sae, lr=args.lr, decoder_lr=1.0)
-    for number, rows in enumerate(batches(len(site.x), args.batch, args.steps, seed)):
+    for number, rows in enumerate(batches(site.x, args.batch, args.steps, seed)):
         # a linear fall over the last fifth, as ksae train does
         step.lr = args.lr * min(1.0, (args.steps - number) / (0.2 * args.steps))
         step(site.x[rows]) if beta is None else step(site.x[rows], grad=site.g[rows])
     return sae.eval()
-
-
-def batches(rows: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Row numbers of each step: epochs of random permutations, cut into batches."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-steps * size // rows)
-    order = torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])
-    yield from order[: steps * size].split(size)
 
 
 def text(pairs: StudyData, tokens: int) -> list[tuple[Tensor, Tensor]]:
@@ -189,22 +176,12 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*names, "steer_latents")}
 
 
-def stored(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The results so far."""
-    if not path.exists():
-        return {"settings": settings, "units": []}
-    record: dict[str, Any] = json.loads(path.read_text())
-    if record["settings"] != settings:
-        raise SystemExit(f"{path} was made with {record['settings']}; give another --out")
-    return record
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "gsae_study.json"
-    record = stored(path, settings_of(args))
+    record = stored(path, settings_of(args), "units")
     left = [w for w in work(args) if missing(record, w)]
     if args.report:
         gsae_report.write(record, args.out, missing=len(left))
@@ -217,8 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     for job in left:
         result = unit(pairs, *job[:3], missing(record, job), args)
         add_unit(record, result)
-        content = (json.dumps(record, indent=1) + "\n").encode()
-        write_atomic(path, lambda file, c=content: file.write(c))
+        write_json(path, record)
         print(gsae_report.line(result), flush=True)
     gsae_report.write(record, args.out, missing=0)
     return 0

@@ -13,7 +13,6 @@ cell is written as it ends; one that is there is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict, astuple, dataclass
@@ -25,14 +24,14 @@ from torch import Tensor
 
 from ksae.coders import SAE, MatchingPursuit, TopK
 from ksae.coders.coder import SparseCoder
-from ksae.files.atomic import write_atomic
 from ksae.step.schedule import learning_rate
 from ksae.step.train_step import TrainStep
 
-from ..harness.measure import describe, machine, revision
+from ..harness.measure import describe, machine, revision, write_json
 from ..suites.quality import CHUNK, batches, start_of
 from .gsae_report import interval
-from .recipe import DECAY, rows_of, stored
+from .recipe import DECAY, rows_of
+from .store import stored
 
 NAME = "pursuit_study"
 MODELS = {"topk": TopK, "pursuit": MatchingPursuit}
@@ -130,8 +129,7 @@ def work(record: dict[str, Any], path: Path, args: argparse.Namespace) -> None:
             found = run(cell, *data[site], record["settings"])
             row = asdict(cell) | found | {"revision": revision()}
             record["cells"].append(row)
-            content = (json.dumps(record, indent=1) + "\n").encode()
-            write_atomic(path, lambda file, c=content: file.write(c))  # type: ignore[misc]
+            write_json(path, record)
             print(row, flush=True)
 
 

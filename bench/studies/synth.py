@@ -13,7 +13,6 @@ says why. See bench/README.md.
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import sys
 import time
@@ -30,13 +29,16 @@ from ksae.activations.synthetic import SyntheticSource, World, WorldConfig
 from ksae.analysis.ground_truth import compare_with_truth, mean_correlation
 from ksae.coders import SAE, BatchTopK, TopK
 from ksae.coders.initialize import initialize_from
+from ksae.errors import failure
 from ksae.files.atomic import write_atomic
 from ksae.step.train_step import TrainStep
 
+from ..contestants import peers
 from ..contestants.workers import missing
-from ..harness.data import Weights
+from ..harness.data import Weights, fill
 from ..harness.measure import describe, machine, write_json
 from . import synth_report
+from .store import stored
 
 WIDTH, L0 = 4096, 25
 BATCH = 1024
@@ -121,15 +123,7 @@ class SaeLens:
         self.trainer.n_training_steps += 1  # as its fit() does
 
     def weights(self) -> Weights:
-        """With the decoder norms folded in: it selects and decodes as if they were 1."""
-        p = {name: t.detach() for name, t in self.sae.named_parameters()}
-        norms = p["W_dec"].norm(dim=1)
-        return {
-            "W_enc": p["W_enc"].T * norms[:, None],
-            "b_enc": p["b_enc"] * norms,
-            "W_dec": p["W_dec"] / norms[:, None],
-            "b_dec": p["b_dec"],
-        }
+        return peers.folded(self.sae)
 
     def state(self) -> Any:
         t = self.trainer
@@ -159,9 +153,7 @@ def measure(weights: Weights, activation: str, source: SyntheticSource) -> dict[
     """The benchmark's metrics; codes are selected from whole batches where training does that."""
     kind = TopK(L0) if activation == "topk" else BatchTopK(L0)  # without a threshold: by batch
     model = SAE(weights["b_dec"].numel(), WIDTH, kind)
-    with torch.no_grad():
-        for name, value in weights.items():
-            getattr(model, name).copy_(value)
+    fill(model, weights)
     found = compare_with_truth(model, source, batch_size=BATCH)
     return found | {"mcc": mean_correlation(model.W_dec.detach(), source.world.directions)}
 
@@ -210,11 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "synth_study.json"
     settings = {"width": WIDTH, "L0": L0, "batch": BATCH, "held_out": args.held_out}
-    record: dict[str, Any] = {"settings": settings, "rows": []}
-    if path.exists():
-        record = json.loads(path.read_text())
-        if record["settings"] != settings:
-            raise SystemExit(f"{path} was made with {record['settings']}; give another --out")
+    record = stored(path, settings, "rows")
     if not args.report:
         if find_spec("scipy") is None:
             raise SystemExit("the MCC needs scipy: pip install scipy")
@@ -232,9 +220,7 @@ def work(record: dict[str, Any], path: Path, args: argparse.Namespace) -> None:
             for row in train(cell, source, record, args):
                 add(record, path, asdict(cell) | row)
         except Exception as error:  # of whatever another library does
-            text = str(error).strip().splitlines()
-            reason = f"{type(error).__name__}: {text[0] if text else 'no message'}"
-            add(record, path, asdict(cell) | {"failure": reason})
+            add(record, path, asdict(cell) | {"failure": failure(error)})
 
 
 def train(

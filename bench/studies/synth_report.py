@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ..harness import figures
+
 METRICS = ("f1", "mcc", "explained_variance", "uniqueness", "dead")
 TITLES = ("F1", "MCC", "explained variance", "uniqueness", "dead latents")
 PLACE = ("activation", "lr", "samples", "library")
@@ -94,13 +96,8 @@ def write(record: dict[str, Any], out: Path) -> None:
 
 def plot(record: dict[str, Any], out: Path) -> None:
     """Each metric over the samples: a panel for each activation, a curve for each library."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed")
+    if (pyplot := figures.pyplot()) is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     found = groups(record)
     activations = list(dict.fromkeys(place[0] for place in found))

@@ -7,17 +7,14 @@ along, and writes as it goes: what it had measured when it was cut off is there.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from ..harness.measure import Times
-from ..harness.record import Kept, Row
+from ..gpu.report import SUITE
+from ..harness.record import Record, load
 from ..harness.session import Session
 
 BEAT = 1.0  # seconds between two looks at the process
@@ -42,35 +39,13 @@ def run(session: Session) -> None:
             raise RuntimeError(
                 (error.strip().splitlines() or ["bench/gpu/run.py left nothing"])[-1]
             )
-        take(session, json.loads(found[0].read_text()))
+        take(session, load(found[0]))
 
 
-def take(session: Session, data: dict[str, Any]) -> None:
-    """Rows, ceilings and problems of gpu/run.py's record."""
-    session.suite.facts["ceilings"] = data["ceilings"]
-    for problem in data["problems"]:
-        session.note(f"problem: {problem}")
-    for row in rows(data):
+def take(session: Session, record: Record) -> None:
+    """What gpu/run.py has found."""
+    suite = record.suites[SUITE]
+    session.suite.facts |= suite.facts
+    session.suite.problems += suite.problems
+    for row in suite.rows:
         session.add(row)
-
-
-def rows(data: dict[str, Any]) -> Iterator[Row]:
-    """A row for each, with the times that gpu/run.py kept of it: one block."""
-    for r in data["rows"]:
-        timed = "median" in r
-        times = Times(*(r[name] for name in ("median", "q1", "q3", "n"))) if timed else None
-        yield Row(
-            "gpu",
-            r["shape"],
-            r["op"],
-            "step" if r["op"] == "step" else "forward",
-            r["way"],
-            ours=r["way"].startswith("ksae"),
-            kept=Kept(times, [times.q1]) if times else None,
-            dtype="bf16",
-            bytes=r.get("bytes"),
-            flops=r.get("flops"),
-            floor=r["fraction"] * r["median"] if timed else None,
-            peak=r.get("extra_bytes"),
-            failure=None if timed else r.get("note", "no time"),
-        )

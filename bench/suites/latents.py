@@ -19,7 +19,7 @@ from .case import Call, Case, Problem
 
 # lr/bc1, sqrt(bc2), beta1, beta2, eps, grad_scale, 1 - beta1, 1 - beta2 of step 1
 HYPER = [1e-2, 0.001**0.5, 0.9, 0.999, 1e-8, 1.0, 0.1, 0.001]
-SOURCE = "csrc/cuda/row_update.cu: list, pieces_kernel, latent_kernel"  # of the row pass on CUDA
+SOURCE = "csrc/cuda/row_update.cu: pieces_kernel, latent_kernel"  # of the row pass on CUDA
 STEP = ("latent_sums", "row_update", "row_update")  # the passes of a step, of both matrices
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ksae import ops, reference
 from ksae.backends import cpu as native
+from ksae.errors import failure
 
 from ..harness import peaks
 from ..harness.children import in_process
@@ -167,8 +168,8 @@ def wrong(
                 found[name] = f"result differs from the reference by {error:.1e}"
             elif name.startswith("ksae") and not _equal(got, problem.check(make()())):
                 found[name] = "a second run gave other bits"
-        except (RuntimeError, MemoryError) as failure:
-            found[name] = f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
+        except (RuntimeError, MemoryError) as error:
+            found[name] = failure(error)
     return found, seconds
 
 

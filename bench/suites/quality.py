@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ksae import ops
 from ksae.coders.initialize import geometric_median
-from ksae.errors import UserError
+from ksae.errors import UserError, failure
 
 from ..contestants import ours, peers
 from ..contestants.workers import missing
@@ -193,8 +193,7 @@ def _contestants(
             with contextlib.redirect_stdout(io.StringIO()):
                 contestants[name] = make(own, k, LR)
         except Exception as error:  # whatever another library does is its row's affair
-            text = str(error).strip().splitlines()
-            row.failure = f"{type(error).__name__}: {text[0] if text else 'no message'}"
+            row.failure = failure(error)
             continue
         row.extra |= {"version": contestants[name].version, "note": contestants[name].note}
     return rows, contestants

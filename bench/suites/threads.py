@@ -17,7 +17,7 @@ import torch
 
 from ksae.functional import sparse_decode, topk_encode
 
-from ..harness.measure import timed
+from ..harness.clock import timed
 from ..harness.record import Row
 from ..harness.session import Session
 

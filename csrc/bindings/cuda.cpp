@@ -181,27 +181,28 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                                  out, out_float);
     check(sparse_decode(p, as<CUstream_st>(stream)), sizes("sparse_decode", N, d, F, code.k));
   });
-  module.def(
-      "sparse_residual",
-      [](int64_t N, int64_t d, int64_t F, const Code::From& from, int dtype, Pointer values,
-         Pointer indices, int index_bytes, Pointer W_dec, Pointer b_dec, Pointer target,
-         bool target_float, int64_t start, int64_t columns, Pointer residual, Pointer sq_error,
-         Pointer grad_values, Pointer column_sums, const py::function& allocate, Pointer stream) {
-        const Code code(from);
-        const ResidualParams p{
-            decode_params(N, d, F, code, dtype, values, indices, index_bytes, W_dec, b_dec, 0),
-            as<const void>(target),
-            target_float,
-            start,
-            columns,
-            as<float>(residual),
-            as<double>(sq_error),
-            as<float>(grad_values),
-            as<float>(column_sums)};
-        void* workspace = as<void>(allocate(sparse_residual_workspace(p)).cast<Pointer>());
-        check(sparse_residual(p, workspace, as<CUstream_st>(stream)),
-              sizes("sparse_residual", N, d, F, code.k));
-      });
+  module.def("sparse_residual", [](int64_t N, int64_t d, int64_t F, const Code::From& from,
+                                   int dtype, Pointer values, Pointer indices, int index_bytes,
+                                   Pointer W_dec, Pointer b_dec, Pointer target, bool target_float,
+                                   int64_t start, int64_t columns, Pointer residual,
+                                   Pointer sq_error, Pointer grad_values, Pointer column_sums,
+                                   Pointer rounded, const py::function& allocate, Pointer stream) {
+    const Code code(from);
+    const ResidualParams p{
+        decode_params(N, d, F, code, dtype, values, indices, index_bytes, W_dec, b_dec, 0),
+        as<const void>(target),
+        target_float,
+        start,
+        columns,
+        as<float>(residual),
+        as<double>(sq_error),
+        as<float>(grad_values),
+        as<float>(column_sums),
+        as<void>(rounded)};
+    void* workspace = as<void>(allocate(sparse_residual_workspace(p)).cast<Pointer>());
+    check(sparse_residual(p, workspace, as<CUstream_st>(stream)),
+          sizes("sparse_residual", N, d, F, code.k));
+  });
   module.def("sparse_decode_backward_values", [](int64_t N, int64_t d, int64_t F,
                                                  const Code::From& from, int dtype, Pointer grad,
                                                  Pointer indices, int index_bytes, Pointer W_dec,
@@ -278,23 +279,26 @@ PYBIND11_MODULE(KSAE_CUDA_MODULE, module) {
                             as<float>(loss),   as<float>(scales)};
     check(loss_terms(p, as<CUstream_st>(stream)), "loss_terms");
   });
-  module.def("adam_scalars",
-             [](Pointer loss, Pointer norm, float clip_norm, Pointer scales, int n_scales,
-                Pointer lr, Pointer t, Pointer constants, Pointer hyper, Pointer taken,
-                Pointer taken_scales, Pointer stream) {
-               const AdamScalarsParams p{as<const float>(loss),
-                                         as<const float>(norm),
-                                         clip_norm,
-                                         as<const float>(scales),
-                                         n_scales,
-                                         as<const double>(lr),
-                                         as<const double>(t),
-                                         as<const double>(constants),
-                                         as<float>(hyper),
-                                         as<bool>(taken),
-                                         as<float>(taken_scales)};
-               check(adam_scalars(p, as<CUstream_st>(stream)), "adam_scalars");
-             });
+  module.def("adam_scalars", [](Pointer loss, Pointer norm, float clip_norm, Pointer scales,
+                                int n_scales, Pointer lr, Pointer t, Pointer constants,
+                                float decoder_lr, bool always, Pointer hyper, Pointer taken,
+                                Pointer taken_scales, Pointer of_decoder, Pointer stream) {
+    const AdamScalarsParams p{as<const float>(loss),
+                              as<const float>(norm),
+                              clip_norm,
+                              as<const float>(scales),
+                              n_scales,
+                              as<const double>(lr),
+                              as<const double>(t),
+                              as<const double>(constants),
+                              decoder_lr,
+                              always,
+                              as<float>(hyper),
+                              as<bool>(taken),
+                              as<float>(taken_scales),
+                              as<float>(of_decoder)};
+    check(adam_scalars(p, as<CUstream_st>(stream)), "adam_scalars");
+  });
   module.def("vector_update",
              [](int64_t size, int dtype, const std::vector<Pointer>& from, Pointer scales,
                 Pointer minus, Pointer taken, Pointer hyper, Pointer parameter, Pointer master,

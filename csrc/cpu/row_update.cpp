@@ -85,6 +85,7 @@ const Field kFields[] = {
     KSAE_FIELD(P, columns),
     KSAE_FIELD(P, dtype),
     KSAE_FIELD(P, rows_dtype),
+    KSAE_FIELD(P, coefficients_dtype),
     KSAE_LIST(P, groups, n_groups, kGroup),
     KSAE_FIELD(P, scales),
     KSAE_FIELD(P, centre),
@@ -98,7 +99,7 @@ const Field kFields[] = {
     KSAE_FIELD(P, hyper),
     KSAE_FIELD(P, normalize),
 };
-constexpr size_t kOfNorm = 12, kAll = sizeof(kFields) / sizeof(Field);
+constexpr size_t kOfNorm = 13, kAll = sizeof(kFields) / sizeof(Field);
 const OpOf<int, P, row_grad_sq, row_update_workspace> norm("row_grad_sq", kFields, kOfNorm);
 const OpOf<int, P, row_update, row_update_workspace> update("row_update", kFields + 1, kAll - 1);
 

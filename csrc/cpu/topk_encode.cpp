@@ -10,9 +10,9 @@
 namespace ksae::cpu {
 namespace {
 
-// Pruning pays up to this many expected candidates a row (see bench/studies/grad_encode.py): in float32 on
-// two threads of a Zen 5, d=768, F=24576, k=32, it took 1.5 times plain topk_encode at 450 and 2.1
-// to 2.2 times at 1480, the dual product 2.1 times.
+// Pruning pays up to this many expected candidates a row (see bench/studies/grad_encode.py): in
+// float32 on two threads of a Zen 5, d=768, F=24576, k=32, it took 1.5 times plain topk_encode at
+// 450 and 2.1 to 2.2 times at 1480, the dual product 2.1 times.
 constexpr int64_t kPrunedCandidates = 1000;
 
 double norm(const float* row, int64_t d) {

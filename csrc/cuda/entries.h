@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the passes over latents read: rows of entries, several on their way at once, and what is
-// streamed beside them.
+// How the passes over latents read and write: rows of entries, several on their way at once, and
+// what is streamed beside them.
 #pragma once
 
 #include "common.h"
@@ -24,6 +24,32 @@ __device__ __forceinline__ auto stream4(const __nv_bfloat16* p, int64_t valid) {
   } else {
     return load4(p, valid, false);
   }
+}
+
+// Stores the first `valid` of four numbers that nothing reads again before the cache is needed.
+template <bool kAligned>
+__device__ __forceinline__ void stream_store4(float* p, const Four& r, int64_t valid) {
+  if (!kAligned) return store4(p, r, valid, false);
+  __stcs(reinterpret_cast<float4*>(p), float4{r.x[0], r.x[1], r.x[2], r.x[3]});
+}
+template <bool kAligned>
+__device__ __forceinline__ void stream_store4(__nv_bfloat16* p, const Four& r, int64_t valid) {
+  if (!kAligned) return store4(p, r, valid, false);
+  __stcs(reinterpret_cast<uint2*>(p), uint2{two(p, r.x[0], r.x[1]), two(p, r.x[2], r.x[3])});
+}
+
+// The numbers as storage of type T has them.
+template <class T>
+__device__ __forceinline__ Four rounded4(Four r) {
+  if constexpr (!std::is_same_v<T, float>) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      T narrow;
+      store(&narrow, r.x[j]);
+      r.x[j] = load(&narrow);
+    }
+  }
+  return r;
 }
 
 template <class Row>

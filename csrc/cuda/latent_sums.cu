@@ -2,8 +2,8 @@
 // Two sums over the entries of each latent: the gradient of its bias, and of its decoder row along
 // that row. Summed in double, one warp a latent; long segments (segments.h) a warp a piece first.
 //
-// Bytes an entry: 4 of order, and gathered the value and its gradient; 16 a latent and 32 a piece.
-// Flops: 4 an entry.
+// Bytes an entry: 4 of order, and gathered the value and its gradient; 16 a latent, 16 a piece and
+// what is looked up. Flops: 4 an entry.
 #include "ksae/op.h"
 #include "latents.h"
 #include "segments.h"
@@ -41,16 +41,21 @@ __device__ __forceinline__ Sums sum_entries(const LatentSumsGroup& group, double
   return {warp_sum(sum.bias), warp_sum(sum.grad_dot_w)};
 }
 
+// A warp a unit.
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_pieces_kernel(Args args) {
   const LatentSumsParams& p = args.p;
-  const int32_t count = *args.segments.count;
-  for (int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; i < count;
-       i += int64_t(gridDim.x) * kWarps) {
-    const Piece piece = args.segments.list[i];
+  const int64_t unit = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  if (unit >= args.segments.units()) return;
+  Piece pieces[2];
+  pieces_of(args.segments, unit, pieces);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const Piece piece = pieces[i];
+    if (piece.from == piece.to) continue;
     const double scale = p.scales ? p.scales[piece.group] : 1.0f;
     const Sums sum = sum_entries<T>(args.group[piece.group], scale, piece.from, piece.to);
-    double* out = args.pieces + 2 * int64_t(piece.slot);
+    double* out = args.pieces + 2 * piece.slot;
     if (threadIdx.x % 32 == 0) {
       out[0] = sum.bias;
       out[1] = sum.grad_dot_w;
@@ -95,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(Args args) {
   }
 }
 
-size_t workspace_bytes(int64_t units) { return list_bytes(units) + 4 * units * sizeof(double); }
+size_t workspace_bytes(int64_t units) { return 4 * units * sizeof(double); }
 
 cudaError_t launch(const LatentSumsParams& p, void* value_sum, void* workspace,
                    cudaStream_t stream) {
@@ -104,19 +109,14 @@ cudaError_t launch(const LatentSumsParams& p, void* value_sum, void* workspace,
   Args args{};
   args.p = p;
   for (int g = 0; g < p.n_groups; ++g) args.group[g] = p.groups[g];
-  args.segments = segments_of(p.groups, p.n_groups, p.F, workspace);
-  const int64_t units = args.segments.first_unit[p.n_groups];
-  args.pieces = reinterpret_cast<double*>(static_cast<char*>(workspace) + list_bytes(units));
+  args.segments = segments_of(p.groups, p.n_groups, p.F);
+  args.pieces = static_cast<double*>(workspace);
   args.value_sum = value_sum;
-  unsigned cuts = 0;
-  if (units) {
-    cudaError_t error = grid_for((2 * units + kWarps - 1) / kWarps, &cuts);
-    if (error == cudaSuccess) error = list_pieces(args.segments, stream);
-    if (error != cudaSuccess) return error;
-  }
+  const int64_t cuts = (args.segments.units() + kWarps - 1) / kWarps;
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (cuts) KSAE_LAUNCH((sum_pieces_kernel<T>), cuts, kThreads, 0, stream, args);
+    if (cuts)
+      KSAE_LAUNCH((sum_pieces_kernel<T>), static_cast<unsigned>(cuts), kThreads, 0, stream, args);
     KSAE_LAUNCH((sums_kernel<T>), static_cast<unsigned>(blocks), kThreads, 0, stream, args);
     return cudaGetLastError();
   });

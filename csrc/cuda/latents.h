@@ -26,8 +26,4 @@ struct ValueSumsParams {
 size_t value_sums_workspace(const ValueSumsParams& p);
 cudaError_t value_sums(const ValueSumsParams& p, void* workspace, cudaStream_t stream);
 
-// grad_b_dec of RowUpdateParams: W^T grad_b_enc, or zeros where a scale is not finite.
-size_t centre_gradient_workspace(const RowUpdateParams& p);
-cudaError_t centre_gradient(const RowUpdateParams& p, void* workspace, cudaStream_t stream);
-
 }  // namespace ksae::cuda

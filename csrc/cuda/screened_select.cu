@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kThreads) groups_kernel(Args args) {
   const ScreenedSelectParams& p = args.p;
   const int width = 4 << args.plan.log, lane = threadIdx.x % 32;
   const int64_t g = int64_t(blockIdx.x) * kScreenWarps + threadIdx.x / 32;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.listed = 0;  // for the selections that follow
   if (g >= args.plan.groups) return;
   float lost = 0, rounded = 0, size = 0;
   for (int64_t i = g * width + lane; i < (g + 1) * width && i < p.F; i += 32) {
@@ -194,8 +195,6 @@ int64_t screened_groups(const ScreenedSelectParams& p) { return plan_of(p).group
 
 cudaError_t screened_begin(const ScreenedSelectParams& p, cudaStream_t stream) {
   const Args args{p, plan_of(p)};
-  const cudaError_t error = cudaMemsetAsync(p.listed, 0, sizeof(int32_t), stream);
-  if (error != cudaSuccess) return error;
   const unsigned blocks = (args.plan.groups + kScreenWarps - 1) / kScreenWarps;
   KSAE_LAUNCH(groups_kernel, blocks, kThreads, 0, stream, args);
   return cudaGetLastError();

@@ -116,6 +116,7 @@ __device__ __forceinline__ Four residual4(const ResidualParams& p, int64_t n, in
   Four r;
 #pragma unroll
   for (int e = 0; e < 4; ++e) r.x[e] = reconstruction.x[e] - target.x[e];
+  if (p.rounded) store4(static_cast<T*>(p.rounded) + at, r, valid, kAligned);
   float* out = p.residual + n * p.columns + c - p.start;
   if constexpr (kAligned) {
     if (c >= p.start && c < p.start + p.columns) store4(out, r, 4, true);
@@ -269,7 +270,8 @@ template <class T>
 bool aligned_residual(const ResidualParams& p) {
   const bool target = p.target_float ? aligned4(static_cast<const float*>(p.target), p.decode.d)
                                      : aligned4(static_cast<const T*>(p.target), p.decode.d);
-  return target && aligned_code<T>(p.decode) && aligned4(p.residual, p.columns) && p.start % 4 == 0;
+  return target && aligned_code<T>(p.decode) && aligned4(p.residual, p.columns) &&
+         p.start % 4 == 0 && aligned4(static_cast<const T*>(p.rounded), p.decode.d);
 }
 
 // Whether rows have offsets, as a constant of run's argument.

@@ -4,8 +4,9 @@
 // column gives exactly 0, and a mean far larger than the spread costs no digits.
 //
 // Rows are cut in at most kShares shares, whatever the device; a block takes one share and 512
-// columns. Then the shares of each column are added, then the columns, all in a fixed order.
-// Bytes: y once, and 24 kShares d at most of partial sums. Flops: 3 a number, in double.
+// columns. Then the shares of each column are added, then by the block that comes last the columns,
+// all in a fixed order. Bytes: y once, and 24 kShares d at most of partial sums. Flops: 3 a number,
+// in double.
 #include "common.h"
 
 namespace ksae::cuda {
@@ -22,6 +23,7 @@ struct Args {
   double* sums;     // [shares, d]
   double* squares;  // [shares * slices]
   double* columns;  // [ceil(d / kColumns)] of - S^2 / N
+  int32_t* done;    // [1] blocks of columns_kernel that are, cleared by the kernel before
 };
 
 int64_t blocks_of_columns(int64_t d) { return (d + kColumns - 1) / kColumns; }
@@ -63,11 +65,14 @@ __global__ void __launch_bounds__(kThreads, 6) shares_kernel(Args args) {
   const double all = (square[0] + square[1]) + (square[2] + square[3]);
   const double total = block_sum(all, reinterpret_cast<double*>(shared));
   if (threadIdx.x == 0) args.squares[blockIdx.x] = total;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.done = 0;
 }
 
-__global__ void __launch_bounds__(kThreads) columns_kernel(Args args) {
+// The block that comes last adds the sums of all: squares, and those of the columns.
+__global__ void __launch_bounds__(kThreads) columns_kernel(Args args, int64_t squares) {
   KSAE_SHARED_BYTES(shared);
   double* of_lane = reinterpret_cast<double*>(shared);  // [kLanes][kColumns]
+  int* last = reinterpret_cast<int*>(of_lane + kThreads);
   const int64_t d = args.p.d;
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x % kColumns;
   double sum = 0;
@@ -78,21 +83,24 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(Args args) {
   }
   of_lane[threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.x >= kColumns) return;  // one warp is left
-  for (int lane = 1; lane < kLanes; ++lane) sum += of_lane[lane * kColumns + threadIdx.x];
-  const double total = warp_sum(-sum * sum / double(args.p.N));
-  if (threadIdx.x == 0) args.columns[blockIdx.x] = total;
-}
-
-__global__ void __launch_bounds__(kThreads)
-    variance_kernel(Args args, int64_t squares, int64_t columns) {
-  KSAE_SHARED_BYTES(shared);
-  double sum = 0;
+  if (threadIdx.x < kColumns) {  // one warp
+    for (int lane = 1; lane < kLanes; ++lane) sum += of_lane[lane * kColumns + threadIdx.x];
+    const double total = warp_sum(-sum * sum / double(args.p.N));
+    if (threadIdx.x == 0) {
+      args.columns[blockIdx.x] = total;
+      __threadfence();
+      *last = atomicAdd(args.done, 1) == static_cast<int>(gridDim.x) - 1;
+    }
+  }
+  __syncthreads();
+  if (!*last) return;
+  __threadfence();
+  sum = 0;
 #pragma unroll 8
   for (int64_t i = threadIdx.x; i < squares; i += kThreads) sum += args.squares[i];
 #pragma unroll 8
-  for (int64_t i = threadIdx.x; i < columns; i += kThreads) sum += args.columns[i];
-  sum = block_sum(sum, reinterpret_cast<double*>(shared));
+  for (unsigned i = threadIdx.x; i < gridDim.x; i += kThreads) sum += __ldcg(args.columns + i);
+  sum = block_sum(sum, of_lane);
   if (threadIdx.x == 0) *args.p.variance = static_cast<float>(sum < 0 ? 0 : sum);  // NaN stays
 }
 
@@ -108,6 +116,7 @@ Args arguments(const TotalVarianceParams& p, void* workspace) {
   args.sums = static_cast<double*>(workspace);
   args.squares = args.sums + args.shares * p.d;
   args.columns = args.squares + args.shares * args.slices;
+  args.done = reinterpret_cast<int32_t*>(args.columns + blocks_of_columns(p.d));
   return args;
 }
 
@@ -115,29 +124,27 @@ Args arguments(const TotalVarianceParams& p, void* workspace) {
 
 size_t total_variance_workspace(const TotalVarianceParams& p) {
   const Args args = arguments(p, nullptr);
-  const int64_t numbers = args.shares * (p.d + args.slices) + blocks_of_columns(p.d);
+  const int64_t numbers = args.shares * (p.d + args.slices) + blocks_of_columns(p.d) + 1;
   return numbers * sizeof(double);
 }
 
 cudaError_t total_variance(const TotalVarianceParams& p, void* workspace, cudaStream_t stream) {
   const Args args = arguments(p, workspace);
-  const int64_t squares = args.shares * args.slices;
-  const int64_t columns = squares ? blocks_of_columns(p.d) : 0;
+  const int64_t squares = args.shares * args.slices, columns = blocks_of_columns(p.d);
   if (!grid_fits(squares) || !grid_fits(columns)) return cudaErrorInvalidValue;
+  if (squares == 0) return forgotten(cudaMemsetAsync(p.variance, 0, sizeof(float), stream));
   return with_type(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kBytes = kThreads * sizeof(double);
-    if (squares) {
-      const bool aligned = aligned4(static_cast<const T*>(p.y), p.d);
-      const cudaError_t error = with_alignment(aligned, [&](auto is) {
-        KSAE_LAUNCH((shares_kernel<T, is.value>), static_cast<unsigned>(squares), kThreads, kBytes,
-                    stream, args);
-        return cudaGetLastError();
-      });
-      if (error != cudaSuccess) return error;
-      KSAE_LAUNCH(columns_kernel, static_cast<unsigned>(columns), kThreads, kBytes, stream, args);
-    }
-    KSAE_LAUNCH(variance_kernel, 1u, kThreads, kBytes, stream, args, squares, columns);
+    const bool aligned = aligned4(static_cast<const T*>(p.y), p.d);
+    const cudaError_t error = with_alignment(aligned, [&](auto is) {
+      KSAE_LAUNCH((shares_kernel<T, is.value>), static_cast<unsigned>(squares), kThreads, kBytes,
+                  stream, args);
+      return cudaGetLastError();
+    });
+    if (error != cudaSuccess) return error;
+    KSAE_LAUNCH(columns_kernel, static_cast<unsigned>(columns), kThreads, kBytes + sizeof(int),
+                stream, args, squares);
     return cudaGetLastError();
   });
 }

@@ -89,6 +89,7 @@ def sparse_residual(
     sq_error: int,
     grad_values: int,
     column_sums: int,
+    rounded: int,
     allocate: _Allocate,
     stream: int,
 ) -> None: ...
@@ -154,9 +155,12 @@ def adam_scalars(
     lr: int,
     t: int,
     constants: int,
+    decoder_lr: float,
+    always: bool,
     hyper: int,
     taken: int,
     taken_scales: int,
+    of_decoder: int,
     stream: int,
 ) -> None: ...
 def vector_update(

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import tiny_lm
 import torch
 import transformers
 from torch import nn
@@ -32,17 +33,7 @@ MIDDLE, MLP_IN, MLP_OUT = "layers.1.resid_post", "layers.1.mlp_in", "layers.1.ml
 
 
 def llama(dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+    return tiny_lm.llama(VOCABULARY, D, 24, 3, initializer_range=0.3).to(dtype)
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def test_a_saved_model_is_loaded_by_its_folder(tmp_path: Path) -> None:
     ):
         folder = tmp_path / type(saved).__name__
         saved.save_pretrained(folder)
-        with pytest.raises(UserError, match=r"cannot be loaded|no tokenizer") as caught:
+        with pytest.raises(UserError, match="comes with no tokenizer") as caught:
             load_model(folder)
         assert "\n" not in str(caught.value)
         tokenizer.save_pretrained(folder)

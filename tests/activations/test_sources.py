@@ -187,6 +187,13 @@ def test_non_finite_rows_are_named(kind: str, x: torch.Tensor) -> None:
         list(SOURCES[kind](x).sweep(64))
 
 
+def test_a_part_names_the_row_of_the_whole(x: torch.Tensor) -> None:
+    x[417, 2] = float("nan")
+    part = ArraySource([x[:300], x[300:]]).part(200, N).part(50, N - 200)
+    with pytest.raises(UserError, match="row 417 holds"):
+        list(part.sweep(64))
+
+
 def test_a_source_passes_through(x: torch.Tensor) -> None:
     source = ArraySource([x])
     assert open_source(source) is source
@@ -222,7 +229,7 @@ def bad_specs(folder: Path) -> dict[str, tuple[object, object, str]]:
         "integers": (torch.zeros(3, 4, dtype=torch.int64), None, "float16, bfloat16"),
         "strings": (np.array(["a"]), None, "array of floats"),
         "type": (3, None, "a tensor, an array or a path, got int"),
-        "rows differ": (x, torch.randn(9, 4), "must have the 10 rows of x, got 9"),
+        "rows differ": (x, torch.randn(9, 4), "target: must have the 10 rows of activations"),
         "foreign folder": (folder / "empty", None, "not an activation cache"),
     }
 

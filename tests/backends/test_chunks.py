@@ -31,10 +31,11 @@ def test_chunks_are_even_and_within_the_memory(
 
 
 @pytest.mark.parametrize(
-    ("N", "F", "rows"), [(8192, A, 2048), (8192, B, 2048), (8192, MILLION, 2048), (100, A, 100)]
+    ("N", "F", "rows"),
+    [(8192, A, 2048), (8192, B, 8192), (16384, B, 8192), (8192, MILLION, 2048), (100, A, 100)],
 )
 def test_a_chunk_has_rows_enough_for_the_device(N: int, F: int, rows: int) -> None:
-    """At B 256 MiB hold 2730 rows: the fourth chunk would be short, so they are even."""
+    """At B 1 GiB holds 10922 rows: of 16384 the second chunk would be short, so they are even."""
     assert products._rows_of_chunk(N, F, CUDA) == rows
     assert products._rows_of_chunk(N, F) == rows
 
@@ -44,7 +45,10 @@ def test_half_of_the_free_memory_bounds_it(monkeypatch: pytest.MonkeyPatch) -> N
     for free, rows in ((8 << 30, 1024), (9 << 30, 1024), (16 << 30, 2048), (10, 1)):
         monkeypatch.setattr(products, "_free_memory", lambda device, free=free: free)
         assert products._rows_of_chunk(8192, MILLION, CUDA) == rows
-    assert products._rows_of_chunk(8192, B, CUDA) == 2048  # 256 MiB are not asked for
+        assert products._rows_of_chunk(2730, B, CUDA) == 2730  # 256 MiB are not asked for
+    for free, rows in ((1 << 30, 4096), (100 << 20, 512)):
+        monkeypatch.setattr(products, "_free_memory", lambda device, free=free: free)
+        assert products._rows_of_chunk(8192, B, CUDA) == rows
 
 
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from ksae import cli, ops
 from ksae.bench import suites
 from ksae.bench.contestants import workers
-from ksae.bench.harness import command, costs, figures, measure, record, report, shapes
+from ksae.bench.harness import clock, command, costs, figures, measure, record, report, shapes
 from ksae.bench.harness.record import Record, Row
 from ksae.bench.harness.session import Session
 from ksae.bench.suites import ops as ops_suite
@@ -375,7 +375,7 @@ def test_costs_count_each_tensor_once():
 def test_interleave_takes_turns():
     order = []
     ways = {name: (lambda name=name: order.append(name)) for name in "ab"}
-    taken = measure.interleave(ways, 0.0, least=2, most=2)
+    taken = clock.interleave(ways, 0.0, least=2, most=2)
     assert [len(t) for t in taken.values()] == [2, 2]
     assert {"a", "b"} == set(order)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ksae import cli
-from ksae.bench.harness import compare, measure, record
+from ksae.bench.harness import clock, compare, measure, record
 from ksae.bench.harness.record import Record, Row, Suite
 from ksae.bench.harness.session import Session
 
@@ -136,11 +136,11 @@ def test_slow_down_is_injected_into_the_named_op_of_ksae_only(tmp_path, monkeypa
     monkeypatch.setenv("KSAE_BENCH_SLOW", "topk:0.2")
     assert measure.slow_share("topk") == 0.2
     assert measure.slow_share("topk_encode") == 0.0
-    clock = [0.0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock.__setitem__(0, clock[0] + 1e-3)
-                        or clock[0])  # fmt: skip
-    plain = measure.timed(lambda: None)
-    assert measure.timed(lambda: None, slow=5.0) > 4 * plain
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 1e-3)
+                        or now[0])  # fmt: skip
+    plain = clock.timed(lambda: None)
+    assert clock.timed(lambda: None, slow=5.0) > 4 * plain
 
 
 def test_saved_records_keep_times_and_lows_on_a_line_each_and_judge_the_same(tmp_path):

@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_lm
 import torch
-import transformers
 
 from ksae.activations import Contexts, harvest
 
@@ -31,17 +31,7 @@ def study() -> Any:
 
 
 def tiny(gsae_data: ModuleType) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=20,
-        hidden_size=D,
-        intermediate_size=12,
-        num_hidden_layers=11,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.4,
-    )
-    lm = transformers.LlamaForCausalLM(config).eval()
+    lm = tiny_lm.llama(20, D, 12, 11, initializer_range=0.4)
     ids = torch.randint(1, 20, (12, 10), dtype=torch.int32)
     numbers = torch.arange(12, dtype=torch.int32)
     keys = tuple(bytes([i]) for i in range(12))

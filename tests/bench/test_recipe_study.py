@@ -85,3 +85,31 @@ def test_a_cell_that_fails_says_why_and_is_tried_again(
     assert "not installed: pip install sae-lens" in (tmp_path / "recipe_study.md").read_text()
     study.main(command)
     assert len(record_of(tmp_path)["cells"]) == 4
+
+
+def cell(seed: int, lr: float, fvu: float, recipe: str = "free") -> dict[str, Any]:
+    place = {"site": "resid", "F": 24, "k": 4, "seed": seed, "steps": 9, "lr": lr, "recipe": recipe}
+    return place | {"fvu": fvu, "dead": 0.5, "seconds": 1.0}
+
+
+def test_a_mean_of_fewer_seeds_says_so(study: Any) -> None:
+    cells = [cell(0, 1e-3, 0.25), cell(1, 1e-3, 0.75), cell(1, 2e-3, 0.375)]
+    *_, row = study.recipe_report.table({"cells": cells}).splitlines()
+    end = "| free | 0, 1 | 0.5000 (50.0%) | **0.3750** (50.0%, of 1) |"
+    assert row.endswith(end)
+
+
+def test_recipes_of_one_colour_have_other_lines(
+    study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = study.recipe_report.figures.pyplot()
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        pyplot, "close", lambda figure: drawn.extend(
+            (line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines
+        )
+    )  # fmt: skip
+    cells = [cell(0, lr, 0.5 + lr, f"recipe {n}") for n in range(25) for lr in (1e-3, 2e-3)]
+    study.recipe_report.plot({"cells": cells}, tmp_path)
+    assert len(drawn) == len(set(drawn)) == 25 and len({color for color, _ in drawn}) == 10
+    assert (tmp_path / "recipe_study.png").stat().st_size > 1000

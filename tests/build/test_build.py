@@ -41,6 +41,7 @@ OPS = {
     "total_variance",
     "loss_terms",
     "adam_scalars",
+    "count_tokens",
     "vector_update",
 }
 

@@ -66,6 +66,22 @@ def test_without_native_modules_the_reference_serves() -> None:
     assert "tensor([3., 2.])" in done.stdout and "not importable" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [("", "it has no fields"), ("m.fields = {'row_update': ('v_max',)}", "is named v_max")],
+    ids=["before fields", "other fields"],
+)
+def test_a_native_module_of_other_sources(fields: str, why: str) -> None:
+    """As one that was built in place before a change: said at import, in one sentence."""
+    code = f"import sys, types; m = types.ModuleType('ksae._cpu'); {fields}"
+    code += "\nm.row_update = m.isa = m.can_screen = lambda *a: None"
+    done = python("-c", f"{code}\nsys.modules['ksae._cpu'] = m\nimport ksae")
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("ImportError: ksae._cpu was built from other sources than these: ")
+    assert why in said and said.endswith("; build or install ksae again")
+
+
 def test_an_old_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", np.ones((64, 4), np.float32))

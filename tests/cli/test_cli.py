@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_lm
 import torch
 import yaml
 
@@ -71,33 +72,10 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture()
 def lm_folder(tmp_path) -> Path:
     """A tiny random language model with a tokenizer, saved as Hugging Face does."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    transformers.utils.logging.disable_progress_bar()  # as the command line does without a terminal
-
-    words = ["<s>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    path = tmp_path / "lm"
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>"
-    ).save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=D,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    path = tiny_lm.save(tmp_path / "lm", d=D)
     rng = np.random.default_rng(1)
     for number in range(8):
-        text = " ".join(rng.choice(words[2:], 120))
+        text = " ".join(rng.choice(tiny_lm.WORDS[2:], 120))
         (tmp_path / f"text{number}.txt").write_text(text)
     return path
 

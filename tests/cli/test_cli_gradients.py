@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_lm
 import torch
 from safetensors.torch import save_file
 
@@ -31,34 +32,12 @@ HOOK = "layers.0.resid_post"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A tiny random language model and texts for it."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    transformers.utils.logging.disable_progress_bar()
     path = tmp_path_factory.mktemp("gradients")
-    words = ["<s>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>"
-    ).save_pretrained(path / "lm")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=D,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        initializer_range=0.5,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(path / "lm")
+    tiny_lm.save(path / "lm", d=D, initializer_range=0.5)
     (path / "texts").mkdir()
     rng = np.random.default_rng(1)
     for number in range(8):
-        text = " ".join(rng.choice(words[2:], 120))
+        text = " ".join(rng.choice(tiny_lm.WORDS[2:], 120))
         (path / "texts" / f"{number}.txt").write_text(text)
     return path
 

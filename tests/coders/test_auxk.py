@@ -99,6 +99,27 @@ def test_saelens_takes_negative_values_of_dead_latents_alone() -> None:
     assert (unrectified(model, x, values, indices, none) == 0).all()
 
 
+def test_values_of_matching_pursuit_are_products_with_the_decoder() -> None:
+    torch.manual_seed(0)
+    model = ksae.SAE(d, F, ksae.MatchingPursuit(k), auxk="saelens", k_aux=K_AUX, auxk_alpha=ALPHA)
+    with torch.no_grad():
+        model.W_enc.add_(randn(F, d, seed=1))
+        model.b_enc.fill_(3.0)
+        model.b_dec.copy_(randn(d, seed=2))
+    model.tokens_since_fired[::8] = model.dead_after + 1  # five, all of which AuxK takes
+    dead, x = model.dead, randn(N, d, seed=3)
+    u = (x - model.b_dec) @ model.W_dec.T
+    values, indices = model.encode_dead(x, int(dead.sum()))
+    got = unrectified(model, x, values, indices, dead)
+    assert (got < 0).any() and (got > 0).any()
+    torch.testing.assert_close(got, u.gather(1, indices))
+    loss = model(x).loss
+    assert loss is not None
+    loss.backward()
+    assert model.W_dec.grad is not None
+    assert model.W_enc.grad is None and model.b_enc.grad is None  # which are not used
+
+
 @pytest.mark.parametrize("prefixes", [None, [10, F]], ids=["plain", "prefixes"])
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["free", "clip"])
 @pytest.mark.parametrize("name", AUXK)

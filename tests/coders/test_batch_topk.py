@@ -12,6 +12,7 @@ import torch
 from cases import randn
 from torch import Tensor
 from torch.nn import functional as nnf
+from training import assert_fused_is_unfused, assert_same_bits_on_threads
 
 import ksae
 from ksae.analysis.evaluate import evaluate
@@ -107,40 +108,18 @@ def test_gradients_are_those_of_the_dense_model(case: str) -> None:
 @pytest.mark.parametrize("clip", [None, 0.01], ids=["", "clipped"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_fused_is_unfused(case: str, clip: float | None, dtype: torch.dtype) -> None:
-    steps = [
-        ksae.TrainStep(build(case, dtype), 1e-2, clip_norm=clip, fused=fused)
-        for fused in (True, False)
-    ]
-    tight = dtype == torch.float64
-    for seed in (10, 20):
-        data = batch(case, seed)
-        fused, unfused = (step(*data) for step in steps)
-        assert fused.keys() == unfused.keys()
-        for name in fused:
-            tolerance = {"rtol": 1e-9, "atol": 1e-11} if tight else {"rtol": 0.1, "atol": 1e-3}
-            torch.testing.assert_close(
-                fused[name].double(), unfused[name].double(), **tolerance, msg=name
-            )
-    if tight:
-        a, b = (step.model.state_dict() for step in steps)
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-10, msg=name)
-    assert (steps[0].model.tokens_since_fired == 0).any()
+    model = assert_fused_is_unfused(
+        lambda fused: ksae.TrainStep(build(case, dtype), 1e-2, clip_norm=clip, fused=fused),
+        [batch(case, seed) for seed in (10, 20)],
+    )
+    assert (model.tokens_since_fired == 0).any()
 
 
 @pytest.mark.parametrize("case", ["sae", "aux", "prefixes"])
 def test_a_step_has_the_same_bits_for_any_number_of_threads(case: str) -> None:
-    before, states = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            step = ksae.TrainStep(build(case, torch.float32), 1e-2)
-            step(*batch(case))
-            states.append({**step.model.state_dict(), **step.state_dict()})
-    finally:
-        torch.set_num_threads(before)
-    for state in states[1:]:
-        assert all(torch.equal(state[name], t) for name, t in states[0].items())
+    assert_same_bits_on_threads(
+        lambda: ksae.TrainStep(build(case, torch.float32), 1e-2), batch(case)
+    )
 
 
 def test_a_row_may_take_everything() -> None:

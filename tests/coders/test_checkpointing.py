@@ -16,6 +16,7 @@ import ksae
 from ksae.interop import nvidia, openai
 
 N, D, F, K = 30, 8, 64, 3
+WIDE = 512
 Loss = Callable[[Any, Tensor], Tensor]
 
 
@@ -25,10 +26,21 @@ def own(model: Any, x: Tensor) -> Tensor:
     return loss
 
 
+def sparse(activation: ksae.Activation) -> ksae.SAE:
+    """A coder that leaves its dense products after the first batch."""
+    model = ksae.SAE(D, WIDE, activation, dead_after=N)
+    nn.init.constant_(model.b_enc, -2.0)
+    return model
+
+
 KINDS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "topk": (lambda: ksae.TopKSAE(D, F, K, auxk_alpha=1.0, dead_after=2 * N - 1), own),
     "batch_topk": (lambda: ksae.SAE(D, F, activation=ksae.BatchTopK(K)), own),
     "jump_relu": (lambda: ksae.SAE(D, F, activation=ksae.JumpReLU()), own),
+    "jump_relu, sparse": (lambda: sparse(ksae.JumpReLU(0.1, bandwidth=0.5, pre_act=0.1)), own),
+    "relu, sparse": (lambda: sparse(ksae.ReLU(0.1)), own),
+    "relu, annealed": (lambda: sparse(ksae.ReLU(0.1, p_end=0.5, p_steps=(0, 2), updates=3)), own),
+    "gated, sparse": (lambda: sparse(ksae.Gated(0.1)), own),
     "grad_topk": (lambda: ksae.GradTopKSAE(D, F, K, grad_norm="rms"), own),
     "transcoder": (
         lambda: ksae.Transcoder(D, D, F, K, skip=True),
@@ -69,3 +81,5 @@ def test_a_checkpointed_forward_pass_counts_once(name: str, reentrant: bool) -> 
             assert a.grad is None or torch.equal(a.grad, b.grad), key
         for (key, a), b in zip(plain.named_buffers(), again.buffers(), strict=True):
             assert torch.equal(a, b), key
+    if isinstance(plain, ksae.SAE) and plain.d_sae == WIDE:
+        assert not plain.activation.is_dense(plain) and plain.mean_active > 0

@@ -11,6 +11,12 @@ import pytest
 import torch
 from cases import randn
 from torch import Tensor
+from training import (
+    assert_fused_is_unfused,
+    assert_reads_back,
+    assert_resumes,
+    assert_same_bits_on_threads,
+)
 
 import ksae
 from ksae.coders.coder import SparseCoder
@@ -142,40 +148,20 @@ def test_gradients_are_those_of_the_formulas(case: str) -> None:
 @pytest.mark.parametrize("clip", [None, 0.01], ids=["", "clipped"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_fused_is_unfused(case: str, clip: float | None, dtype: torch.dtype) -> None:
-    steps = [
-        ksae.TrainStep(build(case, dtype), 1e-2, clip_norm=clip, fused=fused)
-        for fused in (True, False)
-    ]
-    tight = dtype == torch.float64
-    for seed in (10, 20):
-        fused, unfused = (step(*batch(case, seed)) for step in steps)
-        assert fused.keys() == unfused.keys()
-        for name in fused:
-            tolerance = {"rtol": 1e-9, "atol": 1e-11} if tight else {"rtol": 0.1, "atol": 1e-3}
-            torch.testing.assert_close(
-                fused[name].double(), unfused[name].double(), **tolerance, msg=name
-            )
-    if tight:
-        a, b = (step.model.state_dict() for step in steps)
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-10, msg=name)
-        learned = steps[0].model.activation.learned
-        start = build(case).get_parameter(learned)
-        assert ((a[learned] - start).abs() > 1e-3).sum() > F // 2
+    model = assert_fused_is_unfused(
+        lambda fused: ksae.TrainStep(build(case, dtype), 1e-2, clip_norm=clip, fused=fused),
+        [batch(case, seed) for seed in (10, 20)],
+    )
+    if dtype == torch.float64:
+        learned = model.activation.learned
+        ends = [of.get_parameter(learned) for of in (model, build(case))]
+        assert ((ends[0] - ends[1]).abs() > 1e-3).sum() > F // 2
 
 
 def test_a_step_has_the_same_bits_for_any_number_of_threads() -> None:
-    before, states = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            step = ksae.TrainStep(build("aux", torch.float32), 1e-2)
-            step(*batch("aux"))
-            states.append({**step.model.state_dict(), **step.state_dict()})
-    finally:
-        torch.set_num_threads(before)
-    for state in states[1:]:
-        assert all(torch.equal(state[name], t) for name, t in states[0].items())
+    assert_same_bits_on_threads(
+        lambda: ksae.TrainStep(build("aux", torch.float32), 1e-2), batch("aux")
+    )
 
 
 def test_in_use_only_what_is_above_its_threshold() -> None:
@@ -233,27 +219,15 @@ def test_no_entry_at_all() -> None:
 @pytest.mark.parametrize("case", ["target_l0", "skip", "linear"])
 def test_files(case: str, tmp_path: Path) -> None:
     model = build(case, torch.float32)
-    model.save(tmp_path / "model.safetensors")
-    back = ksae.load(tmp_path / "model.safetensors")
-    assert back.activation == model.activation and back.config() == model.config()
-    for name, t in model.state_dict().items():
-        assert torch.equal(back.state_dict()[name], t)
+    assert_reads_back(model, tmp_path)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 def test_a_step_resumes(fused: bool) -> None:
-    whole, first = (ksae.TrainStep(build("aux", torch.float32), fused=fused) for _ in range(2))
-    for seed in range(4):
-        whole(*batch("aux", seed))
-    for seed in range(2):
-        first(*batch("aux", seed))
-    second = ksae.TrainStep(build("aux", torch.float32), fused=fused)
-    second.model.load_state_dict(first.model.state_dict())
-    second.load_state_dict(first.state_dict())
-    for seed in (2, 3):
-        second(*batch("aux", seed))
-    for name, t in whole.model.state_dict().items():
-        assert torch.equal(second.model.state_dict()[name], t), name
+    assert_resumes(
+        lambda: ksae.TrainStep(build("aux", torch.float32), fused=fused),
+        [batch("aux", seed) for seed in range(4)],
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,12 @@ import pytest
 import torch
 from cases import randn
 from torch import Tensor
+from training import (
+    assert_fused_is_unfused,
+    assert_reads_back,
+    assert_resumes,
+    assert_same_bits_on_threads,
+)
 
 import ksae
 from ksae.analysis.evaluate import evaluate
@@ -114,25 +120,11 @@ def test_gradients_are_those_of_the_dense_model(case: str, dense: bool) -> None:
 @pytest.mark.parametrize("clip", [None, 0.01], ids=["", "clipped"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_fused_is_unfused(case: str, clip: float | None, dtype: torch.dtype) -> None:
-    steps = [
-        ksae.TrainStep(build(case, dtype), 1e-2, clip_norm=clip, fused=fused)
-        for fused in (True, False)
-    ]
-    tight = dtype == torch.float64
-    for seed in (10, 20, 30):
-        for step in steps:
-            step.model.mean_active.zero_()  # 1 in 6 is active: more than one in 16
-        fused, unfused = (step(*batch(case, seed)) for step in steps)
-        assert fused.keys() == unfused.keys()
-        for name in fused:
-            tolerance = {"rtol": 1e-9, "atol": 1e-11} if tight else {"rtol": 0.1, "atol": 1e-3}
-            torch.testing.assert_close(
-                fused[name].double(), unfused[name].double(), **tolerance, msg=name
-            )
-    if tight:
-        a, b = (step.model.state_dict() for step in steps)
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-10, msg=name)
+    assert_fused_is_unfused(
+        lambda fused: ksae.TrainStep(build(case, dtype), 1e-2, clip_norm=clip, fused=fused),
+        [batch(case, seed) for seed in (10, 20, 30)],
+        lambda model: model.mean_active.zero_(),  # 1 in 6 is active: more than one in 16
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
@@ -233,41 +225,21 @@ def test_in_use(case: str) -> None:
 def test_files(case: str, tmp_path: Path) -> None:
     model = build(case, torch.float32)
     ksae.TrainStep(model)(*batch(case))
-    model.save(tmp_path / "model.safetensors")
-    back = ksae.load(tmp_path / "model.safetensors")
-    assert back.activation == model.activation and back.config() == model.config()
-    for name, t in model.state_dict().items():
-        assert torch.equal(back.state_dict()[name], t), name
+    assert_reads_back(model, tmp_path)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
 def test_a_step_resumes(fused: bool) -> None:
-    whole, first = (ksae.TrainStep(build("annealed", torch.float32), fused=fused) for _ in "ab")
-    for seed in range(6):
-        whole(*batch("annealed", seed))
-    for seed in range(3):
-        first(*batch("annealed", seed))
-    second = ksae.TrainStep(build("annealed", torch.float32), fused=fused)
-    second.model.load_state_dict(first.model.state_dict())
-    second.load_state_dict(first.state_dict())
-    for seed in (3, 4, 5):
-        second(*batch("annealed", seed))
-    for name, t in whole.model.state_dict().items():
-        assert torch.equal(second.model.state_dict()[name], t), name
+    assert_resumes(
+        lambda: ksae.TrainStep(build("annealed", torch.float32), fused=fused),
+        [batch("annealed", seed) for seed in range(6)],
+    )
 
 
 def test_a_step_has_the_same_bits_for_any_number_of_threads() -> None:
-    before, states = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            step = ksae.TrainStep(build("annealed", torch.float32), 1e-2)
-            step(*batch("annealed"))
-            states.append({**step.model.state_dict(), **step.state_dict()})
-    finally:
-        torch.set_num_threads(before)
-    for state in states[1:]:
-        assert all(torch.equal(state[name], t) for name, t in states[0].items())
+    assert_same_bits_on_threads(
+        lambda: ksae.TrainStep(build("annealed", torch.float32), 1e-2), batch("annealed")
+    )
 
 
 def test_no_entry_at_all() -> None:

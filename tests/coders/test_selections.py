@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import randn
 from torch import Tensor
+from training import assert_fused_is_unfused, assert_reads_back
 
 import ksae
 from ksae.analysis.evaluate import evaluate
@@ -120,23 +121,10 @@ def test_gradients_are_those_of_the_dense_model(kind: str, case: str) -> None:
 @both
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_fused_is_unfused(kind: str, case: str, dtype: torch.dtype) -> None:
-    steps = [
-        ksae.TrainStep(build(kind, case, dtype), 1e-2, clip_norm=0.1, fused=fused)
-        for fused in (True, False)
-    ]
-    tight = dtype == torch.float64
-    for seed in (10, 20):
-        fused, unfused = (step(*batch(case, seed)) for step in steps)
-        assert fused.keys() == unfused.keys()
-        for name in fused:
-            tolerance = {"rtol": 1e-9, "atol": 1e-11} if tight else {"rtol": 0.1, "atol": 1e-3}
-            torch.testing.assert_close(
-                fused[name].double(), unfused[name].double(), **tolerance, msg=name
-            )
-    if tight:
-        a, b = (step.model.state_dict() for step in steps)
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-10, msg=name)
+    assert_fused_is_unfused(
+        lambda fused: ksae.TrainStep(build(kind, case, dtype), 1e-2, clip_norm=0.1, fused=fused),
+        [batch(case, seed) for seed in (10, 20)],
+    )
 
 
 @both
@@ -190,11 +178,7 @@ def test_with_unit_rows_norms_choose_what_topk_chooses() -> None:
 @both
 def test_files(kind: str, case: str, tmp_path: Path) -> None:
     model = build(kind, case, torch.float32)
-    model.save(tmp_path / "model.safetensors")
-    back = ksae.load(tmp_path / "model.safetensors")
-    assert back.activation == model.activation and back.config() == model.config()
-    for name, t in model.state_dict().items():
-        assert torch.equal(back.state_dict()[name], t), name
+    assert_reads_back(model, tmp_path)
 
 
 def test_messages() -> None:

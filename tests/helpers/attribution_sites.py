@@ -12,7 +12,7 @@ from toy_language_model import VOCABULARY, D, llama
 from ksae import SAE, BatchTopK, JumpReLU, TopKSAE, Transcoder
 from ksae.analysis.attribution import Site, logit_difference
 
-F, K = 32, 4
+F, K, T = 32, 4, 7
 RESID, READ, WRITE = "layers.0.resid_post", "layers.1.mlp_in", "layers.1.mlp_out"
 METRIC = logit_difference(3, 4)
 
@@ -29,7 +29,7 @@ def model() -> Any:
     return made
 
 
-def ids(seed: int = 2, B: int = 2, T: int = 7) -> dict[str, Tensor]:
+def ids(seed: int = 2, B: int = 2, T: int = T) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {"input_ids": torch.randint(1, VOCABULARY, (B, T), generator=generator)}
 
@@ -51,3 +51,33 @@ def coder(kind: str, seed: int = 0) -> Any:
 
 def two_sites() -> list[Site]:
     return [Site(coder("topk"), RESID), Site(coder("transcoder", 1), READ, WRITE)]
+
+
+def by_hand(
+    model: Any, sites: list[Site], keep: list[Tensor], errors: list[Tensor], other: Any
+) -> float:
+    """The metric with dense codes: keep [T, F] and errors [T] bool at each site."""
+    handles = []
+    read: list[Tensor] = []
+    mlp = model.model.layers[1].mlp
+    handles.append(mlp.register_forward_pre_hook(lambda _m, args: read.append(args[0])))
+    for i, module in enumerate((model.model.layers[0], mlp)):
+
+        def hook(_m: Any, _a: Any, y: Tensor, i: int = i) -> Tensor:
+            sae: Any = sites[i].coder
+            x = y if i == 0 else read[-1]
+            code = sae.encode_dense(x)
+            recon = sae.decode(*sae.encode(x), x)
+            error = y - recon
+            codes, others_error = (0, 0) if other is None else other[i]
+            mixed = torch.where(keep[i], code, codes)
+            error = torch.where(errors[i][:, None], error, others_error)
+            return recon + (mixed - code) @ sae.W_dec + error
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        with torch.no_grad():
+            return float(METRIC(model(**ids())).sum())
+    finally:
+        for handle in handles:
+            handle.remove()

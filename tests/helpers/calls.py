@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from cases import (
+    count_arguments,
     norm_arguments,
     randn,
     row_arguments,
@@ -77,6 +78,7 @@ def arguments(name: str, dtype: torch.dtype, grad: bool = False) -> tuple[Any, .
         "total_variance": (x.detach(),),
         "loss_terms": tuple(terms_arguments(dtype).values()),
         "adam_scalars": tuple(scalars_arguments(dtype).values()),
+        "count_tokens": tuple(count_arguments(dtype, F).values()),
         "vector_update": tuple(vector_arguments(dtype, F).values()),
     }[name]
 

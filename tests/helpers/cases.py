@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from ksae import ops, reference
 from ksae.backends import cpu as native
 
+T = TypeVar("T")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = tuple(ops.serving())
 
@@ -136,16 +137,17 @@ def row_arguments(
     F: int = 33,
     ks: Sequence[int] = (5, 9),
     columns: tuple[int, int] | None = None,
+    rounded: bool = False,
 ) -> dict[str, Any]:
     """Arguments of row_update for W_enc or W_dec in the middle of a run; no token uses the last
-    latent, and row 3 of the matrix is zero."""
+    latent, and row 3 of the matrix is zero. rounded: the residuals are in the weights' dtype."""
     acc, encoder = reference.accumulator(dtype), side == "encoder"
     codes = [code(N, F - 1, k, dtype) for k in ks]
     grouped = [reference.group_by_latent(v, i, F) for v, i in codes]
     W = randn(F, d, dtype=dtype, seed=4)
     W[3] = 0
     start, stop = columns or (0, d)
-    kind = dtype if encoder else acc
+    kind = dtype if encoder or rounded else acc
     rows = [randn(N, d, dtype=kind, seed=9 + g)[:, start:stop].contiguous() for g in range(len(ks))]
     used = torch.zeros(F, dtype=torch.bool)  # the sums of a latent without entries are zero
     for offsets, _ in grouped:
@@ -229,6 +231,23 @@ def scalars_arguments(dtype: torch.dtype, clip: bool = True) -> dict[str, Any]:
     }
 
 
+def count_arguments(dtype: torch.dtype, F: int = 33) -> dict[str, Any]:
+    """Arguments of count_tokens: latents that die, revive, and do neither."""
+    generator = torch.Generator().manual_seed(F)
+    counts = torch.randint(0, 3, (F + 1,), generator=generator).clamp(max=1)
+    counts[0] = 0
+    return {
+        "loss": torch.tensor(0.7, dtype=reference.accumulator(dtype)),
+        "taken": torch.tensor(True),
+        "offsets": counts.cumsum(0).int(),
+        "since": torch.randint(0, 1000, (F,), generator=generator),
+        "t": torch.tensor(6.0, dtype=torch.float64),
+        "tokens": 64,
+        "dead_after": 500,
+        "within": 200,
+    }
+
+
 def vector_arguments(
     dtype: torch.dtype, *shape: int, G: int = 2, extras: bool = True
 ) -> dict[str, Any]:
@@ -251,7 +270,7 @@ def vector_arguments(
 
 def written(a: dict[str, Any]) -> dict[str, Tensor]:
     """What row_update or vector_update writes and somebody reads."""
-    names = ("W", "p", "master", "m", "v", "grad_b_dec")
+    names = ("W", "p", "master", "m", "v", "grad_b_dec", "since", "t")
     return {name: a[name] for name in names if a.get(name) is not None}
 
 
@@ -399,6 +418,18 @@ def assert_same(what: str, got: Tensor, expected: Tensor) -> None:
         raise AssertionError(
             f"{what}: {count} differ, first at {list(worst)}: {got[worst]} for {expected[worst]}"
         )
+
+
+def on_threads(run: Callable[[], T], counts: Sequence[int] = (1, 2, 3)) -> list[T]:
+    """What `run` gives on so many threads each."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return results
 
 
 def hidden_winners() -> tuple[Tensor, Tensor, Tensor, Tensor]:

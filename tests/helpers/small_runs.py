@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 import ksae
+from ksae import cli
 from ksae.activations import ActivationSource, ArraySource
 from ksae.errors import UserError
+from ksae.runs import checkpoint
 from ksae.runs import log as runlog
 from ksae.runs.config import LogConfig, TrainConfig
 from ksae.runs.trainer import Trainer, TrainResult
@@ -67,6 +70,22 @@ def assert_same_run(a: Path, b: Path) -> None:
     # Model, moments, masters, step, random state: all bytes of the checkpoint.
     assert last[0].name == last[1].name and last[0].read_bytes() == last[1].read_bytes()
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+def assert_resumes(command: Callable[[str], list[str]], folder: Path) -> list[dict[str, float]]:
+    """`ksae train` with the arguments for a folder's name, of 20 steps with a checkpoint each 7:
+    a run that ends after step 14 and is resumed is the whole run; its logged metrics."""
+    for out in ("a", "b"):
+        assert cli.run(["train", *command(out)]) == 0
+    checkpoint.step_path(folder / "b" / "checkpoints", 20).unlink()  # as if killed after step 14
+    assert cli.run(["train", "--out", str(folder / "b"), "--resume", "--no-progress"]) == 0
+    lines, again = (records(folder / out) for out in ("a", "b"))
+    assert lines == again
+    whole, resumed = (ksae.load(folder / out).state_dict() for out in ("a", "b"))
+    assert whole.keys() == resumed.keys()
+    for name, t in whole.items():
+        assert torch.equal(resumed[name], t), name
+    return lines
 
 
 def refused(call: object, *words: str) -> None:

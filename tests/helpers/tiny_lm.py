@@ -12,21 +12,32 @@ from ksae.activations import Contexts
 
 WORDS = ["<s>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran"]
 D = 12
-SIZES = {"vocab_size": len(WORDS), "hidden_size": D, "intermediate_size": 16}
 
 
-def language_model(encoder: bool = False) -> nn.Module:
-    """A decoder or an encoder of two layers."""
+def llama(
+    vocabulary: int = len(WORDS), d: int = D, inner: int = 16, layers: int = 2, **more: object
+) -> nn.Module:
+    """Of two heads, each with keys of its own; the same weights at each call."""
     import transformers
 
     torch.manual_seed(0)
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    if encoder:
-        return transformers.BertModel(transformers.BertConfig(**SIZES, **heads)).eval()
     config = transformers.LlamaConfig(
-        **SIZES, **heads, num_key_value_heads=2, bos_token_id=0, eos_token_id=0
-    )
+        vocab_size=vocabulary, hidden_size=d, intermediate_size=inner, num_hidden_layers=layers,
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, **more},
+    )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def language_model(encoder: bool = False, **more: object) -> nn.Module:
+    """A decoder or an encoder of two layers."""
+    import transformers
+
+    if not encoder:
+        return llama(**{"bos_token_id": 0, "eos_token_id": 0, **more})
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(WORDS), "hidden_size": D, "intermediate_size": 16}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+    return transformers.BertModel(config).eval()
 
 
 def contexts(count: int, length: int = 8) -> Contexts:
@@ -38,7 +49,7 @@ def contexts(count: int, length: int = 8) -> Contexts:
     return Contexts(ids, lengths, numbers, tuple(bytes([i]) for i in range(count)), (0,))
 
 
-def save(folder: Path, encoder: bool = False) -> Path:
+def save(folder: Path, encoder: bool = False, **more: object) -> Path:
     """Model and tokenizer as Hugging Face stores them."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -50,7 +61,7 @@ def save(folder: Path, encoder: bool = False) -> Path:
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>"
     ).save_pretrained(folder)
-    language_model(encoder).save_pretrained(folder)
+    language_model(encoder, **more).save_pretrained(folder)
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tiny_lm
 import torch
 
 from ksae.activations import Contexts, tokenize
@@ -28,21 +29,10 @@ def tokenizer() -> Any:
 
 
 def llama() -> Any:
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=D,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    more = {"num_key_value_heads": 1, "max_position_embeddings": 64}
+    model: Any = tiny_lm.llama(
+        VOCABULARY, D, 24, LAYERS, bos_token_id=0, eos_token_id=0, **more
+    ).requires_grad_(False)
     model.model.norm.weight.uniform_(0.5, 2.0)  # a gain that matters
     return model
 

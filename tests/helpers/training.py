@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from cases import assert_close, randn
+from cases import assert_close, on_threads, randn
 from torch import Tensor
 
 import ksae
@@ -131,3 +133,85 @@ def assert_at_most_twice_torchs_error(
         floor = 4 * torch.finfo(dtype).eps
         assert_close(f"{case}: {name}", metrics[name], plain_metrics[name], value.double(), floor)
     assert torch.equal(counts, exact_counts)
+
+
+def assert_same_state(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    """The same names and bits."""
+    assert got.keys() == want.keys()
+    for name, t in want.items():
+        assert torch.equal(got[name], t), name
+
+
+def assert_same_coder(got: SparseCoder, want: SparseCoder) -> None:
+    """Of one class, with the same options, and the same bits in parameters and buffers."""
+    assert type(got) is type(want)
+    assert got.activation == want.activation and got.config() == want.config()
+    assert_same_state(got.state_dict(), want.state_dict())
+
+
+def assert_reads_back(model: SparseCoder, folder: Path) -> SparseCoder:
+    """What `ksae.load` gives of the file that `save` wrote, the same coder."""
+    model.save(folder / "model.safetensors")
+    back = ksae.load(folder / "model.safetensors")
+    assert_same_coder(back, model)
+    return back
+
+
+def assert_resumes(
+    make: Callable[[], ksae.TrainStep], batches: Sequence[tuple[Tensor, ...]]
+) -> list[dict[str, Tensor]]:
+    """A step that takes over the states after half of the batches ends as one that saw them all;
+    that one's metrics."""
+    half = len(batches) // 2
+    whole, first, second = make(), make(), make()
+    metrics = [whole(*data) for data in batches]
+    for data in batches[:half]:
+        first(*data)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(first.state_dict())
+    for data in batches[half:]:
+        second(*data)
+    assert_same_state(second.model.state_dict(), whole.model.state_dict())
+    assert_same_state(second.state_dict(), whole.state_dict())
+    return metrics
+
+
+def assert_same_bits_on_threads(
+    make: Callable[[], ksae.TrainStep], data: tuple[Tensor, ...]
+) -> None:
+    """Model and moments after a step do not depend on the number of threads."""
+
+    def run() -> dict[str, Tensor]:
+        step = make()
+        step(*data)
+        return {**step.model.state_dict(), **step.state_dict()}
+
+    first, *others = on_threads(run)
+    for other in others:
+        assert_same_state(other, first)
+
+
+def assert_fused_is_unfused(
+    make: Callable[[bool], ksae.TrainStep],
+    batches: Sequence[tuple[Tensor, ...]],
+    before: Callable[[SparseCoder], object] = lambda model: None,
+) -> SparseCoder:
+    """Metrics of the fused step and of autograd, in float64 their parameters and buffers too; the
+    coder of the fused step. before: called with a coder before each of its steps."""
+    steps = fused, unfused = make(True), make(False)
+    tight = fused.model.W_enc.dtype == torch.float64
+    tolerance = {"rtol": 1e-9, "atol": 1e-11} if tight else {"rtol": 0.1, "atol": 1e-3}
+    for data in batches:
+        for step in steps:
+            before(step.model)
+        got, want = (step(*data) for step in steps)
+        assert got.keys() == want.keys()
+        for name in got:
+            torch.testing.assert_close(
+                got[name].double(), want[name].double(), **tolerance, msg=name
+            )
+    if tight:
+        state = unfused.model.state_dict()
+        for name, t in fused.model.state_dict().items():
+            torch.testing.assert_close(t, state[name], rtol=1e-8, atol=1e-10, msg=name)
+    return fused.model

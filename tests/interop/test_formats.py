@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from training import assert_same_coder
 
 import ksae
 from ksae.cli import run
@@ -178,9 +179,7 @@ def test_a_model_is_itself_again_after_any_detour(kind: str, tmp_path: Path) -> 
         convert.convert(tmp_path / "a.safetensors", place(tmp_path, name), name)
         convert.convert(place(tmp_path, name), tmp_path / "b", "ksae")
         for again in (ksae.load(place(tmp_path, name)), ksae.load(tmp_path / "b")):
-            assert type(again) is type(model) and again.config() == model.config(), name
-            for key, tensor in model.state_dict().items():
-                assert torch.equal(again.state_dict()[key], tensor), (name, key)
+            assert_same_coder(again, model)
 
 
 def test_skip_transcoder(tmp_path: Path) -> None:

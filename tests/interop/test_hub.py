@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training import assert_same_coder
 
 import ksae
 from ksae.cli import run
@@ -68,9 +69,7 @@ def test_save_and_load(fake: FakeHub, to: str, folder: str) -> None:
     name = hub.save(model, "someone/coder", to=to, folder=folder)
     assert name == "someone/coder" + (f"/{folder}" if folder else "")
     loaded = ksae.load(name)
-    assert loaded.config() == model.config()
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], tensor), key
+    assert_same_coder(loaded, model)
 
 
 def test_save_and_load_of_arrays(fake: FakeHub) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from training import assert_same_coder
 
 import ksae
 from ksae.errors import UserError
@@ -56,9 +57,7 @@ def test_there_and_back(kind: str, to: str, tmp_path: Path) -> None:
         ksae.TrainStep(foreign)(X)
     convert.convert(tmp_path / to, tmp_path / "back", "ksae")
     back = ksae.load(tmp_path / "back")
-    assert back.config() == model.config()
-    for name, t in model.state_dict().items():
-        assert torch.equal(back.state_dict()[name], t), name
+    assert_same_coder(back, model)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from training import assert_same_coder
 
 import ksae
 from ksae.cli import run
@@ -61,13 +62,6 @@ def by_hand(model: ksae.SparseCoder, x: Tensor, theta: Tensor) -> Tensor:
     """The reconstruction [N, d] of a JumpReLU with thresholds theta."""
     u = x @ model.W_enc.T + model.b_enc
     return torch.where(u > theta, u.relu(), 0) @ model.W_dec + model.b_dec
-
-
-def same(a: ksae.SparseCoder, b: ksae.SparseCoder) -> None:
-    assert type(a) is type(b)
-    assert a.config() == b.config()
-    for key, tensor in a.state_dict().items():
-        assert torch.equal(b.state_dict()[key], tensor), key
 
 
 REFUSED = {
@@ -120,9 +114,9 @@ def test_ksae_coders_come_back_as_they_were(kind: str, tmp_path: Path) -> None:
         convert.convert(tmp_path / "m", place(tmp_path, name), name)
         if jumps or name in ("ksae", "dictionary-learning"):
             again = ksae.load(place(tmp_path, name))
-            same(again, model)
+            assert_same_coder(again, model)
             convert.convert(place(tmp_path, name), tmp_path / "back", "ksae")
-            same(ksae.load(tmp_path / "back"), model)
+            assert_same_coder(ksae.load(tmp_path / "back"), model)
         again = ksae.load(place(tmp_path, name)).eval()
         assert torch.equal(again(X).recon, expected), name
 
@@ -138,7 +132,7 @@ def test_training_options_are_kept_beside(option: dict[str, Any], tmp_path: Path
     model.save(tmp_path / "m")
     for name in sorted(set(FORMATS) - {"gemma-scope"}):
         convert.convert(tmp_path / "m", place(tmp_path, name), name)
-        same(ksae.load(place(tmp_path, name)), model)
+        assert_same_coder(ksae.load(place(tmp_path, name)), model)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +178,7 @@ def test_a_threshold_kept_beside_does_not_hide_a_trained_one(kind: str, tmp_path
     convert.convert(tmp_path / "n", tmp_path / "t", "saelens")
     found = load_file(tmp_path / "t" / "sae_weights.safetensors")["threshold"]
     assert torch.equal(found, model.activation.thresholds(model).detach())
-    same(ksae.load(tmp_path / "t"), model)
+    assert_same_coder(ksae.load(tmp_path / "t"), model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -201,7 +195,7 @@ def test_thresholds_that_are_learned_themselves(
     found = convert.read(place(tmp_path, to))[1].threshold
     assert found is not None and torch.equal(found.to(dtype), model.theta.detach().relu())
     again = ksae.load(place(tmp_path, to)).eval()
-    same(again, model)
+    assert_same_coder(again, model)
     assert torch.equal(again(X).recon, model(X).recon)
 
 

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import randn
+from cases import on_threads, randn
 from torch import Tensor
 
 from ksae import _cpu
@@ -153,12 +153,8 @@ def test_ascending_scores(isa):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_threads_and_batch_leave_no_trace(isa, dtype):
     args = [t.to(dtype) for t in problem(1501, 40, 700)]
-    before = torch.get_num_threads()
-    results = []
-    for n in (1, 2, 3, 5):
-        torch.set_num_threads(n)
-        results.append(native.grad_topk_encode_counted(*args, 16, 0.5)[:2])
-    torch.set_num_threads(before)
+    run = lambda: native.grad_topk_encode_counted(*args, 16, 0.5)[:2]
+    results = on_threads(run, (1, 2, 3, 5))
     part = [args[0][700:731], args[1][700:731], *args[2:]]
     alone = native.grad_topk_encode_counted(*part, 16, 0.5)
     for values, indices in results:

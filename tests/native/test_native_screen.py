@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bf16_dots import bf16_dots, skip_without  # noqa: F401
+from cases import on_threads
 
 from ksae.backends import cpu as native
 
@@ -170,12 +171,8 @@ def test_ascending_scores_fill_the_buffer_again_and_again():
 @pytest.mark.parametrize("N,d,F", [(3001, 40, 700), (4001, 701, 90)])
 def test_many_chunks_and_threads(N, d, F):
     x, W, b, b_dec = problem(N, d, F)
-    threads = torch.get_num_threads()
-    results = []
-    for n in (1, 2, 3, 5):
-        torch.set_num_threads(n)
-        results.append(encode(x, W, b, 16, b_dec, screen=True)[:2])
-    torch.set_num_threads(threads)
+    run = lambda: encode(x, W, b, 16, b_dec, screen=True)[:2]
+    results = on_threads(run, (1, 2, 3, 5))
     for values, indices in results[1:]:
         assert torch.equal(values, results[0][0])
         assert torch.equal(indices, results[0][1])

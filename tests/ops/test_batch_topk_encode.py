@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DTYPES, SHAPES, Implementation, dtype_id, integers, randn
+from cases import DTYPES, SHAPES, Implementation, dtype_id, integers, on_threads, randn
 from torch import Tensor
 
 import ksae
@@ -43,15 +43,9 @@ def same_selection(got: tuple[Tensor, ...], u: Tensor, k: int) -> None:
     torch.testing.assert_close(values, want, rtol=0, atol=0, equal_nan=True)
 
 
-def on_threads(run: Callable[[], Any]) -> Any:
+def alike(run: Callable[[], Any]) -> Any:
     """What `run` gives on three threads, after a check that it gives the same bits on one."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(run())
-    finally:
-        torch.set_num_threads(before)
+    results = on_threads(run, (1, 3))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     return results[1]
@@ -73,7 +67,7 @@ def test_selection_is_a_flat_sort(
     impl: Implementation, N: int, d: int, F: int, k: int, dtype: torch.dtype
 ) -> None:
     x, W, b, b_dec = problem(N, d, F, dtype)
-    got = on_threads(lambda: impl.batch_topk_encode(x, W, b, k, b_dec))
+    got = alike(lambda: impl.batch_topk_encode(x, W, b, k, b_dec))
     if N:
         same_selection(got, scores(x, W, b, b_dec), k)
     assert got[2].tolist()[-1] == N * k == len(got[0])
@@ -132,7 +126,7 @@ KINDS = (
 @pytest.mark.parametrize("N, F, k", [(5, 40, 3), (130, 150, 2), (61, 230, 40)])
 def test_hard_batches(impl: Implementation, kind: str, N: int, F: int, k: int) -> None:
     x, W, b, b_dec = hard(kind, N, 9, F)
-    got = on_threads(lambda: impl.batch_topk_encode(x, W, b, k, b_dec))
+    got = alike(lambda: impl.batch_topk_encode(x, W, b, k, b_dec))
     same_selection(got, scores(x, W, b, b_dec), k)
 
 
@@ -169,7 +163,7 @@ def test_random_numbers(impl: Implementation) -> None:
     """Rows differ in size, so that they get from none to many entries."""
     x = randn(300, 48) * torch.linspace(0.05, 3, 300)[:, None]
     W, b, b_dec = randn(900, 48, seed=1) / 48**0.5, 0.1 * randn(900, seed=2), 0.1 * randn(48)
-    got = on_threads(lambda: impl.batch_topk_encode(x, W, b, 5, b_dec))
+    got = alike(lambda: impl.batch_topk_encode(x, W, b, 5, b_dec))
     u = (x.double() - b_dec.double()) @ W.double().T + b.double()
     bar = u.flatten().topk(1500).values[-1]
     chosen = torch.zeros_like(u, dtype=torch.bool)

@@ -111,7 +111,7 @@ def test_compile_fullgraph(name: str) -> None:
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
-    if name in ("row_update", "vector_update"):  # what was written
+    if name in ("row_update", "vector_update", "count_tokens"):  # what was written
         for g, w in zip(traced, eager, strict=True):
             torch.testing.assert_close(g, w)
 

@@ -19,7 +19,7 @@ from cases import (
 )
 from implementations import EVERY, INTERPRETED
 
-from ksae import reference
+from ksae import ops, reference
 
 interpreted_too = pytest.mark.implementations(*EVERY, INTERPRETED)
 sides = pytest.mark.parametrize("side", ["encoder", "decoder"])
@@ -77,6 +77,27 @@ def test_row_update(
             assert_rounded(name, t, written(exact)[name])
     if a["master"] is not None:
         assert_same("W", a["W"], a["master"].to(dtype))
+
+
+@interpreted_too
+@pytest.mark.parametrize("ks", [(5,), (5, 9)], ids=["one group", "two groups"])
+@pytest.mark.interpreted(where=lambda dtype, ks: dtype == torch.bfloat16)
+def test_row_update_by_residuals_in_the_dtype_of_the_weights(
+    impl: Implementation, dtype: torch.dtype, ks: tuple[int, ...]
+) -> None:
+    """Values and rows are both stored; a latent without entries, long and unaligned rows."""
+    for d in (23, 24):
+        a = row_arguments(dtype, "decoder", ks=ks, d=d, rounded=True)
+        assert a["rows"][0].dtype == a["coefficients"][0].dtype == dtype
+        exact = to_float64(a)
+        got = impl.row_grad_sq(*norm_arguments(a))
+        eps = torch.finfo(torch.float32).eps
+        assert_rounded("grad_sq", got, reference.row_grad_sq(*norm_arguments(exact)), eps)
+        impl.row_update(*a.values())
+        reference.row_update(*exact.values())
+        for name, t in written(a).items():
+            floor = max(16 * eps, 2 * torch.finfo(t.dtype).eps) if name in ("W", "master") else None
+            assert_rounded(name, t, written(exact)[name], floor)
 
 
 @interpreted_too
@@ -181,3 +202,13 @@ def test_every_latent_counts_in_the_gradient_of_b_dec(
         want = 4.0 * one["W"][latent]
         impl.row_update(*one.values())
         torch.testing.assert_close(one["grad_b_dec"], want)
+
+
+@pytest.mark.parametrize("other", ["grad_dot_w", "normalize"])
+def test_the_gradient_of_b_dec_is_of_the_encoder_alone(other: str) -> None:
+    a = row_arguments(torch.float32, "encoder")
+    a[other] = True if other == "normalize" else torch.zeros(33)
+    with pytest.raises(
+        ValueError, match=r"^row_update: grad_b_dec must be None with grad_dot_w or"
+    ):
+        ops.row_update(*a.values())

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import SHAPES, Implementation, assert_close, assert_same, code, integers, randn
+from cases import (
+    SHAPES,
+    Implementation,
+    assert_close,
+    assert_same,
+    code,
+    integers,
+    on_threads,
+    randn,
+)
 from torch import Tensor
 
 from ksae import reference
@@ -137,13 +146,7 @@ def test_the_same_bits_for_every_number_of_threads(impl: Implementation) -> None
     values, indices = code(N, F, k, torch.float32)
     W, y = randn(F, d), randn(N, d, seed=1)
     args = (values, indices, W, None, y, torch.tensor([40, 41, F]), torch.ones(3), d)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(impl.prefix_residual(*args))
-    finally:
-        torch.set_num_threads(threads)
+    results = on_threads(lambda: impl.prefix_residual(*args))
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
             assert torch.equal(got, want)

@@ -15,6 +15,7 @@ from cases import (
     code,
     integers,
     norm_arguments,
+    on_threads,
     randn,
     row_arguments,
     to_float64,
@@ -48,15 +49,9 @@ lengths = pytest.mark.parametrize("lengths", CODES.values(), ids=CODES)
 widths = pytest.mark.parametrize("d", [1, 23, 131, 132])
 
 
-def on_threads(run: Callable[[], Any]) -> Any:
+def alike(run: Callable[[], Any]) -> Any:
     """What `run` gives on two threads, after a check that it gives the same bits on one."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(run())
-    finally:
-        torch.set_num_threads(before)
+    results = on_threads(run, (1, 2))
     equal(*results)
     return results[1]
 
@@ -107,28 +102,28 @@ def test_decode_and_its_products(
     finite = W.double().nan_to_num(posinf=0)
     exact = (values.double(), latents, finite, b.double())
     for i in (latents, latents.int()):
-        got = on_threads(lambda i=i: impl.sparse_decode(values, i, W, b, offsets))
+        got = alike(lambda i=i: impl.sparse_decode(values, i, W, b, offsets))
         near(got, reference.sparse_decode(*exact, offsets))
-        part = on_threads(lambda i=i: impl.sparse_decode(values, i, W, None, offsets, True))
+        part = alike(lambda i=i: impl.sparse_decode(values, i, W, None, offsets, True))
         assert part.dtype == torch.float32
         near(part, reference.sparse_decode(*exact[:3], None, offsets))
         for y in (target, target.float()):
             code = (values, i, W, b, y)
-            got = on_threads(lambda code=code: impl.sparse_residual(*code, d, None, offsets))
+            got = alike(lambda code=code: impl.sparse_residual(*code, d, None, offsets))
             near(got, reference.sparse_residual(*exact, y.double(), d, None, offsets))
             half = (d // 2 + 3) // 4 * 4
             for start, stop in ((0, half), (half, d)):
                 if start <= stop <= d:
                     part = impl.sparse_residual_slice(*code, start, stop, offsets)
                     near(part, got[0][:, start:stop].double())
-        products = on_threads(
+        products = alike(
             lambda i=i: impl.sparse_decode_backward_weight(target, values, i, F, offsets)
         )
         near(
             products,
             reference.sparse_decode_backward_weight(target.double(), exact[0], latents, F, offsets),
         )
-        got = on_threads(
+        got = alike(
             lambda i=i: impl.sparse_decode_backward_values(target, i, finite.to(dtype), offsets)
         )
         near(
@@ -224,7 +219,7 @@ def test_passes_over_latents(
     grads = torch.where(values == 0, 0, randn(values.numel(), 1, seed=6))
     sums = ([a["coefficients"][0].to(dtype), values], [randn(len(lengths), 5, seed=8), grads])
     lists = ([a["offsets"][0], grouped[0]], [a["order"][0], grouped[1]], a["scales"])
-    got = on_threads(lambda: impl.latent_sums(*sums, *lists))
+    got = alike(lambda: impl.latent_sums(*sums, *lists))
     for g, w in zip(got, reference.latent_sums(*sums, *lists), strict=True):
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
     a["offsets"][1], a["order"][1] = grouped
@@ -236,7 +231,7 @@ def test_passes_over_latents(
     N = len(lengths)
     row_of = [rows_of(5 * torch.arange(N + 1), 5 * N), rows_of(offsets, values.numel())]
     exact, norms = to_float64(a), norm_arguments(a)
-    sq = on_threads(lambda: impl.row_grad_sq(*norms, row_of))
+    sq = alike(lambda: impl.row_grad_sq(*norms, row_of))
     want = reference.row_grad_sq(*norm_arguments(exact), row_of)
     torch.testing.assert_close(sq, want, rtol=1e-4, atol=1e-6)
 
@@ -245,7 +240,7 @@ def test_passes_over_latents(
         impl.row_update(*b.values(), None, None, None, row_of)
         return tuple(b[name] for name in ("W", "m", "v"))
 
-    got = on_threads(update)
+    got = alike(update)
     reference.row_update(*exact.values(), None, None, None, row_of)
     for g, name in zip(got, ("W", "m", "v"), strict=True):
         step = torch.finfo(g.dtype).eps
@@ -276,7 +271,7 @@ def test_threshold_encode(
     )
     each = integers(F, seed=7).abs() + 0.5
     at = each if isinstance(theta, str) else torch.full((F,), theta)
-    got = on_threads(lambda: impl.threshold_encode(x, W, b, at, b_dec))
+    got = alike(lambda: impl.threshold_encode(x, W, b, at, b_dec))
     want = above(x - b_dec, W, b, at)
     equal(got, (want[0].to(dtype), *want[1:]))
     want = above(x, W, b, at.to(dtype))
@@ -306,7 +301,7 @@ def test_threshold_encode_of_random_numbers(impl: Implementation, dtype: torch.d
     N, d = 50, 131
     x, W, b = (randn(*s, dtype=dtype, seed=i) for i, s in enumerate([(N, d), (F, d), (F,)]))
     theta = torch.full((F,), 6.0)
-    values, latents, offsets = on_threads(lambda: impl.threshold_encode(x, W, b, theta))
+    values, latents, offsets = alike(lambda: impl.threshold_encode(x, W, b, theta))
     u = x.double() @ W.double().T + b.double()
     chosen = torch.zeros(N, F, dtype=torch.bool)
     rows = rows_of(offsets, values.numel()).long()

@@ -36,6 +36,10 @@ def kernels_of(impl: Implementation) -> Any:
     return cuda.kernels if impl.name == "cuda" else impl.kernels
 
 
+def device_of(impl: Implementation) -> str:
+    return "cuda" if isinstance(impl, OnCuda) else "cpu"
+
+
 def screened(
     impl: Implementation,
     x: Tensor,
@@ -49,8 +53,7 @@ def screened(
     slack: float = 1.0,
 ) -> tuple[Tensor, Tensor, int]:
     """Values, indices and how many rows were scored in full."""
-    device = "cuda" if isinstance(impl, OnCuda) else "cpu"
-    x, W, b, mask = to([x, W, b, mask], device)
+    x, W, b, mask = to([x, W, b, mask], device_of(impl))
     kernels = kernels_of(impl)
     (rounded, x_norms), (W_bf16, norms) = kernels.bf16_copy(x), kernels.bf16_copy(W)
     screen = kernels._screen(x, W, b, slack * x_norms, norms, k, mask, capacity)
@@ -221,26 +224,24 @@ def test_copies_and_norms(impl: Implementation, d: int) -> None:
     t = integers(9, d, top=511)
     t[0], t[1], t[2] = 0, t[1] * 2.0**-80, t[2] * 2.0**58
     t[3, 0], t[4, -1] = NAN, INF
-    on = "cuda" if isinstance(impl, OnCuda) else "cpu"
-    copy, norms = kernels_of(impl).bf16_copy(t.to(on))
+    copy, norms = kernels_of(impl).bf16_copy(t.to(device_of(impl)))
     assert_same("copy", copy.cpu(), t.bfloat16())
     assert_norms(norms.cpu(), t, copy.cpu())
 
 
 def test_as_the_table_calls_it(impl: Implementation) -> None:
     """Centred, by a kept copy, and the two selections of a step."""
+    on = device_of(impl)
     x, W, b = (integers(*s, top=511, seed=i) for i, s in enumerate([(4, 9), (700, 9), (700,)]))
-    if isinstance(impl, OnCuda):
-        pytest.skip("the table serves there")
     kernels, b_dec, dead = kernels_of(impl), integers(9, seed=3), torch.arange(700) % 3 == 0
-    kept = kernels.bf16_copy(W)
+    kept = kernels.bf16_copy(W.to(on))
     for args in ((x, W, b, 7, b_dec, None, *kept), (x[:0], W, b, 7), (x, W, b, 7, None, dead)):
         want = reference.topk_encode(*args[:6])
-        for g, w in zip(kernels.screened_topk_encode(*args), want, strict=True):
-            assert_same("topk_encode", g, w)
+        for g, w in zip(kernels.screened_topk_encode(*to(args, on)), want, strict=True):
+            assert_same("topk_encode", g.cpu(), w)
     for k_aux in (9, 300):  # screened and not
         for score in ((), (x.flip(0), W.flip(0), 0.5, "signed")):
             args = (x, W, b, 7, k_aux, dead, b_dec, *score)
             want = reference.topk_encode_aux(*args)
-            for g, w in zip(kernels.screened_topk_encode_aux(*args), want, strict=True):
-                assert_same("topk_encode_aux", g, w)
+            for g, w in zip(kernels.screened_topk_encode_aux(*to(args, on)), want, strict=True):
+                assert_same("topk_encode_aux", g.cpu(), w)

@@ -11,6 +11,7 @@ from cases import (
     Implementation,
     assert_rounded,
     clone_all,
+    count_arguments,
     randn,
     scalars_arguments,
     terms_arguments,
@@ -108,19 +109,28 @@ def check_terms(impl: Implementation, a: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("t", [0, 1, 3000])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.5, 0.0)])
-@pytest.mark.parametrize("norm", [None, 0.0, 0.3, 40.0])
+@pytest.mark.parametrize(
+    ("norm", "always"), [(None, False), *((n, b) for n in (0.0, 0.3, 40.0) for b in (False, True))]
+)
 def test_adam_scalars(
-    impl: Implementation, t: int, betas: tuple[float, float], norm: float | None
+    impl: Implementation, t: int, betas: tuple[float, float], norm: float | None, always: bool
 ) -> None:
     a = scalars_arguments(torch.float32, clip=norm is not None)
+    a |= {"decoder_lr": 3.0, "always": always}
     a["t"].fill_(t)
     a["constants"][:2] = torch.tensor(betas, dtype=torch.float64)
     if norm is not None:
         a["norm"].fill_(norm)
-    hyper, taken, scales = impl.adam_scalars(*a.values())
+    hyper, taken, scales, of_decoder = impl.adam_scalars(*a.values())
     exact = reference.adam_scalars(*to_float64(a).values())
     assert hyper.dtype == torch.float32 and taken.dtype == torch.bool and bool(taken)
-    torch.testing.assert_close(hyper, exact[0].float(), rtol=3e-7, atol=0)  # each of them
+    wanted = exact[0].float()
+    if norm == 0 and always:  # float64 has smaller norms
+        wanted[5] = 1.25 / torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(hyper, wanted, rtol=3e-7, atol=0)  # each of them
+    assert torch.equal(of_decoder[1:], hyper[1:]) and of_decoder[0] == hyper[0] * 3
+    if norm is not None and always:
+        torch.testing.assert_close(hyper[5] * norm, torch.tensor(1.25 * (norm > 0)))
     assert torch.equal(scales, a["scales"])
 
 
@@ -131,7 +141,7 @@ def test_adam_scalars_of_a_step_that_is_not_taken(
 ) -> None:
     a = scalars_arguments(torch.float32)
     a[name].fill_(bad)
-    _, taken, scales = impl.adam_scalars(*a.values())
+    _, taken, scales, _ = impl.adam_scalars(*a.values())
     assert not taken and scales.isnan().all()
 
 
@@ -157,3 +167,22 @@ def test_vector_update_that_is_not_taken(impl: Implementation, dtype: torch.dtyp
     before = clone_all(a)
     impl.vector_update(*a.values())
     assert all(torch.equal(t, before[name]) for name, t in written(a).items())
+
+
+@pytest.mark.parametrize("F", [1, 33, 4097, 70_001])
+@pytest.mark.parametrize("taken", [True, False])
+@pytest.mark.interpreted(where=lambda F, taken: F < 5000)
+def test_count_tokens(impl: Implementation, F: int, taken: bool) -> None:
+    """Latents on both sides of each bound; runs of one block, of several, and a rest."""
+    a = count_arguments(torch.float32, F)
+    a["taken"].fill_(taken)
+    a["since"][0] = a["dead_after"]
+    before, fired = a["since"].clone(), a["offsets"].diff() > 0
+    l0, dead, soon = impl.count_tokens(*a.values())
+    after = torch.where(fired, 0, before + 64) if taken else before
+    assert torch.equal(a["since"], after) and a["t"] == 6 + taken
+    assert soon.dtype == torch.int64 and soon == (after > 300).sum()
+    number = torch.float32
+    assert l0.dtype == dead.dtype == number
+    assert torch.equal(l0, torch.tensor(int(a["offsets"][-1]) / 64, dtype=number))
+    assert torch.equal(dead, torch.tensor(float((before > 500).sum())) / F)

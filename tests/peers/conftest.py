@@ -8,8 +8,13 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+import jaxtyping
+
 # sparsify chooses its decoder when imported: with Triton installed it refuses CPU tensors.
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+
+# SAEBench's annotations name one size twice, which newer releases of jaxtyping than its own refuse.
+jaxtyping.config.update("jaxtyping_disable", True)
 
 # overcomplete imports its vision models, which want a torchvision built for this very torch.
 models = ModuleType("overcomplete.models")

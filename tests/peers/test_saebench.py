@@ -9,22 +9,17 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import sae_bench.custom_saes.topk_sae as topk
+import sae_bench.evals.core.main as core
+import sae_bench.evals.sparse_probing.probe_training as probing
+import sae_bench.sae_bench_utils.activation_collection as collection
+import sae_bench.sae_bench_utils.general_utils as general
 import torch
+import transformer_lens
 
 import ksae
 from ksae.analysis.metrics import Accumulator
 from ksae.interop.saebench import SAEBenchSAE
-
-REASON = "needs pip install --no-deps sae-bench==0.6.0 tabulate, and transformer-lens"
-# its annotations name one size twice, which newer releases of jaxtyping than its own refuse
-jaxtyping = pytest.importorskip("jaxtyping", reason=REASON)
-jaxtyping.config.update("jaxtyping_disable", True)
-core = pytest.importorskip("sae_bench.evals.core.main", reason=REASON)
-transformer_lens = pytest.importorskip("transformer_lens", reason=REASON)
-general = pytest.importorskip("sae_bench.sae_bench_utils.general_utils", reason=REASON)
-collection = pytest.importorskip("sae_bench.sae_bench_utils.activation_collection", reason=REASON)
-probing = pytest.importorskip("sae_bench.evals.sparse_probing.probe_training", reason=REASON)
-topk = pytest.importorskip("sae_bench.custom_saes.topk_sae", reason=REASON)
 
 D, F, K, LENGTH, PROMPTS = 16, 64, 4, 12, 8
 HOOK = "blocks.0.hook_resid_post"

@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_runs import assert_resumes
 
 import ksae
 from ksae import cli
-from ksae.runs import checkpoint
-from ksae.runs import log as runlog
+from ksae.activations import ArraySource
+from ksae.errors import UserError
+from ksae.runs import start
+from ksae.runs.config import TrainConfig
+from ksae.runs.trainer import Trainer
 
 CASES: dict[str, dict[str, Any]] = {
     "batch_topk": {"k": 2, "threshold": "running", "dead-after": 40},
@@ -43,39 +47,29 @@ def arguments(tmp_path: Path, out: str, activation: str, **more: Any) -> list[st
 
 @pytest.mark.parametrize("activation", CASES)
 def test_train_and_resume(tmp_path: Path, activation: str) -> None:
-    for out in ("a", "b"):
-        assert cli.run(["train", *arguments(tmp_path, out, activation)]) == 0
-    checkpoint.step_path(tmp_path / "b" / "checkpoints", 20).unlink()  # as if killed after step 14
-    assert cli.run(["train", "--out", str(tmp_path / "b"), "--resume", "--no-progress"]) == 0
-    lines = []
-    for out in ("a", "b"):
-        found = runlog.read(tmp_path / out / "metrics.jsonl")
-        lines.append([{n: v for n, v in r.items() if n != "tokens_per_second"} for r in found])
-    assert lines[0] == lines[1]
-    models = [ksae.load(tmp_path / out) for out in ("a", "b")]
-    for name, t in models[0].state_dict().items():
-        assert torch.equal(models[1].state_dict()[name], t), name
-    found_in = models[0].activation
+    lines = assert_resumes(lambda out: arguments(tmp_path, out, activation), tmp_path)
+    model = ksae.load(tmp_path / "a")
+    found_in = model.activation
     if activation == "batch_topk":
-        assert found_in == ksae.BatchTopK(2) and models[0].threshold > 0
-        assert lines[0][-1]["l0"] == pytest.approx(2)
+        assert found_in == ksae.BatchTopK(2) and model.threshold > 0
+        assert lines[-1]["l0"] == pytest.approx(2)
     elif activation == "gated":
-        assert found_in == ksae.Gated(0.01) and models[0].r_mag.any()
+        assert found_in == ksae.Gated(0.01) and model.r_mag.any()
     elif activation == "abs_topk":
-        assert found_in == ksae.AbsTopK(2) and lines[0][-1]["l0"] == 2
+        assert found_in == ksae.AbsTopK(2) and lines[-1]["l0"] == 2
     elif activation == "pursuit":
-        assert found_in == ksae.MatchingPursuit(3) and 1 < lines[0][-1]["l0"] <= 3
+        assert found_in == ksae.MatchingPursuit(3) and 1 < lines[-1]["l0"] <= 3
     elif activation == "group_max":
-        assert found_in == ksae.GroupMax(4) and 3 < lines[0][-1]["l0"] <= 4
+        assert found_in == ksae.GroupMax(4) and 3 < lines[-1]["l0"] <= 4
     elif activation == "norm_topk":
         assert found_in == ksae.NormTopK(2)
-        assert [round(line["l0"]) for line in lines[0]] == [4, 2]  # of steps 10 and 20
+        assert [round(line["l0"]) for line in lines] == [4, 2]  # of steps 10 and 20
     elif activation == "relu":
         assert found_in == ksae.ReLU(0.01, p_end=0.5, p_steps=(2, 15))
-        assert models[0].anneal[0] == 20
+        assert model.anneal[0] == 20
     else:
         assert isinstance(found_in, ksae.JumpReLU) and found_in.target == 3
-        assert "fvu_8" in lines[0][-1]
+        assert "fvu_8" in lines[-1]
     evaluation = json.loads((tmp_path / "a" / "evaluation.json").read_text())
     assert evaluation["l0"] > 0
 
@@ -125,6 +119,7 @@ def test_start_from_thresholds_that_are_learned_themselves(tmp_path: Path, capsy
         ("relu", {"p-end": 2}, "model.p_end must be in (0, 1) or None, got 2"),
         ("relu", {"multi-k": "[3]"}, "model.multi_k must be null with relu"),
         ("jump_relu", {"beta": 1}, "model.beta must be null with jump_relu, got 1"),
+        ("group_max", {"k-start": 8}, "train.k_start must be null with group_max, got 8"),
     ],
 )
 def test_messages(
@@ -132,4 +127,66 @@ def test_messages(
 ) -> None:
     assert cli.run(["train", *arguments(tmp_path, "a", activation, **more)]) != 0
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_each_k_of_a_schedule_is_checked_before_training(tmp_path: Path, capsys: Any) -> None:
+    """Also of a model to start from, and where both ends are good."""
+    coder = ksae.SAE(6, 32, ksae.GroupMax(4))
+    coder.save(tmp_path / "start.safetensors")
+    given = arguments(tmp_path, "a", "topk", **{"k-start": 8, "k-steps": 9})
+    for option in ("--activation", "--d-sae"):
+        del given[given.index(option) : given.index(option) + 2]
+    want = "train.k_start must divide 32, the number of latents, got 5"
+    assert cli.run(["train", "--from", str(tmp_path / "start.safetensors"), *given]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and want in said
+    assert not (tmp_path / "a").exists()
+    config = TrainConfig(steps=9, k_start=8, threads=1)
+    with pytest.raises(UserError, match=want):
+        Trainer(coder, ArraySource([torch.randn(400, 6)]), config, out=tmp_path / "a").run()
+    assert not (tmp_path / "a").exists()
+
+
+def unread(*args: object, **options: object) -> None:
+    raise AssertionError("a model or data were read")
+
+
+FUSED = [
+    ("jump_relu", {"auxk": "batch_topk"}, "JumpReLU and auxk='batch_topk'"),
+    ("gated", {"auxk": "batch_topk"}, "Gated and auxk='batch_topk'"),
+    ("pursuit", {}, "MatchingPursuit of steps that see each other"),
+]
+
+
+@pytest.mark.parametrize(("activation", "more", "got"), FUSED)
+def test_what_the_fused_step_does_not_serve(
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: Any,
+    activation: str,
+    more: dict[str, Any],
+    got: str,
+) -> None:
+    """One sentence before a model or data are read; with the model to start from, before data."""
+    given = [w for w in arguments(tmp_path, "a", activation, **more) if w != "--no-fused"]
+    monkeypatch.setattr(start, "open_data", unread)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(start, "_prepare", unread)
+        assert cli.run(["train", *given]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"train.fused must be false with {got}, got true" in said
+    kinds = {
+        "jump_relu": ksae.JumpReLU(),
+        "gated": ksae.Gated(),
+        "pursuit": ksae.MatchingPursuit(3),
+    }
+    ksae.SAE(6, 32, kinds[activation]).save(tmp_path / "start.safetensors")
+    options = {
+        "from": tmp_path / "start.safetensors", "activations": tmp_path / "x.npy",
+        "out": tmp_path / "a", **more,
+    }  # fmt: skip
+    assert cli.run(["train", *(str(w) for n, v in options.items() for w in (f"--{n}", v))]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"train.fused must be false with {got}, got true" in said
     assert not (tmp_path / "a").exists()

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import assert_resumes
 
 import ksae
-from ksae import cli
 from ksae.errors import UserError
-from ksae.runs import checkpoint
 from ksae.runs import config as runconfig
-from ksae.runs import log as runlog
 from ksae.runs.config import RunConfig, override
 
 
@@ -32,17 +30,9 @@ def arguments(tmp_path: Path, out: str) -> list[str]:
 
 
 def test_train_and_resume(tmp_path: Path) -> None:
-    for out in ("a", "b"):
-        assert cli.run(["train", *arguments(tmp_path, out)]) == 0
-    checkpoint.step_path(tmp_path / "b" / "checkpoints", 20).unlink()  # as if killed after step 14
-    assert cli.run(["train", "--out", str(tmp_path / "b"), "--resume", "--no-progress"]) == 0
-    lines = []
-    for out in ("a", "b"):
-        found = runlog.read(tmp_path / out / "metrics.jsonl")
-        lines.append([{n: v for n, v in r.items() if n != "tokens_per_second"} for r in found])
-    assert lines[0] == lines[1]
-    assert {"fvu_4", "fvu_16", "multi_topk_loss", "auxk_loss"} <= lines[0][-1].keys()
-    assert lines[0][-1]["fvu_4"] > lines[0][-1]["fvu_16"] > lines[0][-1]["fvu"]
+    lines = assert_resumes(lambda out: arguments(tmp_path, out), tmp_path)
+    assert {"fvu_4", "fvu_16", "multi_topk_loss", "auxk_loss"} <= lines[-1].keys()
+    assert lines[-1]["fvu_4"] > lines[-1]["fvu_16"] > lines[-1]["fvu"]
     saved = runconfig.read(tmp_path / "a" / "run.yaml").model
     assert (saved.prefixes, saved.prefix_weights) == ((4, 16, 32), "sum")
     assert (saved.multi_k, saved.auxk) == ((5, 1), "saelens")

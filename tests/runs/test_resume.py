@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import CONFIG, activations, assert_same_run, model, records, refused, run
+import torch
+from small_runs import CONFIG, F, activations, assert_same_run, d, k, model, records, refused, run
 
 import ksae
 from ksae import cli
+from ksae.activations import ArraySource
+from ksae.runs import checkpoint
 from ksae.runs import config as runconfig
 from ksae.runs.config import TrainConfig
-from ksae.runs.resume import CHANGEABLE, FREE
+from ksae.runs.resume import CHANGEABLE, FREE, compare
 
 LONGER = dataclasses.replace(CONFIG, steps=30)
 
@@ -93,6 +97,43 @@ def test_every_changeable_setting_exists():
     known = {key for key, *_ in runconfig.describe()}
     assert known >= CHANGEABLE and known >= FREE and not CHANGEABLE & FREE
     assert {f"train.{f.name}" for f in dataclasses.fields(TrainConfig)} & CHANGEABLE
+
+
+@pytest.mark.parametrize("partly", [False, True])
+def test_a_decoder_rate_that_means_the_same_is_the_same(partly):
+    """Runs of before there was the setting had the rate 1, which transcoders have by default."""
+    transcoder, sae = ({"class": c, "normalize_decoder": c == "SAE"} for c in ("Transcoder", "SAE"))
+    asked = {"train": {"decoder_lr": None}}
+    for of, given, rate in ((transcoder, None, 1.0), (sae, 3.0, None), (transcoder, 1.0, None)):
+        before = {"model": of, "train": {"decoder_lr": given}}
+        now = {"train": {"decoder_lr": rate}}
+        compare(before, now if partly else now | {"model": of}, "x", partly=partly)
+    old = {"model": transcoder, "train": {}}
+    compare(old, asked if partly else asked | {"model": transcoder}, "x", partly=partly)
+    old = {"model": sae, "train": {}}
+    now = asked if partly else asked | {"model": sae}
+    refused(lambda: compare(old, now, "x", partly=partly), "must be 1.0", "got 3.0")
+
+
+def test_an_old_run_of_a_transcoder_is_resumed(tmp_path, monkeypatch):
+    """One whose checkpoints say nothing of the decoder's rate."""
+    x = activations()
+    torch.manual_seed(0)
+    start = ksae.Transcoder(d, d, F, k)
+    again = lambda **more: run(
+        tmp_path / "a", dataclasses.replace(CONFIG, decay=0.0, **more.pop("config", {})),
+        ArraySource([x], [x.roll(1, 1)]), copy.deepcopy(start), **more,
+    )  # fmt: skip
+    again()
+    identity = checkpoint.identity
+
+    def old(path):
+        settings = identity(path)
+        del settings["train"]["decoder_lr"]
+        return settings
+
+    monkeypatch.setattr(checkpoint, "identity", old)
+    assert again(resume=True, config={"steps": 25}).steps == 25
 
 
 @pytest.fixture()

@@ -50,6 +50,13 @@ def as_on_a_gpu(train: ksae.TrainStep) -> ksae.TrainStep:
 # -------------------------------------------------------------------------------------- the bound
 
 
+def after_step(counted: DeadLatents, N: int) -> None:
+    """A step of N tokens was taken."""
+    model = counted.model
+    bar = model.dead_after - counted.within(N)
+    counted.after_step(N, (model.tokens_since_fired > bar).sum())
+
+
 @pytest.mark.parametrize(
     ("sizes", "most_asked"), [([5] * 40, 1), ([5, 9, 2, 30] * 10, 6)], ids=["even", "uneven"]
 )
@@ -73,7 +80,7 @@ def test_the_bound_is_one_and_the_device_is_seldom_asked(
         tight += most < F
         fired = torch.rand(F, generator=torch.Generator().manual_seed(n)) < 0.02
         sae.tokens_since_fired.add_(rows).masked_fill_(fired, 0)
-        counted.after_step(rows)
+        after_step(counted, rows)
     assert tight == len(sizes) and 1 <= len(asked) <= most_asked
 
 
@@ -83,7 +90,7 @@ def test_zero_while_all_have_fired_lately() -> None:
     for _ in range(2 * LAG):
         assert counted.most() == 0
         sae.tokens_since_fired.add_(N)
-        counted.after_step(N)
+        after_step(counted, N)
 
 
 def test_counters_written_from_outside_are_counted_anew() -> None:
@@ -91,7 +98,7 @@ def test_counters_written_from_outside_are_counted_anew() -> None:
     counted = DeadLatents(sae)
     for _ in range(LAG + 1):
         counted.most()
-        counted.after_step(N)
+        after_step(counted, N)
     die(sae, 70)
     assert counted.most() == 70
 
@@ -101,9 +108,9 @@ def test_a_longer_batch_than_was_thought_of_is_seen() -> None:
     counted = DeadLatents(sae)
     for _ in range(LAG):
         counted.most()
-        counted.after_step(1)
+        after_step(counted, 1)
     sae.tokens_since_fired.add_(2500)
-    counted.after_step(2500)
+    after_step(counted, 2500)
     assert counted.most() == F
 
 
@@ -118,7 +125,7 @@ def test_steps_of_a_graph_leave_no_count(monkeypatch: pytest.MonkeyPatch) -> Non
     assert counted.most() is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert counted.most() is None
-    counted.after_step(N)
+    counted.after_step(N, torch.tensor(0))
     assert not counted._counts
 
 

@@ -104,7 +104,7 @@ def test_a_large_batch_takes_few_columns_at_a_time() -> None:
         x = torch.empty(5, d)
         fused = FusedStep(model, State(model, (0.9, 0.99), 1e-8), None, OneDevice())
         chosen = Selection([None], [], torch.tensor(0))  # type: ignore[list-item]
-        columns = fused.columns(Batch(x, x, x, None), chosen)
+        columns = fused.columns(Batch(x, x, x, None, x.sum), chosen)
         assert columns % 4 == 0 or columns == d
         assert 3 * columns <= d + 12
 

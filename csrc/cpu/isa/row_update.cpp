@@ -115,12 +115,16 @@ template <class T>
 void update_rows(const RowUpdateParams& p, int64_t i0, int64_t i1, float* grad, float* grad_b_dec,
                  bool update) {
   const Adam a = update ? adam_of(p.hyper) : Adam{};
-  const bool encoder = p.rows_dtype == p.dtype;
+  const bool stored_rows = p.rows_dtype == p.dtype, stored = p.coefficients_dtype == p.dtype;
   for (int64_t i = i0; i < i1; ++i) {
     bool hit = false;
     for (int g = 0; g < p.n_groups; ++g) hit |= p.groups[g].offsets[i] < p.groups[g].offsets[i + 1];
-    if (hit && encoder) gradient_row<T, float, T>(p, i, grad, update);
-    if (hit && !encoder) gradient_row<T, T, float>(p, i, grad, update);
+    if (hit && !stored_rows)
+      gradient_row<T, T, float>(p, i, grad, update);
+    else if (hit && stored)
+      gradient_row<T, T, T>(p, i, grad, update);
+    else if (hit)
+      gradient_row<T, float, T>(p, i, grad, update);
     if (!update) {
       double squares = 0;
       for (int64_t c = 0; hit && c < p.columns; ++c) squares += double(grad[c]) * grad[c];

@@ -247,7 +247,8 @@ struct RowUpdateParams {
   int64_t F, d;
   int64_t start, columns;  // which columns of W are updated
   Dtype dtype;
-  Dtype rows_dtype;  // of the groups' rows: dtype (encoder), or float32 (decoder)
+  Dtype rows_dtype;          // of the groups' rows: dtype, or float32 with coefficients of dtype
+  Dtype coefficients_dtype;  // of the groups: dtype (decoder), or float32 (encoder)
   const RowGroup* groups;
   const float* scales;  // [n_groups]
   int n_groups;

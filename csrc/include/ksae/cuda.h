@@ -116,6 +116,7 @@ struct ResidualParams {
   double* sq_error;        // [N] sum over all d of residual^2, or null
   float* grad_values;      // [N, k] <residual_n, W_dec[index]> over all d; 0 where the value is 0
   float* column_sums;      // [d] sum of the residual over the tokens, or null; with sq_error only
+  void* rounded;           // [N, d] decode.dtype, the residual, or null; with sq_error only
 };
 size_t sparse_residual_workspace(const ResidualParams& p);
 cudaError_t sparse_residual(const ResidualParams& p, void* workspace, cudaStream_t stream);
@@ -187,18 +188,20 @@ struct RowUpdateParams {
   int64_t F, d;
   int64_t start, columns;  // which columns of W are updated
   Dtype dtype;
-  Dtype rows_dtype;  // of the groups' rows: dtype (encoder), or float32 (decoder)
+  Dtype rows_dtype;          // of the groups' rows: dtype, or float32 with coefficients of dtype
+  Dtype coefficients_dtype;  // of the groups: dtype (decoder), or float32 (encoder)
   const RowGroup* groups;
   const float* scales;  // [n_groups]
   int n_groups;
   const void* centre;       // [columns] dtype or null: encoder only
   float* grad_dot_w;        // [F] or null; divided by |W_i|^2 by a slice that starts at 0
   const float* grad_b_enc;  // [F] with grad_b_dec
-  float* grad_b_dec;        // [d] or null: W^T grad_b_enc with W as it was
-  void* W;                  // [F, d] dtype
-  float* master;            // [F, d] float32 that W is the rounded copy of, or null
-  void *m, *v;              // [F, d] moments: float32, or bfloat16 with rng_state
-  void* W_bf16;             // [F, d] bfloat16 copy of a float32 W, written with it, or null
+  // [d] or null: W^T grad_b_enc with W as it was; whole rows, without grad_dot_w and normalize
+  float* grad_b_dec;
+  void* W;        // [F, d] dtype
+  float* master;  // [F, d] float32 that W is the rounded copy of, or null
+  void *m, *v;    // [F, d] moments: float32, or bfloat16 with rng_state
+  void* W_bf16;   // [F, d] bfloat16 copy of a float32 W, written with it, or null
   // [3, F] upper bounds of the norms of the rows of W, of W - W_bf16 and of W_bf16, written with
   // W_bf16, or null; infinite where the first is above 2^60 or not a number. All columns then.
   float* norms;
@@ -270,11 +273,29 @@ struct AdamScalarsParams {
   const double* lr;         // [1]
   const double* t;          // [1] steps taken
   const double* constants;  // [3] beta1, beta2, eps
+  float decoder_lr;         // the rate of the decoder as a multiple of lr
+  bool always;              // gradients are scaled to clip_norm, also smaller ones
   float* hyper;             // [8]
   bool* taken;              // [1]
   float* taken_scales;      // [n_scales] scales, or NaN if the step is not taken
+  float* of_decoder;        // [8] hyper of the decoder
 };
 cudaError_t adam_scalars(const AdamScalarsParams& p, cudaStream_t stream);
+
+// The counters of a step: since = 0 where a latent has entries, else since + tokens; t + 1.
+struct CountTokensParams {
+  int64_t F;
+  const bool* taken;       // [1] nothing is written but what it counts if it is false
+  const int32_t* offsets;  // [F + 1] of group_by_latent
+  int64_t* since;          // [F]
+  double* t;               // [1]
+  int64_t tokens, dead_after, within;
+  float* l0;      // [1] entries / tokens
+  float* dead;    // [1] share of the latents with since > dead_after before the step
+  int64_t* soon;  // [1] latents with since > dead_after - within after it
+};
+size_t count_tokens_workspace(const CountTokensParams& p);
+cudaError_t count_tokens(const CountTokensParams& p, void* workspace, cudaStream_t stream);
 
 // Adam with the gradient: sum of scales * grads, less minus.
 struct VectorUpdateParams {

@@ -14,10 +14,12 @@ from ksae.activations.open import open_source
 from ksae.activations.prefetch import prefetch
 from ksae.activations.sources import ActivationSource, ArraySource, RowOrigin
 from ksae.activations.synthetic import SyntheticSource, World, WorldConfig
-from ksae.activations.texts import PYDOC, documents
+from ksae.activations.texts import KJV, PACKAGED, PYDOC, documents
 
 __all__ = [
+    "KJV",
     "LOSSES",
+    "PACKAGED",
     "PYDOC",
     "SMOLLM2",
     "ActivationSource",

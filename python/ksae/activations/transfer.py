@@ -8,7 +8,7 @@ that was sent off behind its own step waits for that step alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,41 @@ def staged(t: Tensor, device: torch.device, dtype: torch.dtype | None = None) ->
     if device.type != "cuda" or t.is_cuda:
         return t
     return t.to(dtype or t.dtype).pin_memory()
+
+
+class CopyStream:
+    """Copies to a device; to a GPU on a stream of their own, beside what runs on the current one.
+
+    The host asks for a batch when the step before is queued: the copy runs beside that step, and
+    the next one waits for it on the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None  # made by the first copy
+
+    def __call__(
+        self, tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]
+    ) -> list[Tensor | None]:
+        """The tensors on the device, each in its dtype; None: as it is."""
+        pairs = list(zip(tensors, dtypes, strict=True))
+        there = self.device.type != "cuda" or any(t is not None and t.is_cuda for t in tensors)
+        if there:  # made on the current stream, behind which they are copied
+            return [self._to(t, dtype) for t, dtype in pairs]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            placed = [self._to(t, dtype) for t, dtype in pairs]
+            done = self._stream.record_event()
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(done)
+        for t in placed:
+            if t is not None:
+                t.record_stream(current)  # or its memory would be reused too early
+        return placed
+
+    def _to(self, t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+        return None if t is None else t.to(self.device, dtype or t.dtype, non_blocking=True)
 
 
 class Readback:

@@ -57,8 +57,9 @@ def top_contexts(
     before: int = 12,
     after: int = 4,
 ) -> dict[int, list[Context]]:
-    """The strongest firings of some latents, strongest first. At most one is from a text, and none
-    repeats the tokens of a stronger one: texts quote each other.
+    """The strongest firings of some latents, strongest first: of AbsTopK and MatchingPursuit the
+    largest in size, of either sign. At most one is from a text, and none repeats the tokens of a
+    stronger one: texts quote each other.
 
     Args:
         values, indices: the codes, [N, k].
@@ -77,12 +78,12 @@ def top_contexts(
         )
     found: dict[int, list[Context]] = {}
     for latent in latents:
-        rows, slots = ((indices == latent) & (values > 0)).nonzero(as_tuple=True)
-        strength = values[rows, slots].float()
+        rows, slots = ((indices == latent) & (values.abs() > 0)).nonzero(as_tuple=True)
+        value = values[rows, slots].float()
         texts: set[int] = set()
         phrases: set[tuple[int, ...]] = set()
         contexts: list[Context] = []
-        for i in strength.argsort(descending=True, stable=True).tolist():
+        for i in value.abs().argsort(descending=True, stable=True).tolist():
             row = int(rows[i])
             text = int(sequence[row])
             phrase = tuple(ids[max(0, row - 2) : row + 1].tolist())
@@ -96,7 +97,7 @@ def top_contexts(
             contexts.append(
                 Context(
                     latent,
-                    float(strength[i]),
+                    float(value[i]),
                     row,
                     [t for t, s in zip(window[: row - low], same, strict=False) if s],
                     int(ids[row]),
@@ -137,14 +138,14 @@ def telling_latents(
 ) -> list[int]:
     """Latents that are worth a look: rare, strong whenever they fire, and on more than one word.
 
-    The largest mean value among latents that fire at least `min_fired` times and on at most 1 % of
-    the tokens, and whose strongest quarter is on six or more different tokens, none of which makes
-    up more than half of it. On text these fire on the forms of a word, or on a phrase; without the
-    last rule most detect a single token.
+    The largest mean size of a value among latents that fire at least `min_fired` times and on at
+    most 1 % of the tokens, and whose strongest quarter is on six or more different tokens, none of
+    which makes up more than half of it. On text these fire on the forms of a word, or on a phrase;
+    without the last rule most detect a single token.
     """
     N, k = values.shape
-    active = values > 0  # [N, k]
-    latent, value = indices[active], values[active].double()  # [M]
+    active = values.abs() > 0  # [N, k]
+    latent, value = indices[active], values[active].double().abs()  # [M]
     token = ids.long().unsqueeze(1).expand(N, k)[active]  # [M]
     fired = torch.bincount(latent, minlength=F)  # [F]
     mean = torch.bincount(latent, value, minlength=F) / fired  # [F] NaN if never fired

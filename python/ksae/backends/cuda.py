@@ -151,11 +151,13 @@ class Kernels(Encode):
         columns: int,
         column_sums: Tensor | None = None,
         row_offsets: Tensor | None = None,
+        rounded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         square = target.new_empty(target.shape[0], dtype=torch.float64)
         grads = target.new_empty(values.shape, dtype=torch.float32)
         code = (values, indices, W_dec, b_dec, target)
-        residual = self._residual(*code, 0, columns, row_offsets, square, grads, column_sums)
+        sums = (square, grads, column_sums, rounded)
+        residual = self._residual(*code, 0, columns, row_offsets, *sums)
         return residual, square, grads
 
     def sparse_residual_slice(
@@ -170,7 +172,7 @@ class Kernels(Encode):
         row_offsets: Tensor | None = None,
     ) -> Tensor:
         code = (values, indices, W_dec, b_dec, target)
-        return self._residual(*code, start, stop, row_offsets, None, None, None)
+        return self._residual(*code, start, stop, row_offsets, None, None, None, None)
 
     def _residual(
         self,
@@ -185,6 +187,7 @@ class Kernels(Encode):
         sq_error: Tensor | None,
         grad_values: Tensor | None,
         column_sums: Tensor | None,
+        rounded: Tensor | None,
     ) -> Tensor:
         N, k, (F, d) = len(target), _entries(values, row_offsets), W_dec.shape
         residual = target.new_empty(N, stop - start, dtype=torch.float32)
@@ -193,9 +196,8 @@ class Kernels(Encode):
                 N, d, F, k, DTYPES[values.dtype], pointer(values), pointer(indices),
                 indices.element_size(), pointer(W_dec), pointer(b_dec), pointer(target),
                 target.dtype == torch.float32, start, stop - start, pointer(residual),
-                pointer(sq_error), pointer(grad_values), pointer(column_sums),
-                _Workspace(values.device),
-                _stream(values),
+                pointer(sq_error), pointer(grad_values), pointer(column_sums), pointer(rounded),
+                _Workspace(values.device), _stream(values),
             )  # fmt: skip
         return residual
 
@@ -279,16 +281,19 @@ class Kernels(Encode):
         lr: Tensor,
         t: Tensor,
         constants: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        hyper, taken_scales = loss.new_empty(8), torch.empty_like(scales)
+        decoder_lr: float = 1.0,
+        always: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        hyper, of_decoder = loss.new_empty(8), loss.new_empty(8)
+        taken_scales = torch.empty_like(scales)
         taken = loss.new_empty((), dtype=torch.bool)
         with guard(loss):
             self.module.adam_scalars(
                 pointer(loss), pointer(norm), clip_norm or 0, pointer(scales), scales.numel(),
-                pointer(lr), pointer(t), pointer(constants), pointer(hyper), pointer(taken),
-                pointer(taken_scales), _stream(loss),
+                pointer(lr), pointer(t), pointer(constants), decoder_lr, always, pointer(hyper),
+                pointer(taken), pointer(taken_scales), pointer(of_decoder), _stream(loss),
             )  # fmt: skip
-        return hyper, taken, taken_scales
+        return hyper, taken, taken_scales, of_decoder
 
     def vector_update(
         self,

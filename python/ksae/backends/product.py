@@ -3,10 +3,11 @@
 
 Whose selection it is, CUDA's or Triton's, a subclass says.
 
-Scores of a chunk take 256 MiB, or so much more as CHUNK_ROWS rows need: with fewer, W_enc is read
-too often, and a selection does not fill the device. Where half of the free memory is less, rows
-are halved until they fit. Two products take twice that: chunks have the same rows then, so that a
-row without a gradient gives topk_encode's bits.
+Scores of a chunk take 1 GiB, or so much more as CHUNK_ROWS rows need: each chunk reads W_enc once
+more and costs two launches, and with fewer rows a selection does not fill the device. Where half of
+the free memory is less, which 256 MiB do not ask, rows are halved until they fit. Two products take
+twice that: chunks have the same rows then, so that a row without a gradient gives topk_encode's
+bits.
 
 Environment, read once at import: KSAE_CHUNK_BYTES is the memory that the scores of one chunk may
 take, in place of all this.
@@ -27,8 +28,9 @@ from ..reference.encode import refuse_entries
 from .bridge import guard
 
 chunk_bytes = int(env.read("KSAE_CHUNK_BYTES") or 0)  # 0: as many as is wise
-CHUNK_BYTES, CHUNK_ROWS = 256 << 20, 2048
+CHUNK_BYTES, SMALL_CHUNK, CHUNK_ROWS = 1 << 30, 256 << 20, 2048
 MAX_SCREENED = 1024
+_free: dict[torch.device, int] = {}
 
 
 def tf32_allowed() -> bool:
@@ -93,11 +95,11 @@ def _rows_of_chunk(N: int, F: int, device: torch.device | None = None) -> int:
     """Rows whose scores are held at once. Chunks are about equally long: a last one of two rows
     would cost the launches of a whole one. Full tiles of the product, where there is room."""
     most = max((chunk_bytes or CHUNK_BYTES) // (4 * F), 1)
-    if not chunk_bytes and most < CHUNK_ROWS:
-        most = min(N, CHUNK_ROWS)
-        if device is not None and device.type == "cuda":
-            free = _free_memory(device)
-            while most > 1 and 4 * F * most > free // 2:
+    if not chunk_bytes:
+        most = max(min(N, max(most, CHUNK_ROWS)), 1)
+        if device is not None and device.type == "cuda" and 4 * F * most > SMALL_CHUNK:
+            room = _free_memory(device) // 2
+            while most > 1 and 4 * F * most > room:
                 most //= 2
     chunks = max(-(-N // most), 1)
     even = -(-N // chunks)
@@ -105,9 +107,12 @@ def _rows_of_chunk(N: int, F: int, device: torch.device | None = None) -> int:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that torch can still allocate: the device's, and what it holds and does not use."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + held
+    """Bytes that torch can still allocate: the device's, and what it holds and does not use. While
+    a graph is captured, what was free when the question was last asked."""
+    if not torch.cuda.is_current_stream_capturing():
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        _free[device] = int(torch.cuda.mem_get_info(device)[0]) + held
+    return _free.get(device, CHUNK_BYTES)
 
 
 def pays(k: int, F: int) -> bool:

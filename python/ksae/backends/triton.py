@@ -183,6 +183,7 @@ class Kernels(products.Encode, Latents):
         columns: int,
         column_sums: Tensor | None = None,
         row_offsets: Tensor | None = None,
+        rounded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from ..kernels import sparse_decode as decode
 
@@ -190,12 +191,12 @@ class Kernels(products.Encode, Latents):
         residual = target.new_empty(N, columns, dtype=torch.float32)
         square = target.new_empty(N, dtype=torch.float64)
         grads = target.new_empty(values.shape, dtype=torch.float32)
-        held = products.chunk_bytes or products.CHUNK_BYTES
+        held = products.chunk_bytes or products.SMALL_CHUNK
         chunk = max(held // (4 * max(d, 1)), 1)
         with guard(values):
             decode.sparse_residual(
                 values, indices, W_dec, b_dec, target, residual, square, grads, chunk,
-                row_offsets, _rows_of(row_offsets, values),
+                row_offsets, _rows_of(row_offsets, values), rounded,
             )  # fmt: skip
         if column_sums is not None:
             torch.sum(residual, 0, out=column_sums[:columns])
@@ -274,11 +275,30 @@ class Kernels(products.Encode, Latents):
         lr: Tensor,
         t: Tensor,
         constants: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        decoder_lr: float = 1.0,
+        always: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from ..kernels.adam_scalars import adam_scalars
 
         with guard(loss):
-            return adam_scalars(loss, norm, clip_norm, scales, lr, t, constants)
+            rates = (lr, t, constants, decoder_lr, always)
+            return adam_scalars(loss, norm, clip_norm, scales, *rates)
+
+    def count_tokens(
+        self,
+        loss: Tensor,
+        taken: Tensor,
+        offsets: Tensor,
+        since: Tensor,
+        t: Tensor,
+        tokens: int,
+        dead_after: int,
+        within: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from ..kernels.count_tokens import count_tokens
+
+        with guard(loss):
+            return count_tokens(loss, taken, offsets, since, t, tokens, dead_after, within)
 
     def vector_update(
         self,

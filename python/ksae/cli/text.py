@@ -21,7 +21,7 @@ Hook = Annotated[
     str | None, typer.Option(help="Where the activations are read, as layers.9.resid_post")
 ]
 Text = Annotated[
-    str | None, typer.Option(help=".txt, .jsonl or .parquet file, a folder of them, or pydoc")
+    str | None, typer.Option(help=".txt, .jsonl or .parquet file, folder of them, pydoc or kjv")
 ]
 Field = Annotated[str | None, typer.Option(help="Key or column of the text, or of its token ids")]
 Separator = Annotated[

@@ -66,13 +66,14 @@ class Term:
         return 1 if self.aux is None else self.aux.bias_gradients
 
     def denominator(
-        self, N: int, d: int, variance: Tensor, of_residual: Tensor, n_dead: Tensor
+        self, N: int, d: int, variance: Tensor, of_residual: Tensor, n_dead: Tensor | None
     ) -> Tensor:
         """Of a target [N, d], its total variance [] and that of the residual -> []; 0 switches the
-        term off, as with no dead latent."""
-        elements = torch.full_like(variance, N * d)
+        term off, as with no dead latent. n_dead []: for AuxK."""
         if self.aux is None:
-            return variance if self.by_variance else elements
+            return variance if self.by_variance else torch.full_like(variance, N * d)
+        assert n_dead is not None
+        elements = torch.full_like(variance, N * d)
         below = {"residual": of_residual, "target": variance, "elements": elements}[self.aux.unit]
         if self.aux.scaled:
             below = below / (n_dead / max(d // 2, 1)).clamp(max=1).to(below.dtype)

@@ -54,9 +54,11 @@ def _rows(
     columns: int,
     row_of: Sequence[Tensor] | None,
 ) -> None:
-    """Coefficients are wide where rows are stored, and the other way round; rows lie within W."""
+    """Coefficients are stored ones, or wide where rows are stored; rows lie within W."""
     stored, wide, kind = W.dtype, scales.dtype, rows[0].dtype
-    want = wide if kind == stored else stored
+    want = stored
+    if kind == stored and len(coefficients) > 0 and coefficients[0].dtype == wide:
+        want = wide
     for g, t in enumerate(coefficients):
         if t.dtype != want:
             raise wrong_type(op, f"coefficients[{g}]", str(want), t)
@@ -115,8 +117,12 @@ def _updated_rows(
     rng_state: Tensor | None,
     norms: Tensor | None,
     grad_b_dec: Tensor | None,
+    grad_dot_w: Tensor | None,
+    normalize: bool,
 ) -> None:
     _rows(op, coefficients, rows, W, scales, start, d, columns, row_of)
+    if grad_b_dec is not None and (grad_dot_w is not None or normalize):
+        raise fail(op, "grad_b_dec", "None with grad_dot_w or normalize", "a tensor")
     if rng_state is not None and start % 4:  # four columns share their random words
         raise fail(op, "start", "a multiple of 4 with rng_state", start)
     if columns != d:
@@ -201,7 +207,7 @@ SPECS = (
     ),
     Spec(
         "sparse_residual",
-        f"{_RESIDUAL} columns:0..d column_sums!:A[d]? {_OFFSETS}"
+        f"{_RESIDUAL} columns:0..d column_sums!:A[d]? {_OFFSETS} rounded!:T[N,d]?"
         " -> residual:A[N,columns] sq_error:f64[N] grad_values:A[E,k]",
     ),
     Spec(
@@ -248,7 +254,13 @@ SPECS = (
     Spec(
         "adam_scalars",
         "loss:A[] norm:A[]?clip_norm clip_norm:float? scales:A[S] lr:f64[] t:f64[]"
-        " constants:f64[3] -> hyper:A[8] taken:bool[] taken_scales:A[S]",
+        " constants:f64[3] decoder_lr:0..inf=1 always:bool=False"
+        " -> hyper:A[8] taken:bool[] taken_scales:A[S] of_decoder:A[8]",
+    ),
+    Spec(
+        "count_tokens",
+        "loss:A[] taken:bool[] offsets:i32[F+1] since!:i64[F] t!:f64[] tokens:int dead_after:int"
+        " within:int -> l0:A[] dead:A[] soon:i64[]",
     ),
     Spec(
         "vector_update",

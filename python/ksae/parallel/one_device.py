@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..coders.coder import SparseCoder
 # offsets, or for shards by what was chosen, scores [N, k] float32, None being the values; and
 # pre-activations [E], where values are more
 Selected = tuple[Any, ...]
+Pending = Callable[[], Tensor]  # waits for the end of an exchange, and returns what it brings
 
 
 class OneDevice:
@@ -41,6 +42,10 @@ class OneDevice:
         """The rows of the ranks that share the latents [N, columns], from this one's."""
         return rows
 
+    def tokens(self, rows: Tensor) -> Tensor:
+        """`gather`, which the next call overwrites."""
+        return rows
+
     def own(self, rows: Tensor) -> Tensor:
         """This rank's rows [n, columns] of [N, columns]."""
         return rows
@@ -53,13 +58,21 @@ class OneDevice:
         """The sum over the ranks that share the latents."""
         return part
 
+    def start_over_latents(self, part: Tensor) -> Pending:
+        """`over_latents` that goes on beside other work: what waits for its end and returns it."""
+        return lambda: part
+
     def over_replicas(self, part: Tensor) -> Tensor:
         """The sum over the ranks that hold the same latents for other tokens."""
         return part
 
     def variance(self, y: Tensor) -> Tensor:
         """`total_variance` of the rows of all ranks: [], from this one's [n, d]."""
-        return ops.total_variance(y)  # type: ignore[no-any-return]
+        return self.start_variance(y)()
+
+    def start_variance(self, y: Tensor) -> Pending:
+        """`variance` that goes on beside other work."""
+        return lambda: ops.total_variance(y)
 
     def select(
         self,
@@ -95,6 +108,7 @@ class OneDevice:
         target: Tensor,
         columns: int,
         sums: Tensor | None,
+        rounded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`sparse_residual` of the codes of all ranks, target being this rank's rows [n, d].
 
@@ -102,7 +116,7 @@ class OneDevice:
         the residual's products with this rank's chosen rows of W_dec [N, k].
         """
         return ops.sparse_residual(  # type: ignore[no-any-return]
-            *code.matrices(), W_dec, bias, target, columns, sums, code.offsets
+            *code.matrices(), W_dec, bias, target, columns, sums, code.offsets, rounded
         )
 
     def prefix_residual(

@@ -15,13 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
 from ..errors import RankError
 from ..ops import accumulator
 from .cost import SMALL
+from .one_device import Pending
 
 # torch 2.13 renames it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+ROWS = 128  # of a pass over a batch whose temporaries stay in cache
 
 
 class Ranks:
@@ -72,18 +75,32 @@ class Ranks:
 
     # ------------------------------------------------------------------------------------ exchanges
 
-    def gather(self, rows: Tensor, name: str = "rows") -> Tensor:
-        """The rows of all ranks in the order of ranks [R n, ...], from [n, ...]."""
-        rows = rows.contiguous()
-        every = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        with self.exchange(name, (self.size - 1) * rows.numel() * rows.element_size()):
-            _all_gather(_bytes(every), _bytes(rows), group=self.group)
-        return every
+    def gather(self, rows: Tensor, name: str = "rows", into: Tensor | None = None) -> Tensor:
+        """The rows of all ranks in the order of ranks [R n, ...], from [n, ...]; into: overwritten,
+        of that shape."""
+        return self.start_gather(rows, name, into)()
 
-    def scatter(self, rows: Tensor, name: str = "rows") -> Tensor:
-        """Of each rank's [R n, ...] the rows of this one: [R, n, ...]."""
+    def start_gather(self, rows: Tensor, name: str = "rows", into: Tensor | None = None) -> Pending:
+        """`gather` that goes on beside other work: what waits for its end, and returns the rows."""
         rows = rows.contiguous()
-        mine = torch.empty_like(rows)
+        every = into
+        if every is None:
+            every = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
+        with self.exchange(name, (self.size - 1) * rows.numel() * rows.element_size()):
+            work = _all_gather(_bytes(every), _bytes(rows), group=self.group, async_op=True)
+
+        def end() -> Tensor:
+            with self.exchange(name, 0):
+                work.wait()
+            return every
+
+        return end
+
+    def scatter(self, rows: Tensor, name: str = "rows", into: Tensor | None = None) -> Tensor:
+        """Of each rank's [R n, ...] the rows of this one: [R, n, ...]; into: overwritten, of the
+        shape of rows."""
+        rows = rows.contiguous()
+        mine = torch.empty_like(rows) if into is None else into
         size = rows.numel() * rows.element_size() // self.size * (self.size - 1)
         with self.exchange(name, size):
             dist.all_to_all_single(_bytes(mine), _bytes(rows), group=self.group)
@@ -114,12 +131,19 @@ class Ranks:
 
     def all_reduce(self, part: Tensor, name: str = "sums") -> Tensor:
         """The sum over ranks, of any shape."""
+        return self.start_all_reduce(part, name)()
+
+    def start_all_reduce(self, part: Tensor, name: str = "sums") -> Pending:
+        """`all_reduce` that goes on beside other work, as `start_gather`; of many elements it ends
+        here."""
         flat = part.reshape(-1)
         if flat.numel() <= SMALL:
-            return _sum(self.gather(flat[None], name)).view(part.shape)
+            every = self.start_gather(flat[None], name)
+            return lambda: _sum(every()).view(part.shape)
         padded = torch.nn.functional.pad(flat, (0, -flat.numel() % self.size))
         mine = _sum(self.scatter(padded, name))
-        return self.gather(mine, name)[: flat.numel()].view(part.shape)
+        total = self.gather(mine, name)[: flat.numel()].view(part.shape)
+        return lambda: total
 
     def totals(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Each the sum over ranks, of any shape; of the small ones in one exchange, in float64."""
@@ -139,15 +163,26 @@ class Ranks:
     def variance(self, y: Tensor) -> Tensor:
         """`total_variance` of the rows of all ranks: [], from this one's [n, d], in float64 of the
         variance and the mean of each rank's rows."""
-        mean = y.sum(0, dtype=torch.float64) / max(len(y), 1)  # [d]
+        return self.start_variance(y)()
+
+    def start_variance(self, y: Tensor) -> Pending:
+        """`variance` whose exchange goes on beside other work."""
+        parts = [y] if y.is_cuda else torch.split(y, ROWS)
+        sums = torch.stack([t.sum(0, dtype=torch.float64) for t in parts])
+        mean = sums.sum(0) / max(len(y), 1)  # [d]
         size = torch.full((1,), len(y), dtype=torch.float64, device=y.device)
-        within = ops.total_variance(y).double()[None] if len(y) else torch.zeros_like(size)
-        mine = torch.cat([size, within, mean])
-        every = self.gather(mine[None], "variance")
-        sizes, withins, means = torch.split(every, [1, 1, y.shape[1]], 1)
-        middle = (sizes * means).sum(0) / sizes.sum()  # [d]
-        variance: Tensor = withins.sum() + (sizes * (means - middle).square()).sum()
-        return variance.to(accumulator(y.dtype))
+        centre = mean.to(accumulator(y.dtype))
+        squares = [torch.linalg.vector_norm(t - centre, dtype=torch.float64) ** 2 for t in parts]
+        mine = torch.cat([size, torch.stack(squares).sum()[None], mean])
+        every = self.start_gather(mine[None], "variance")
+
+        def end() -> Tensor:
+            sizes, withins, means = torch.split(every(), [1, 1, y.shape[1]], 1)
+            middle = (sizes * means).sum(0) / sizes.sum()  # [d]
+            variance: Tensor = withins.sum() + (sizes * (means - middle).square()).sum()
+            return variance.to(accumulator(y.dtype))
+
+        return end
 
     def observed(self, values: Tensor) -> Tensor:
         """Of each rank the smallest positive one of its values [any], 0 without one: [R]."""

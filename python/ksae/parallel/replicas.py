@@ -13,7 +13,7 @@ from torch import Tensor
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from .batch import winners
-from .one_device import OneDevice, Selected
+from .one_device import OneDevice, Pending, Selected
 from .ranks import Ranks
 
 
@@ -48,8 +48,8 @@ class Replicas(OneDevice):
     def over_replicas(self, part: Tensor) -> Tensor:
         return self.everyone.all_reduce(part, "gradients")
 
-    def variance(self, y: Tensor) -> Tensor:
-        return self.everyone.variance(y)
+    def start_variance(self, y: Tensor) -> Pending:
+        return self.everyone.start_variance(y)
 
     def observed(self, values: Tensor) -> Tensor:
         """Of all, as `Ranks.observed`."""

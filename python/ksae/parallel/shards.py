@@ -22,7 +22,7 @@ from ..coders.code import Code, by_row
 from ..coders.coder import SparseCoder
 from .batch import winners
 from .keys import LEAST, keys_of
-from .one_device import OneDevice, Selected
+from .one_device import OneDevice, Pending, Selected
 from .ranks import Ranks
 from .replicas import kept
 
@@ -46,6 +46,8 @@ class Shards(Ranks):
     ) -> None:
         super().__init__(group)
         self.latents, self.data = latents, data
+        # What exchanges bring, from step to step: new pages would cost as much as the exchange.
+        self._kept: dict[str, Tensor] = {}
         self.everyone: Ranks = self if everyone is None else everyone
         self.replicas = 1 if data is None else data.size
         self.leads = self.everyone.rank == 0
@@ -69,11 +71,24 @@ class Shards(Ranks):
     def totals(self, parts: Sequence[Tensor]) -> list[Tensor]:
         return super().totals(parts) if self.everyone is self else self.everyone.totals(parts)
 
-    def variance(self, y: Tensor) -> Tensor:
-        return super().variance(y) if self.everyone is self else self.everyone.variance(y)
+    def start_variance(self, y: Tensor) -> Pending:
+        if self.everyone is self:
+            return super().start_variance(y)
+        return self.everyone.start_variance(y)
 
     def observed(self, values: Tensor) -> Tensor:
         return super().observed(values) if self.everyone is self else self.everyone.observed(values)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        into = self._keep("rows", rows, self.size * len(rows))
+        return self.gather(rows, "rows", into)
+
+    def _keep(self, name: str, like: Tensor, rows: int) -> Tensor:
+        """Memory for rows [rows, ...], that of the last call where it fits."""
+        kept, shape = self._kept.get(name), (rows, *like.shape[1:])
+        if kept is None or kept.shape != shape or kept.dtype != like.dtype:
+            kept = self._kept[name] = like.new_empty(shape)
+        return kept
 
     def mean_entries(self, E: int, N: int) -> float:
         """A token, of E of this rank's latents for N tokens."""
@@ -82,6 +97,9 @@ class Shards(Ranks):
 
     def over_latents(self, part: Tensor) -> Tensor:
         return self.all_reduce(part)
+
+    def start_over_latents(self, part: Tensor) -> Pending:
+        return self.start_all_reduce(part)
 
     def over_replicas(self, part: Tensor) -> Tensor:
         return part if self.data is None else self.data.all_reduce(part, "gradients")
@@ -124,7 +142,7 @@ class Shards(Ranks):
         """Exact: of each rank's best k, of which there are enough, the token's rank finds the k-th.
 
         A candidate wins if its key is not below that of the k-th. With row offsets the threshold is
-        one for all tokens.
+        one for all tokens. On the CPU rows have as many entries as they have winners here.
         """
         latents = indices * self.size + self.rank
         if values.dim() == 1:
@@ -135,11 +153,14 @@ class Shards(Ranks):
         codes = []
         for i in range(len(ks)):
             won = keys >= last[:, i : i + 1]
-            width = keys.shape[1]
-            if not keys.is_cuda:  # sorted: those that won are first
-                width = max(int(won.sum(1).max()), 1) if len(won) else 1
-            chosen = torch.where(won, values, 0)[:, :width]
-            codes.append(Code(chosen, indices[:, :width]).contiguous())
+            if keys.is_cuda:  # whose host does not know how many have won
+                codes.append(Code(torch.where(won, values, 0), indices))
+                continue
+            won &= values != 0
+            offsets = torch.zeros(len(won) + 1, dtype=torch.int64)
+            offsets[1:] = won.sum(1).cumsum(0)
+            at = won.view(-1).nonzero()[:, 0]
+            codes.append(Code(values.view(-1)[at], indices.view(-1)[at], offsets))
         return codes
 
     def _of_batch(self, code: Code, latents: Tensor, k: int) -> Code:
@@ -161,8 +182,10 @@ class Shards(Ranks):
             padded[:, : keys.shape[1]] = keys[:, :width]
         candidates = self.scatter(padded, "candidates")  # [R, n, width]
         best = candidates.transpose(0, 1).flatten(1)  # [n, R * width]
-        best = best.topk(most, dim=1).values
-        picked = best[:, [k - 1 for k in ks]]
+        if len(ks) == 1:
+            picked = best.topk(most, dim=1, sorted=False).values.amin(1, keepdim=True)
+        else:
+            picked = best.topk(most, dim=1).values[:, [k - 1 for k in ks]]
         return self.gather(picked, "last keys")
 
     # ---------------------------------------------------------------------------------- residuals
@@ -175,27 +198,20 @@ class Shards(Ranks):
         target: Tensor,
         columns: int,
         sums: Tensor | None,
+        rounded: Tensor | None = None,  # of one device
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Partial reconstructions go to the token's rank, which adds them in the order of ranks;
         its residual goes to all. The squares are one sum: [1]."""
-        own = self._added(ops.sparse_decode(*code.matrices(), W_dec, None, code.offsets, True))
+        part = ops.sparse_decode(*code.matrices(), W_dec, None, code.offsets, True)  # [N, d]
+        own = self._added(part)
         if bias is not None:
             own += bias
         own -= target
         square = torch.linalg.vector_norm(own, dtype=torch.float64).square()
-        residual = self.gather(own, "residuals")  # [N, d]
+        residual = self.gather(own, "residuals", into=part)  # [N, d]
         values, indices = code.matrices()
-        if code.offsets is not None or values.is_cuda:
-            grads = ops.sparse_decode_backward_values(residual, indices, W_dec, code.offsets)
-            return residual, square[None], grads.masked_fill_(values == 0, 0)
-        used = values != 0  # about k / R a token; the others would cost as much
-        offsets = torch.zeros(len(values) + 1, dtype=torch.int64)
-        offsets[1:] = used.sum(1).cumsum(0)
-        entries = indices[used][:, None]
-        products = ops.sparse_decode_backward_values(residual, entries, W_dec, offsets)
-        grads = torch.zeros(values.shape, dtype=residual.dtype)
-        grads[used] = products[:, 0]
-        return residual, square[None], grads
+        grads = ops.sparse_decode_backward_values(residual, indices, W_dec, code.offsets)
+        return residual, square[None], grads.masked_fill_(values == 0, 0)
 
     def prefix_residual(
         self,
@@ -213,19 +229,21 @@ class Shards(Ranks):
         row = rows_of_table(code, widths, n).reshape(-1)
         order, offsets = by_row(row, self.size * P * n)
         entries = (values[order, None], indices[order, None])
-        own = self._added(ops.sparse_decode(*entries, model.W_dec, None, offsets, True))
+        part = ops.sparse_decode(*entries, model.W_dec, None, offsets, True)  # [R P n, d]
+        own = self._added(part)
         errors = own.view(P, n, d).cumsum(0) + model.b_dec - target
         squares = errors.double().square().sum((1, 2))[:, None]  # [P, 1]
         own = (shares[:, None, None] * errors).flip(0).cumsum(0).flip(0)
-        table = self.gather(own.view(P * n, d), "residuals")
+        table = self.gather(own.view(P * n, d), "residuals", into=part)
         grads = torch.empty_like(values, dtype=table.dtype)
         products = ops.sparse_decode_backward_values(table, entries[1], model.W_dec, offsets)
         grads[order] = products[:, 0]
         return table, squares, grads.masked_fill_(values == 0, 0).view(code.matrices()[0].shape)
 
     def _added(self, part: Tensor) -> Tensor:
-        """This rank's rows [n, d] of the sum over ranks of [N, d]."""
-        parts = self.scatter(part, "partial sums")  # [R, n, d]
+        """This rank's rows [n, d] of the sum over ranks of [N, d]; overwritten by the next call."""
+        into = self._keep("partial sums", part, len(part))
+        parts = self.scatter(part, "partial sums", into)  # [R, n, d]
         own = parts[0]
         for other in parts[1:]:
             own += other

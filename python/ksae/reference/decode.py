@@ -105,6 +105,7 @@ def sparse_residual(
     columns: int,
     column_sums: Tensor | None = None,  # [d] float32, written: sum of the residual over the tokens
     row_offsets: Tensor | None = None,  # [N+1]
+    rounded: Tensor | None = None,  # [N, d] T, written: the residual, rounded
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The residual, reconstruction minus target, not rounded to T.
 
@@ -119,6 +120,8 @@ def sparse_residual(
     grads = torch.where(values == 0, 0, grads)
     if column_sums is not None:
         column_sums.copy_(residual.sum(0))
+    if rounded is not None:
+        rounded.copy_(residual)
     return residual[:, :columns].contiguous(), residual.double().square().sum(1), grads
 
 

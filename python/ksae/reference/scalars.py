@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small ops of a step: variance, loss terms, Adam's scalars, the update of a vector."""
+"""Small ops of a step: variance, loss terms, Adam's scalars, the update of a vector, counters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .dtypes import accumulator
 
-__all__ = ["adam_scalars", "loss_terms", "total_variance", "vector_update"]
+__all__ = ["adam_scalars", "count_tokens", "loss_terms", "total_variance", "vector_update"]
 
 
 def total_variance(y: Tensor) -> Tensor:
@@ -54,22 +54,36 @@ def adam_scalars(
     lr: Tensor,  # [] float64
     t: Tensor,  # [] float64: steps taken before this one
     constants: Tensor,  # [3] float64: beta1, beta2, eps
-) -> tuple[Tensor, Tensor, Tensor]:
+    decoder_lr: float = 1.0,  # the rate of the decoder as a multiple of lr
+    always: bool = False,  # gradients are scaled to clip_norm, also smaller ones
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The numbers of one step of Adam, without a look at the loss from outside of the device.
 
     Returns:
         hyper [8] float32: what the row pass takes; [] bool whether the step is taken: loss and norm
-        are finite; scales [G] float32: as they were, or NaN for a step that is not taken.
+        are finite; scales [G] float32: as they were, or NaN for a step that is not taken; hyper of
+        the decoder.
     """
     taken, grad_scale = loss.isfinite(), torch.ones_like(loss)
     if norm is not None and clip_norm is not None:
         taken = taken & norm.isfinite()
-        grad_scale = (clip_norm / (norm + 1e-6)).clamp(max=1)
+        grad_scale = scale_to(clip_norm, norm)
+        if not always:
+            grad_scale = (clip_norm / (norm + 1e-6)).clamp(max=1)
     betas, eps = constants[:2], constants[2:]
     bc1, bc2 = (1 - betas ** (t + 1)).unbind()
     first = torch.stack([lr / bc1, bc2.sqrt()])
-    hyper = torch.cat([first, betas, eps, grad_scale.double()[None], 1 - betas])
-    return hyper.to(scales.dtype), taken, torch.where(taken, scales, torch.nan)
+    hyper = torch.cat([first, betas, eps, grad_scale.double()[None], 1 - betas]).to(scales.dtype)
+    decoder = hyper.clone()
+    decoder[0] *= decoder_lr
+    return hyper, taken, torch.where(taken, scales, torch.nan), decoder
+
+
+def scale_to(length: float, norm: Tensor) -> Tensor:
+    """The factor that takes gradients of global norm `norm` [] to `length`; finite where the norm
+    is 0, so that gradients of 0 stay 0."""
+    limits = torch.finfo(norm.dtype)
+    return (length / norm.clamp(min=limits.tiny)).clamp(max=limits.max)
 
 
 def vector_update(
@@ -98,3 +112,28 @@ def vector_update(
         old.copy_(torch.where(taken, new, old))
     if master is not None:
         p.copy_(torch.where(taken, master.to(p.dtype), p))
+
+
+def count_tokens(
+    loss: Tensor,  # [] float32: whose type the shares have
+    taken: Tensor,  # [] bool: nothing is written if it is False
+    offsets: Tensor,  # [F+1] int32, from group_by_latent
+    since: Tensor,  # [F] int64: tokens since each latent fired, written
+    t: Tensor,  # [] float64: steps taken, written
+    tokens: int,  # of this step
+    dead_after: int,
+    within: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The counters of a step, after it.
+
+    Returns:
+        l0 [] float32: entries a token; dead [] float32: the share of latents that were dead before
+        the step, which have not fired for more than dead_after tokens; soon [] int64: how many may
+        be dead after `within` more tokens.
+    """
+    dead = (since > dead_after).sum()
+    fired = offsets[1:] > offsets[:-1]
+    since.add_(taken, alpha=tokens).masked_fill_(fired & taken, 0)
+    t += taken
+    soon = (since > dead_after - within).sum()
+    return offsets[-1].to(loss.dtype) / tokens, dead.to(loss.dtype) / len(since), soon

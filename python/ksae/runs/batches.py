@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ksae.activations import ActivationSource, prefetch
-from ksae.activations.transfer import staged
+from ksae.activations.transfer import CopyStream, staged
 from ksae.coders.coder import SparseCoder
 from ksae.errors import UserError
 from ksae.runs.config import TrainConfig
@@ -25,6 +25,7 @@ class Batches:
         self.source, self.config = source, config
         self.parameter = model.W_dec
         self.needs_gradient = model.needs_gradient
+        self._copies = CopyStream(self.parameter.device)
 
     def stream(self, start: int) -> Generator[Batch, None, None]:
         """The batches from step `start` on, as a generator that can be closed."""
@@ -54,8 +55,10 @@ class Batches:
             ) from None
         if len(x) == 0:
             raise UserError(f"train: {self.source.name} gave an empty batch at step {step + 1}")
-        g = None if g is None else g.to(self.parameter.device, non_blocking=True)
-        return self._place(x), None if y is None else self._place(y), g
+        dtype = self.parameter.dtype
+        placed, *rest = self._copies([x, y, g], [dtype, dtype, None])
+        assert placed is not None
+        return placed, rest[0], rest[1]
 
     def at(self, step: int) -> Batch:
         """The batch of a step, read again."""
@@ -73,9 +76,6 @@ class Batches:
                 if y is not None:
                     ys.append(y)
         return torch.cat(xs)[:tokens], torch.cat(ys)[:tokens] if ys else None
-
-    def _place(self, x: Tensor) -> Tensor:
-        return x.to(self.parameter.device, self.parameter.dtype, non_blocking=True)
 
     def _staged(self, batch: Batch) -> Batch:
         """In the thread that fetches batches ahead, if there is one."""

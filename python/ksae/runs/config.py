@@ -42,7 +42,7 @@ class DataConfig:
     gradient: Literal["labels", "sampled", "entropy", "logsumexp", "max_logit"] = setting(
         "labels", "with model.beta: the loss whose gradient is harvested"
     )
-    text: str | None = setting(None, ".txt, .jsonl or .parquet file, a folder of them, or pydoc")
+    text: str | None = setting(None, ".txt, .jsonl or .parquet file, folder of them, pydoc or kjv")
     field: str = setting(
         "text", "key or column of the text, or of its token ids, in .jsonl, .parquet and datasets"
     )
@@ -115,6 +115,9 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the weights")
     device: str | None = setting(None, "default cuda if there is one, else cpu")
     fused: bool = setting(True, "the fused step; false runs autograd and torch's Adam")
+    graph: Literal["auto", "off"] = setting(
+        "auto", "on a GPU: steps of one shape are replays of a CUDA graph, where they can be"
+    )
     seed: int = setting(0, "of the weights and of the order of the data")
     timeout: float = setting(600.0, "several processes: seconds that they wait for each other")
     replicas: int | None = setting(None, "several processes: copies; default what sends least")
@@ -224,13 +227,13 @@ def dead_after(config: RunConfig) -> int:
 def fitted(config: RunConfig) -> RunConfig:
     """A copy with what was left to the length of the run filled in, and with absolute paths, so
     that the run can be gone on with and evaluated from any folder."""
-    from ksae.activations import PYDOC, SMOLLM2  # with torch, which help does without
+    from ksae.activations import PACKAGED, SMOLLM2  # with torch, which help does without
 
     check(config)
 
     def absolute(name: str | None) -> str | None:
         """If it is a path: it may be a name on a hub."""
-        if name is None or name in (PYDOC, SMOLLM2) or not os.path.exists(name):
+        if name is None or name in (*PACKAGED, SMOLLM2) or not os.path.exists(name):
             return name
         return os.path.abspath(name)
 

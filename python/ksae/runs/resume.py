@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ksae.errors import UserError
+from ksae.step.train_step import decoder_rate
 
 # Settings that a resumed run may change: where and how fast it runs, not what it computes.
 FREE = frozenset(
@@ -15,6 +16,7 @@ FREE = frozenset(
         "train.threads",
         "train.timeout",
         "train.replicas",
+        "train.graph",
         "train.prefetch",
         "train.checkpoint_every",
         "train.keep_last",
@@ -59,6 +61,7 @@ BEFORE = {
     "train.decoder_lr": 1.0,
     "train.penalty_warmup": 0,
 }
+RATE = "train.decoder_lr"
 VALUES = "source.values"  # the fingerprint of the activations
 
 
@@ -82,6 +85,12 @@ def compare(
         What differs of CHANGEABLE: key -> (before, now).
     """
     old, new = BEFORE | _flat(before), ({} if partly else BEFORE) | _flat(now)
+    if "model.class" in old:  # what is left to the model is what it takes
+        centred = "Transcoder" not in str(old["model.class"])
+        rate = decoder_rate(centred, bool(old.get("model.normalize_decoder")))
+        for flat in (old, new):
+            if flat.get(RATE, rate) is None:
+                flat[RATE] = rate
     free = set(FREE)
     if old.get("train.decay") == 0 and new.get("train.decay") == 0:
         free |= {"train.steps", "train.tokens"}  # then the length of the run changes no step

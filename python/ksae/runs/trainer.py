@@ -47,6 +47,7 @@ from ksae.runs.directory import drop, held
 from ksae.runs.log import RunLog
 from ksae.runs.resume import compare
 from ksae.runs.signals import Interrupted, Signals
+from ksae.runs.steps import Steps
 from ksae.step.train_step import TrainStep
 
 _FINITE = ("loss", "grad_norm")  # a step of which one is not is not taken
@@ -153,6 +154,7 @@ class Trainer:
             fused=config.fused,
         )
         schedules.check(self.train_step, config)
+        self._steps = Steps(self.train_step, config.graph)
 
     def run(self) -> TrainResult:
         """Train to the end. Raises Interrupted after SIGINT or SIGTERM, UserError on bad input;
@@ -265,6 +267,7 @@ class Trainer:
                     raise self._kept(error, log, saved) from None
                 rate = schedules.follow(self.train_step, config, self.step)
                 metrics = self._take(x, y, g)
+                self._steps.tell(log.say)
                 if self.step == first:
                     metrics[_EQUAL] = checks.without_variance(model, x if y is None else y)
                 self.step += 1
@@ -297,7 +300,7 @@ class Trainer:
         return UserError(f"{error}; the {self.step} steps so far are saved, to be resumed: {path}")
 
     def _take(self, x: Tensor, y: Tensor | None, g: Tensor | None) -> dict[str, Tensor]:
-        return self.train_step(x, y, grad=g)
+        return self._steps(x, y, grad=g)
 
     def _stop(self, signals: Signals) -> bool:
         return signals.received is not None

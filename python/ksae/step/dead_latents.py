@@ -37,9 +37,13 @@ class DeadLatents:
         self._tokens: deque[int] = deque()  # of the step before each count
         self._version, self._largest = -1, 0
         self._unseen = False  # a CUDA graph may take steps of which nobody tells
+        self.captured = False  # while one is captured that is replayed where none are dead alone
+        self._of_graph: tuple[Tensor, int] | None = None  # where it leaves its count, and `within`
 
     def most(self) -> int | None:
         """At least as many as are dead now; 0 if none are; None if that cannot be said."""
+        if self.captured:
+            return 0
         since = self.model.tokens_since_fired
         if since.is_cuda and torch.cuda.is_current_stream_capturing():
             self._unseen = True
@@ -59,17 +63,33 @@ class DeadLatents:
                 return int(count.number)
         return int(self.model.dead.sum())
 
-    def after_step(self, N: int) -> None:
-        """The counters are those after a step of N tokens."""
+    def within(self, N: int) -> int:
+        """After a step of N tokens, latents are counted that may be dead after so many more."""
+        return LAG * max(self._largest, N)
+
+    def after_step(self, N: int, number: Tensor) -> None:
+        """The counters are those after a step of N tokens; number: of the latents that may be dead
+        after `within(N)` more, []."""
+        if self.captured:
+            self._of_graph = number, self.within(N)
+            return
+        self._note(N, number, self.within(N))
+
+    def after_replay(self, N: int) -> None:
+        """The same after a step that a graph has taken, which counts as when it was captured."""
+        assert self._of_graph is not None
+        self._note(N, *self._of_graph)
+
+    def _note(self, N: int, number: Tensor, within: int) -> None:
+        arrived = None
         self._largest = max(self._largest, N)
-        model, within = self.model, LAG * self._largest
-        self._version = model.tokens_since_fired._version
+        self._version = self.model.tokens_since_fired._version
         if self._unseen:
             return
-        number, arrived = (model.tokens_since_fired > model.dead_after - within).sum(), None
         if number.is_cuda:
+            device = number.device
             number = number.to("cpu", non_blocking=True)
-            arrived = torch.cuda.current_stream(model.W_enc.device).record_event()
+            arrived = torch.cuda.current_stream(device).record_event()
         self._tokens.append(N)
         self._counts.append(_Count(number, arrived, within))
 

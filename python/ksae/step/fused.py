@@ -20,8 +20,9 @@ from ..coders.coder import SparseCoder
 from ..coders.predictions import unrectified
 from ..coders.terms import Term, aux_width, multi_loss, terms_of
 from ..ops import product
-from ..parallel.one_device import OneDevice
+from ..parallel.one_device import OneDevice, Pending
 from ..parallel.shards import Shards
+from .counters import count
 from .dead_latents import DeadLatents
 from .dense_auxk import dense_auxk, pays
 from .entries import of_zeros, pass_on
@@ -29,7 +30,7 @@ from .nested import Nested, prefix_metrics, together
 from .phases import Batch, Groups, Selection, Sums, columns_at_a_time, weighted_rows
 from .row_gradients import decoder_rows, encoder_rows, over_replicas
 from .state import State
-from .unfused import GRAD_SCALE, RATE, Metrics, scale_to
+from .unfused import Metrics
 
 
 class FusedStep:
@@ -57,6 +58,8 @@ class FusedStep:
         self.latents = model.W_enc.shape[0]  # of this rank
         # one reading of the residual less
         self.sums_in_decode = model.W_enc.is_cuda and self.is_one
+        # rows that the decoder's gradient gathers, of half the bytes
+        self.rounds = self.sums_in_decode and state.acc != state.dtype and not model.prefixes
         # on CUDA only the device knows how many are dead; of ranks, nobody does
         self.dead_latents: DeadLatents | None = None
         self.asks_for_dead = not model.W_enc.is_cuda
@@ -75,14 +78,20 @@ class FusedStep:
         target = y
         if model.W_skip is not None:
             target = y.to(acc) - product(self.communicator.own(x), model.W_skip.T)
-        batch = Batch(x, y, target, grad)
+        batch = Batch(x, y, target, grad, self.communicator.start_variance(y))
         chosen = self.encode(batch)
         columns = self.columns(batch, chosen)
         groups = self.residual(batch, chosen, columns)
         sums, metrics = self.sums(batch, chosen, groups)
         model.activation.observe(model, chosen.codes[0])
-        hyper, finite, scales = self.scalars(batch, chosen, groups, sums, metrics, columns)
-        self.update(batch, chosen, groups, sums._replace(scales=scales), hyper, finite, columns)
+        hyper, finite, scales, of_decoder = self.scalars(
+            batch, chosen, groups, sums, metrics, columns
+        )
+        sums = sums._replace(scales=scales)
+        self.update(batch, chosen, groups, sums, hyper, of_decoder, finite, columns)
+        fired = None if sums.reduced is None else sums.reduced.fired
+        counted = (sums.loss, finite, groups.offsets[0], fired, self.tokens(batch))
+        metrics |= count(model, self.state, self.is_one, self.dead_latents, *counted)
         return metrics, finite
 
     # -------------------------------------------------------------------------------------- encode
@@ -90,9 +99,12 @@ class FusedStep:
     def encode(self, batch: Batch) -> Selection:
         """The code of each term: prefixes of one selection, and for AuxK that of dead latents."""
         model, communicator = self.model, self.communicator
-        n_dead = communicator.over_latents(model.dead.sum())
+        asks = not self.is_one or (self.asks_for_dead and model.auxk_alpha > 0)
+        n_dead = communicator.over_latents(model.dead.sum()) if asks else None
         most = None if self.dead_latents is None else self.dead_latents.most()
         k_aux = aux_width(model, n_dead if self.asks_for_dead else most)
+        if k_aux and n_dead is None:
+            n_dead = model.dead.sum()
         terms = sorted(terms_of(model, k_aux), key=lambda term: term.of_residual)
         ks = [term.k for term in terms if term.aux is None]
         dense = (most or 0) if pays(terms[-1], most, model.W_enc) else 0
@@ -133,7 +145,9 @@ class FusedStep:
     def residual(self, batch: Batch, chosen: Selection, columns: int) -> Groups:
         """Each term's residual, the gradients of its values, and its code grouped by latent."""
         model, communicator, groups = self.model, self.communicator, Groups()
-        groups.variance = communicator.variance(batch.y)
+        groups.variance = batch.variance()
+        whole = model.activation.penalized or any(term.of_residual for term in chosen.terms)
+        rounds, N, d = self.rounds and not whole, self.tokens(batch), model.d_out
         for term, code in zip_longest(chosen.terms, chosen.codes):
             target, variance = batch.target, groups.variance
             if term.of_residual:
@@ -143,11 +157,11 @@ class FusedStep:
                 dead = (model.dead, chosen.most_dead)
                 groups.dense = dense_auxk(model, batch.x, target, term, *dead)
                 groups.sq_errors.append(groups.dense.sq_error)
-                N, d = self.tokens(batch), model.d_out
                 below = term.denominator(N, d, groups.variance, variance, chosen.n_dead)
                 groups.denominators.append(below)
                 continue
-            residual, square, grads, sums = self._residual(term, code, target, groups, columns)
+            of_term = (term, code, target, groups, columns, rounds)
+            residual, square, grads, sums = self._residual(*of_term)
             if groups.residuals and columns < model.d_out:
                 groups.whole.append(residual)
                 residual = residual[:, :columns].contiguous()
@@ -160,7 +174,6 @@ class FusedStep:
             groups.residuals.append(residual)
             groups.sq_errors.append(square)
             groups.sums.append(sums)
-            N, d = self.tokens(batch), model.d_out
             below = term.denominator(N, d, groups.variance, variance, chosen.n_dead)
             groups.denominators.append(below)
         if self.nested is not None:
@@ -172,7 +185,7 @@ class FusedStep:
         return groups
 
     def _residual(
-        self, term: Term, code: Code, target: Tensor, groups: Groups, columns: int
+        self, term: Term, code: Code, target: Tensor, groups: Groups, columns: int, rounds: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """A term's residual, its squares [N], its values' gradients, and its sums where the kernel
         forms them: the first columns, all of them in terms after the first."""
@@ -188,10 +201,11 @@ class FusedStep:
         if term.biases > 1:
             bias = term.biases * model.b_dec
         columns = model.d_out if groups.residuals else columns
+        narrow = torch.empty_like(target, dtype=self.state.dtype) if rounds else None
         residual, square, grads = self.communicator.residual(
-            code, model.W_dec, bias, target, columns, sums
+            code, model.W_dec, bias, target, 0 if rounds else columns, sums, narrow
         )
-        return residual, square, grads, sums
+        return residual if narrow is None else narrow, square, grads, sums
 
     def _whole_residual(self, batch: Batch, chosen: Selection, g: Groups) -> Tensor:
         """That of the reconstruction, [N, d]."""
@@ -222,16 +236,16 @@ class FusedStep:
             "loss": loss,
             "fvu": fvu,
             "auxk_loss": named.get("auxk", torch.zeros_like(loss)),
-            "l0": active.to(acc) / N,
-            "dead": chosen.n_dead.to(acc) / model.d_sae,
         }
+        if not self.is_one:  # else `count` counts them
+            assert chosen.n_dead is not None
+            metrics |= {"l0": active.to(acc) / N, "dead": chosen.n_dead.to(acc) / model.d_sae}
         if (other := multi_loss(model, named)) is not None:
             metrics["multi_topk_loss"] = other
         metrics |= prefix_metrics(model, g.prefix_errors, g.variance)
         own = scales[: len(g.values)]
         grad_b_enc, grad_dot_w = ops.latent_sums(g.values, g.grads, g.offsets, g.order, own)
-        more: dict[str, Tensor] = {}
-        norms: Tensor | None = None
+        more, norms = dict[str, Tensor](), None
         if model.activation.penalized:
             penalty, more, norms = self._pass_on(batch, chosen, g, scales[0], active)
             metrics["loss"] = loss = loss + penalty
@@ -316,8 +330,9 @@ class FusedStep:
         sums: Sums,
         metrics: Metrics,
         columns: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Adam's numbers for this step, whether all is finite, [] bool, and the clipped scales."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Adam's numbers for this step, whether all is finite, [] bool, the scales of the terms,
+        and Adam's numbers for the decoder."""
         norm = None
         if self.clip_norm is not None:
             norm = self._gradient_norm(batch, chosen, groups, sums, columns)
@@ -325,12 +340,9 @@ class FusedStep:
         state, before = self.state, sums.scales
         if sums.reduced is not None:  # whose scale is 1
             before = torch.cat([before, torch.ones_like(before[:1])])
-        hyper, finite, scales = ops.adam_scalars(
-            sums.loss, norm, self.clip_norm, before, state.lr, state.t, state.constants
-        )
-        if norm is not None and self.clip_norm is not None and self.clip == "always":
-            hyper[GRAD_SCALE] = scale_to(self.clip_norm, norm)
-        return hyper, finite, scales
+        rates = (state.lr, state.t, state.constants, self.decoder_lr, self.clip == "always")
+        clipped = (sums.loss, norm, self.clip_norm)
+        return ops.adam_scalars(*clipped, before, *rates)  # type: ignore[no-any-return]
 
     def _gradient_norm(
         self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, columns: int
@@ -367,41 +379,28 @@ class FusedStep:
         g: Groups,
         sums: Sums,
         hyper: Tensor,
+        of_decoder: Tensor,
         finite: Tensor,
         columns: int,
     ) -> None:
-        """Adam for all parameters, the matrices in one pass over their rows; then the counters."""
+        """Adam for all parameters, the matrices in one pass over their rows."""
         model, state = self.model, self.state
-        fired = g.offsets[0][1:] > g.offsets[0][:-1]  # [F]: has a value (finite loss: no NaN)
-        if sums.reduced is not None:
-            fired = sums.reduced.fired
         centre_grad = self._update_encoder(batch, g, sums, hyper)
-        of_decoder = hyper
-        if self.decoder_lr != 1:
-            of_decoder = hyper.clone()
-            of_decoder[RATE] *= self.decoder_lr
         for start in range(0, model.d_out, columns):
             self._take_columns(batch, chosen, g, sums, start, columns)
             self._update_decoder(g, sums, of_decoder, start, start + columns >= model.d_out)
-        taken = (finite, hyper)
         for name, gradient in ({"b_enc": sums.grad_b_enc} | sums.more).items():
-            ops.vector_update([gradient], None, None, *taken, *state.of(name))
+            ops.vector_update([gradient], None, None, finite, hyper, *state.of(name))
         for name, parts in sums.small.items():
-            minus = centre_grad if name == "b_dec" else None
-            ops.vector_update(parts, sums.scales[: len(parts)], minus, *taken, *state.of(name))
-        since = model.tokens_since_fired
-        since.add_(finite, alpha=self.tokens(batch)).masked_fill_(fired & finite, 0)
-        state.t += finite
-        if self.dead_latents is not None:
-            self.dead_latents.after_step(batch.x.shape[0])
+            minus = centre_grad() if centre_grad and name == "b_dec" else None
+            scales = sums.scales[: len(parts)]
+            ops.vector_update(parts, scales, minus, finite, hyper, *state.of(name))
 
-    def _update_encoder(self, batch: Batch, g: Groups, sums: Sums, hyper: Tensor) -> Tensor | None:
+    def _update_encoder(self, batch: Batch, g: Groups, sums: Sums, hyper: Tensor) -> Pending | None:
         """Returns what centring adds to the gradient of b_dec [d_in], None without centring."""
         model, state = self.model, self.state
         centred = model.centred
-        grad = None
-        if centred:
-            grad = torch.empty(model.d_in, dtype=state.acc, device=batch.x.device)
+        grad = sums.grad_b_enc.new_empty(model.d_in) if centred else None
         W, master, m, v = state.of("W_enc")
         W_bf16, norms = state.W_bf16 or (None, None)
         ops.row_update(
@@ -410,7 +409,7 @@ class FusedStep:
             W=W, master=master, m=m, v=v, hyper=hyper, grad_b_dec=grad, start=0, normalize=False,
             W_bf16=W_bf16, rng_state=state.rng_state("W_enc"), norms=norms,
         )  # fmt: skip
-        return None if grad is None else self.communicator.over_latents(grad)
+        return None if grad is None else self.communicator.start_over_latents(grad)
 
     def _take_columns(
         self, batch: Batch, chosen: Selection, g: Groups, sums: Sums, start: int, columns: int

@@ -12,6 +12,7 @@ from .. import ops
 from ..coders.code import Code
 from ..coders.coder import SparseCoder
 from ..coders.terms import Term
+from ..parallel.one_device import Pending
 from .dense_auxk import DenseAuxK
 
 
@@ -23,6 +24,7 @@ class Batch(NamedTuple):
     y: Tensor  # [n, d_out]
     target: Tensor  # [n, d_out] of the sparse part: y without what a skip connection predicts
     grad: Tensor | None  # [N, d_out], of a downstream loss
+    variance: Pending  # [], of the y of all ranks, once they have exchanged it
 
 
 class Selection(NamedTuple):
@@ -30,7 +32,7 @@ class Selection(NamedTuple):
 
     terms: list[Term]  # those with a bias first
     codes: list[Code]  # one a term, but for AuxK that is dense
-    n_dead: Tensor  # [] int64
+    n_dead: Tensor | None  # [] int64; of one device where a term needs it
     most_dead: int = 0  # of AuxK that is dense; 0: it is not
 
 

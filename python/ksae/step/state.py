@@ -138,6 +138,10 @@ class State:
             for n, p in self.parameters.items()
         }
 
+    def was_written(self) -> bool:
+        """Whether somebody else has replaced or written a parameter since the last step."""
+        return self._read_versions() != self._versions
+
     def _check(self) -> None:
         """Parameters may have been given other memory, as by `.to`, since the step was made."""
         for name, p in self.parameters.items():

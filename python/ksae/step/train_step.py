@@ -97,7 +97,7 @@ class TrainStep:
     ) -> None:
         self.communicator: OneDevice | Shards = model.ranks or OneDevice()
         if decoder_lr is None:
-            decoder_lr = DECODER_LR if model.centred and model.normalize_decoder else 1.0
+            decoder_lr = decoder_rate(model.centred, model.normalize_decoder)
         settings = {"betas": betas, "eps": eps, "clip_norm": clip_norm, "clip": clip}
         settings |= {"moments": moments, "decoder_lr": decoder_lr}
         try:
@@ -255,7 +255,7 @@ class TrainStep:
         )
         if grad is not None:
             grad = communicator.gather(grad.reshape(-1, grad.shape[-1]))
-        return communicator.gather(rows), target, grad
+        return communicator.tokens(rows), target, grad
 
     def _warn(self, x: Tensor, y: Tensor, grad: Tensor | None, loss: Tensor) -> None:
         """Say why a step was not taken."""
@@ -292,6 +292,11 @@ def _may_look(rows: Tensor) -> bool:
     if rows.is_meta:
         return False
     return not (rows.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def decoder_rate(centred: bool, normalized: bool) -> float:
+    """The default of `decoder_lr`, of an autoencoder (centred) or a transcoder."""
+    return DECODER_LR if centred and normalized else 1.0
 
 
 def _check_lr(lr: float) -> None:

@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 
 from ..coders.coder import SparseCoder
+from ..reference.scalars import scale_to
 from .state import State
 
 Metrics = dict[str, Tensor]
 CLIPS = ("above", "always")
-# where adam_scalars puts the rate over its bias correction, and the factor of all gradients
-RATE, GRAD_SCALE = 0, 5
-
-
-def scale_to(length: float, norm: Tensor) -> Tensor:
-    """The factor that takes gradients of global norm `norm` [] to `length`; finite where the norm
-    is 0, so that gradients of 0 stay 0."""
-    limits = torch.finfo(norm.dtype)
-    return (length / norm.clamp(min=limits.tiny)).clamp(max=limits.max)
 
 
 class Unfused:

@@ -115,6 +115,23 @@ def test_what_goes_through_the_nodes_of_the_next_site_is_the_whole_effect(patche
         assert not any(e.target is None for e in made if e.source == source)
 
 
+def test_errors_have_edges_where_no_latent_is_active() -> None:
+    model, silent = language_model(), coder("jumprelu")
+    nn.init.constant_(silent.log_threshold, 20.0)
+    sites = [Site(silent, RESID), Site(coder("topk", 3), "layers.1.resid_post")]
+    found = effects(model, ids(), METRIC, sites)
+    assert found.at[0].indices.shape[-1] == 0
+    sources = [node for node in found.nodes() if node.site == 0]
+    assert sources and all(node.latent is None for node in sources)
+    here = found.at[1]
+    every = {j for row in here.indices.flatten(0, 1).tolist() for j in row}
+    later = [Node(1, t, j) for t in range(7) for j in [*every, None]]
+    made = edges(model, ids(), METRIC, found, [*sources, *later])
+    for source in sources:
+        through = sum(e.weight for e in made if e.source == source)
+        assert through == pytest.approx(source.effect, rel=1e-8) and through != 0
+
+
 def test_nodes_without_positions_add_up() -> None:
     model, sites = language_model(), two_sites()
     found = effects(model, ids(), METRIC, sites)
@@ -257,6 +274,25 @@ def test_a_frozen_norm_is_linear(name: str) -> None:
         jacobian = torch.stack([torch.autograd.grad(o, x, retain_graph=True)[0] for o in out])
     torch.testing.assert_close(jacobian @ x, out, rtol=1e-6, atol=1e-9)
     assert torch.equal(jacobian, torch.diag(jacobian.diag()))
+
+
+def test_a_norm_of_an_unknown_kind_is_refused() -> None:
+    """Its gain or its centring may be another."""
+
+    class ScaledLayerNorm(nn.LayerNorm):
+        pass
+
+    class CrazyNorm(nn.Module):
+        pass
+
+    for norm in (ScaledLayerNorm(D), CrazyNorm(), nn.GroupNorm(1, D)):
+        model = language_model()
+        model.model.norm = norm
+        name = type(norm).__name__
+        want = f"frozen: norms must be nn.LayerNorm or an RMSNorm, got {name}"
+        with pytest.raises(UserError, match=want), frozen(model):
+            pass
+        assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_mistakes() -> None:

@@ -159,6 +159,22 @@ def test_entries_are_the_codes_of_both_inputs(kind: str, patched: bool) -> None:
     assert times.max() == 1
 
 
+def test_what_both_inputs_have_alike_counts_as_active() -> None:
+    """Activations are summed over all positions, those before the inputs part among them."""
+    model, sites = language_model(), two_sites()
+    patch = ids(5)
+    patch["input_ids"][:, :4] = ids()["input_ids"][:, :4]
+    found = effects(model, ids(), METRIC, sites, patch=patch)
+    for number, here in enumerate(found.at):
+        alike = (here.clean != 0) & (here.clean == here.patch)
+        assert alike[:, :4].any() and not alike[:, 4:].all()
+        for node in found.nodes(positions=False, errors=False):
+            if node.site == number:
+                mine = here.indices == node.latent
+                assert node.activation == pytest.approx(float(here.clean[mine].sum()))
+                assert node.patched == pytest.approx(float(here.patch[mine].sum()))
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that an operator returns."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attribution_sites import METRIC, RESID, WRITE, F, ids, two_sites
+from attribution_sites import METRIC, RESID, WRITE, F, T, by_hand, ids, two_sites
 from attribution_sites import model as language_model
 from torch import Tensor
 from toy_language_model import D
@@ -16,38 +16,6 @@ from ksae import TopKSAE
 from ksae.activations import capture
 from ksae.analysis.attribution import Node, Site, curve, effects
 from ksae.errors import UserError
-
-T = 7
-
-
-def by_hand(
-    model: Any, sites: list[Site], keep: list[Tensor], errors: list[Tensor], other: Any
-) -> float:
-    """The metric with dense codes: keep [T, F] and errors [T] bool at each site."""
-    handles = []
-    read: list[Tensor] = []
-    mlp = model.model.layers[1].mlp
-    handles.append(mlp.register_forward_pre_hook(lambda _m, args: read.append(args[0])))
-    for i, module in enumerate((model.model.layers[0], mlp)):
-
-        def hook(_m: Any, _a: Any, y: Tensor, i: int = i) -> Tensor:
-            sae: Any = sites[i].coder
-            x = y if i == 0 else read[-1]
-            code = sae.encode_dense(x)
-            recon = sae.decode(*sae.encode(x), x)
-            error = y - recon
-            codes, others_error = (0, 0) if other is None else other[i]
-            mixed = torch.where(keep[i], code, codes)
-            error = torch.where(errors[i][:, None], error, others_error)
-            return recon + (mixed - code) @ sae.W_dec + error
-
-        handles.append(module.register_forward_hook(hook))
-    try:
-        with torch.no_grad():
-            return float(METRIC(model(**ids())).sum())
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def others(model: Any, sites: list[Site]) -> list[tuple[Tensor, Tensor]]:

@@ -251,6 +251,10 @@ T __ldcs(const T* p) {
   return *p;
 }
 template <class T>
+void __stcs(T* p, T x) {
+  *p = x;
+}
+template <class T>
 T __ldcg(const T* p) {
   return *p;
 }

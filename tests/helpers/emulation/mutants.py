@@ -29,6 +29,7 @@ from cases import (
     at_rest,
     clone_all,
     code,
+    count_arguments,
     hidden_winners,
     integers,
     norm_arguments,
@@ -281,10 +282,21 @@ def scalars(kernels: Emulated) -> Iterator[Case]:
     for loss in (0.5, torch.nan):
         a = scalars_arguments(torch.float32)
         a["loss"].fill_(loss)
-        (hyper, *got), (want_hyper, *want) = (
-            g.adam_scalars(*a.values()) for g in (kernels, reference)
-        )
-        yield f"loss {loss}", close(hyper, want_hyper) and all_same(tuple(got), tuple(want))
+        for always in (False, True):
+            (hyper, *got, own), (want_hyper, *want, want_own) = (
+                g.adam_scalars(*a.values(), 3.0, always) for g in (kernels, reference)
+            )
+            right = close(hyper, want_hyper) and close(own, want_own)
+            yield f"loss {loss}", right and all_same(tuple(got), tuple(want))
+
+
+def tokens(kernels: Emulated) -> Iterator[Case]:
+    for F, taken in ((33, True), (70_001, True), (33, False)):
+        a = count_arguments(torch.float32, F) | {"taken": torch.tensor(taken)}
+        want = clone_all(a)
+        got = kernels.count_tokens(*a.values())
+        counts = all_same(got, reference.count_tokens(*want.values()))
+        yield f"F={F}, {taken}", counts and same(a["since"], want["since"]) and a["t"] == want["t"]
 
 
 def vector(kernels: Emulated) -> Iterator[Case]:
@@ -306,6 +318,7 @@ CASES: dict[str, Callable[[Emulated], Iterator[Case]]] = {
     "sums": sums,
     "variance": variance,
     "scalars": scalars,
+    "tokens": tokens,
     "vector": vector,
 }
 

@@ -19,9 +19,11 @@ from torch import Tensor
 
 import ksae
 from ksae import ops, reference
+from ksae.activations.transfer import CopyStream
 from ksae.backends import product as products
 from ksae.backends import serving as gpu
 from ksae.step.dead_latents import LAG
+from ksae.step.graph import WARM, StepGraph
 
 pytestmark = pytest.mark.gpu
 T32, B16 = torch.float32, torch.bfloat16
@@ -213,6 +215,43 @@ def test_a_captured_float32_step_with_rows_redone(clip_norm: float | None) -> No
         rows.copy_(randn(512, 96, seed=n))
         graph.replay()
         torch.testing.assert_close(metrics["loss"], steps[1](rows)["loss"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("T", [T32, B16])
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.1, "clip": "always"}], ids=str)
+def test_replayed_steps_are_the_eager_ones(T: torch.dtype, options: dict[str, Any]) -> None:
+    """Bit for bit; half of the steps with dead latents, which run eagerly."""
+    sae = model(T, 0.0)
+    graph = StepGraph(ksae.TrainStep(sae, 1e-3, **options))
+    plain = ksae.TrainStep(copy.deepcopy(sae), 1e-3, **options)
+    for n in range(WARM + 4 * LAG):
+        if n == WARM + 2 * LAG:
+            for step in (graph.step, plain):
+                step.model.tokens_since_fired[:40] = 200_000
+        graph.step.lr = plain.lr = 1e-3 / (n + 1)
+        rows = randn(512, 96, seed=n).cuda().to(T)
+        got, want = graph(rows), plain(rows)
+        for name in want:
+            assert torch.equal(got[name], want[name]), (n, name)
+        assert graph.why is None
+        assert (graph._replay is not None) == (n >= WARM)
+    for got, want in zip(graph.step.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_copies_run_beside_the_step_and_arrive_before_the_next() -> None:
+    """Many small copies from pinned memory that is overwritten as soon as it may be."""
+    copies, seen = CopyStream(torch.device("cuda", 0)), []
+    weight = torch.eye(256, device="cuda")
+    for n in range(50):
+        host = torch.full((256, 256), float(n)).pin_memory()
+        (there, none) = copies([host, None], [T32, None])
+        assert there is not None and none is None
+        for _ in range(5):
+            there = there @ weight
+        seen.append(there.sum() / 65536)
+        del there, host
+    assert torch.stack(seen).tolist() == list(range(50))
 
 
 def test_two_processes_compile_the_same_kernels_at_once(tmp_path: Path) -> None:

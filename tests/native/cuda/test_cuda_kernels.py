@@ -253,6 +253,22 @@ def test_the_workspace_of_many_entries_is_bounded(emulated: Emulator) -> None:
     assert sizes[0] < 0.6 * pieces and pieces <= sizes[1] and max(sizes) < 1.01 * pieces
 
 
+@pytest.mark.parametrize("T", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.implementations(*ON_CUDA)
+@pytest.mark.parametrize(("F", "d"), [(5, 11 * 1024 + 5), (3073 * 8, 5), (9, 8)], ids=str)
+def test_parts_of_the_gradient_of_b_dec(impl: Emulated, T: torch.dtype, F: int, d: int) -> None:
+    """A part in the workspace; shares of nine latents, the last shorter; one latent."""
+    a = row_arguments(T, "encoder", N=3, d=d, F=F, ks=(2,))
+    a["grad_b_enc"] = integers(F)
+    a["W"] = integers(F, d, dtype=T, seed=1)
+    if a["master"] is not None:
+        a["master"] = a["W"].float()
+    a["grad_b_dec"].fill_(torch.nan)
+    want = a["W"].double().T @ a["grad_b_enc"].double()
+    impl.row_update(*a.values())
+    assert_same("grad_b_dec", a["grad_b_dec"].double(), want)
+
+
 # ------------------------------------------------------------------------------------ unused slots
 
 
@@ -303,6 +319,23 @@ def test_column_sums_beside_the_residual(
     emulated.blocks_in_flight(7)
     impl.sparse_residual(values, indices, W, b, x, 0, again)
     assert torch.equal(sums, again)
+
+
+@pytest.mark.parametrize("d", [24, 33])
+@pytest.mark.parametrize("offsets", [None, torch.tensor([0, 0, 3, 14])], ids=["k a row", "offsets"])
+def test_the_residual_in_the_dtype_of_the_weights(
+    impl: Emulated, dtype: torch.dtype, d: int, offsets: Tensor | None
+) -> None:
+    """Beside what is returned, which it does not change, and no columns of that."""
+    N, F, k = 3, 7, 2
+    values, indices = code(N, F, k, dtype) if offsets is None else code(14, F, 1, dtype)
+    W, b, x = (randn(*s, dtype=dtype, seed=i) for i, s in enumerate([(F, d), (d,), (N, d)]))
+    args = (values, indices, W, b, x)
+    rounded, sums, plain = torch.empty(N, d, dtype=dtype), torch.empty(d), torch.empty(d)
+    whole, *want = impl.sparse_residual(*args, d, plain, offsets)
+    none, *got = impl.sparse_residual(*args, 0, sums, offsets, rounded)
+    assert none.shape == (N, 0) and torch.equal(rounded, whole.to(dtype))
+    assert all(map(torch.equal, [*got, sums], [*want, plain]))
 
 
 # ---------------------------------------------------------------------------------------- alignment

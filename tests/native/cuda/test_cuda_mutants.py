@@ -251,7 +251,7 @@ MUTANTS = {
     ),
     # ------------------------------------------------------------------------------------- latent
     "latent: missing barrier": Mutant(
-        "row_update.cu",
+        "row_pass.h",
         "{  // the other columns count as well\n      __syncthreads();",
         "{\n      if (!WRONG) __syncthreads();",
     ),
@@ -261,7 +261,7 @@ MUTANTS = {
         "if (lane < count - WRONG) {",
     ),
     "latent: dropped overflow": Mutant(
-        "row_update.cu",
+        "row_pass.h",
         "    if (end - begin <= 1 << log) {",
         "    if (WRONG && end - begin > 1 << log) continue;\n    if (end - begin <= 1 << log) {",
     ),
@@ -277,7 +277,7 @@ MUTANTS = {
         "entries.h", "e0 < to; e0 += 32", "e0 < to; e0 += WRONG ? to - from : 32"
     ),
     "latent: lost tail": Mutant(
-        "row_update.cu", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
+        "row_pass.h", "if (j >= valid) continue;", "if (j >= valid - WRONG) continue;"
     ),
     "latent: a bf16 copy's lost part is not summed": Mutant(
         "norms.h",
@@ -295,6 +295,19 @@ MUTANTS = {
     "latent: a norm that may overflow": Mutant(
         "norms.h", "safe = full <= 0x1p60f;", "safe = WRONG || full <= 0x1p60f;"
     ),
+    "latent: a block keeps its first latent's part of b_dec alone": Mutant(
+        "row_update.cu",
+        "blockIdx.x * share + l, scratch, centre);",
+        "blockIdx.x * share + (WRONG ? 0 : l), scratch, centre);",
+    ),
+    "latent: parts of b_dec begin anywhere": Mutant(
+        "row_update.cu",
+        "store4(centre + c, Four{}, p.d - c, kAligned);",
+        "if (!WRONG) store4(centre + c, Four{}, p.d - c, kAligned);",
+    ),
+    "latent: the part of b_dec is of the new row": Mutant(
+        "row_pass.h", "fmaf(of_bias, w.x[j], sum.x[j]);", "fmaf(of_bias, w.x[j] + WRONG, sum.x[j]);"
+    ),
     # --------------------------------------------------------------------------------------- sums
     "sums: off by one": Mutant(
         "latent_sums.cu",
@@ -311,6 +324,19 @@ MUTANTS = {
         "u, begin)",
         "u, WRONG ? 0 : begin)",
     ),
+    "sums: a unit's second piece forgotten": Mutant(
+        "segments.h",
+        "if (offsets[j + 1] - later > cut)",
+        "if (!WRONG && offsets[j + 1] - later > cut)",
+    ),
+    "sums: a piece ends with its unit": Mutant(
+        "segments.h", "from, end < to ? end : to};", "from, end < to && !WRONG ? end : to};"
+    ),
+    "sums: another latent is looked up": Mutant(
+        "segments.h",
+        "at < high && offsets[at] <= entry;",
+        "at < high && offsets[at] <= entry - WRONG;",
+    ),
     "sums: lost tail": Mutant(
         "latent_sums.cu", "if (i >= p.F) return;", "if (i >= p.F - WRONG) return;"
     ),
@@ -323,6 +349,11 @@ MUTANTS = {
     "variance: lost row": Mutant(
         "total_variance.cu", "if (n + b >= last)", "if (n + b >= last - WRONG)"
     ),
+    "variance: an earlier block ends": Mutant(
+        "total_variance.cu",
+        "== static_cast<int>(gridDim.x) - 1;",
+        "== static_cast<int>(gridDim.x) - 1 - WRONG;",
+    ),
     "variance: lost share": Mutant("total_variance.cu", "s += kLanes)", "s += kLanes + WRONG)"),
     "variance: lost slice": Mutant(
         "total_variance.cu", "i < squares; i += kThreads", "i < squares - WRONG; i += kThreads"
@@ -334,8 +365,28 @@ MUTANTS = {
         "loss_terms.cu", "g == 0 || below > 0", "WRONG || g == 0 || below > 0"
     ),
     "scalars: the step before": Mutant("adam_scalars.cu", "*p.t + 1", "*p.t + (WRONG ? 0 : 1)"),
+    "scalars: a small gradient is left": Mutant(
+        "adam_scalars.cu", "most = p.always ?", "most = p.always && !WRONG ?"
+    ),
+    "scalars: one rate": Mutant(
+        "adam_scalars.cu", "p.hyper[0] * p.decoder_lr;", "p.hyper[0] * (WRONG ? 1 : p.decoder_lr);"
+    ),
     "scalars: every step is taken": Mutant(
         "adam_scalars.cu", "= taken ? p.scales[g]", "= taken || WRONG ? p.scales[g]"
+    ),
+    "tokens: a bound is met": Mutant(
+        "count_tokens.cu", "before > p.dead_after;", "before > p.dead_after - WRONG;"
+    ),
+    "tokens: those before": Mutant(
+        "count_tokens.cu", "soon += after >", "soon += (WRONG ? before : after) >"
+    ),
+    "tokens: a run's end": Mutant(
+        "count_tokens.cu",
+        "first + run < p.F ? first + run",
+        "first + run < p.F ? first + run - WRONG",
+    ),
+    "tokens: a block's counts": Mutant(
+        "count_tokens.cu", "i < blocks; i +=", "i < blocks - WRONG; i +="
     ),
     "vector: lost tail": Mutant("vector_update.cu", "if (i >= p.size", "if (i >= p.size - WRONG"),
     "vector: lost gradient": Mutant(
@@ -371,7 +422,7 @@ def mutated(file: str) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
-    segments, many = (KERNELS / "segments.h").read_text(), "kMostUnits = 4096;"
+    segments, many = mutated("segments.h"), "kMostUnits = 4096;"
     assert many in segments
     few = segments.replace(many, "kMostUnits = 3;")  # so that units have more than 256 entries
     common = (KERNELS / "common.h").read_text()

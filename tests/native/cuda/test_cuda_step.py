@@ -33,6 +33,7 @@ def as_on_cuda(impl: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     """Every op of the fused step is the emulated kernel, and the step takes CUDA's way."""
     monkeypatch.setattr("ksae.step.fused.ops", impl)
     monkeypatch.setattr("ksae.parallel.one_device.ops", impl)
+    monkeypatch.setattr("ksae.step.counters.ops", impl)
     monkeypatch.setattr("ksae.coders.activation.topk.ops", impl)
     made = FusedStep.__init__
 
@@ -48,6 +49,32 @@ def as_on_cuda(impl: Emulated, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 @pytest.mark.parametrize("case", ["clip", "few dead", "more dead than k_aux", "skip, all"])
 def test_one_step(dtype: torch.dtype, oracle: dict[str, Any], case: str) -> None:
     assert_at_most_twice_torchs_error(case, dtype, oracle)
+
+
+@pytest.mark.parametrize("case", ["plain", "clip", "multi", "skip", "few dead"])
+def test_one_step_with_rounded_residuals(
+    dtype: torch.dtype, oracle: dict[str, Any], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums from the residual's own kernel, and its rows in the dtype of the weights but for AuxK,
+    which predicts it."""
+    made, kinds = FusedStep.__init__, []
+
+    def rounding(self: FusedStep, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        self.sums_in_decode, self.rounds = True, dtype != torch.float32
+        self.dead_latents = DeadLatents(self.model)
+        self.columns = lambda batch, chosen: self.model.d_out  # type: ignore[method-assign]
+
+    update = FusedStep._update_decoder
+
+    def noting(self: FusedStep, g: Any, *args: Any) -> None:
+        kinds.append({r.dtype for r in g.residuals})
+        update(self, g, *args)
+
+    monkeypatch.setattr(FusedStep, "__init__", rounding)
+    monkeypatch.setattr(FusedStep, "_update_decoder", noting)
+    assert_at_most_twice_torchs_error(case, dtype, oracle)
+    assert kinds == [{torch.float32 if case == "few dead" else dtype}]
 
 
 @pytest.mark.parametrize("case", ["few dead", "more dead than k_aux", "transcoder, unit rows"])

@@ -39,7 +39,7 @@ OF_STEP = {
     "decode_kernel", "values_kernel", "squares_kernel", "keys_kernel", "order_kernel",
     "bounds_kernel", "sums_kernel", "pieces_kernel", "centre_kernel", "centre_sum_kernel",
     "update_kernel", "shares_kernel", "columns_kernel", "variance_kernel", "terms_kernel",
-    "adam_kernel", "vector_kernel",
+    "adam_kernel", "vector_kernel", "count_kernel", "add_kernel",
 }  # fmt: skip
 KERNELS = {
     "topk": GATED | {"list_kernel", "redo_kernel"},

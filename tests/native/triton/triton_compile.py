@@ -28,6 +28,7 @@ from ksae.kernels import topk_encode as encode
 from ksae.ops import straight
 from ksae.ops.specs import BY_NAME
 from ksae.parallel import one_device
+from ksae.step import counters
 from ksae.step import fused as step
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -165,7 +166,7 @@ def rows(dtype, N, d, F, k):
 
 def training(dtype, N, d, F, k, clip_norm=None, **options):
     """A fused step, its encoding left out; one of float32 writes the bf16 copy."""
-    step.ops = one_device.ops = Served()
+    step.ops = one_device.ops = counters.ops = Served()
     gpu.screens = lambda W, k, aux: dtype == T32
     gpu.bf16_copy = screen.bf16_copy
     sae = ksae.TopKSAE(d, F, k, **options, dtype=dtype, device="meta")

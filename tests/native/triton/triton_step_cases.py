@@ -18,6 +18,7 @@ from ksae import functional, reference
 from ksae.backends import serving as gpu
 from ksae.coders.activation import topk as activation
 from ksae.kernels import screen
+from ksae.step import counters
 from ksae.step import fused as step
 
 pytestmark = pytest.mark.implementations(INTERPRETED)
@@ -36,6 +37,7 @@ def test_a_training_step_is_that_of_the_reference(
         sae = ksae.TopKSAE(d_in=6, d_sae=20, k=3, dead_after=50, auxk_alpha=1.0).to(dtype)
         sae.tokens_since_fired[10:] = 100
         monkeypatch.setattr(step, "ops", served)
+        monkeypatch.setattr(counters, "ops", served)
         monkeypatch.setattr(activation, "ops", served)
         train = ksae.TrainStep(sae, lr=1e-3)
         losses = [train(randn(7, 6, seed=seed).to(dtype))["auxk_loss"] for seed in (1, 2)]
@@ -77,7 +79,7 @@ def test_steps_with_a_kept_shadow_are_those_that_make_their_own(
         return make(*args)
 
     monkeypatch.setattr(screen, "bf16_copy", counted)
-    for module in (step, activation, functional):
+    for module in (step, counters, activation, functional):
         monkeypatch.setattr(module, "ops", Fused())
 
     def run(kept: bool) -> list[torch.Tensor]:

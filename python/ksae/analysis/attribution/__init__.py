@@ -2,6 +2,7 @@
 """Which latents a model's answer comes from: their effects on a metric, the edges between them,
 and how much of the metric the circuit of the strongest ones accounts for."""
 
+from ksae.analysis.attribution.changes import Means, means
 from ksae.analysis.attribution.edges import Edge, edges
 from ksae.analysis.attribution.effects import Effects, SiteEffects, effects
 from ksae.analysis.attribution.faithfulness import Point, curve
@@ -13,6 +14,7 @@ from ksae.analysis.attribution.sites import Metric, Site, logit_difference
 __all__ = [
     "Edge",
     "Effects",
+    "Means",
     "Metric",
     "Node",
     "Point",
@@ -24,4 +26,5 @@ __all__ = [
     "effects",
     "frozen",
     "logit_difference",
+    "means",
 ]

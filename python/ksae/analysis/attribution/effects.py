@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ksae.analysis.attribution.changes import Patch, changed_to, same_shape
 from ksae.analysis.attribution.nodes import Node, summed
 from ksae.analysis.attribution.sites import (
     Metric,
     Parts,
     Site,
     at_sites,
-    changed_to,
     check_sites,
     record,
     run,
-    same_shape,
 )
 from ksae.errors import UserError
 
@@ -108,11 +107,11 @@ def effects(
     metric: Metric,
     sites: Sequence[Site],
     *,
-    patch: Mapping[str, Any] | None = None,
+    patch: Patch = None,
     steps: int = 0,
 ) -> Effects:
     """How much the metric would change if each latent's activation, and each error, were that of
-    other inputs, or zero (Sparse Feature Circuits, arXiv 2403.19647).
+    other inputs, its mean, or zero (Sparse Feature Circuits, arXiv 2403.19647).
 
     The model itself is differentiated: an effect is that of the latent at its own site, through all
     that the model computes from it.
@@ -123,7 +122,7 @@ def effects(
         metric: of the model's output, [] or one number an example [B]; it is summed, so an example
             counts for itself.
         sites: where the nodes are, in the model's order.
-        patch: inputs of the same shape that nodes are changed to; None: zero.
+        patch: inputs of the same shape that nodes are changed to, or their `means`; None: zero.
         steps: 0, the gradient at the inputs times the change, one pass for all sites; else
             integrated gradients (arXiv 1703.01365) at this many midpoints of the line from the
             inputs' code and error to the other one, a pass for each site and step. The effects of
@@ -140,8 +139,7 @@ def effects(
     check_sites(sites)
     if steps < 0:
         raise UserError(f"effects: steps must be >= 0, got {steps}")
-    if patch is not None:
-        same_shape(inputs, patch)
+    same_shape(inputs, patch)
     clean, value = record(model, inputs, sites, metric)
     others, other_value = changed_to(model, patch, sites, metric, clean)
     joined = [_join(a, b, s.coder.d_sae) for a, b, s in zip(clean, others, sites, strict=True)]

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ksae.analysis.attribution.changes import Patch, changed_to, same_shape
 from ksae.analysis.attribution.nodes import Members, Node, check_nodes
 from ksae.analysis.attribution.sites import (
     Metric,
     Parts,
     Site,
     at_sites,
-    changed_to,
     check_sites,
     record,
     run,
-    same_shape,
 )
 from ksae.errors import UserError
 
@@ -44,14 +43,14 @@ def curve(
     nodes: Sequence[Node],
     sizes: Sequence[int],
     *,
-    patch: Mapping[str, Any] | None = None,
+    patch: Patch = None,
     keep_errors: bool = False,
 ) -> list[Point]:
     """Faithfulness and completeness of the circuits of the first nodes.
 
-    With m(C) the metric when all nodes but those in C are those of the patch (or zero), M all nodes
-    and {} none: faithfulness is (m(C) - m({})) / (m(M) - m({})), and completeness the same of M
-    without C. Nodes in C take the values that the changed nodes before them give.
+    With m(C) the metric when all nodes but those in C are those of the patch (or means, or zero), M
+    all nodes and {} none: faithfulness is (m(C) - m({})) / (m(M) - m({})), and completeness the
+    same of M without C. Nodes in C take the values that the changed nodes before them give.
 
     Args:
         model, inputs, metric, sites, patch: as for `effects`; the metric is summed over examples.
@@ -65,8 +64,7 @@ def curve(
     """
     check_sites(sites)
     check_nodes(nodes, [site.coder.d_sae for site in sites])
-    if patch is not None:
-        same_shape(inputs, patch)
+    same_shape(inputs, patch)
     clean, value = record(model, inputs, sites, metric)
     others, _ = changed_to(model, patch, sites, metric, clean)
 

@@ -156,22 +156,6 @@ def record(
     return [found[i] for i in range(len(sites))], value
 
 
-def changed_to(
-    model: nn.Module,
-    patch: Mapping[str, Any] | None,
-    sites: Sequence[Site],
-    metric: Metric,
-    clean: Sequence[Parts],
-) -> tuple[list[Parts], float | None]:
-    """What nodes are changed to, at each site, and the metric of it."""
-    if patch is None:
-        return [
-            Parts(p.values[..., :0], p.indices[..., :0], torch.zeros_like(p.error)) for p in clean
-        ], None
-    others, value = record(model, patch, sites, metric)
-    return others, float(value.double().sum())
-
-
 def run(model: nn.Module, inputs: Mapping[str, Any], metric: Metric) -> Tensor:
     """The metric of a forward pass.
 
@@ -197,20 +181,6 @@ def check_sites(sites: Sequence[Site]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"attribution: sites must be at different hooks, got {name} twice")
-
-
-def same_shape(clean: Mapping[str, Any], patch: Mapping[str, Any]) -> None:
-    """Refuse inputs that cannot be patched into each other.
-
-    Raises:
-        UserError: their ids have different shapes.
-    """
-    a, b = (inputs.get("input_ids") for inputs in (clean, patch))
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape:
-        raise UserError(
-            f"attribution: patch must have input_ids of shape {list(a.shape)} as the inputs, "
-            f"got {list(b.shape)}"
-        )
 
 
 def logit_difference(

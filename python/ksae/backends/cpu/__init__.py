@@ -81,10 +81,13 @@ def kernel(spec: Any) -> Callable[..., Any] | None:
     """The op of `spec` (ksae.ops.spec.Spec) on CPU tensors; None where the reference serves it."""
     if not available():
         return None
-    if spec.name not in calls._cpu.fields:
+    if not calls.states(spec.name):
         found: Callable[..., Any] | None = globals().get(spec.name)
         return found
     known = {"Workspace": _Workspace, "get_num_threads": torch.get_num_threads}
     run = "call({values}, Workspace(), get_num_threads())"
     fields, call = calls._cpu.fields[spec.name], getattr(calls._cpu, spec.name)
-    return bridge.native(spec, fields, call, run, known)
+    try:
+        return bridge.native(spec, fields, call, run, known)
+    except ValueError as error:  # a field that its line does not have
+        raise ImportError(calls.other_sources(str(error))) from None

@@ -26,6 +26,24 @@ else:
             _cpu.set_isa(isa)
 
 
+def other_sources(why: str) -> str:
+    """What to do about a module that does not fit these files, as an old one that was built in
+    place."""
+    return f"ksae._cpu was built from other sources than these: {why}; build or install ksae again"
+
+
+def states(op: str) -> bool:
+    """Whether the module states the native parameters of an op.
+
+    Raises:
+        ImportError: it is of before there were such.
+    """
+    try:
+        return op in _cpu.fields
+    except AttributeError:
+        raise ImportError(other_sources("it has no fields")) from None
+
+
 def available() -> bool:
     """Whether the native kernels can be called."""
     return not _reason
