@@ -16,6 +16,7 @@ import ksae
 from ksae import cli
 from ksae.activations import ArraySource
 from ksae.errors import UserError
+from ksae.runs import config as runconfig
 from ksae.runs import start
 from ksae.runs.config import TrainConfig
 from ksae.runs.trainer import Trainer
@@ -99,6 +100,37 @@ def test_start_from_thresholds_that_are_learned_themselves(tmp_path: Path, capsy
     start[2] = str(tmp_path / "b")
     assert cli.run([*start, str(tmp_path / "d"), "--parametrization", "linear"]) != 0
     assert "--parametrization must be left out with --from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("activation", "made", "asked", "given"),
+    [
+        ("jump_relu", {"l0": 3}, {"l0": 3}, {"l0-weight": 0.5}),
+        ("relu", {"l1": 0.02, "p-end": 0.5, "p-steps": "2,15"}, {"l1": 0.02}, {"l1": 0.03}),
+        ("gated", {"l1": 0.02}, {"l1": 0.02}, {"no-decoder-norm": None}),
+        (
+            "batch_topk",
+            {"threshold": "saelens"},
+            {"threshold": "saelens"},
+            {"threshold": "running"},
+        ),
+    ],
+)
+def test_start_from_takes_the_objective_of_the_activation(
+    activation: str, made: dict[str, Any], asked: dict[str, Any], given: dict[str, Any],
+    tmp_path: Path, capsys: Any,
+) -> None:  # fmt: skip
+    assert cli.run(["train", *arguments(tmp_path, "a", activation, **made)]) == 0
+    start = ["train", "--from", str(tmp_path / "a"), "--activations", str(tmp_path / "x.npy")]
+    start += ["--steps", "3", "--batch-size", "32", "--no-progress", "--out"]
+    assert cli.run([*start, str(tmp_path / "b")]) == 0
+    config = runconfig.read(tmp_path / "b" / "run.yaml").model
+    assert all(getattr(config, name) == value for name, value in asked.items())
+    assert ksae.load(tmp_path / "b").activation == ksae.load(tmp_path / "a").activation
+    option, value = next(iter(given.items()))
+    words = [f"--{option}", *([] if value is None else [str(value)])]
+    assert cli.run([*start, str(tmp_path / "c"), *words]) == 1
+    assert "must be left out with --from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,13 @@ def train(
 
     Settings come from the CONFIG file, then from the options.
     With --resume and no CONFIG they come from the run in --out.
-    With --from, the model's sizes are those of the model to start from.
+    With --from, sizes and activation are those of the model to start from.
     Pictures of the run need matplotlib: pip install "ksae[plots]".
     Over several processes: torchrun --nproc-per-node 2 -m ksae train run.yaml
 
     ksae train --activations x.npy --d-sae 4096 --k 32 --out runs/x
     """
-    from ksae.runs.model import SIZES
+    from ksae.runs.model import TAKEN
     from ksae.runs.start import train as do_run
 
     typed = {
@@ -43,11 +43,11 @@ def train(
         if ctx.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
     }
     if typed.get("model.start") is not None:
-        for key in SIZES:
+        for key in TAKEN:
             if f"model.{key}" in typed:
                 flag = flag_of(f"model.{key}")
                 raise UserError(
-                    f"train: {flag} must be left out with --from, whose sizes are taken"
+                    f"train: {flag} must be left out with --from, whose model has it already"
                 )
     if config is None and resume and (Path(str(options["out"])) / "run.yaml").is_file():
         config = Path(str(options["out"])) / "run.yaml"

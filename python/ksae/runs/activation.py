@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ksae.coders import (
     AbsTopK,
@@ -66,6 +66,26 @@ def activation_of(config: ModelConfig) -> Activation:
         theta=config.theta,
         parametrization=config.parametrization,
     )
+
+
+def objective_of(activation: Activation) -> dict[str, Any]:
+    """The settings from which `activation_of` makes such an activation, besides its name and k; of
+    those that have no setting, none."""
+    if isinstance(activation, BatchTopK):
+        return {"threshold": activation.threshold}
+    if isinstance(activation, ReLU):
+        names = ("l1", "decoder_norm", "p_end", "p_steps")
+        return {name: getattr(activation, name) for name in names}
+    if isinstance(activation, Gated):
+        return {"l1": activation.l1, "decoder_norm": activation.decoder_norm}
+    if isinstance(activation, JumpReLU):
+        same = ("theta", "bandwidth", "parametrization")
+        return {
+            "l0": activation.target if activation.penalty == "target_l0" else None,
+            "l0_weight": activation.coefficient,
+            **{name: getattr(activation, name) for name in same},
+        }
+    return {}
 
 
 def check_activation(model: ModelConfig, where: str) -> None:

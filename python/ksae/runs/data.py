@@ -155,7 +155,7 @@ def read_text(config: DataConfig, lm: LanguageModel, progress: bool) -> Contexts
     )
     if progress:
         texts = len(set(contexts.documents.tolist()))
-        say(f"text: {contexts.num_tokens:,} tokens, {texts:,} documents")
+        say(f"text: {contexts.num_tokens:,} tokens, {texts:,} document{'s' * (texts != 1)}")
     return contexts
 
 

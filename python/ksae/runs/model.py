@@ -13,21 +13,23 @@ from ksae.coders import (
     SAE,
     GradTopKSAE,
     GradTopKTranscoder,
-    JumpReLU,
     SparseCoder,
     TopKSAE,
     Transcoder,
 )
 from ksae.errors import UserError, first_line
 from ksae.interop.load import load
-from ksae.runs.activation import NAMES, activation_of
+from ksae.runs.activation import NAMES, activation_of, objective_of
 from ksae.runs.checks import check_parameters
 from ksae.runs.config import RunConfig
 from ksae.runs.model_config import ModelConfig
 
-# Of a model to start from: what it computes. How it is trained is said anew.
-SIZES = (
-    "kind", "d_sae", "k", "activation", "parametrization", "skip", "beta", "mode", "grad_norm",
+# Of a model to start from: what it computes, and the objective of its activation. How it is trained
+# otherwise is said anew.
+TAKEN = (
+    "kind", "d_sae", "k", "activation", "skip", "beta", "mode", "grad_norm",
+    "threshold", "l0", "l0_weight", "theta", "parametrization", "bandwidth",
+    "l1", "decoder_norm", "p_end", "p_steps",
 )  # fmt: skip
 
 
@@ -91,10 +93,11 @@ def check_kind(config: ModelConfig, source: ActivationSource) -> None:
 def start_from(
     config: RunConfig, path: str, device: torch.device | str | None
 ) -> tuple[RunConfig, SparseCoder]:
-    """The model at `path` with the training options of `config`, and `config` with its sizes.
+    """The model at `path` with the training options of `config`, and `config` with what is taken
+    from it.
 
     Raises:
-        UserError: `config` names another size, or a parameter is not finite.
+        UserError: `config` says otherwise, or a parameter is not finite.
     """
     model = load(path, device=device, dtype=getattr(torch, config.train.dtype))
     check_parameters(model, where=f" {path}")
@@ -106,11 +109,10 @@ def start_from(
         "activation": NAMES[type(model.activation)],
         "skip": model.skip,
         **{key: options[key] for key in ("beta", "mode", "grad_norm") if key in options},
+        **objective_of(model.activation),
     }
-    if isinstance(model.activation, JumpReLU):
-        sizes["parametrization"] = model.activation.parametrization
     default, given = ModelConfig(), config.model
-    for key in SIZES:
+    for key in TAKEN:
         value = sizes.setdefault(key, getattr(default, key))
         if getattr(given, key) not in (getattr(default, key), value):
             raise UserError(
