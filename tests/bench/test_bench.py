@@ -29,6 +29,13 @@ NO_PEERS = dict.fromkeys(workers.MODULES, "module_that_is_not_there")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+def test_help_names_every_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "--help"]) == 0
+    said = capsys.readouterr().out
+    listed = re.search(r"Comma-separated: ([\w,\s]+?)\n +--", said)
+    assert listed and re.findall(r"\w+", listed[1]) == list(suites.SUITES)
+
+
 @pytest.fixture(autouse=True)
 def one_thread(threads):
     torch.set_num_threads(1)

@@ -12,7 +12,9 @@ import typer
 def bench(
     suite: Annotated[
         str | None,
-        typer.Option(help="Comma-separated: ops, step, scaling, quality, roofline, threads, gpu"),
+        typer.Option(
+            help="Comma-separated: ops, step, families, scaling, quality, roofline, threads, gpu"
+        ),
     ] = None,
     full: Annotated[
         bool, typer.Option("--full/--quick", help="About 40 minutes, or 2, on two cores")
