@@ -306,7 +306,7 @@ def test_weights_written_from_outside_get_a_new_shadow_in_place(
     assert all(t is old for t, old in zip(train.state.W_bf16, kept, strict=True))
 
 
-def test_a_step_that_is_not_finite_leaves_the_shadow(screening: Screening) -> None:
+def test_a_step_that_is_not_finite_leaves_the_copy(screening: Screening) -> None:
     train = ksae.TrainStep(model(), 1e-2)
     train(batch(0))
     before = [t.clone() for t in train.state.W_bf16]
