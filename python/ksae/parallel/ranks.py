@@ -251,6 +251,10 @@ def set_up(timeout: float = 600.0) -> bool:
     """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         return False
+    # Its functions have the default group of their import as a default argument: imported later, as
+    # torch's compiler does, they keep it beyond its end, with the threads of `Ranks.__init__`.
+    import torch.distributed.nn.functional
+
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(dist.get_node_local_rank())
