@@ -194,11 +194,28 @@ def _small(case: Case) -> Iterator[Problem]:
         check=lambda r: [r[0], r[2]],
     )
     yield Problem(
+        "count_tokens",
+        "forward",
+        costs.count_tokens(case.F),
+        lambda impl: _count_tokens(case, impl),
+        check=list,
+    )
+    yield Problem(
         "vector_update",
         "forward",
         costs.vector_update(case.F, s),
         lambda impl: _vector_update(case, impl),
     )
+
+
+def _count_tokens(case: Case, impl: Any) -> Call:
+    """Counters of its own, in which no latent is dead however often it is called."""
+    device, never = case.x.device, 1 << 62
+    loss, taken = torch.tensor(0.5, device=device), torch.tensor(True, device=device)
+    since = torch.zeros(case.F, dtype=torch.int64, device=device)
+    t = torch.zeros((), dtype=torch.float64, device=device)
+    given = (loss, taken, case.offsets, since, t, case.N, never, 0)
+    return partial(impl.count_tokens, *given)
 
 
 def _vector_update(case: Case, impl: Any) -> Call:

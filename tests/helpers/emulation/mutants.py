@@ -279,15 +279,16 @@ def scalars(kernels: Emulated) -> Iterator[Case]:
     terms["denominators"][2].zero_()
     pair = (g.loss_terms(*terms.values()) for g in (kernels, reference))
     yield "terms", all(itertools.starmap(close, zip(*pair, strict=True)))
-    for loss in (0.5, torch.nan):
+    for loss, norm in ((0.5, 2.5), (0.5, 0.25), (torch.nan, 2.5)):
         a = scalars_arguments(torch.float32)
         a["loss"].fill_(loss)
+        a["norm"].fill_(norm)
         for always in (False, True):
             (hyper, *got, own), (want_hyper, *want, want_own) = (
                 g.adam_scalars(*a.values(), 3.0, always) for g in (kernels, reference)
             )
             right = close(hyper, want_hyper) and close(own, want_own)
-            yield f"loss {loss}", right and all_same(tuple(got), tuple(want))
+            yield f"loss {loss}, norm {norm}", right and all_same(tuple(got), tuple(want))
 
 
 def tokens(kernels: Emulated) -> Iterator[Case]:
