@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_study import BATCH, STEPS, tiny_study
+from tiny_study import BATCH, STEPS, runs_of, tiny_study
 
 import ksae
 
@@ -25,9 +25,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_it_runs_resumes_and_reports(
     study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[Any] = []
-    run = study.run
-    monkeypatch.setattr(study, "run", lambda cell, *a: (ran.append(cell), run(cell, *a))[1])
+    ran = runs_of(study, monkeypatch)
     command = [*TINY, "--out", str(tmp_path)]
     study.main([*command, "--seeds", "0"])
     assert len(ran) == 2 * 2 * 2  # k, model, rate

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_study import BATCH, STEPS, tiny_study
+from tiny_study import BATCH, STEPS, runs_of, tiny_study
 from torch import Tensor
 
 import ksae
@@ -31,9 +31,7 @@ def record_of(folder: Path) -> dict[str, Any]:
 def test_it_runs_resumes_and_reports(
     study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran: list[Any] = []
-    run = study.run
-    monkeypatch.setattr(study, "run", lambda cell, *a: (ran.append(cell), run(cell, *a))[1])
+    ran = runs_of(study, monkeypatch)
     command = [*TINY, "--out", str(tmp_path)]
     study.main([*command, "--recipes", "free"])
     study.main(command)

@@ -20,3 +20,11 @@ def tiny_study(monkeypatch: pytest.MonkeyPatch, name: str = "recipe") -> Any:
     rows = torch.cat(data.batches("planted", 100, 8, 3))
     monkeypatch.setattr(study, "rows_of", lambda *_: (rows[:200], rows[200:]))
     return study
+
+
+def runs_of(study: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The cells that the study runs from here on, as it runs them."""
+    ran: list[Any] = []
+    run = study.run
+    monkeypatch.setattr(study, "run", lambda cell, *a: (ran.append(cell), run(cell, *a))[1])
+    return ran
