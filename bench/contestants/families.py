@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..harness.data import Weights
+from ..harness.data import Weights, fill
 from .ours import Dense, per_token
 from .peers import MANY
 
@@ -61,9 +61,7 @@ class Ksae:
         elif architecture == "Matryoshka":
             options = {"prefixes": widths(F)}
         self.model = SAE(d, F, activation, **options)
-        with torch.no_grad():
-            for name, value in start.items():
-                getattr(self.model, name).copy_(value)
+        fill(self.model, start)
         self.trainer = TrainStep(self.model, lr)
 
     def step(self, x: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ..harness.data import Weights
+from ..harness.data import Weights, fill
 from .families import NAMES, SHARES, DictionaryLearning, SaeLens, widths
 
 AUXK = 1 / 32  # dictionary-learning's weight of it
@@ -63,9 +62,7 @@ class Ours:
             self.model: Any = SAE(self.d, F, activation, **options)
         else:
             self.model = Transcoder(self.d, self.d, F, activation=activation, **options)
-        with torch.no_grad():
-            for name, value in start.items():
-                getattr(self.model, name).copy_(value)
+        fill(self.model, start)
         self.trainer = TrainStep(
             self.model, lr, decoder_lr=1.0, clip_norm=1 / self.d if clip else None,
             eps=eps / self.d, betas=betas, fused=activation.fused_refuses is None,

@@ -111,7 +111,7 @@ def interleave(
     # Of a way that is both long and far behind, the idle call is the sample of the first round.
     samples = {name: [t] if t > max(LONG, far) else [] for name, t in taken.items()}
     names = list(ways)
-    for round_ in range(most):
+    for round_ in range(most if names else 0):
         turn = round_ % len(names)
         late = time.perf_counter() > end
         for name in names[turn:] + names[:turn]:

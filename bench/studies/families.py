@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -24,9 +23,10 @@ from torch import Tensor
 
 from ..contestants import pairs
 from ..contestants.workers import missing
-from ..harness.measure import describe, machine, write_json
+from ..harness.measure import describe, machine, revision, write_json
 from ..suites.quality import batches, start_of
 from .recipe import rows_of
+from .store import stored
 
 NAME = "families_study"
 LAST = 20  # steps at the end whose mean loss is compared
@@ -118,11 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     path = args.out / f"{NAME}.json"
     settings = {"F": args.d_sae, "k": args.k, "steps": args.steps, "batch": args.batch}
     settings |= {"lr": args.lr}
-    record: dict[str, Any] = {"settings": settings, "cells": []}
-    if path.exists():
-        record = json.loads(path.read_text())
-        if record["settings"] != settings:
-            raise SystemExit(f"{path} was made with {record['settings']}; give another --out")
+    record = stored(path, settings)
     train, _ = rows_of("resid", args.cache, None)
     record["machine"] = machine(model="SmolLM2-135M", rows=len(train))
     for cell in pairs.PAIRS:
@@ -130,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         if any("failure" not in row for row in record["cells"] if row not in kept):
             continue
         found = {"library": cell[0], "architecture": cell[1], **run(cell, train, settings)}
+        found["revision"] = revision()
         record["cells"] = [*kept, found]
         write_json(path, record)
         print(found, flush=True)

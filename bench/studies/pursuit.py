@@ -27,6 +27,7 @@ from ksae.coders.coder import SparseCoder
 from ksae.step.schedule import learning_rate
 from ksae.step.train_step import TrainStep
 
+from ..harness.data import fill
 from ..harness.measure import describe, machine, revision, write_json
 from ..suites.quality import CHUNK, batches, start_of
 from .gsae_report import interval
@@ -56,9 +57,7 @@ def run(cell: Cell, train: Tensor, held: Tensor, settings: dict[str, Any]) -> di
     model = SAE(train.shape[1], F, activation, dead_after=steps * batch // 4)
     start = start_of(F, train, cell.seed)
     start["W_enc"] = start["W_enc"] * ENCODER
-    with torch.no_grad():
-        for name, value in start.items():
-            getattr(model, name).copy_(value)
+    fill(model, start)
     step = TrainStep(model, cell.lr, clip_norm=1.0, clip="always", fused=fused)
     begin = time.process_time()
     for t, rows in enumerate(batches(train, batch, steps, cell.seed)):
@@ -85,8 +84,8 @@ def measure(model: SparseCoder, rows: Tensor) -> tuple[float, float, float]:
         out = model(x)
         error += float((out.recon - x).double().square().sum())
         variance += float((x.double() - mean).square().sum())
-        active += int((out.values > 0).sum())
-        fired[out.indices[out.values > 0]] = True
+        active += int((out.values != 0).sum())
+        fired[out.indices[out.values != 0]] = True
     return error / variance, active / len(rows), 1 - float(fired.float().mean())
 
 

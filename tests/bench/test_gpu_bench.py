@@ -397,6 +397,7 @@ def test_a_device_is_timed_by_its_own_clock(device: Device, cold: bool) -> None:
     late = device.idle[-8:]  # of the rounds
     assert all(1.5 * 0.01 * 2e9 < cycles <= 0.1 * 2e9 for cycles in late)
     assert not timer.clock.hosts  # keeps no way alive
+    assert timer({"none": fails}) == {} and timer.failed.keys() == {"none"}
 
 
 TESTS_THAT_FAIL = """

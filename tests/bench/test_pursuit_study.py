@@ -58,5 +58,5 @@ def test_it_measures_as_the_formula_says(study: Any, model: str) -> None:
     error = (dense @ sae.W_dec + sae.b_dec - rows).double().square().sum()
     want = error / (rows - rows.mean(0)).double().square().sum()
     assert fvu == pytest.approx(float(want.detach()), rel=1e-5)
-    assert l0 == pytest.approx(float((dense > 0).sum(1).double().mean()))
-    assert dead == pytest.approx(1 - float((dense > 0).any(0).double().mean()))
+    assert l0 == pytest.approx(float((dense != 0).sum(1).double().mean()))
+    assert dead == pytest.approx(1 - float((dense != 0).any(0).double().mean()))
