@@ -26,7 +26,7 @@ A, B = Shape("A", 8192, 4096, 131072, 64), Shape("B", 8192, 768, 24576, 32)
 # One H200: bytes/s of a copy and flop/s of a bf16 product, measured; bytes/s from L2, assumed.
 CEILINGS = {"copy": 4.3e12, "product": PRODUCT[2], "gather": L2}
 F32, F64, I32, I64 = 4, 8, 4, 8
-SHARES, SHARE = 3072, 8  # of the latents for the centre's gradient (kCentre, csrc/cuda/row_pass.h)
+SHARES, SHARE = 3072, 8  # of latents, for grad_b_dec (kMostShares of the row pass on CUDA)
 GROUPING = 9  # bits of a key that a pass of group_by_latent sorts by (csrc/cuda/group_by_latent.cu)
 
 
@@ -164,8 +164,8 @@ def table(shape: Shape, itemsize: int) -> str:
     text.append(f"| step | | {count} | {moved / 1e6:.1f} | {least / 1e6:.1f} | | {ms:.3f} | |")
     text.append("")
     text.append(
-        f"{moved / least:.2f} times the minimum; 1.15 is wanted. Beside these launches, torch's own"
-        " for counters, metrics and casts: tests/bench/test_traffic.py counts them."
+        f"{moved / least:.2f} times the minimum; 1.15 is wanted. Beside these launches, two of"
+        " torch's own: tests/bench/test_traffic.py counts them."
     )
     return "\n".join(text)
 

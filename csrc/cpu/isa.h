@@ -55,7 +55,8 @@ struct EncodeChunk {
   int64_t capacity;
   const GradChunk* grad;  // grad_topk_encode: what else it needs; null for topk_encode
   float gate;             // where tau starts: NaN, or the threshold of the batch
-  bool fixed;             // batch_topk_encode: tau stays; a row without room spills, or is marked
+  bool fixed;             // batch_topk_encode, threshold_encode: tau stays; a row without room
+                          // spills, or is marked
   const float* theta;     // [F] threshold_encode: scores are those above theta; else null
   Spill spill;            // with `fixed`
   bool unfinished;        // the candidates are the result

@@ -217,7 +217,8 @@ cudaError_t row_update(const RowUpdateParams& p, void* workspace, cudaStream_t s
   if (p.rng_state && (p.dtype != Dtype::kBFloat16 || p.master || p.start % 4))
     return cudaErrorInvalidValue;
   if (!p.grad_b_dec) return launch_side<Pass::kUpdate>(p, workspace, stream);
-  if (p.columns != p.d || p.normalize || p.grad_dot_w) return cudaErrorInvalidValue;
+  const bool narrow = p.rows_dtype == p.dtype && p.coefficients_dtype != Dtype::kFloat32;
+  if (p.columns != p.d || p.normalize || p.grad_dot_w || narrow) return cudaErrorInvalidValue;
   return launch_side<Pass::kCentre>(p, workspace, stream);
 }
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from bf16_dots import bf16_dots, skip_without  # noqa: F401
-from cases import integers, randn
+from cases import integers, on_threads, randn
 from torch import Tensor
 
 from ksae.backends import cpu as native
@@ -85,12 +87,7 @@ def test_rows_with_more_candidates_than_room(every: int) -> None:
     x[::every] *= 100
     want = native.threshold_encode_by(x, W, b, theta, b_dec, screen=False)
     most = want[2].diff()[::every]
-    assert (most > 1000).all()  # twice what a row has room for
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            got = native.threshold_encode_by(x, W, b, theta, b_dec, screen=True)
-            assert all(torch.equal(a, c) for a, c in zip(got, want, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    assert (most > 1000).all()  # more than a row has room for
+    screened = partial(native.threshold_encode_by, x, W, b, theta, b_dec, screen=True)
+    for got in on_threads(screened, (1, 2)):
+        assert all(torch.equal(a, c) for a, c in zip(got, want, strict=True))

@@ -204,6 +204,15 @@ def test_every_latent_counts_in_the_gradient_of_b_dec(
         torch.testing.assert_close(one["grad_b_dec"], want)
 
 
+def test_the_gradient_of_b_dec_takes_no_narrow_coefficients() -> None:
+    """With rows of that dtype, which no kernel serves."""
+    a = row_arguments(torch.bfloat16, "encoder")
+    a["coefficients"] = [t.bfloat16() for t in a["coefficients"]]
+    want = r"^row_update: coefficients\[0\] must be torch.float32 with grad_b_dec and rows of"
+    with pytest.raises(TypeError, match=want):
+        ops.row_update(*a.values())
+
+
 @pytest.mark.parametrize("other", ["grad_dot_w", "normalize"])
 def test_the_gradient_of_b_dec_is_of_the_encoder_alone(other: str) -> None:
     a = row_arguments(torch.float32, "encoder")

@@ -11,8 +11,8 @@ be imported, else the reference. Three ways encode, and a table of measurements 
 row of its GPU generation and dtype that is nearest in d and F; without a row, the product. Where
 nothing is measured, float32 is screened: products in bf16 have 15 times the rate of those in
 float32 by the makers' figures (H100, H200), 16 times (A100), 2 to 4 (RTX 4090). A step with AuxK
-encodes twice when it is fused, while one product serves both selections of the other ways: a
-choice of its own.
+encodes twice when it is fused, or screened with a k_aux too large to screen; else one product
+serves both selections: a choice of its own.
 
 Environment, read once at import: KSAE_ENCODE=product, screened or fused overrides the table.
 """

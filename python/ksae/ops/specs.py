@@ -123,6 +123,10 @@ def _updated_rows(
     _rows(op, coefficients, rows, W, scales, start, d, columns, row_of)
     if grad_b_dec is not None and (grad_dot_w is not None or normalize):
         raise fail(op, "grad_b_dec", "None with grad_dot_w or normalize", "a tensor")
+    stored = coefficients[0].dtype if coefficients else scales.dtype
+    if grad_b_dec is not None and stored != scales.dtype and rows[0].dtype == stored:
+        want = f"{scales.dtype} with grad_b_dec and rows of {stored}"
+        raise wrong_type(op, "coefficients[0]", want, coefficients[0])
     if rng_state is not None and start % 4:  # four columns share their random words
         raise fail(op, "start", "a multiple of 4 with rng_state", start)
     if columns != d:

@@ -67,8 +67,9 @@ def adam_scalars(
     taken, grad_scale = loss.isfinite(), torch.ones_like(loss)
     if norm is not None and clip_norm is not None:
         taken = taken & norm.isfinite()
-        grad_scale = scale_to(clip_norm, norm)
-        if not always:
+        if always:
+            grad_scale = scale_to(clip_norm, norm)
+        else:
             grad_scale = (clip_norm / (norm + 1e-6)).clamp(max=1)
     betas, eps = constants[:2], constants[2:]
     bc1, bc2 = (1 - betas ** (t + 1)).unbind()

@@ -54,7 +54,7 @@ class TrainStep:
         fused: False runs autograd and torch.optim.Adam instead.
         moments: "bfloat16", for the fused step of bfloat16 models: W_enc and W_dec have no masters,
             and they and their moments are bfloat16, rounded stochastically. A step then moves 12
-            bytes of theirs a parameter instead of 28, by count. On the CPU plain torch does it.
+            bytes of theirs a parameter instead of 26, by count. On the CPU plain torch does it.
 
     Raises:
         ValueError: a setting out of range, or parameters of different dtypes or devices, not

@@ -281,16 +281,16 @@ MUTANTS = {
         "norms.h", "safe = full <= 0x1p60f;", "safe = WRONG || full <= 0x1p60f;"
     ),
     "latent: a block keeps its first latent's part of b_dec alone": Mutant(
-        "row_update.cu",
-        "blockIdx.x * share + l, scratch, centre);",
-        "blockIdx.x * share + (WRONG ? 0 : l), scratch, centre);",
+        "row_pass.h",
+        "kPass == Pass::kCentre ? p.grad_b_enc[i] : 0;",
+        "kPass == Pass::kCentre && !(WRONG && i % 8) ? p.grad_b_enc[i] : 0;",
     ),
     "latent: parts of b_dec begin anywhere": Mutant(
         "row_update.cu",
         "store4(centre + c, Four{}, p.d - c, kAligned);",
         "if (!WRONG) store4(centre + c, Four{}, p.d - c, kAligned);",
     ),
-    "latent: the part of b_dec is of the new row": Mutant(
+    "latent: the part of b_dec is of another row": Mutant(
         "row_pass.h", "fmaf(of_bias, w.x[j], sum.x[j]);", "fmaf(of_bias, w.x[j] + WRONG, sum.x[j]);"
     ),
     # --------------------------------------------------------------------------------------- sums
