@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ksae.analysis.evaluate import evaluate
 from ksae.coders import SAE, MatchingPursuit, TopK
 from ksae.coders.coder import SparseCoder
 from ksae.step.schedule import learning_rate
@@ -73,20 +74,10 @@ def run(cell: Cell, train: Tensor, held: Tensor, settings: dict[str, Any]) -> di
     }  # fmt: skip
 
 
-@torch.no_grad()
 def measure(model: SparseCoder, rows: Tensor) -> tuple[float, float, float]:
     """FVU, active latents a token, and the share of latents that no row uses."""
-    model.eval()
-    error = variance = 0.0
-    active, mean = 0, rows.double().mean(0)
-    fired = torch.zeros(model.d_sae, dtype=torch.bool)
-    for x in torch.split(rows, CHUNK):
-        out = model(x)
-        error += float((out.recon - x).double().square().sum())
-        variance += float((x.double() - mean).square().sum())
-        active += int((out.values != 0).sum())
-        fired[out.indices[out.values != 0]] = True
-    return error / variance, active / len(rows), 1 - float(fired.float().mean())
+    found = evaluate(model, rows.split(CHUNK)).metrics
+    return found["fvu"], found["l0"], found["dead"]
 
 
 def cells(args: argparse.Namespace) -> list[tuple[str, int, str, int]]:

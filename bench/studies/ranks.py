@@ -93,16 +93,17 @@ def watch(step: Any, parts: Times) -> None:
     for phase in PHASES:
         setattr(step._fused, phase, timed(phase, getattr(step._fused, phase)))
     step._rows_of_all = timed("tokens", step._rows_of_all)
-    for name in ("gather", "scatter"):
-        call = getattr(Ranks, name)
-        setattr(Ranks, name, _named(call, timed))
+    begin, scatter = Ranks.start_gather, Ranks.scatter
 
+    def start(self: Any, rows: Any, name: str = "rows", into: Any = None) -> Any:
+        part = f"  exchange: {name}"
+        return timed(part, timed(part, begin)(self, rows, name, into))  # and the wait for its end
 
-def _named(call: Callable[..., Any], timed: Any) -> Callable[..., Any]:
-    def inner(self: Any, rows: Any, name: str = "rows", into: Any = None) -> Any:
-        return timed(f"  exchange: {name}", call)(self, rows, name, into)
+    def scattered(self: Any, rows: Any, name: str = "rows", into: Any = None) -> Any:
+        return timed(f"  exchange: {name}", scatter)(self, rows, name, into)
 
-    return inner
+    Ranks.start_gather = start  # type: ignore[method-assign]
+    Ranks.scatter = scattered  # type: ignore[method-assign]
 
 
 class Processes:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training import assert_same_coder
 
@@ -197,6 +197,24 @@ def test_thresholds_that_are_learned_themselves(
     again = ksae.load(place(tmp_path, to)).eval()
     assert_same_coder(again, model)
     assert torch.equal(again(X).recon, model(X).recon)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["jumprelu", "linear"])
+def test_thresholds_that_were_changed_have_the_type_of_sums(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = make(kind, dtype=dtype)
+    convert.convert(_saved(model, tmp_path), tmp_path / "s", "saelens")
+    file = tmp_path / "s" / "sae_weights.safetensors"
+    held = load_file(file)
+    held["threshold"] = held["threshold"].double() + 0.25
+    save_file(held, file)
+    again = ksae.load(tmp_path / "s").eval()
+    found = again.activation.thresholds(again).detach()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), held["threshold"], rtol=1e-6, atol=0)
+    assert again(X.to(dtype)).recon.isfinite().all()
 
 
 def test_gemma_scope(tmp_path: Path) -> None:

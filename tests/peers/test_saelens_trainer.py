@@ -4,6 +4,7 @@ ways."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,26 @@ def test_matching_pursuit_both_ways(
     assert torch.equal(again.encode(X), code)
     with pytest.raises(UserError, match="sparsify cannot hold activation = pursuit"):
         convert.convert(tmp_path / "m", tmp_path / "c", "sparsify", fold=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [0.0, 0.1])
+def test_matching_pursuit_that_does_not_subtract_b_dec(shift: float, tmp_path: Path) -> None:
+    """Read where b_dec is 0; by SAELens' defaults where fields are left out."""
+    config = sae_lens.MatchingPursuitSAEConfig(d_in=D, d_sae=F, apply_b_dec_to_input=False)
+    theirs = sae_lens.MatchingPursuitSAE(config)
+    theirs.W_dec.copy_(torch.nn.functional.normalize(torch.randn(F, D), dim=1))
+    theirs.b_dec.fill_(shift)
+    theirs.save_model(str(tmp_path / "a"))
+    file = tmp_path / "a" / "cfg.json"
+    fields = json.loads(file.read_text())
+    for name in ("residual_threshold", "stop_on_duplicate_support"):
+        del fields[name]
+    file.write_text(json.dumps(fields))
+    if shift:
+        with pytest.raises(UserError, match=r"b_dec of .* must be 0 for matching_pursuit with"):
+            ksae.load(tmp_path / "a")
+        return
+    ours = ksae.load(tmp_path / "a").eval()
+    assert ours.activation == ksae.MatchingPursuit(D, 1e-2, True)
+    torch.testing.assert_close(ours(X).recon, theirs(X), rtol=1e-4, atol=1e-5)

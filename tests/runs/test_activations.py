@@ -103,6 +103,42 @@ def test_start_from_thresholds_that_are_learned_themselves(tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize(
+    ("activation", "more", "message"),
+    [
+        ("batch_topk", ["--multi-topk"], "model.multi_topk must be false with batch_topk, got"),
+        ("jump_relu", ["--multi-k", "3"], "model.multi_k must be null with jump_relu, got"),
+        ("abs_topk", ["--multi-k", "3,40"], "model.multi_k must be different numbers in [1, 32]"),
+        ("abs_topk", ["--prefixes", "8,4096"], "model.prefixes must rise from 0 or more to"),
+    ],
+)
+def test_what_an_activation_cannot_have_is_refused_from_a_model_too(
+    activation: str, more: list[str], message: str, tmp_path: Path, capsys: Any
+) -> None:
+    made = arguments(tmp_path, "a", activation)
+    assert cli.run(["train", *made]) == 0
+    capsys.readouterr()
+    start = ["train", "--from", str(tmp_path / "a"), "--activations", str(tmp_path / "x.npy")]
+    start += ["--steps", "3", "--batch-size", "32", "--no-progress", "--out", str(tmp_path / "b")]
+    assert cli.run([*start, *more]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("ksae: error: train: ") and message in said
+    assert not (tmp_path / "b").exists()
+
+
+def test_prefixes_and_k_of_a_model_to_start_from(tmp_path: Path) -> None:
+    """Widths of its own, not of the default; fewer latents than the default k."""
+    ksae.SAE(6, 16, ksae.JumpReLU()).save(tmp_path / "m.safetensors")
+    made = ["train", *arguments(tmp_path, "z", "abs_topk")]
+    assert cli.run(made) == 0
+    start = ["train", "--from", str(tmp_path / "m.safetensors"), "--activations"]
+    start += [str(tmp_path / "x.npy"), "--batch-size", "32", "--no-progress", "--prefixes", "4,16"]
+    assert cli.run([*start, "--steps", "3", "--out", str(tmp_path / "b")]) == 0
+    config = runconfig.read(tmp_path / "b" / "run.yaml").model
+    assert (config.k, config.d_sae, config.prefixes) == (16, 16, (4, 16))
+    assert ksae.load(tmp_path / "b").prefixes == (4, 16)
+
+
+@pytest.mark.parametrize(
     ("activation", "made", "asked", "given"),
     [
         ("jump_relu", {"l0": 3}, {"l0": 3}, {"l0-weight": 0.5}),

@@ -171,12 +171,12 @@ def splice(
     """
     point = resolve_hook(model, hook)
     excluded = sorted(set(special_ids(model) if exclude is None else exclude))
-    used: list[Tensor] = []  # [batch, length] bool, of the pass that runs
+    passes: list[Tensor] = []  # [batch, length] bool, of the pass that runs
     thread = get_ident()
 
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if get_ident() == thread:
-            used[:] = [_used(hook, excluded, args, kwargs)]
+            passes[:] = [used(hook, excluded, args, kwargs)]
 
     def replace(value: Any) -> Any:
         old = first(value, point)
@@ -188,13 +188,15 @@ def splice(
             )
         new = new.to(old.dtype)
         if excluded:
-            if not used or used[0].numel() != old.shape[:-1].numel():
-                what = f"got {list(old.shape)}" if used else "got a part of the model called alone"
+            if not passes or passes[0].numel() != old.shape[:-1].numel():
+                what = (
+                    f"got {list(old.shape)}" if passes else "got a part of the model called alone"
+                )
                 raise UserError(
                     f"hook {hook}: must give activations of each token for tokens to be excluded, "
                     f"{what}; exclude=() replaces all of them"
                 )
-            new = torch.where(used[0].view(*old.shape[:-1], 1).to(old.device), new, old)
+            new = torch.where(passes[0].view(*old.shape[:-1], 1).to(old.device), new, old)
         return replaced(value, new)
 
     handles = [attach(model, point, replace)]
@@ -220,7 +222,7 @@ def special_ids(model: nn.Module) -> set[int]:
     return {i for ids in lists for i in ids if isinstance(i, int) and i >= 0}
 
 
-def _used(
+def used(
     hook: str, excluded: Sequence[int], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
     """[batch, length] bool: tokens of a pass that are neither excluded nor padding."""
@@ -230,11 +232,11 @@ def _used(
             f"hook {hook}: the model must be given input_ids for tokens to be excluded, got none; "
             "exclude=() replaces all activations"
         )
-    used = ~torch.isin(ids, torch.tensor(excluded, device=ids.device))
+    found = ~torch.isin(ids, torch.tensor(excluded, dtype=ids.dtype, device=ids.device))
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= ids.shape[1]:
-        used &= mask[:, -ids.shape[1] :].to(ids.device) != 0  # a cache's tokens come before
-    return used
+        found &= mask[:, -ids.shape[1] :].to(ids.device) != 0  # a cache's tokens come before
+    return found
 
 
 def _part(block: nn.Module, part: str) -> str | None:

@@ -112,14 +112,14 @@ def compare_with_truth(
     if (model.d_in, model.d_out) != (world.config.d, world.config.d):
         got = f"{model.d_in} and {model.d_out}"
         raise ValueError(f"compare_with_truth: widths must be {world.config.d}, got {got}")
-    matches = Matches(model.W_dec, world.directions)
+    matches = Matches(model.W_dec.cpu(), world.directions)
     accumulator = Accumulator(model.d_out, model.d_sae)
     with eval_mode(model):
         for draw in source.draws(batch_size):
-            x = world.activations(draw)
+            x = world.activations(draw).to(model.W_dec.device)
             output = model(x)
             accumulator.update(x, output.recon, output.values, output.indices)
-            values, indices = output.code.padded()
+            values, indices = (t.cpu() for t in output.code.padded())
             matches.update(values, indices, draw.values, draw.indices)
     found = accumulator.results() | matches.results()
     return {name: found[name] for name in DEFINITIONS}

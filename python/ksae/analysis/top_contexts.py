@@ -36,7 +36,8 @@ class Context:
 def encode_rows(model: SparseCoder, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Codes of a stream of activations, in order: values, indices [N, k] on the CPU; where tokens
     differ in their number of entries, zeros up to the largest."""
-    codes = [[t.cpu() for t in Code(*model.encode(x)).padded()] for x in batches]
+    device = model.W_enc.device
+    codes = [[t.cpu() for t in Code(*model.encode(x.to(device))).padded()] for x in batches]
     if not codes:
         raise ValueError("contexts: the stream must have at least one token, got none")
     width = max(values.shape[1] for values, _ in codes)
@@ -57,8 +58,8 @@ def top_contexts(
     before: int = 12,
     after: int = 4,
 ) -> dict[int, list[Context]]:
-    """The strongest firings of some latents, strongest first: of AbsTopK and MatchingPursuit the
-    largest in size, of either sign. At most one is from a text, and none repeats the tokens of a
+    """The strongest firings of some latents, strongest first: of AbsTopK the largest in size, of
+    either sign. At most one is from a text, and none repeats the tokens of a
     stronger one: texts quote each other.
 
     Args:

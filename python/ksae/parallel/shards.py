@@ -48,7 +48,7 @@ class Shards(Ranks):
         super().__init__(group)
         self.latents, self.data = latents, data
         # What exchanges bring, from step to step: new pages would cost as much as the exchange.
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[tuple[str, int], Tensor] = {}
         self.everyone: Ranks = self if everyone is None else everyone
         self.replicas = 1 if data is None else data.size
         self.leads = self.everyone.rank == 0
@@ -86,9 +86,10 @@ class Shards(Ranks):
 
     def _keep(self, name: str, like: Tensor, rows: int) -> Tensor:
         """Memory for rows [rows, ...], that of the last call where it fits."""
-        kept, shape = self._kept.get(name), (rows, *like.shape[1:])
+        key, shape = (name, rows), (rows, *like.shape[1:])  # a step may use one name for two sizes
+        kept = self._kept.get(key)
         if kept is None or kept.shape != shape or kept.dtype != like.dtype:
-            kept = self._kept[name] = like.new_empty(shape)
+            kept = self._kept[key] = like.new_empty(shape)
         return kept
 
     def mean_entries(self, E: int, N: int) -> float:

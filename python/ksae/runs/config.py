@@ -297,7 +297,8 @@ def check(config: RunConfig, where: str = "config") -> None:
         raise UserError(
             f"{where}: model.k must be at most model.d_sae = {model.d_sae}, got {model.k}"
         )
-    _check_lists(model, where)
+    if model.start is None:  # else of its latents, by runs.model.start_from
+        check_lists(model, where)
     if model.activation != "topk":
         from ksae.runs.activation import activation_of, check_activation, check_fused  # with torch
 
@@ -340,7 +341,7 @@ def _check_schedules(config: RunConfig, where: str) -> None:
         raise UserError(f"{where}: train.penalty_warmup must be {want}, got {warmup}")
 
 
-def _check_lists(model: ModelConfig, where: str) -> None:
+def check_lists(model: ModelConfig, where: str) -> None:
     """Of numbers of latents."""
     widths, ks, F = model.prefixes, model.multi_k, model.d_sae
     if widths is not None and (

@@ -19,9 +19,9 @@ from ksae.coders import (
 )
 from ksae.errors import UserError, first_line
 from ksae.interop.load import load
-from ksae.runs.activation import NAMES, activation_of, objective_of
+from ksae.runs.activation import NAMES, activation_of, check_activation, objective_of
 from ksae.runs.checks import check_parameters
-from ksae.runs.config import RunConfig
+from ksae.runs.config import RunConfig, check_lists
 from ksae.runs.model_config import ModelConfig
 
 # Of a model to start from: what it computes, and the objective of its activation. How it is trained
@@ -105,7 +105,7 @@ def start_from(
     sizes: dict[str, Any] = {
         "kind": "sae" if model.topology == "sae" else "transcoder",
         "d_sae": model.d_sae,
-        "k": model.k or config.model.k,
+        "k": model.k or min(config.model.k, model.d_sae),
         "activation": NAMES[type(model.activation)],
         "skip": model.skip,
         **{key: options[key] for key in ("beta", "mode", "grad_norm") if key in options},
@@ -119,6 +119,9 @@ def start_from(
                 f"train: model.{key} must be {value!r}, that of the model to start from, or left "
                 f"out, got {getattr(given, key)!r}"
             )
+    taken = dataclasses.replace(given, **sizes)
+    check_activation(taken, "train")
+    check_lists(taken, "train")
     keep = model.settings
     model.settings = dataclasses.replace(
         keep,
@@ -137,7 +140,7 @@ def start_from(
             keep.normalize_decoder if given.normalize_decoder is None else given.normalize_decoder
         ),
     )
-    return dataclasses.replace(config, model=dataclasses.replace(given, **sizes)), model
+    return dataclasses.replace(config, model=taken), model
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -18,7 +18,9 @@ def setting(default: T, help: str) -> T:
 @dataclass
 class ModelConfig:
     start: str | None = setting(
-        None, "model to start from: file, run folder or Hugging Face id; its sizes are taken"
+        None,
+        "model to start from: file, run folder or Hugging Face id; its sizes and activation are"
+        " taken",
     )
     kind: Literal["sae", "transcoder"] = setting("sae", "a transcoder predicts outputs from inputs")
     d_sae: int = setting(4096, "latents")

@@ -6,6 +6,7 @@ A step of a small coder takes the GPU less time than the host needs to start its
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,18 +38,26 @@ def capture(run: Callable[[], Metrics]) -> tuple[Metrics, Callable[[], None]]:
     """`run` as a CUDA graph: what it returned, and what takes it again. Other threads, as the one
     that pins batches, may allocate meanwhile."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    stream = _stream(torch.cuda.current_device())
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         metrics = run()
     return metrics, graph.replay
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """torch's own to capture on is of the device that was the first in use."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class StepGraph:
     """A `TrainStep`, called as one, that takes its steps by a CUDA graph where it can.
 
     After WARM steps of one kind (shapes, dtypes, k and penalty) the next is captured, and from then
-    on a batch of that kind is copied to where the graph reads and the graph is replayed. Steps of
-    another kind run eagerly, and so do those for which a latent may be dead, for what AuxK costs
-    depends on how many are, and the first after a parameter was written from outside. The rate may
+    on a batch of that kind is copied to where the graph reads and the graph is replayed. A step of
+    another kind drops the graph and begins anew. Steps for which a latent may be dead run eagerly,
+    for what AuxK costs depends on how many are, and so does the first after a parameter was written
+    from outside. The rate may
     change: the graph reads it from the device.
 
     Metrics of a replayed step are the graph's: the next step overwrites them.
@@ -115,7 +124,8 @@ class StepGraph:
         if dead is not None:
             dead.captured = True
         try:
-            self._metrics, self._replay = self.by(lambda: self.step(**self._inputs))
+            with torch.cuda.device_of(self.step.model.W_enc):  # type: ignore[no-untyped-call]
+                self._metrics, self._replay = self.by(lambda: self.step(**self._inputs))
         except RuntimeError as error:
             self.why = f"the capture failed: {str(error).splitlines()[0]}"
         finally:

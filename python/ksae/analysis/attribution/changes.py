@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ksae.activations.hooks import special_ids
+from ksae.activations.hooks import special_ids, used
 from ksae.analysis.attribution.sites import Metric, Parts, Site, check_sites, record
 from ksae.errors import UserError
 
@@ -58,11 +58,12 @@ def means(model: nn.Module, batches: Iterable[Mapping[str, Any]], sites: Sequenc
     for inputs in batches:
         found, _ = record(model, inputs, sites, lambda _: torch.zeros(()))
         for i, (site, parts) in enumerate(zip(sites, found, strict=True)):
-            used = _used(model, site, inputs).to(parts.values.device)  # [B, T]
-            values, indices = parts.values[used].double().cpu(), parts.indices[used].cpu()
+            excluded = sorted(special_ids(model) if site.exclude is None else site.exclude)
+            counted = used(site.name, excluded, (), dict(inputs)).to(parts.values.device)  # [B, T]
+            values, indices = parts.values[counted].double().cpu(), parts.indices[counted].cpu()
             sums[i].index_add_(0, indices.flatten(), values.flatten())
-            errors[i] += parts.error[used].double().cpu().sum(0)
-            counts[i] += int(used.sum())
+            errors[i] += parts.error[counted].double().cpu().sum(0)
+            counts[i] += int(counted.sum())
     if 0 in counts:
         name = sites[counts.index(0)].name
         raise UserError(f"means: batches must hold a token that {name} does not exclude, got none")
@@ -73,15 +74,6 @@ def means(model: nn.Module, batches: Iterable[Mapping[str, Any]], sites: Sequenc
         tuple(j.to(W.device) for j, W in zip(chosen, likes, strict=True)),
         tuple((e / n).to(W) for e, n, W in zip(errors, counts, likes, strict=True)),
     )
-
-
-def _used(model: nn.Module, site: Site, inputs: Mapping[str, Any]) -> Tensor:
-    """[B, T] bool: tokens that are neither excluded nor padding."""
-    ids: Tensor = inputs["input_ids"]
-    excluded = special_ids(model) if site.exclude is None else site.exclude
-    used = ~torch.isin(ids, torch.tensor(sorted(excluded), dtype=ids.dtype, device=ids.device))
-    mask = inputs.get("attention_mask")
-    return used if mask is None else used & mask.bool()
 
 
 def changed_to(

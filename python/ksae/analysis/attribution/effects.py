@@ -55,7 +55,7 @@ class Effects:
         sites: as given.
         at: one a site.
         clean, patch: the metric of the inputs and of what they are patched with, summed over the
-            examples; patch is None where nodes are changed to zero.
+            examples; patch is None where nodes are changed to means or zero.
     """
 
     sites: Sequence[Site]

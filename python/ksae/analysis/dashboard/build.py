@@ -63,7 +63,7 @@ def build(
     progress: Callable[[int], object] | None = None,
 ) -> Dashboard:
     """Write the dashboard of a coder to a folder; see `survey` for what is measured: activations
-    above 0, so that AbsTopK's and MatchingPursuit's negative ones are not shown.
+    above 0, so that AbsTopK's negative ones are not shown.
 
     Args:
         coder: an autoencoder or a transcoder.

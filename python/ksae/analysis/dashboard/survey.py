@@ -82,7 +82,7 @@ def survey(
     progress: Callable[[int], object] | None = None,
 ) -> Survey:
     """Run a language model and a coder over a text once, for the activations above 0: the negative
-    ones of AbsTopK and MatchingPursuit are left out.
+    ones of AbsTopK are left out.
 
     Args:
         coder: a GradTopK coder selects without gradients here.

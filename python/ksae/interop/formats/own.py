@@ -120,8 +120,8 @@ def _jump_relu(
     made = JumpReLU(**fields)
     held = before.get(made.learned)
     if held is None or not torch.equal(made.theta_of({made.learned: held}), coder.threshold):
-        held = coder.threshold.expand(coder.d_sae).contiguous()
-        held = _log(coder.threshold, coder) if made.parametrization == "log" else held
+        held = coder.threshold.to(accumulator(coder.dtype)).expand(coder.d_sae).contiguous()
+        held = held.log() if made.parametrization == "log" else held
     return made, {made.learned: held}
 
 

@@ -93,6 +93,7 @@ def read(source: Source) -> Coder:
         raise UserError(f"load: scaling_factor of {owner} must be 1 everywhere, got other values")
     if activation == "pursuit":
         tensors |= _tied(tensors, config, owner)
+        centred = True  # b_dec is 0 where it is not subtracted
     threshold = tensors.get("threshold", tensors.get("topk_threshold"))
     if "log_threshold" in tensors:
         threshold = tensors["log_threshold"].exp()
@@ -107,8 +108,8 @@ def read(source: Source) -> Coder:
         **{name: tensors.get(name) for name in GATES},
         activation=activation,
         k=_k(config, activation, source.path),
-        tolerance=float(config.get("residual_threshold", 0.0)),
-        stop_on_repeat=bool(config.get("stop_on_duplicate_support", False)),
+        tolerance=float(config.get("residual_threshold", 1e-2)),
+        stop_on_repeat=bool(config.get("stop_on_duplicate_support", True)),
         centred=centred,
         scaled=activation in SELECTS and bool(config.get("rescale_acts_by_decoder_norm", False)),
         normalization=normalization,

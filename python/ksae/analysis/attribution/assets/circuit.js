@@ -125,7 +125,8 @@
 
   function overview() {
     const best = order.slice(0, 10).map((i) => [i, data.nodes[i].effect]);
-    const about = data.patch === null ? "set to zero" : "changed to those of the other text";
+    const other = data.nodes.some((node) => node.patched) ? "set to its mean" : "set to zero";
+    const about = data.patch === null ? other : "changed to those of the other text";
     const curve = data.curve ? el("section", {}, el("h2", {}, "Circuits of the strongest nodes"), plot(data.curve)) : null;
     side.replaceChildren(
       ...[
