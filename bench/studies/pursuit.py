@@ -76,7 +76,7 @@ def run(cell: Cell, train: Tensor, held: Tensor, settings: dict[str, Any]) -> di
 
 def measure(model: SparseCoder, rows: Tensor) -> tuple[float, float, float]:
     """FVU, active latents a token, and the share of latents that no row uses."""
-    found = evaluate(model, rows.split(CHUNK)).metrics
+    found = evaluate(model, torch.split(rows, CHUNK)).metrics
     return found["fvu"], found["l0"], found["dead"]
 
 
